@@ -1,0 +1,1 @@
+"""Closed-form multi-view geometry: knows cameras and points, no network, no ROS."""

@@ -1,0 +1,126 @@
+"""A pinhole camera with the distortion models that ROS and OpenCV name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+
+from feedforward_recon.errors import InputError
+
+DISTORTION_COUNTS = {'plumb_bob': (0, 4, 5), 'rational': (8,), 'fisheye': (4,)}
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Intrinsics of one image size.
+
+    width, height: pixels. fx, fy, cx, cy: pixels; pixel centres lie at integers, so the
+    middle of an image of width w is (w - 1) / 2.
+    distortion: OpenCV order; plumb_bob k1 k2 p1 p2 [k3], rational k1 k2 p1 p2 k3..k6,
+    fisheye (equidistant) k1..k4. Empty means none.
+    """
+
+    width: int
+    height: int
+    fx: float
+    fy: float
+    cx: float
+    cy: float
+    distortion: tuple[float, ...] = ()
+    model: str = 'plumb_bob'
+
+    def __post_init__(self) -> None:
+        """Refuse intrinsics that no camera has."""
+        if self.model not in DISTORTION_COUNTS:
+            raise InputError(f'expected a distortion model of {sorted(DISTORTION_COUNTS)}, '
+                             f'found {self.model!r}; rectify the images or convert the model')
+        if len(self.distortion) not in (0, *DISTORTION_COUNTS[self.model]):
+            raise InputError(
+                f'expected {DISTORTION_COUNTS[self.model]} coefficients for {self.model}, '
+                f'found {len(self.distortion)}; check the calibration')
+        values = (self.fx, self.fy, self.cx, self.cy, *self.distortion)
+        if not np.all(np.isfinite(values)) or min(self.fx, self.fy) <= 0:
+            raise InputError(f'expected positive finite focal lengths, found fx={self.fx} '
+                             f'fy={self.fy}; calibrate the camera or give --fov')
+        if min(self.width, self.height) < 1:
+            raise InputError(f'expected a positive image size, found {self.width}x{self.height}')
+
+    @staticmethod
+    def from_matrix(K: np.ndarray, size_wh: tuple[int, int],
+                    distortion: tuple[float, ...] = (), model: str = 'plumb_bob') -> Camera:
+        """Camera of a matrix K [3, 3] at an image size (width, height)."""
+        K = np.asarray(K, float)
+        return Camera(int(size_wh[0]), int(size_wh[1]), float(K[0, 0]), float(K[1, 1]),
+                      float(K[0, 2]), float(K[1, 2]), tuple(map(float, distortion)), model)
+
+    @staticmethod
+    def from_fov(horizontal_fov_deg: float, size_wh: tuple[int, int]) -> Camera:
+        """Undistorted camera with square pixels and the principal point in the middle."""
+        if not 1.0 <= horizontal_fov_deg < 179.0:
+            raise InputError('expected a horizontal field of view of 1..179 degrees, found '
+                             f'{horizontal_fov_deg}')
+        width, height = size_wh
+        focal_px = 0.5 * width / np.tan(0.5 * np.deg2rad(horizontal_fov_deg))
+        return Camera(width, height, focal_px, focal_px, (width - 1) / 2, (height - 1) / 2)
+
+    @property
+    def K(self) -> np.ndarray:
+        """Matrix of intrinsics [3, 3]."""
+        return np.array([[self.fx, 0, self.cx], [0, self.fy, self.cy], [0, 0, 1.0]])
+
+    @property
+    def size_wh(self) -> tuple[int, int]:
+        """Image size (width, height)."""
+        return self.width, self.height
+
+    @property
+    def is_distorted(self) -> bool:
+        """True when any distortion coefficient is not zero."""
+        return any(self.distortion)
+
+    def resized(self, size_wh: tuple[int, int]) -> Camera:
+        """The camera of the image resized to (width, height) with cv2.resize's convention."""
+        sx, sy = size_wh[0] / self.width, size_wh[1] / self.height
+        return replace(self, width=int(size_wh[0]), height=int(size_wh[1]), fx=self.fx * sx,
+                       fy=self.fy * sy, cx=(self.cx + 0.5) * sx - 0.5,
+                       cy=(self.cy + 0.5) * sy - 0.5)
+
+    def cropped(self, left: int, top: int, size_wh: tuple[int, int]) -> Camera:
+        """The camera of the window of (width, height) whose corner pixel is (left, top)."""
+        return replace(self, width=int(size_wh[0]), height=int(size_wh[1]),
+                       cx=self.cx - left, cy=self.cy - top)
+
+    def project(self, points_cam: np.ndarray) -> np.ndarray:
+        """Pixels [N, 2] of camera-frame points [N, 3]; NaN where z <= 0."""
+        points = np.asarray(points_cam, float).reshape(-1, 3)
+        front = points[:, 2] > 1e-9
+        pixels = np.full((len(points), 2), np.nan)
+        if not self.is_distorted:
+            p = points[front]
+            pixels[front] = p[:, :2] / p[:, 2:] * (self.fx, self.fy) + (self.cx, self.cy)
+        elif front.any():
+            project = cv2.fisheye.projectPoints if self.model == 'fisheye' else cv2.projectPoints
+            zero = np.zeros(3)
+            args = (points[front][:, None], zero, zero, self.K, np.array(self.distortion))
+            pixels[front] = project(*args)[0].reshape(-1, 2)
+        return pixels
+
+    def normalise(self, pixels: np.ndarray) -> np.ndarray:
+        """Undistorted normalised coordinates [N, 2] (x/z, y/z) of pixels [N, 2]."""
+        pixels = np.asarray(pixels, float).reshape(-1, 2)
+        if not self.is_distorted or len(pixels) == 0:
+            return (pixels - (self.cx, self.cy)) / (self.fx, self.fy)
+        undistort = cv2.fisheye.undistortPoints if self.model == 'fisheye' \
+            else cv2.undistortPoints
+        return undistort(pixels[:, None], self.K, np.array(self.distortion)).reshape(-1, 2)
+
+    def unproject(self, pixels: np.ndarray, depth: np.ndarray) -> np.ndarray:
+        """Camera-frame points [N, 3] of pixels [N, 2] at z-depths [N]."""
+        xy = self.normalise(pixels)
+        return np.concatenate([xy, np.ones((len(xy), 1))], 1) * np.reshape(depth, (-1, 1))
+
+    def undistorted(self) -> Camera:
+        """The same intrinsics without distortion."""
+        return replace(self, distortion=(), model='plumb_bob')
