@@ -27,8 +27,8 @@ def option(default: Any, doc: str, *, low: float | None = None, high: float | No
 class EncoderConfig:
     """What the image encoder looks at."""
 
-    long_side: int = option(640, 'images are resized to this longer side', low=128, high=2048,
-                            unit='px')
+    max_pixels: int = option(307_200, 'larger images are scaled down to this many pixels',
+                             low=10_000, high=4_000_000, unit='px')
     max_keypoints: int = option(1000, 'keypoints described per image', low=50, high=4000)
 
 
@@ -60,12 +60,97 @@ class LocalizerConfig:
 
 
 @dataclass(frozen=True)
+class TrackingConfig:
+    """How image points are followed and how the camera pose of a frame is found."""
+
+    max_tracks: int = option(400, 'landmarks followed at once', low=30, high=4000)
+    flow_window_px: int = option(15, 'side of the optical flow window', low=5, high=61,
+                                 unit='px')
+    flow_levels: int = option(3, 'pyramid levels above the full image', low=0, high=8)
+    flow_roundtrip_px: float = option(0.8, 'largest forward-backward error of a track', low=0.1,
+                                      high=10, unit='px')
+    outlier_px: float = option(3.0, 'residual beyond which a track is dropped', low=0.5,
+                               high=50, unit='px')
+    depth_noise: float = option(0.004, 'noise of sensor inverse depth (stereo and structured '
+                                'light: constant)', low=1e-5, high=1, unit='1/m')
+    max_depth_m: float = option(8.0, 'sensor depth beyond this is ignored', low=0.1, high=1000,
+                                unit='m')
+    min_inliers: int = option(20, 'fewest landmarks that must agree with a pose', low=6,
+                              high=1000)
+    match_similarity: float = option(0.75, 'smallest cosine similarity of matching descriptors',
+                                     low=0, high=1)
+    guessed_fov_deg: float = option(65.0, 'horizontal field of view assumed of an uncalibrated '
+                                    'camera', low=10, high=170, unit='deg')
+    seed: int = option(0, 'seed of the robust estimators', low=0)
+
+
+@dataclass(frozen=True)
+class KeyframeConfig:
+    """When a frame is worth keeping."""
+
+    min_gap: int = option(2, 'fewest frames between keyframes', low=1, high=1000)
+    max_gap: int = option(30, 'a moving camera gets a keyframe after this many frames', low=1,
+                          high=10_000)
+    motion_share: float = option(0.06, 'median image motion since the last keyframe, as a share '
+                                 'of the image width', low=0.005, high=1)
+    tracked_share: float = option(0.7, 'share of the tracks of the last keyframe below which a '
+                                  'keyframe is due', low=0.05, high=1)
+    min_sharpness: float = option(0.4, 'sharpness relative to recent frames below which a frame '
+                                  'is not kept', low=0, high=1)
+    init_motion_share: float = option(0.03, 'median image motion that starts a monocular map, '
+                                      'as a share of the image width', low=0.005, high=0.5)
+    min_parallax_deg: float = option(1.0, 'smallest angle between rays that triangulates a '
+                                     'landmark', low=0.1, high=30, unit='deg')
+
+
+@dataclass(frozen=True)
+class RefineConfig:
+    """Bundle adjustment: sliding window and whole map."""
+
+    window: int = option(6, 'newest keyframes refined after each keyframe', low=2, high=50)
+    window_fixed: int = option(14, 'older keyframes that hold the window', low=1, high=200)
+    window_steps: int = option(4, 'optimisation steps after each keyframe', low=0, high=100)
+    global_steps: int = option(15, 'optimisation steps over the whole map', low=0, high=500)
+    max_keyframes: int = option(400, 'keyframes refined at once; older ones hold', low=10,
+                                high=5000)
+    robust_px: float = option(1.5, 'residual beyond which an observation loses weight', low=0.1,
+                              high=50, unit='px')
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Recognising places seen before."""
+
+    candidates: int = option(4, 'old keyframes verified per keyframe', low=0, high=50)
+    min_age: int = option(8, 'keyframes between a loop and its candidate', low=2, high=1000)
+    min_inliers: int = option(30, 'fewest matches that must agree with a loop', low=8, high=1000)
+    correct_px: float = option(8.0, 'map error in the image beyond which a loop bends the whole '
+                               'trajectory at once', low=1, high=500, unit='px')
+
+
+@dataclass(frozen=True)
+class CloudConfig:
+    """The coloured point cloud."""
+
+    voxel_m: float = option(0.02, 'one point per cube of this side; without metric scale in '
+                            'units of the median scene depth / 2', low=1e-4, high=10, unit='m')
+    max_points: int = option(500_000, 'largest number of points', low=1000, high=50_000_000)
+    stride_px: int = option(4, 'every how many pixels sensor depth is sampled', low=1, high=64,
+                            unit='px')
+
+
+@dataclass(frozen=True)
 class MapperConfig:
     """All settings of a mapping or localisation run."""
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     localizer: LocalizerConfig = field(default_factory=LocalizerConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    keyframes: KeyframeConfig = field(default_factory=KeyframeConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)
+    loops: LoopConfig = field(default_factory=LoopConfig)
+    cloud: CloudConfig = field(default_factory=CloudConfig)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
