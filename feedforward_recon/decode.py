@@ -99,7 +99,7 @@ def decode_image(raw: RawImage, where: str) -> NDArray[np.uint8]:
     if layout.to_rgb is None:
         return pixels.copy()
     try:
-        return cv2.cvtColor(pixels, layout.to_rgb)
+        return np.asarray(cv2.cvtColor(pixels, layout.to_rgb), np.uint8)
     except cv2.error:  # odd sizes of subsampled formats
         raise InputError(f'{where}: expected an even size for {raw.encoding}, found '
                          f'{raw.width}x{raw.height}; the message is mislabelled') from None
@@ -159,7 +159,7 @@ def decode_compressed(data: Bytes, where: str) -> NDArray[np.uint8]:
     if image is None:
         raise InputError(f'{where}: expected a readable image, found {len(encoded)} bytes that '
                          'cannot be decoded; remove or replace it')
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
 
 
 def decode_depth_image(data: Bytes, where: str) -> np.ndarray:

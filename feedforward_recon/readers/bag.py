@@ -166,7 +166,7 @@ class BagSource(Source):
             partner = mutual_nearest(stamps_ns, depth_ns)
             partner = np.where(partner >= 0, depth_order[partner], -1)
             stamps_ns, order, partner = self._with_depth(stamps_ns, order, partner)
-        return [_Pair(int(s), int(i), int(d)) for s, i, d in zip(stamps_ns, order, partner)]
+        return [_Pair(int(s), int(i), int(d)) for s, i, d in zip(stamps_ns, order, partner, strict=True)]
 
     def _sorted(self, topic: str, stamps: dict[str, _Stamps]
                 ) -> tuple[NDArray[np.int64], NDArray[np.intp]]:
@@ -204,7 +204,7 @@ class BagSource(Source):
         needed = {(self.image_topic, p.image) for p in wanted}
         needed |= {(self.depth_topic, p.depth) for p in wanted if p.depth >= 0}
         held: dict[tuple[str, int], bytes] = {}
-        due = iter(zip(indices, wanted))
+        due = iter(zip(indices, wanted, strict=True))
         index, pair = next(due, (0, None))
         with self._reader() as reader:
             counts = {topic: 0 for topic in (self.image_topic, self.depth_topic) if topic}

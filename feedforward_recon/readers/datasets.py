@@ -7,6 +7,7 @@ Neither folder holds the intrinsics; they are not guessed. Give --fx (--fy --cx 
 from __future__ import annotations
 
 import logging
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,7 +86,7 @@ def _tum_rows(path: Path, columns: int) -> list[tuple[int, list[str]]]:
         except ValueError as error:
             raise InputError(f'{path}: expected a time stamp and {columns - 1} more columns in '
                              f'line {number}, found {error}; correct the list') from None
-    for (before, _), (after, _) in zip(rows, rows[1:]):
+    for (before, _), (after, _) in pairwise(rows):
         if after <= before:
             raise InputError(f'{path}: expected increasing time stamps, found {seconds(after)} '
                              f's after {seconds(before)} s; sort the list')

@@ -10,6 +10,7 @@ import json
 import re
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +114,7 @@ def _check_entries(root: Path, entries: Sequence[Entry], use_depth: bool) -> Non
             if path is not None and not path.is_file():
                 raise InputError(f'{path}: expected an image file, found none; restore it or '
                                  'remove it from the list')
-    for before, after in zip(entries, entries[1:]):
+    for before, after in pairwise(entries):
         check_stamps(before.stamp_ns, after.stamp_ns, str(after.image))
 
 

@@ -99,6 +99,6 @@ class VideoSource(Source):
             stamp_ns = round(capture.get(cv2.CAP_PROP_POS_MSEC) * MILLISECOND_NS)
         else:
             stamp_ns = round(index * SECOND_NS / self._fps)
-        rgb = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        rgb = np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
         camera = self.options.camera_for((rgb.shape[1], rgb.shape[0]))
         return Frame(stamp_ns, rgb, camera=camera, source=f'{self._path.name}#{index}')
