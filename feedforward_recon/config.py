@@ -36,7 +36,7 @@ class EncoderConfig:
 class MemoryConfig:
     """Size and training budget of the scene memory."""
 
-    hidden_dim: int = option(256, 'width of the coordinate network', low=32, high=1024)
+    hidden_dim: int = option(384, 'width of the coordinate network', low=32, high=1024)
     blocks: int = option(3, 'residual blocks of the coordinate network', low=1, high=8)
     slots: int = option(16000, 'landmark slots; 0 keeps the coordinate network alone', low=0,
                         high=200_000)
@@ -53,9 +53,25 @@ class MemoryConfig:
 class LocalizerConfig:
     """How a pose is found from the memory, and when it is refused."""
 
-    min_inliers: int = option(30, 'fewest matches that must agree with a pose', low=6)
-    reprojection_px: float = option(3.0, 'inlier threshold in the encoder image', low=0.5,
-                                    high=20, unit='px')
+    slot_queries: int = option(600, 'most confident features that are matched to all slots',
+                               low=50, high=4000)
+    network_candidates: int = option(400, 'surest answers of the coordinate network that are '
+                                     'used', low=0, high=4000)
+    min_similarity: float = option(0.6, 'lowest cosine of two descriptors that may match',
+                                   low=0.0, high=1.0)
+    search_px: float = option(8.0, 'agreement threshold of the robust search', low=0.5,
+                              high=50.0, unit='px')
+    search_iterations: int = option(500, 'samples of the robust search', low=10, high=100_000)
+    radii_px: tuple = option((12.0, 5.0), 'radii of the guided re-matching, one pass each',
+                             unit='px')
+    min_votes: int = option(20, 'fewest candidates that must agree with a first pose', low=6)
+    min_inliers: int = option(60, 'fewest matches that must agree with the final pose', low=6)
+    min_score: float = option(0.1, 'lowest share of candidates that must agree', low=0.0,
+                              high=1.0)
+    max_runner_up: float = option(0.6, 'refuse when another pose has this share of the score',
+                                  low=0.0, high=1.0)
+    covariance_scale: float = option(1.0, 'inflation of the standard deviations', low=0.1,
+                                     high=100.0)
     seed: int = option(0, 'seed of the robust estimator', low=0)
 
 

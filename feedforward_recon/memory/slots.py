@@ -1,0 +1,112 @@
+"""The bounded table of landmark slots: fused descriptors with anchored points.
+
+A slot keeps the camera-frame point of the keyframe that first saw it, so that a corrected
+pose moves it; observations from other keyframes are averaged into both point and descriptor.
+When the table is full the least useful slot gives way.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.spatial import cKDTree
+
+from feedforward_recon.geometry.transforms import inverse, transform_points
+from feedforward_recon.types import Keyframe
+
+SEARCH_PX = 4.0
+SAME_DESCRIPTOR = 0.75
+SAME_DEPTH = 0.03
+NEIGHBOURS = 4
+PROTECTED_KEYFRAMES = 3
+
+
+class SlotTable:
+    """Mutable landmark slots of fixed capacity.
+
+    descriptors float32 [S, D] (running means, normalised), points_cam float64 [S, 3] in the
+    frame of keyframe ``anchor`` [S], counts [S] (0 = empty), born [S] (write number).
+    """
+
+    def __init__(self, capacity: int, dim: int) -> None:
+        self.descriptors = np.zeros((capacity, dim), np.float32)
+        self.points_cam = np.zeros((capacity, 3))
+        self.anchor = np.zeros(capacity, np.int64)
+        self.counts = np.zeros(capacity, np.int64)
+        self.born = np.zeros(capacity, np.int64)
+        self.writes = 0
+
+    def map_points(self, poses: np.ndarray) -> np.ndarray:
+        """Points [S, 3] in the map, from keyframe poses [K, 4, 4] indexed by id."""
+        T = poses[self.anchor]
+        return np.einsum('sij,sj->si', T[:, :3, :3], self.points_cam) + T[:, :3, 3]
+
+    def write(self, keyframe: Keyframe, poses: np.ndarray) -> None:
+        """Fuse the keyframe's points into the slots they repeat; add the others as new."""
+        self.writes += 1
+        known = np.flatnonzero(keyframe.has_point)
+        if not len(known) or not len(self.counts):
+            return
+        feature, slot = self._associate(keyframe, known, poses)
+        self._fuse(keyframe, feature, slot, poses)
+        fresh = np.setdiff1d(known, feature)
+        self._add(keyframe, fresh)
+
+    def _associate(self, keyframe: Keyframe, known: np.ndarray,
+                   poses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pairs (feature, slot): near in the image, alike in depth and descriptor."""
+        used = np.flatnonzero(self.counts)
+        points = transform_points(inverse(keyframe.T_map_cam), self.map_points(poses)[used])
+        pixels = keyframe.camera.project(points)
+        size = np.array(keyframe.camera.size_wh)
+        with np.errstate(invalid='ignore'):
+            seen = np.all((pixels > -1) & (pixels < size), axis=1)
+        used, points, pixels = used[seen], points[seen], pixels[seen]
+        if not len(used):
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        tree = cKDTree(pixels)
+        _, near = tree.query(keyframe.features.keypoints[known], NEIGHBOURS,
+                             distance_upper_bound=SEARCH_PX)
+        found = near < len(used)
+        near = np.where(found, near, 0)
+        similarity = np.einsum('nd,nkd->nk', keyframe.features.descriptors[known],
+                               self.descriptors[used[near]])
+        depth = keyframe.points_cam[known, 2]
+        close = np.abs(points[near, 2] - depth[:, None]) < SAME_DEPTH * depth[:, None]
+        similarity = np.where(found & close, similarity, -1.0)
+        best = similarity.argmax(1)
+        rows = np.arange(len(known))
+        good = np.flatnonzero(similarity[rows, best] > SAME_DESCRIPTOR)
+        good = good[np.argsort(-similarity[good, best[good]], kind='stable')]
+        slot, first = np.unique(near[good, best[good]], return_index=True)
+        return known[good[first]], used[slot]
+
+    def _fuse(self, keyframe: Keyframe, feature: np.ndarray, slot: np.ndarray,
+              poses: np.ndarray) -> None:
+        weight = 1.0 / (np.minimum(self.counts[slot], 20) + 1)[:, None]
+        mean = (1 - weight) * self.descriptors[slot] \
+            + weight * keyframe.features.descriptors[feature]
+        self.descriptors[slot] = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+        in_map = transform_points(keyframe.T_map_cam, keyframe.points_cam[feature])
+        T = poses[self.anchor[slot]]
+        in_anchor = np.einsum('sji,sj->si', T[:, :3, :3], in_map - T[:, :3, 3])
+        self.points_cam[slot] = (1 - weight) * self.points_cam[slot] + weight * in_anchor
+        self.counts[slot] += 1
+
+    def _add(self, keyframe: Keyframe, fresh: np.ndarray) -> None:
+        order = fresh[np.argsort(-keyframe.features.confidence[fresh], kind='stable')]
+        slots = self._least_useful(len(order))
+        order = order[:len(slots)]
+        self.descriptors[slots] = keyframe.features.descriptors[order]
+        self.points_cam[slots] = keyframe.points_cam[order]
+        self.anchor[slots] = keyframe.id
+        self.counts[slots] = 1
+        self.born[slots] = self.writes
+
+    def _least_useful(self, wanted: int) -> np.ndarray:
+        """Slots to overwrite: empty ones, then old ones that were seen least."""
+        age = self.writes - self.born
+        usefulness = self.counts + np.where(age < PROTECTED_KEYFRAMES, 1.5, 0.0) \
+            - age / (age + 1e6)
+        usefulness[self.counts == 0] = -np.inf
+        replaceable = np.argsort(usefulness, kind='stable')[:wanted]
+        return replaceable[usefulness[replaceable] < 2.0]

@@ -1,0 +1,162 @@
+"""``MemoryWriter``: fits a scene memory while the robot drives, in constant time and space.
+
+Per keyframe: the slots are fused, a bounded reservoir takes a fair sample of all features
+seen so far (Vitter 1985, algorithm R), and the coordinate network makes a fixed number of
+optimisation steps on it. Samples keep their keyframe and camera-frame point, so a loop
+correction re-anchors them before the next step; weights alone could not be corrected.
+Reading goes through ``snapshot()``: a quantised copy that no later write touches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from feedforward_recon.config import MemoryConfig
+from feedforward_recon.memory.network import CoordinateNetwork
+from feedforward_recon.memory.slots import SlotTable
+from feedforward_recon.memory.snapshot import (SceneMemory, quantise_descriptors,
+                                               quantise_points)
+from feedforward_recon.types import Keyframe
+
+DESCRIPTOR_NOISE = 0.03
+DEPTH_WEIGHT = 0.3
+ROBUST_PX = 50.0
+REFERENCE_FOCAL_PX = 525.0
+
+
+class MemoryWriter:
+    """Training state of one scene memory."""
+
+    def __init__(self, config: MemoryConfig, dim: int) -> None:
+        self.config = config
+        self.slots = SlotTable(config.slots, dim)
+        self.poses = np.zeros((0, 4, 4))
+        self.descriptors = np.zeros((config.reservoir, dim), np.float16)
+        self.points_cam = np.zeros((config.reservoir, 3), np.float32)
+        self.keyframe_ids = np.zeros(config.reservoir, np.int32)
+        self.filled = 0
+        self.offered = 0
+        self.normaliser: np.ndarray | None = None
+        torch.manual_seed(config.seed)
+        self.network = CoordinateNetwork(dim, config.hidden_dim, config.blocks)
+        self._optimiser = torch.optim.AdamW(self.network.parameters(), lr=1e-3,
+                                            weight_decay=1e-4)
+        self._generator = torch.Generator().manual_seed(config.seed)
+        self._rng = np.random.default_rng(config.seed)
+
+    def write(self, keyframe: Keyframe) -> None:
+        """Take in one keyframe: fuse slots, sample the reservoir, make a few steps."""
+        self._remember_pose(keyframe.id, keyframe.T_map_cam)
+        known = np.flatnonzero(keyframe.has_point)
+        if not len(known):
+            return
+        self.slots.write(keyframe, self.poses)
+        self._sample(keyframe, known)
+        if self.normaliser is None:
+            self.normaliser = self._first_normaliser(keyframe, known)
+        self.fit(self.config.steps_per_keyframe, learning_rate=1e-3)
+
+    def reanchor(self, T_map_cam: Mapping[int, np.ndarray]) -> None:
+        """Move keyframes (id -> pose [4, 4]); their samples and slots move with them."""
+        for keyframe_id, pose in T_map_cam.items():
+            self._remember_pose(keyframe_id, pose)
+
+    def polish(self, steps: int | None = None,
+               progress: Callable[[int], None] | None = None) -> None:
+        """Fit with a decaying step size until the network has converged."""
+        steps = self.config.polish_steps if steps is None else steps
+        for step in range(steps):
+            decay = 0.5 * (1 + math.cos(math.pi * step / steps))
+            warm = min(1.0, (step + 1) / 50)
+            self.fit(1, learning_rate=2e-3 * warm * (0.01 + 0.99 * decay))
+            if progress:
+                progress(step + 1)
+
+    def fit(self, steps: int, learning_rate: float) -> None:
+        """Optimisation steps of the coordinate network on random samples."""
+        if not self.filled:
+            return
+        for group in self._optimiser.param_groups:
+            group['lr'] = learning_rate
+        poses = torch.from_numpy(self.poses.astype(np.float32))
+        for _ in range(steps):
+            rows = torch.randint(self.filled, (self.config.batch,), generator=self._generator)
+            loss = self._loss(rows.numpy(), poses)
+            self._optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            self._optimiser.step()
+
+    def _loss(self, rows: np.ndarray, poses: torch.Tensor) -> torch.Tensor:
+        """Laplace likelihood of the error in the camera that saw the point.
+
+        The error is measured as the localizer will feel it: across the ray in pixels, and
+        along the ray as relative depth, which moves a pose less and is noisier.
+        """
+        assert self.normaliser is not None
+        descriptors = torch.from_numpy(self.descriptors[rows].astype(np.float32))
+        noise = torch.randn(descriptors.shape, generator=self._generator)
+        descriptors = F.normalize(descriptors + DESCRIPTOR_NOISE * noise, dim=-1)
+        with torch.autocast('cpu', torch.bfloat16):
+            out, log_sigma = self.network(descriptors)
+        centre = torch.from_numpy(self.normaliser[:3].astype(np.float32))
+        in_map = centre + float(self.normaliser[3]) * out
+        T = poses[self.keyframe_ids[rows]]
+        in_cam = torch.einsum('nji,nj->ni', T[:, :3, :3], in_map - T[:, :3, 3])
+        truth = torch.from_numpy(self.points_cam[rows])
+        z = truth[:, 2:]
+        ray = F.normalize(truth, dim=-1)
+        delta = (in_cam - truth) / z
+        along = (delta * ray).sum(-1, keepdim=True)
+        across = delta - along * ray
+        error = REFERENCE_FOCAL_PX * torch.sqrt(
+            across.square().sum(-1) + (DEPTH_WEIGHT * along[:, 0]).square() + 1e-9)
+        fit = ROBUST_PX * torch.log1p(error / ROBUST_PX)
+        # The expected error is learnt beside the fit, not through it: a network that may
+        # excuse itself stops learning the points it finds hard.
+        doubt = error.detach() * torch.exp(-log_sigma) + log_sigma
+        return fit.mean() + doubt.mean()
+
+    @torch.inference_mode()
+    def snapshot(self) -> SceneMemory:
+        """The quantised memory as it stands; later writes do not touch it."""
+        used = self.slots.counts > 0
+        points = self.slots.map_points(self.poses) if len(self.poses) else self.slots.points_cam
+        levels, box = quantise_points(points, used)
+        normaliser = np.array([0, 0, 0, 1.0]) if self.normaliser is None else self.normaliser
+        return SceneMemory(
+            network={k: v.half().clone() for k, v in self.network.state_dict().items()},
+            slot_descriptors=quantise_descriptors(self.slots.descriptors * used[:, None]),
+            slot_points=levels, box=box,
+            slot_counts=torch.from_numpy(self.slots.counts.clip(0, 255).astype(np.uint8)),
+            normaliser=torch.from_numpy(normaliser.astype(np.float32)))
+
+    def _remember_pose(self, keyframe_id: int, T_map_cam: np.ndarray) -> None:
+        missing = keyframe_id + 1 - len(self.poses)
+        if missing > 0:
+            self.poses = np.concatenate([self.poses, np.tile(np.eye(4), (missing, 1, 1))])
+        self.poses[keyframe_id] = T_map_cam
+
+    def _sample(self, keyframe: Keyframe, known: np.ndarray) -> None:
+        """Algorithm R on all features at once: every feature ever seen is equally likely."""
+        arrival = self.offered + np.arange(len(known))
+        self.offered += len(known)
+        place = np.where(arrival < self.config.reservoir, arrival,
+                         self._rng.integers(0, arrival + 1))
+        kept = place < self.config.reservoir
+        place, chosen = place[kept], known[kept]
+        self.descriptors[place] = keyframe.features.descriptors[chosen]
+        self.points_cam[place] = keyframe.points_cam[chosen]
+        self.keyframe_ids[place] = keyframe.id
+        self.filled = min(self.offered, self.config.reservoir)
+
+    @staticmethod
+    def _first_normaliser(keyframe: Keyframe, known: np.ndarray) -> np.ndarray:
+        T = keyframe.T_map_cam
+        points = keyframe.points_cam[known] @ T[:3, :3].T + T[:3, 3]
+        spread = max(float(np.median(keyframe.points_cam[known, 2])), 1e-6)
+        return np.array([*np.median(points, 0), spread])

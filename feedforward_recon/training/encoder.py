@@ -1,0 +1,137 @@
+"""Training of the compact encoder: resumable, seeded, with a log that can be plotted."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from feedforward_recon.errors import InputError
+from feedforward_recon.model.compact import CompactNetwork, CompactShape, save_network
+from feedforward_recon.training.data import PairStream
+from feedforward_recon.training.losses import confidence_loss, matching_loss
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EncoderTraining:
+    """Settings of a training run; ``steps`` is the whole schedule, resumes included."""
+
+    photos: str
+    out: str
+    rooms: str = ''
+    room_share: float = 0.5
+    steps: int = 6000
+    pairs_per_step: int = 8
+    learning_rate: float = 2e-3
+    temperature: float = 0.05
+    safe_radius_px: float = 3.0
+    seed: int = 0
+    save_every: int = 250
+    workers: int = 1
+
+
+class EncoderTrainer:
+    """One training run in the folder ``settings.out``."""
+
+    def __init__(self, settings: EncoderTraining) -> None:
+        self.settings = settings
+        self.out = Path(settings.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(settings.seed)
+        self.network = CompactNetwork(CompactShape()).to(memory_format=torch.channels_last)
+        self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=settings.learning_rate,
+                                           weight_decay=1e-3)
+        self.step = 0
+        self._resume()
+
+    def run(self) -> None:
+        """Train until ``settings.steps``; may be interrupted and started again at any time."""
+        photos = sorted(Path(self.settings.photos).glob('*.jpg'))
+        if not photos:
+            raise InputError(f'expected *.jpg photos in {self.settings.photos}, found none')
+        rooms = sorted(Path(self.settings.rooms).glob('*.npz')) if self.settings.rooms else []
+        stream = PairStream(photos, rooms, self.settings.seed + self.step,
+                            self.settings.room_share)
+        loader = iter(DataLoader(stream, self.settings.pairs_per_step,
+                                 num_workers=self.settings.workers))
+        self.network.train()
+        while self.step < self.settings.steps:
+            report = self._step(*next(loader))
+            self.step += 1
+            if self.step % 50 == 0:
+                self._log(report)
+            if self.step % self.settings.save_every == 0 or self.step == self.settings.steps:
+                self._save()
+
+    def _step(self, images: torch.Tensor, pixels: torch.Tensor) -> dict[str, float]:
+        """One optimisation step on images [B, 2, 3, H, W] and pixels [B, 2, N, 2]."""
+        pairs = len(images)
+        for group in self.optimiser.param_groups:
+            group['lr'] = self._learning_rate()
+        flat = images.transpose(0, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        with torch.autocast('cpu', torch.bfloat16):
+            maps = self.network.pyramid(flat)
+        places = pixels.transpose(0, 1).flatten(0, 1)
+        descriptors, logits = self.network.describe([m.float() for m in maps], places)
+        match, mutual = matching_loss(
+            descriptors[:pairs], descriptors[pairs:], pixels[:, 0], pixels[:, 1],
+            self.settings.temperature, self.settings.safe_radius_px)
+        loss = match + 0.3 * confidence_loss(logits[:pairs], logits[pairs:], mutual)
+        self.optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 2.0)
+        self.optimiser.step()
+        return {'loss': float(match.detach()), 'mutual': float(mutual.float().mean())}
+
+    def _learning_rate(self) -> float:
+        warm = min(1.0, (self.step + 1) / 100)
+        done = min(1.0, self.step / self.settings.steps)
+        return self.settings.learning_rate * warm * (0.01 + 0.99 * 0.5
+                                                     * (1 + math.cos(math.pi * done)))
+
+    def _log(self, report: dict[str, float]) -> None:
+        line = {'step': self.step, **{k: round(v, 4) for k, v in report.items()}}
+        log.info('%s', json.dumps(line))
+        with open(self.out / 'log.jsonl', 'a') as file:
+            file.write(json.dumps(line) + '\n')
+
+    def _save(self) -> None:
+        state = {'network': self.network.state_dict(), 'step': self.step,
+                 'optimiser': self.optimiser.state_dict(), 'settings': asdict(self.settings)}
+        torch.save(state, self.out / 'state.tmp')
+        (self.out / 'state.tmp').replace(self.out / 'state.pt')
+        save_network(self.network, self.out / 'compact.safetensors')
+
+    def _resume(self) -> None:
+        file = self.out / 'state.pt'
+        if not file.exists():
+            return
+        state = torch.load(file, weights_only=True)
+        self.network.load_state_dict(state['network'])
+        self.optimiser.load_state_dict(state['optimiser'])
+        self.step = state['step']
+        log.info('resumed at step %d', self.step)
+
+
+@torch.inference_mode()
+def fit_words(network: CompactNetwork, descriptors: np.ndarray, seed: int,
+              rounds: int = 25) -> None:
+    """Set the visual words of the global descriptor by k-means on descriptors [N, D]."""
+    points = torch.from_numpy(descriptors)
+    chosen = np.random.default_rng(seed).choice(len(points), len(network.words), replace=False)
+    words = points[chosen].clone()
+    for _ in range(rounds):
+        nearest = (points @ words.T).argmax(1)
+        for i in range(len(words)):
+            members = points[nearest == i]
+            if len(members):
+                words[i] = torch.nn.functional.normalize(members.mean(0), dim=0)
+    network.words.copy_(words)
