@@ -1,0 +1,167 @@
+"""A synthetic room: generated from a seed, rendered with exact depth, walked through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.synthetic import lighting, render, textures, walk
+from feedforward_recon.synthetic.layout import Box, CEILINGS, FLOORS, furnish, STYLES, WALLS
+from feedforward_recon.synthetic.render import Surface
+from feedforward_recon.types import Frame
+
+WALL_TEXELS_PER_M = 300.0
+BOX_TEXELS_PER_M = 420.0
+LONGEST_SIDE_TEXELS = 1600
+
+
+@dataclass(frozen=True)
+class Face:
+    """A surface with the name and seed of its texture; the pixels are made when first seen."""
+
+    surface: Surface
+    style: str
+    seed: int
+    texels_per_m: float
+
+
+@dataclass(frozen=True, eq=False)
+class Room:
+    """A closed room of ``size`` [3] metres with boxes in it.
+
+    World frame: z up, origin in the middle of the floor.
+    """
+
+    seed: int
+    size: NDArray[np.float64]
+    boxes: list[Box]
+    faces: list[Face]
+    lamps: list[lighting.Lamp]
+    _pyramids: dict[int, list[NDArray[np.uint8]]] = field(default_factory=dict)
+
+    @staticmethod
+    def generate(seed: int) -> Room:
+        """The room of a seed; equal seeds give equal rooms, on any machine."""
+        rng = np.random.default_rng(seed)
+        size = rng.uniform((4.4, 3.6, 2.5), (6.0, 4.8, 3.0))
+        boxes = furnish(rng, size)
+        lights = lighting.lamps(rng, size)
+        return Room(seed, size, boxes, _faces(rng, size, boxes), lights)
+
+    @cached_property
+    def surfaces(self) -> list[Surface]:
+        """The rectangles of all faces."""
+        return [face.surface for face in self.faces]
+
+    def render(self, camera: Camera, T_world_cam: NDArray
+               ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """Image uint8 [H, W, 3] RGB and z-depth float32 [H, W] in metres of a camera.
+
+        T_world_cam [4, 4]: pose of the camera (OpenCV axes) inside the room. Depth is 0 where
+        nothing is seen, which does not happen inside the room.
+        """
+        nearest, inverse_depth, planes = render.rasterise(self.surfaces, camera, T_world_cam)
+        image = np.zeros((camera.height, camera.width, 3), np.uint8)
+        for index in np.flatnonzero(np.bincount(nearest.ravel() + 1)[1:]):
+            mask = (nearest == index).view(np.uint8)
+            x, y, w, h = cv2.boundingRect(mask)
+            window = slice(y, y + h), slice(x, x + w)
+            colours = render.shade(self.surfaces[index], self._texture(int(index)),
+                                   planes[index], camera, window)
+            cv2.copyTo(colours, np.ascontiguousarray(mask[window]), image[window])
+        depth = np.zeros_like(inverse_depth)
+        np.divide(1.0, inverse_depth, out=depth, where=inverse_depth > 0)
+        return render.smooth_edges(image, nearest), depth
+
+    def clearance(self, points_world: NDArray) -> NDArray[np.float64]:
+        """Distance [N] in metres of points [N, 3] to the nearest surface; negative inside one."""
+        return lighting.clearance(points_world, self.size, self.boxes)
+
+    def walk(self, n_frames: int, seed: int, fps: float = 15.0) -> list[NDArray[np.float64]]:
+        """Poses T_world_cam of a hand-held walk that ends near where it began."""
+        return walk.walk(self, n_frames, seed, fps)
+
+    def held_out_views(self, trajectory: list[NDArray[np.float64]], n: int, seed: int
+                       ) -> list[NDArray[np.float64]]:
+        """``n`` poses near, but 5-20 cm and 3-10 degrees off, a walk, in free space."""
+        return walk.held_out_views(self, trajectory, n, seed)
+
+    def _texture(self, index: int) -> list[NDArray[np.uint8]]:
+        """Lit mip pyramid of a face, made on first use: most faces are never seen."""
+        if index not in self._pyramids:
+            self._pyramids[index] = self._painted(self.faces[index])
+        return self._pyramids[index]
+
+    def _painted(self, face: Face) -> list[NDArray[np.uint8]]:
+        rng = np.random.default_rng(face.seed)
+        w, h = (max(int(length * face.texels_per_m), 4) for length in face.surface.size_m)
+        image = textures.TEXTURES[face.style](rng, h, w, face.texels_per_m)
+        if face.texels_per_m == WALL_TEXELS_PER_M:
+            image = textures.with_details(rng, image, face.texels_per_m)
+        surface = face.surface
+        light = lighting.irradiance(surface.corner, surface.side_u, surface.side_v, self.size,
+                                    self.boxes, self.lamps)
+        light = cv2.resize(light, (w, h), interpolation=cv2.INTER_LINEAR)
+        return render.pyramid(np.clip(image * light * 255, 0, 255).astype(np.uint8))
+
+
+def _box_surfaces(box: Box) -> Iterator[tuple[str, Surface]]:
+    """The six faces of a box with their place: front, top or side."""
+    axes, centre = box.R_world_box, box.centre
+    x, y, z = (axes[:, i] * box.half[i] for i in range(3))
+    for place, right, down, out in (
+            ('front', x, -z, -y), ('side', -x, -z, y), ('side', y, -z, x), ('side', -y, -z, -x),
+            ('top', x, -y, z), ('side', x, y, -z)):
+        yield place, Surface(centre + out - right - down, 2 * right, 2 * down)
+
+
+def _faces(rng: np.random.Generator, size: NDArray, boxes: list[Box]) -> list[Face]:
+    """All faces of the room's shell (seen from inside) and of the boxes, with their textures."""
+    shell = Box('room', np.array([0, 0, size[2] / 2]), size / 2)
+    paper = str(rng.choice(WALLS))
+    faces = []
+    for place, outside in _box_surfaces(shell):
+        style = paper if rng.random() < 0.5 else str(rng.choice(WALLS))
+        if abs(outside.side_v[2]) < 1e-9:
+            style = str(rng.choice(CEILINGS if place == 'top' else FLOORS))
+        inside = Surface(outside.corner + outside.side_u, -outside.side_u, outside.side_v)
+        faces.append(_face(rng, inside, style, WALL_TEXELS_PER_M))
+    for box in boxes:
+        choices = dict(zip(('front', 'top', 'side'), STYLES[box.kind], strict=True))
+        side = str(rng.choice(choices['side']))
+        for place, surface in _box_surfaces(box):
+            style = side if place == 'side' else str(rng.choice(choices[place]))
+            faces.append(_face(rng, surface, style, BOX_TEXELS_PER_M))
+    return faces
+
+
+def _face(rng: np.random.Generator, surface: Surface, style: str, texels_per_m: float) -> Face:
+    return Face(surface, style, int(rng.integers(2**62)), texels_per_m)
+
+
+def render_walk(room: Room, camera: Camera, poses: list[NDArray[np.float64]], *,
+                fps: float = 15.0, noise: float = 0.0, exposure_drift: float = 0.0,
+                seed: int = 0) -> Iterator[Frame]:
+    """Frames of a walk with depth and true poses (the map frame is the room's frame).
+
+    noise: standard deviation of the sensor noise in grey levels; exposure_drift: amplitude of
+    slow brightness changes, as a share (0.1 is +-10 %).
+    """
+    rng = np.random.default_rng(seed)
+    phases = rng.uniform(0, 2 * np.pi, 2)
+    for index, T_world_cam in enumerate(poses):
+        image, depth = room.render(camera, T_world_cam)
+        time_s = index / fps
+        if exposure_drift or noise:
+            waves = np.sin(2 * np.pi * time_s / np.array([7.0, 17.0]) + phases).mean()
+            grain = rng.normal(0, noise, image.shape) if noise else 0.0
+            bright = image * (1 + exposure_drift * waves) + grain
+            image = np.clip(np.rint(bright), 0, 255).astype(np.uint8)
+        yield Frame(round(time_s * 1e9), image, depth, camera, f'synthetic/{index:06d}',
+                    T_world_cam)
