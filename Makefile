@@ -1,0 +1,59 @@
+# Everything from nothing: each target first builds the environment it needs in $(VENV).
+#   make demo    map a synthetic room and find held-out views in it
+#   make test    lint and tests (PYTEST_ARGS adds options)
+#   make slow    the tests that take minutes
+#   make bench   measure on the data in FFRECON_DATA, write benchmarks/results and the tables
+#   make config  write config/*.yaml again after a default changed
+# On Linux without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+# Small matrices gain nothing from many threads, and a fixed number makes timings comparable.
+export OMP_NUM_THREADS ?= 2
+export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+DEPS := $(VENV)/.dependencies-installed
+PACKAGE := $(VENV)/.package-installed
+SOURCES := feedforward_recon test benchmarks setup.py
+
+.PHONY: demo test lint slow bench config clean
+.DELETE_ON_ERROR:
+
+demo: $(PACKAGE)
+	$(BIN)/ffrecon demo
+
+test: lint
+	$(BIN)/python -m pytest -rs -m 'not slow' $(PYTEST_ARGS)
+
+lint: $(PACKAGE)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+
+slow: $(PACKAGE)
+	$(BIN)/python -m pytest -rs -m slow $(PYTEST_ARGS)
+
+bench: $(PACKAGE)
+	$(BIN)/python -m benchmarks.run_all
+	$(BIN)/python -m benchmarks.tables
+
+config: $(PACKAGE)
+	$(BIN)/python -m feedforward_recon.config config
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(DEPS): requirements-dev.txt constraints-dev.txt | $(BIN)/python
+	$(PIP) --requirement requirements-dev.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	touch $@
+
+# --no-deps: the line above chose the headless OpenCV, setup.py would add the other one.
+$(PACKAGE): setup.py setup.cfg pyproject.toml package.xml $(DEPS)
+	$(PIP) --no-deps --editable .
+	touch $@

@@ -1,0 +1,55 @@
+"""Installs with pip (`pip install .`) and with colcon (ament_python)."""
+
+from glob import glob
+
+from setuptools import find_packages, setup
+
+NAME = 'feedforward_recon'
+SHARE = f'share/{NAME}'
+
+setup(
+    name=NAME,
+    version='0.1.0',
+    description='A pose, a map of fixed size in bytes, and a way back into that map, '
+                'from one camera',
+    author='feedforward_recon maintainers',
+    author_email='maintainers@example.org',
+    maintainer='feedforward_recon maintainers',
+    maintainer_email='maintainers@example.org',
+    license='Apache-2.0',
+    packages=find_packages(include=[NAME, f'{NAME}.*']),
+    package_data={NAME: ['weights/*.safetensors', 'weights/*.md', 'py.typed']},
+    data_files=[
+        ('share/ament_index/resource_index/packages', [f'resource/{NAME}']),
+        (SHARE, ['package.xml']),
+        (f'{SHARE}/launch', sorted(glob('launch/*.py'))),
+        (f'{SHARE}/config', sorted(glob('config/*.*'))),
+    ],
+    python_requires='>=3.10',
+    install_requires=[
+        'numpy>=1.26',
+        'torch>=2.2',
+        'opencv-python>=4.8',
+        'scipy>=1.11',
+        'safetensors>=0.4',
+        'pyyaml>=6.0',
+        'typer>=0.12',
+        'rich>=13.0',
+        'huggingface_hub>=0.23',
+    ],
+    extras_require={
+        'offline': ['pycolmap>=3.12'],
+        'bag': ['rosbags>=0.10'],
+        'eval': ['evo>=1.28'],
+        'viewer': ['rerun-sdk>=0.20'],
+        'plot': ['matplotlib>=3.8'],
+        'dev': ['pytest>=8.0', 'ruff>=0.8', 'mypy>=1.11', 'types-PyYAML>=6.0'],
+    },
+    entry_points={
+        'console_scripts': [
+            'ffrecon = feedforward_recon.cli:main',
+            'ffrecon-train = feedforward_recon.training.cli:main',
+        ],
+    },
+    zip_safe=False,
+)
