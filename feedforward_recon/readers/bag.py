@@ -166,7 +166,8 @@ class BagSource(Source):
             partner = mutual_nearest(stamps_ns, depth_ns)
             partner = np.where(partner >= 0, depth_order[partner], -1)
             stamps_ns, order, partner = self._with_depth(stamps_ns, order, partner)
-        return [_Pair(int(s), int(i), int(d)) for s, i, d in zip(stamps_ns, order, partner, strict=True)]
+        columns = stamps_ns.tolist(), order.tolist(), partner.tolist()
+        return [_Pair(*row) for row in zip(*columns, strict=True)]
 
     def _sorted(self, topic: str, stamps: dict[str, _Stamps]
                 ) -> tuple[NDArray[np.int64], NDArray[np.intp]]:
