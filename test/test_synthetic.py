@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import cv2
+import numpy as np
+import pytest
+
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, so3_log
-from feedforward_recon.synthetic import render_walk, Room
-import numpy as np
-import pytest
+from feedforward_recon.synthetic import Room, render_walk
 
 CAMERA = Camera.from_fov(65, (320, 240))
 DISTORTED = Camera(320, 240, 200, 205, 158, 121, (-0.28, 0.07, 1e-3, -5e-4))

@@ -12,23 +12,27 @@ Choice = tuple[str, ...]
 
 # Textures a face of each kind of box may carry: (front, top, other sides).
 STYLES: dict[str, tuple[Choice, Choice, Choice]] = {
-    'cabinet': (('panels', 'panels', 'wood', 'books'), ('wood', 'marble'),
-                ('wood', 'wood', 'plaster', 'panels')),
-    'table': (('wood', 'paint'), ('wood', 'marble', 'blobs', 'rug'), ('wood', 'paint')),
+    'cabinet': (('panels', 'panels', 'books', 'books'), ('wood', 'marble'),
+                ('wood', 'wood', 'paint', 'plaster')),
+    'table': (('wood', 'paint'), ('wood', 'marble', 'plaid', 'wood'), ('wood', 'paint')),
     'leg': (('wood', 'paint'),) * 3,
     'crate': (('poster', 'wood', 'dead_leaves', 'tiles'), ('wood', 'poster', 'dead_leaves'),
               ('wood', 'stripes', 'poster', 'blobs')),
-    'sofa': (('blobs', 'rug', 'stripes', 'plaster'),) * 3,
-    'picture': (('dead_leaves', 'dead_leaves', 'poster', 'poster', 'blobs', 'rug', 'stripes'),
+    'sofa': (('plaid', 'rug', 'stripes', 'plaster', 'blobs'),) * 3,
+    'picture': (('landscape', 'landscape', 'landscape', 'dead_leaves', 'dead_leaves', 'poster',
+                 'poster', 'poster', 'blobs', 'rug', 'plaid'),
                 ('wood', 'paint'), ('wood', 'paint')),
-    'rug': (('paint',), ('rug', 'rug', 'blobs', 'stripes'), ('paint',)),
+    'window': (('window',), ('paint',), ('paint',)),
+    'door': (('panels', 'wood'), ('wood',), ('wood', 'paint')),
+    'rug': (('paint',), ('rug', 'rug', 'plaid', 'blobs', 'stripes'), ('paint',)),
     'shelf': (('wood', 'paint'),) * 3,
     'books': (('books',), ('stripes', 'plaster'), ('poster', 'blobs')),
-    'object': (('poster', 'dead_leaves', 'blobs', 'tiles', 'stripes'),
+    'object': (('poster', 'landscape', 'dead_leaves', 'blobs', 'tiles', 'stripes', 'plaid'),
                ('dead_leaves', 'poster', 'marble'), ('poster', 'stripes', 'plaster', 'wood')),
 }
-WALLS: Choice = ('paint', 'plaster', 'plaster', 'tiles', 'wood', 'marble', 'stripes', 'rug')
-FLOORS: Choice = ('wood', 'wood', 'tiles', 'tiles', 'marble', 'plaster', 'rug', 'blobs')
+WALLS: Choice = ('paint', 'plaster', 'plaster', 'plaster', 'tiles', 'tiles', 'wood', 'marble',
+                 'stripes', 'rug')
+FLOORS: Choice = ('wood', 'wood', 'wood', 'tiles', 'tiles', 'tiles', 'marble', 'plaster', 'rug')
 CEILINGS: Choice = ('paint', 'plaster', 'plaster', 'tiles', 'wood')
 
 
@@ -70,7 +74,7 @@ def furnish(rng: np.random.Generator, size: NDArray[np.float64]) -> list[Box]:
     """Furniture and decoration for an empty room of ``size`` [3]."""
     floor: list[Box] = []
     for _ in range(60):
-        if len(floor) < 4 or (len(floor) < 7 and rng.random() < 0.06):
+        if len(floor) < 5 or (len(floor) < 8 and rng.random() < 0.08):
             piece = _against_wall(rng, size) if rng.random() < 0.75 else _free_standing(rng, size)
             if not any(_overlap(piece, other) for other in floor):
                 floor.append(piece)
@@ -136,7 +140,8 @@ def _built(rng: np.random.Generator, piece: Box) -> Iterator[Box]:
     hx, hy, hz = piece.half
     if piece.kind == 'table':
         plate = rng.uniform(0.015, 0.04)
-        yield Box('table', piece.placed(0, 0, 2 * hz - plate), np.array([hx, hy, plate]), piece.yaw)
+        board = np.array([hx, hy, plate])
+        yield Box('table', piece.placed(0, 0, 2 * hz - plate), board, piece.yaw)
         foot = rng.uniform(0.02, 0.04)
         for sx in (-1, 1):
             for sy in (-1, 1):
@@ -155,7 +160,7 @@ def _on_top(rng: np.random.Generator, piece: Box) -> Iterator[Box]:
     if piece.top > 1.6 or piece.kind == 'sofa':
         return
     placed: list[Box] = []
-    for _ in range(rng.integers(1, 5)):
+    for _ in range(rng.integers(2, 7)):
         half = rng.uniform((0.04, 0.03, 0.04), (0.16, 0.13, 0.2))
         room = piece.half[:2] - np.hypot(*half[:2])
         if (room <= 0).any():
@@ -170,28 +175,42 @@ def _on_top(rng: np.random.Generator, piece: Box) -> Iterator[Box]:
 
 
 def _hung(rng: np.random.Generator, size: NDArray, floor: list[Box]) -> Iterator[Box]:
-    """Pictures and shelves on the walls, above the furniture and beside each other."""
+    """Doors, windows, shelves and pictures, above the furniture and beside each other."""
     for wall in range(4):
         yaw, length, _ = _wall_frame(wall, size)
         placed: list[Box] = []
-        for _ in range(rng.integers(2, 6)):
-            shelf = rng.random() < 0.25
-            half = np.array([rng.uniform(0.3, 0.6), 0.11, 0.015]) if shelf else \
-                np.array([rng.uniform(0.15, 0.6), rng.uniform(0.008, 0.03),
-                          rng.uniform(0.15, 0.5)])
-            if length < half[0] + 0.1:
-                continue
+        kinds = ['door'] * (rng.random() < 0.4) + ['window'] * (rng.random() < 0.4) \
+            + ['shelf'] * int(rng.integers(3)) + ['picture'] * int(rng.integers(4, 9))
+        for kind in kinds:
+            half, z = _hanging(rng, kind, size)
             along = rng.uniform(-1, 1) * (length - half[0] - 0.05)
-            z = rng.uniform(1.25, 1.8) if shelf else rng.uniform(1.2, size[2] - 0.55)
-            piece = Box('shelf' if shelf else 'picture',
-                        _at_wall(wall, size, along, half[1] + 0.002, z), half, yaw)
+            piece = Box(kind, _at_wall(wall, size, along, half[1] + 0.002, z), half, yaw)
             behind = any(_overlap(piece, other) and other.top + 0.1 > z - half[2]
                          for other in floor)
-            if behind or any(_overlap(piece, other) for other in placed):
+            if behind or any(_overlap(piece, other) and abs(piece.centre[2] - other.centre[2])
+                             < half[2] + other.half[2] + 0.08 for other in placed):
                 continue
             placed.append(piece)
             yield piece
-            if shelf:
-                yield from _on_top(rng, piece)
-                yield Box('books', piece.placed(rng.uniform(-0.5, 0.5) * half[0] * 0.5, 0, z + 0.13),
-                          np.array([half[0] * 0.4, 0.09, 0.115]), yaw)
+            if kind == 'shelf':
+                row = np.array([half[0] * 0.45, 0.09, 0.115])
+                stock = Box('books', piece.placed(-half[0] * 0.5, 0, piece.top + row[2]), row, yaw)
+                placed.append(stock)
+                yield stock
+                thing = rng.uniform((0.04, 0.03, 0.05), (0.12, 0.08, 0.15))
+                yield Box('object', piece.placed(half[0] * 0.5, 0, piece.top + thing[2]), thing,
+                          yaw + rng.normal(0, 0.2))
+
+
+def _hanging(rng: np.random.Generator, kind: str, size: NDArray) -> tuple[NDArray, float]:
+    """Half sizes [3] and height of the centre of a thing on a wall."""
+    if kind == 'shelf':
+        return np.array([rng.uniform(0.3, 0.6), 0.12, 0.015]), float(rng.uniform(1.2, 1.9))
+    if kind == 'door':
+        half = np.array([rng.uniform(0.38, 0.5), 0.02, rng.uniform(0.98, 1.06)])
+        return half, float(half[2])
+    if kind == 'window':
+        half = np.array([rng.uniform(0.4, 0.9), 0.015, rng.uniform(0.4, 0.6)])
+        return half, float(rng.uniform(1.4, size[2] - half[2] - 0.15))
+    half = np.array([rng.uniform(0.12, 0.5), rng.uniform(0.008, 0.03), rng.uniform(0.12, 0.45)])
+    return half, float(rng.uniform(half[2] + 0.75, size[2] - half[2] - 0.1))

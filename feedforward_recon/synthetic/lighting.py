@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from feedforward_recon.synthetic.layout import Box
 
 CORNER_M = 0.2
-LAMP_SAMPLES = 6
-GRID_M = 0.06
+LAMP_SAMPLES = 4
+GRID_M = 0.08
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def to_boxes(boxes: list[Box]) -> tuple[NDArray, NDArray, NDArray]:
 
 
 def clearance(points: NDArray, size: NDArray, boxes: list[Box]) -> NDArray[np.float64]:
-    """Distance [N] of world points [N, 3] to the nearest surface; negative inside a box or wall."""
+    """Distance [N] of points [N, 3] to the nearest surface; negative inside a box or wall."""
     points = np.asarray(points, float)
     low = points - np.array([-size[0] / 2, -size[1] / 2, 0.0])
     nearest = np.minimum(low, size - low).min(1)
@@ -70,7 +70,7 @@ def lamps(rng: np.random.Generator, size: NDArray) -> list[Lamp]:
         centre = np.array([*(rng.uniform(-0.3, 0.3, 2) * size[:2]), size[2] - 0.1])
         warmth = rng.uniform(-0.12, 0.06)
         tint = np.array([1 - warmth, 1.0, 1 + warmth])
-        found.append(Lamp(centre, 0.3, tint * rng.uniform(2.2, 3.2) / count))
+        found.append(Lamp(centre, 0.3, tint * rng.uniform(3.0, 4.4) / count))
     return found
 
 
@@ -86,7 +86,7 @@ def irradiance(corner: NDArray, side_u: NDArray, side_v: NDArray, size: NDArray,
     normal = -np.cross(side_u, side_v) / (length_u * length_v)
     points = (corner + v[:, None, None] * side_v + u[None, :, None] * side_u).reshape(-1, 3)
     open_air = clearance(points + CORNER_M * normal, size, boxes) / CORNER_M
-    ambient = 0.42 * (0.55 + 0.45 * np.clip(open_air, 0, 1)) * (1 + 0.12 * normal[2])
+    ambient = 0.58 * (0.5 + 0.5 * np.clip(open_air, 0, 1)) * (1 + 0.12 * normal[2])
     light = np.repeat(ambient[:, None], 3, 1)
     rng = np.random.default_rng(1)  # one fixed sampling pattern for every lamp and face
     blockers = [box for box in boxes if box.half.min() > 0.01]

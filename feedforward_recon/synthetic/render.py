@@ -81,9 +81,9 @@ class Surface:
         return np.stack([o, o + u, o + u + v, o + v])
 
 
-def pyramid(texture: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
-    """The texture and its halvings, down to a few pixels."""
-    levels = [texture]
+def pyramid(texture: NDArray[np.uint8]) -> list[NDArray]:
+    """The texture uint8 [h, w, 3] and its halvings, down to a few pixels."""
+    levels: list[NDArray] = [texture]
     while min(levels[-1].shape[:2]) > 3:
         h, w = levels[-1].shape[:2]
         size = ((w + 1) // 2, (h + 1) // 2)
@@ -116,9 +116,9 @@ class _Plane:
         if distance < 1e-4:
             return None
         inverse_depth = normal / distance
-        return _Plane(*(a.astype(np.float32) for a in (
-            inverse_depth, u - (u @ corner) * inverse_depth,
-            v - (v @ corner) * inverse_depth)), distance)
+        return _Plane(inverse_depth.astype(np.float32),
+                      (u - (u @ corner) * inverse_depth).astype(np.float32),
+                      (v - (v @ corner) * inverse_depth).astype(np.float32), distance)
 
 
 def _linear(coefficients: NDArray, rays: Rays, window: tuple[slice, slice]) -> NDArray:
@@ -179,9 +179,9 @@ def rasterise(surfaces: list[Surface], camera: Camera, T_world_cam: NDArray
     return nearest, buffer, planes
 
 
-def shade(surface: Surface, levels: list[NDArray[np.uint8]], plane: _Plane, camera: Camera,
-          window: tuple[slice, slice]) -> NDArray[np.uint8]:
-    """Texture of a surface over a window of pixels [h, w, 3], filtered to their footprint.
+def shade(surface: Surface, levels: list[NDArray], plane: _Plane, camera: Camera,
+          window: tuple[slice, slice]) -> NDArray:
+    """Texture of a surface over a window of pixels, uint8 [h, w, 3], filtered to their footprint.
 
     Pixels of the window that do not see the surface get meaningless colours.
     """
@@ -200,8 +200,8 @@ def shade(surface: Surface, levels: list[NDArray[np.uint8]], plane: _Plane, came
     return _trilinear(levels, np.nan_to_num(u), np.nan_to_num(v), level)
 
 
-def _trilinear(levels: list[NDArray[np.uint8]], u: NDArray, v: NDArray, level: NDArray
-               ) -> NDArray[np.uint8]:
+def _trilinear(levels: list[NDArray], u: NDArray, v: NDArray, level: NDArray
+               ) -> NDArray:
     """Colours at u, v in 0..1 (of width, height), blended between neighbouring levels."""
     first, last = int(level.min()), int(np.ceil(level.max()))
     image = _bilinear(levels[first], u, v)
@@ -211,7 +211,7 @@ def _trilinear(levels: list[NDArray[np.uint8]], u: NDArray, v: NDArray, level: N
     return image
 
 
-def _bilinear(texture: NDArray[np.uint8], u: NDArray, v: NDArray) -> NDArray[np.uint8]:
+def _bilinear(texture: NDArray, u: NDArray, v: NDArray) -> NDArray:
     h, w = texture.shape[:2]
     x, y = u * np.float32(w) - np.float32(0.5), v * np.float32(h) - np.float32(0.5)
     return cv2.remap(texture, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.synthetic import lighting, render, textures, walk
-from feedforward_recon.synthetic.layout import Box, CEILINGS, FLOORS, furnish, STYLES, WALLS
+from feedforward_recon.synthetic.layout import CEILINGS, FLOORS, STYLES, WALLS, Box, furnish
 from feedforward_recon.synthetic.render import Surface
 from feedforward_recon.types import Frame
 
@@ -43,7 +43,7 @@ class Room:
     boxes: list[Box]
     faces: list[Face]
     lamps: list[lighting.Lamp]
-    _pyramids: dict[int, list[NDArray[np.uint8]]] = field(default_factory=dict)
+    _pyramids: dict[int, list[NDArray]] = field(default_factory=dict)
 
     @staticmethod
     def generate(seed: int) -> Room:
@@ -68,11 +68,11 @@ class Room:
         """
         nearest, inverse_depth, planes = render.rasterise(self.surfaces, camera, T_world_cam)
         image = np.zeros((camera.height, camera.width, 3), np.uint8)
-        for index in np.flatnonzero(np.bincount(nearest.ravel() + 1)[1:]):
+        for index in np.flatnonzero(np.bincount(nearest.ravel() + 1)[1:]).tolist():
             mask = (nearest == index).view(np.uint8)
             x, y, w, h = cv2.boundingRect(mask)
             window = slice(y, y + h), slice(x, x + w)
-            colours = render.shade(self.surfaces[index], self._texture(int(index)),
+            colours = render.shade(self.surfaces[index], self._texture(index),
                                    planes[index], camera, window)
             cv2.copyTo(colours, np.ascontiguousarray(mask[window]), image[window])
         depth = np.zeros_like(inverse_depth)
@@ -92,13 +92,13 @@ class Room:
         """``n`` poses near, but 5-20 cm and 3-10 degrees off, a walk, in free space."""
         return walk.held_out_views(self, trajectory, n, seed)
 
-    def _texture(self, index: int) -> list[NDArray[np.uint8]]:
+    def _texture(self, index: int) -> list[NDArray]:
         """Lit mip pyramid of a face, made on first use: most faces are never seen."""
         if index not in self._pyramids:
             self._pyramids[index] = self._painted(self.faces[index])
         return self._pyramids[index]
 
-    def _painted(self, face: Face) -> list[NDArray[np.uint8]]:
+    def _painted(self, face: Face) -> list[NDArray]:
         rng = np.random.default_rng(face.seed)
         w, h = (max(int(length * face.texels_per_m), 4) for length in face.surface.size_m)
         image = textures.TEXTURES[face.style](rng, h, w, face.texels_per_m)
@@ -107,8 +107,10 @@ class Room:
         surface = face.surface
         light = lighting.irradiance(surface.corner, surface.side_u, surface.side_v, self.size,
                                     self.boxes, self.lamps)
-        light = cv2.resize(light, (w, h), interpolation=cv2.INTER_LINEAR)
-        return render.pyramid(np.clip(image * light * 255, 0, 255).astype(np.uint8))
+        bright = np.maximum(image * cv2.resize(light, (w, h), interpolation=cv2.INTER_LINEAR), 0)
+        # Like a camera's tone curve: highlights fade into white instead of clipping.
+        shoulder = np.where(bright > 0.75, 0.75 + 0.25 * np.tanh((bright - 0.75) / 0.25), bright)
+        return render.pyramid((shoulder * 255).astype(np.uint8))
 
 
 def _box_surfaces(box: Box) -> Iterator[tuple[str, Surface]]:

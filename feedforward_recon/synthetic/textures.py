@@ -38,12 +38,25 @@ def noise(rng: np.random.Generator, h: int, w: int, coarsest: float, finest: flo
     return out / np.float32(np.sqrt(max(power, 1e-6)) * 0.75)
 
 
+def _hues(rng: np.random.Generator, count: int) -> NDArray[np.float64]:
+    """Hues [count] in degrees: wood, cloth and paint are mostly warm, the rest is anything."""
+    warm, cool, other = rng.normal(32, 14, count), rng.normal(212, 12, count), \
+        rng.uniform(0, 360, count)
+    return np.choose(rng.choice(3, count, p=(0.4, 0.15, 0.45)), (warm, cool, other)) % 360
+
+
 def colour(rng: np.random.Generator, saturation: float = 0.6,
-           value: tuple[float, float] = (0.2, 0.95)) -> NDArray[np.float32]:
+           value: tuple[float, float] = (0.2, 0.95)) -> Image:
     """A random RGB colour [3] in 0..1 of at most the given saturation."""
-    hsv = np.array([[[rng.uniform(0, 360), rng.uniform(0, saturation), rng.uniform(*value)]]],
-                   np.float32)
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0, 0]
+    hsv = np.stack([_hues(rng, 1), rng.uniform(0, saturation, 1), rng.uniform(*value, 1)], -1)
+    return cv2.cvtColor(hsv[None].astype(np.float32), cv2.COLOR_HSV2RGB)[0, 0]
+
+
+def palette(rng: np.random.Generator, count: int, saturation: float = 0.7) -> Image:
+    """Colours [count, 3] that go together: hues near one or two others, any brightness."""
+    hues = (rng.choice(_hues(rng, 2), count) + rng.normal(0, 12, count)) % 360
+    hsv = np.stack([hues, rng.uniform(0, saturation, count), rng.uniform(0.1, 1.0, count)], -1)
+    return cv2.cvtColor(hsv[None].astype(np.float32), cv2.COLOR_HSV2RGB)[0]
 
 
 def _flat(shade: Sequence[float] | NDArray, h: int, w: int) -> Image:
@@ -51,15 +64,17 @@ def _flat(shade: Sequence[float] | NDArray, h: int, w: int) -> Image:
 
 
 def _blend(a: NDArray, b: NDArray, weight: Image) -> Image:
-    """a where weight is 0, b where it is 1."""
+    """Two colours or images: the first where weight is 0, the second where it is 1."""
     weight = weight[..., None]
     return (a * (1 - weight) + b * weight).astype(np.float32)
 
 
-def _grain(rng: np.random.Generator, image: Image, ppm: float, strength: float) -> Image:
+def _grain(rng: np.random.Generator, image: NDArray[np.floating], ppm: float,
+           strength: float) -> Image:
     """Multiply by stains and fine grain so that no two spots of a face are the same."""
     h, w = image.shape[:2]
-    return image * (1 + strength * noise(rng, h, w, 0.3 * ppm, 2.0, 0.75))[..., None]
+    stains = 1 + strength * noise(rng, h, w, 0.3 * ppm, 2.0, 0.75)
+    return (image * stains[..., None]).astype(np.float32)
 
 
 def paint(rng: np.random.Generator, h: int, w: int, ppm: float) -> Image:
@@ -69,9 +84,10 @@ def paint(rng: np.random.Generator, h: int, w: int, ppm: float) -> Image:
 
 def plaster(rng: np.random.Generator, h: int, w: int, ppm: float) -> Image:
     """Rough plaster, concrete or stone of two mixed colours."""
-    a, b = colour(rng, 0.4), colour(rng, 0.4)
-    weight = np.clip(0.5 + 0.35 * noise(rng, h, w, rng.uniform(0.1, 0.8) * ppm), 0, 1)
-    return _grain(rng, _blend(a, b, weight), ppm, 0.1)
+    a = colour(rng, 0.35, (0.5, 0.98))
+    b = np.clip(a * rng.uniform(0.6, 0.92) + rng.normal(0, 0.04, 3), 0, 1)
+    field = noise(rng, h, w, rng.uniform(0.05, 0.8) * ppm, 2.0, rng.uniform(0.6, 1.0))
+    return _grain(rng, _blend(a, b, np.clip(0.5 + 0.35 * field, 0, 1)), ppm, 0.06)
 
 
 def marble(rng: np.random.Generator, h: int, w: int, ppm: float) -> Image:
@@ -92,9 +108,9 @@ def tiles(rng: np.random.Generator, h: int, w: int, ppm: float) -> Image:
     joint = max(0.004 * ppm, 1.0)
     edge = np.minimum.reduce([y - row * ch, x - col * cw, (row + 1) * ch - y,
                               (col + 1) * cw - x])
-    palette = np.stack([colour(rng, 0.5) for _ in range(rng.integers(1, 4))])
+    shades = palette(rng, int(rng.integers(1, 4)), 0.5) * 0.7 + 0.2
     shape = (int(row.max()) + 1, int(col.max()) + 1)
-    cells = palette[rng.integers(0, len(palette), shape)]
+    cells = shades[rng.integers(0, len(shades), shape)]
     cells = cells * rng.uniform(0.8, 1.15, (*shape, 1)).astype(np.float32)
     image = cells[row.astype(int), col.astype(int)]
     image = _blend(image, colour(rng, 0.1), np.clip(1.5 - edge / joint, 0, 1))
@@ -131,22 +147,21 @@ def dead_leaves(rng: np.random.Generator, h: int, w: int, ppm: float) -> Image:
 
     Lee, Mumford, Huang, "Occlusion models for natural images" (2001): radii ~ r^-3.
     """
-    image = np.full((h, w, 3), colour(rng) * 255, np.uint8)
-    saturation, smallest = rng.uniform(0.2, 0.9), max(0.006 * ppm, 2.5)
+    shades = palette(rng, 24, rng.uniform(0.2, 0.9)) * 255
+    image, smallest = np.full((h, w, 3), shades[0], np.uint8), max(0.006 * ppm, 2.5)
     count = int(np.clip(h * w / (smallest**2 * 12), 50, 2500))
     radii = smallest / np.sqrt(rng.uniform((smallest / (0.4 * min(h, w) + smallest))**2, 1, count))
     for radius in np.sort(radii)[::-1] if rng.random() < 0.5 else radii:
-        _leaf(rng, image, float(radius), saturation)
+        _leaf(rng, image, float(radius), tuple(map(float, rng.choice(shades))))
     texture = noise(rng, h, w, 0.2 * ppm, 2.0, 0.8)
     return image.astype(np.float32) / 255 * (1 + 0.1 * texture)[..., None]
 
 
 def _leaf(rng: np.random.Generator, image: NDArray[np.uint8], radius: float,
-          saturation: float) -> None:
+          shade: tuple[float, ...]) -> None:
     """Draw one ellipse, rectangle or polygon at a random place of ``image``."""
     h, w = image.shape[:2]
     centre = rng.uniform((0, 0), (w, h))
-    shade = tuple(map(float, colour(rng, saturation, (0.05, 1.0)) * 255))
     kind, turn = rng.integers(3), rng.uniform(0, 360)
     if kind == 0:
         axes = (radius, radius * rng.uniform(0.3, 1))
@@ -164,24 +179,83 @@ def blobs(rng: np.random.Generator, h: int, w: int, ppm: float) -> Image:
     """Smooth random regions in a few colours, as on curtains and camouflage."""
     field = noise(rng, h, w, rng.uniform(0.06, 0.35) * ppm, 4.0, 0.5)
     levels = np.sort(rng.normal(0, 0.9, rng.integers(1, 5)))
-    palette = np.stack([colour(rng, 0.9) for _ in range(len(levels) + 1)])
-    return _grain(rng, palette[np.searchsorted(levels, field)], ppm, 0.06)
+    shades = palette(rng, len(levels) + 1)
+    return _grain(rng, shades[np.searchsorted(levels, field)], ppm, 0.06)
 
 
 def stripes(rng: np.random.Generator, h: int, w: int, ppm: float) -> Image:
-    """Bands of random width and colour: book backs, curtains, blinds."""
+    """Bands of random width and a few colours: curtains, blinds, cloth."""
     length = w if rng.random() < 0.7 else h
     edges = np.cumsum(rng.uniform(0.012, 0.06, length) * ppm)
     index = np.searchsorted(edges, np.arange(length))
-    palette = np.stack([colour(rng, 0.8) for _ in range(index[-1] + 1)])
-    image = np.broadcast_to(palette[index] if length == w else palette[index][:, None],
-                            (h, w, 3)).astype(np.float32)
+    shades = palette(rng, int(rng.integers(2, 7)))
+    bands = shades[rng.integers(0, len(shades), index[-1] + 1)][index]
+    image = np.broadcast_to(bands if length == w else bands[:, None], (h, w, 3))
     return _grain(rng, image, ppm, 0.07)
+
+
+def plaid(rng: np.random.Generator, h: int, w: int, ppm: float) -> Image:
+    """Woven cloth: bands in both directions that shine through each other, and threads."""
+    image, ppm_bands = np.zeros((h, w, 3), np.float32), ppm * rng.uniform(0.7, 3)
+    shades = palette(rng, 5, 0.6) * 0.8 + 0.1
+    for axis, length in ((0, h), (1, w)):
+        edges = np.cumsum(rng.uniform(0.01, 0.06, length) * ppm_bands)
+        index = np.searchsorted(edges, np.arange(length))
+        bands = shades[rng.integers(0, 5, index[-1] + 1)][index]
+        image += 0.5 * np.expand_dims(bands, 1 - axis)
+    threads = noise(rng, h, w, 3, 2, 0.7, (1, 4)) + noise(rng, h, w, 3, 2, 0.7, (4, 1))
+    return _grain(rng, image * (1 + 0.06 * threads[..., None]), ppm, 0.08)
+
+
+def landscape(rng: np.random.Generator, h: int, w: int, ppm: float) -> Image:
+    """A view as on photographs and through windows: sky, clouds, ridges, foliage in front."""
+    sky = np.linspace(0, 1, h, dtype=np.float32)[:, None]
+    image = _blend(colour(rng, 0.6, (0.5, 0.95)), colour(rng, 0.3, (0.8, 1.0)),
+                   np.broadcast_to(sky, (h, w)))
+    clouds = np.clip(noise(rng, h, w, 0.5 * h, 2, 0.6, (0.5, 1.5)) * 0.5, 0, 0.9)
+    image = _blend(image, np.array([0.97, 0.96, 0.95]), clouds)
+    rows, far = np.arange(h)[:, None], colour(rng, 0.35, (0.45, 0.8))
+    near, count = colour(rng, 0.8, (0.1, 0.45)), int(rng.integers(2, 6))
+    for layer in range(count):
+        depth = (layer + 1) / count
+        ridge = h * (0.25 + 0.6 * depth) - h * 0.09 * noise(rng, 1, w, 0.6 * w, 2, 0.5)[0]
+        ground = far * (1 - depth) + near * depth
+        rough = 1 + (0.1 + 0.3 * depth) * noise(rng, h, w, 0.2 * h, 2, 0.85)
+        image = np.where((rows > ridge)[..., None], ground * rough[..., None], image)
+    if rng.random() < 0.6:
+        # Houses or trunks stand before the ridges.
+        for _ in range(rng.integers(2, 9)):
+            x, top = int(rng.uniform(0, w)), int(h * rng.uniform(0.2, 0.8))
+            wide = int(rng.uniform(0.02, 0.2) * w) + 1
+            wall = image[top:, x:x + wide]
+            wall[:] = 0.2 * wall + 0.8 * colour(rng, 0.5, (0.1, 0.9))
+            step = max(int(0.05 * h), 3)
+            wall[step // 2::step, ::step] *= 0.3
+            wall[step // 2 + 1::step, ::step] *= 0.3
+    return _grain(rng, np.clip(image, 0, 1), ppm, 0.03)
+
+
+def window(rng: np.random.Generator, h: int, w: int, ppm: float) -> Image:
+    """A bright view behind a frame with bars."""
+    image = np.clip(landscape(rng, h, w, ppm) * 1.3, 0, 1.4).astype(np.float32)
+    frame, shade = max(int(0.05 * ppm), 2), colour(rng, 0.2, (0.2, 1.0))
+    for start in np.linspace(0, w - frame, int(rng.integers(2, 4))).astype(int):
+        image[:, start:start + frame] = shade
+    for start in np.linspace(0, h - frame, int(rng.integers(2, 4))).astype(int):
+        image[start:start + frame] = shade
+    return _grain(rng, image, ppm, 0.02)
 
 
 def books(rng: np.random.Generator, h: int, w: int, ppm: float) -> Image:
     """A row of book backs with titles and uneven tops."""
     image, x = np.full((h, w, 3), 25, np.uint8), 0
+    shelf = max(int(rng.uniform(0.24, 0.36) * ppm), 16)
+    if h > 1.5 * shelf:
+        # Several boards: each is a row of its own.
+        boards = [books(rng, min(shelf, h - top), w, ppm) for top in range(0, h - 8, shelf)]
+        rows = np.concatenate(boards)
+        rows[::shelf][:, :] = rows[1::shelf][:len(rows[::shelf])] = colour(rng, 0.5)
+        return np.pad(rows, ((0, h - len(rows)), (0, 0), (0, 0)))
     while x < w:
         width = int(max(rng.uniform(0.015, 0.05) * ppm, 4))
         top = int(h * rng.uniform(0, 0.25))
@@ -194,7 +268,7 @@ def books(rng: np.random.Generator, h: int, w: int, ppm: float) -> Image:
         scale = max(width / 40, 0.2)
         cv2.putText(strip, words(rng, 3), (4, int(width * 0.6)), FONTS[rng.integers(4)], scale,
                     _shade(rng, 0.5), max(1, int(scale * 2)), cv2.LINE_AA)
-        patch = strip.transpose(1, 0, 2)[:, :max(w - x - 1, 0)]
+        patch = cv2.rotate(strip, cv2.ROTATE_90_CLOCKWISE)[:, :max(w - x - 1, 0)]
         shown = (patch != patch[-1, -1]).any(-1) if patch.size else np.zeros((0, 0), bool)
         image[top:top + len(patch), x + 1:x + 1 + patch.shape[1]][shown] = patch[shown]
         x += width
@@ -285,8 +359,9 @@ def with_details(rng: np.random.Generator, image: Image, ppm: float) -> Image:
         else:
             end = (x + int(rng.normal(0, 0.2) * ppm), y + int(rng.normal(0, 0.2) * ppm))
             cv2.line(canvas, (x, y), end, shade, max(1, int(0.003 * ppm)), cv2.LINE_AA)
-    return canvas.astype(np.float32) / 255
+    return canvas.astype(np.float32) / np.float32(255)
 
 
 TEXTURES: dict[str, Texture] = {f.__name__: f for f in (
-    paint, plaster, marble, tiles, wood, dead_leaves, blobs, stripes, books, poster, panels, rug)}
+    paint, plaster, marble, tiles, wood, dead_leaves, blobs, stripes, plaid, landscape, window,
+    books, poster, panels, rug)}

@@ -101,7 +101,7 @@ def _free_star(room: Room, rng: np.random.Generator) -> tuple[NDArray, NDArray]:
     centre = places[np.argmax(_free(room, places))]
     angles = np.linspace(0, 2 * np.pi, 180, endpoint=False)
     directions = np.stack([np.cos(angles), np.sin(angles)], -1)
-    steps = np.arange(0.02, 3.0, 0.02)
+    steps = np.arange(0.04, 3.0, 0.04)
     points = centre + steps[:, None, None] * directions
     free = _free(room, points.reshape(-1, 2)).reshape(len(steps), -1) > MARGIN_M
     reach = steps[np.argmin(np.concatenate([free, np.zeros((1, 180), bool)]), 0).clip(1) - 1]
