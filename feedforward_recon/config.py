@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import math
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from feedforward_recon.errors import ConfigError
@@ -193,14 +197,17 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = '') -> T:
 
 
 def _checked(spec: dataclasses.Field, value: Any, name: str) -> Any:
-    default = (spec.default if spec.default is not dataclasses.MISSING
-               else spec.default_factory())  # type: ignore[misc]
+    default = spec.default
+    if spec.default_factory is not dataclasses.MISSING:
+        default = spec.default_factory()
     if dataclasses.is_dataclass(default):
         if not isinstance(value, dict):
             raise ConfigError(f'expected a group of settings at {name}, found {value!r}')
         return from_dict(type(default), value, f'{name}.')
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if isinstance(default, tuple) and isinstance(value, list):
+        value = tuple(value)
     if type(value) is not type(default):
         raise ConfigError(f'expected {type(default).__name__} for {name}, '
                           f'found {value!r} ({type(value).__name__})')
@@ -211,7 +218,47 @@ def _checked(spec: dataclasses.Field, value: Any, name: str) -> Any:
 def _check_range(spec: dataclasses.Field, value: Any, name: str) -> None:
     low, high = spec.metadata.get('low'), spec.metadata.get('high')
     choices = spec.metadata.get('choices')
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f'expected a finite number for {name}, found {value!r}')
     if (low is not None and value < low) or (high is not None and value > high):
         raise ConfigError(f'expected {name} within [{low}, {high}], found {value!r}')
     if choices and value not in choices:
         raise ConfigError(f'expected {name} to be one of {choices}, found {value!r}')
+
+
+def as_yaml(config: Any, indent: str = '') -> str:
+    """A configuration as YAML text, each value with its meaning, unit and range beside it."""
+    lines = []
+    for spec in dataclasses.fields(config):
+        value = getattr(config, spec.name)
+        if dataclasses.is_dataclass(value):
+            summary = (type(value).__doc__ or '').strip().splitlines()[0]
+            lines += [f'{indent}{spec.name}:  # {summary}', as_yaml(value, indent + '  ')]
+        else:
+            text = list(value) if isinstance(value, tuple) else value
+            lines.append(f'{indent}{spec.name}: {json.dumps(text)}  # {_described(spec)}')
+    return '\n'.join(lines)
+
+
+def _described(spec: dataclasses.Field) -> str:
+    low, high = spec.metadata.get('low'), spec.metadata.get('high')
+    limits = ', '.join(text for text, limit in ((f'>= {low}', low), (f'<= {high}', high))
+                       if limit is not None)
+    notes = '; '.join(filter(None, (spec.metadata.get('unit'), limits)))
+    return spec.metadata['doc'] + (f' [{notes}]' if notes else '')
+
+
+def shipped_files() -> dict[str, str]:
+    """Name and text of the files in config/: every default of mapping and of localisation."""
+    head = '# Defaults of {}. Written by `make config`; keys that are left out keep them.\n'
+    config = MapperConfig()
+    localizer = as_yaml(config.localizer, '  ')
+    return {
+        'mapping.yaml': head.format('`ffrecon map --config`') + as_yaml(config) + '\n',
+        'localization.yaml': head.format('`ffrecon localize --config`')
+                             + f'localizer:\n{localizer}\n'}
+
+
+if __name__ == '__main__':
+    for name, text in shipped_files().items():
+        Path(sys.argv[1], name).write_text(text, encoding='utf-8')

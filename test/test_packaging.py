@@ -1,0 +1,105 @@
+"""What gets installed, and that the files that describe it agree."""
+
+import ast
+import importlib.metadata
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import feedforward_recon
+
+ROOT = Path(__file__).resolve().parents[1]
+# Distribution names where they differ from the module that is imported.
+MODULE_OF = {'opencv-python': 'cv2', 'pyyaml': 'yaml', 'rerun-sdk': 'rerun'}
+
+
+@pytest.fixture(scope='module')
+def setup_arguments():
+    """Keyword arguments of setup(), without running it: literals as they stand."""
+    tree = ast.parse((ROOT / 'setup.py').read_text(encoding='utf-8'))
+    call = next(node for node in ast.walk(tree)
+                if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'setup')
+    arguments = {}
+    for keyword in call.keywords:
+        try:
+            arguments[keyword.arg] = ast.literal_eval(keyword.value)
+        except ValueError:  # built from NAME or a glob; not read here
+            continue
+    return arguments
+
+
+@pytest.fixture(scope='module')
+def package_xml():
+    return ET.parse(ROOT / 'package.xml').getroot()
+
+
+def pins():
+    lines = (ROOT / 'constraints-dev.txt').read_text(encoding='utf-8').splitlines()
+    requirements = [Requirement(line) for line in lines if line and not line.startswith('#')]
+    return {r.name.lower(): Version(next(iter(r.specifier)).version) for r in requirements}
+
+
+def test_one_version_everywhere(setup_arguments, package_xml):
+    assert setup_arguments['version'] == feedforward_recon.__version__
+    assert package_xml.findtext('version') == feedforward_recon.__version__
+
+
+def test_ros_sees_a_python_package(package_xml):
+    assert package_xml.get('format') == '3'
+    assert package_xml.findtext('name') == 'feedforward_recon'
+    assert package_xml.findtext('export/build_type') == 'ament_python'
+    assert (ROOT / 'resource' / 'feedforward_recon').exists()
+
+
+def test_licence_and_description_agree(setup_arguments, package_xml):
+    assert package_xml.findtext('license') == setup_arguments['license'] == 'Apache-2.0'
+    assert 'Apache License' in (ROOT / 'LICENSE').read_text(encoding='utf-8')
+
+
+def test_every_folder_with_code_is_a_package():
+    """find_packages silently leaves out a folder without __init__.py."""
+    folders = {path.parent for path in (ROOT / 'feedforward_recon').rglob('*.py')}
+    assert [str(f) for f in sorted(folders) if not (f / '__init__.py').exists()] == []
+
+
+def test_development_pins_satisfy_the_lower_bounds(setup_arguments):
+    requirements = [*setup_arguments['install_requires'],
+                    *(r for extra in setup_arguments['extras_require'].values() for r in extra)]
+    pinned = pins()
+    pinned['opencv-python'] = pinned['opencv-python-headless']
+    for requirement in map(Requirement, requirements):
+        if requirement.name == 'rerun-sdk':  # a viewer for a desktop; no test needs it
+            continue
+        assert requirement.specifier.contains(pinned[requirement.name.lower()]), requirement
+
+
+def test_every_import_is_declared(setup_arguments):
+    """Each third-party module the package imports comes with the package or with an extra."""
+    declared = {Requirement(r).name for r in setup_arguments['install_requires']}
+    for extra in setup_arguments['extras_require'].values():
+        declared |= {Requirement(r).name for r in extra}
+    known = {MODULE_OF.get(name, name.replace('-', '_')) for name in declared}
+    known |= {*sys.stdlib_module_names, 'feedforward_recon'}
+    for path in (ROOT / 'feedforward_recon').rglob('*.py'):
+        if 'ros' in path.relative_to(ROOT).parts:
+            continue
+        code = ast.parse(path.read_text(encoding='utf-8'))
+        names = {n.module.split('.')[0] for n in ast.walk(code) if isinstance(n, ast.ImportFrom)}
+        names |= {alias.name.split('.')[0] for n in ast.walk(code) if isinstance(n, ast.Import)
+                  for alias in n.names}
+        assert names <= known, f'{path}: {sorted(names - known)}'
+
+
+def test_commands_point_at_functions():
+    try:
+        distribution = importlib.metadata.distribution('feedforward-recon')
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip('the package is not installed in this environment')
+    commands = {e.name: e for e in distribution.entry_points if e.group == 'console_scripts'}
+    assert set(commands) == {'ffrecon', 'ffrecon-train'}
+    for command in commands.values():
+        assert callable(command.load()), command
