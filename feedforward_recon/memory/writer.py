@@ -9,6 +9,7 @@ Reading goes through ``snapshot()``: a quantised copy that no later write touche
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 
@@ -19,14 +20,15 @@ from torch.nn import functional as F
 from feedforward_recon.config import MemoryConfig
 from feedforward_recon.memory.network import CoordinateNetwork
 from feedforward_recon.memory.slots import SlotTable
-from feedforward_recon.memory.snapshot import (SceneMemory, quantise_descriptors,
-                                               quantise_points)
+from feedforward_recon.memory.snapshot import SceneMemory, quantise_descriptors, quantise_points
 from feedforward_recon.types import Keyframe
 
 DESCRIPTOR_NOISE = 0.03
 DEPTH_WEIGHT = 0.3
 ROBUST_PX = 50.0
 REFERENCE_FOCAL_PX = 525.0
+RESERVOIR_ARRAYS = ('descriptors', 'points_cam', 'keyframe_ids')
+SLOT_ARRAYS = ('descriptors', 'points_cam', 'anchor', 'counts', 'born')
 
 
 class MemoryWriter:
@@ -134,6 +136,51 @@ class MemoryWriter:
             slot_points=levels, box=box,
             slot_counts=torch.from_numpy(self.slots.counts.clip(0, 255).astype(np.uint8)),
             normaliser=torch.from_numpy(normaliser.astype(np.float32)))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that writing depends on, as named tensors: from_state resumes exactly."""
+        named = {name: torch.from_numpy(getattr(self, name)[:self.filled])
+                 for name in RESERVOIR_ARRAYS}
+        named |= {f'slots.{name}': torch.from_numpy(getattr(self.slots, name))
+                  for name in SLOT_ARRAYS}
+        for name, parameter in self.network.named_parameters():
+            named[f'network.{name}'] = parameter.detach()
+            named |= {f'optimiser.{name}.{key}': value
+                      for key, value in self._optimiser.state[parameter].items()}
+        if self.normaliser is not None:
+            named['normaliser'] = torch.from_numpy(self.normaliser)
+        random = json.dumps(self._rng.bit_generator.state).encode()
+        named |= {'poses': torch.from_numpy(self.poses),
+                  'counters': torch.tensor([self.offered, self.slots.writes]),
+                  'random.torch': self._generator.get_state(),
+                  'random.numpy': torch.frombuffer(bytearray(random), dtype=torch.uint8)}
+        return {name: value.clone().contiguous() for name, value in named.items()}
+
+    @staticmethod
+    def from_state(config: MemoryConfig, state: Mapping[str, torch.Tensor]) -> MemoryWriter:
+        """The writer whose ``state`` this was; ``config`` must be the one it had.
+
+        Raises KeyError, ValueError or RuntimeError when the state does not fit.
+        """
+        writer = MemoryWriter(config, state['descriptors'].shape[1])
+        writer.offered, writer.slots.writes = state['counters'].tolist()
+        writer.filled = min(writer.offered, config.reservoir)
+        for name in RESERVOIR_ARRAYS:
+            getattr(writer, name)[:writer.filled] = state[name].numpy()
+        for name in SLOT_ARRAYS:
+            getattr(writer.slots, name)[:] = state[f'slots.{name}'].numpy()
+        for name, parameter in writer.network.named_parameters():
+            parameter.data.copy_(state[f'network.{name}'])
+            prefix = f'optimiser.{name}.'
+            writer._optimiser.state[parameter].update(
+                {key.removeprefix(prefix): value.clone() for key, value in state.items()
+                 if key.startswith(prefix)})
+        writer.poses = state['poses'].numpy().copy()
+        writer.normaliser = state['normaliser'].numpy().copy() if 'normaliser' in state else None
+        writer._generator.set_state(state['random.torch'])
+        random = bytes(state['random.numpy'].numpy())
+        writer._rng.bit_generator.state = json.loads(random)
+        return writer
 
     def _remember_pose(self, keyframe_id: int, T_map_cam: np.ndarray) -> None:
         missing = keyframe_id + 1 - len(self.poses)
