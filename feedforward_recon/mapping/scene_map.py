@@ -1,0 +1,27 @@
+"""``SceneMap``: what remains of a run - keyframe poses, cloud, and what is known about scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from feedforward_recon.types import Estimate, Keyframe, PointCloud, Trajectory
+
+
+@dataclass(frozen=True)
+class SceneMap:
+    """A finished map.
+
+    keyframes: with final poses; trajectory: every frame that has a pose; estimates: one per
+    input image, with final poses.
+    metres_per_unit: 1.0 for metric maps, None when the scale is unknown.
+    scale_source: 'depth', 'given poses' or 'unknown'.
+    camera_source: 'given', 'guessed' or 'refined'.
+    """
+
+    keyframes: tuple[Keyframe, ...] = ()
+    trajectory: Trajectory = field(default_factory=Trajectory)
+    estimates: tuple[Estimate, ...] = ()
+    cloud: PointCloud = field(default_factory=PointCloud)
+    metres_per_unit: float | None = None
+    scale_source: str = 'unknown'
+    camera_source: str = 'given'

@@ -1,0 +1,170 @@
+"""Where is the camera in this frame: flow from the last frame, or descriptors when that fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from feedforward_recon.config import TrackingConfig
+from feedforward_recon.geometry.pnp import PoseFit, pnp_ransac, refine_pose
+from feedforward_recon.geometry.transforms import inverse, se3_exp, se3_log, transform_points
+from feedforward_recon.mapping.growing_map import GrowingMap
+from feedforward_recon.mapping.keyframes import View
+from feedforward_recon.mapping.matching import Tracks, follow, match_guided, match_mutual
+from feedforward_recon.types import Features
+
+MIN_AGREEMENT = 0.4
+MAX_EXTRAPOLATION = 3.0
+RELOCALISE_CANDIDATES = 6
+RELOCALISE_RADIUS_PX = 8.0
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """A tracked frame: what it sees and from where; features if they were computed on the way."""
+
+    tracks: Tracks
+    fit: PoseFit
+    features: Features | None = None
+
+
+class Tracker:
+    """Motion state of the camera and the tracks of the last frame that was tracked."""
+
+    def __init__(self, config: TrackingConfig) -> None:
+        self.config = config
+        self.tracks: Tracks | None = None
+        self.T_map_cam = np.eye(4)
+        self._stamp_ns = 0
+        self._interval_ns = 0
+        self._velocity = np.zeros(6)  # camera-frame tangent per nanosecond
+
+    def accept(self, view: View, tracks: Tracks, T_map_cam: np.ndarray,
+               *, moved: bool = True) -> None:
+        """Take a frame's pose and tracks as the state from which the next is predicted.
+
+        moved: the motion since the last accepted frame is known (not after a loss).
+        """
+        interval = view.stamp_ns - self._stamp_ns
+        self._velocity = np.zeros(6)
+        if moved and self.tracks is not None and interval > 0:
+            self._velocity = se3_log(inverse(self.T_map_cam) @ T_map_cam) / interval
+            self._interval_ns = interval
+        self.tracks, self.T_map_cam, self._stamp_ns = tracks, T_map_cam, view.stamp_ns
+
+    def corrected(self, tracks: Tracks, T_map_cam: np.ndarray) -> None:
+        """The map moved: the same frame now has another pose and its tracks other names."""
+        self.tracks, self.T_map_cam = tracks, T_map_cam
+
+    def predict(self, stamp_ns: int) -> np.ndarray:
+        """Pose at a stamp by constant velocity; across a long pause the camera stays."""
+        interval = stamp_ns - self._stamp_ns
+        if interval > MAX_EXTRAPOLATION * max(self._interval_ns, 1):
+            return self.T_map_cam
+        return self.T_map_cam @ se3_exp(self._velocity * interval)
+
+    def flow(self, view: View, map_: GrowingMap, T_guess: np.ndarray) -> Tracks:
+        """The last tracks followed into a frame whose pose is about ``T_guess``."""
+        assert self.tracks is not None
+        tracks = self.tracks.select(map_.landmarks.alive[self.tracks.ids])
+        return follow(tracks, view.gray, self._guess_px(view, map_, tracks, T_guess),
+                      self.config)
+
+    def _guess_px(self, view: View, map_: GrowingMap, tracks: Tracks,
+                  T_guess: np.ndarray) -> np.ndarray:
+        """Predicted pixels: landmarks projected, others moved as if at the median depth."""
+        table = map_.landmarks
+        points = transform_points(inverse(self.T_map_cam),
+                                  table.points_map(tracks.ids, map_.T_map_cam))
+        known = np.isfinite(points[:, 2]) & (points[:, 2] > 0)
+        if not known.any():
+            return tracks.px
+        depth = np.where(known, points[:, 2], np.median(points[known, 2]))
+        start = view.camera.unproject(tracks.px, depth)
+        px = view.camera.project(transform_points(inverse(T_guess) @ self.T_map_cam, start))
+        return np.where(np.isfinite(px), px, tracks.px)
+
+    def track(self, view: View, map_: GrowingMap) -> Tracked | None:
+        """Follow the tracks into a frame and find its pose; None if too few agree."""
+        if self.tracks is None:
+            return None
+        T_guess = self.predict(view.stamp_ns)
+        tracks = self.flow(view, map_, T_guess)
+        known = map_.landmarks.has_point[tracks.ids]
+        fit = self._pose(view, map_, tracks.select(known), T_guess)
+        if fit is None:
+            return None
+        keep = ~known
+        keep[known] = fit.inliers
+        return Tracked(tracks.select(keep), fit)
+
+    def _pose(self, view: View, map_: GrowingMap, tracks: Tracks,
+              T_guess: np.ndarray) -> PoseFit | None:
+        enough = max(self.config.min_inliers, MIN_AGREEMENT * len(tracks.ids))
+        if len(tracks.ids) < self.config.min_inliers:
+            return None
+        fit = self.fit_pose(view, map_, tracks, T_guess)
+        if fit.count >= enough:
+            return fit
+        points = map_.landmarks.points_map(tracks.ids, map_.T_map_cam)
+        rough = pnp_ransac(points, tracks.px, view.camera, self.config.outlier_px,
+                           self.config.seed)
+        if rough is None:
+            return None
+        fit = self.fit_pose(view, map_, tracks, rough.T_map_cam)
+        return fit if fit.count >= enough else None
+
+    def fit_pose(self, view: View, map_: GrowingMap, tracks: Tracks,
+                 T_guess: np.ndarray) -> PoseFit:
+        """Pose from landmarks with known points, polished from a guess."""
+        points = map_.landmarks.points_map(tracks.ids, map_.T_map_cam)
+        return refine_pose(T_guess, points, tracks.px, view.camera,
+                           depth=view.depth_at(tracks.px) if view.depth is not None else None,
+                           depth_noise=self.config.depth_noise,
+                           outlier_px=self.config.outlier_px)
+
+    def relocalise(self, view: View, features: Features, map_: GrowingMap) -> Tracked | None:
+        """Find a lost camera among the keyframes by descriptors; None if no place agrees."""
+        best = None
+        for id_ in self._similar(features, map_):
+            fit = self._against(view, features, map_, id_)
+            if fit is not None and (best is None or fit.count > best.count):
+                best = fit
+        if best is None or best.count < self.config.min_inliers:
+            return None
+        return self.settle(view, features, map_, best.T_map_cam)
+
+    def _similar(self, features: Features, map_: GrowingMap) -> list[int]:
+        """The newest keyframe and those that look most alike."""
+        newest = len(map_) - 1
+        score = np.array([k.features.global_descriptor @ features.global_descriptor
+                          for k in map_.keyframes])
+        order = np.argsort(-score, kind='stable')[:RELOCALISE_CANDIDATES]
+        return [newest, *(int(k) for k in order if k != newest)]
+
+    def _against(self, view: View, features: Features, map_: GrowingMap,
+                 id_: int) -> PoseFit | None:
+        keyframe = map_.keyframes[id_]
+        a, b = match_mutual(features.descriptors, keyframe.features.descriptors,
+                            self.config.match_similarity)
+        points = map_.points_cam(id_)[b]
+        known = np.isfinite(points[:, 2])
+        points = transform_points(map_.T_map_cam[id_], points[known])
+        return pnp_ransac(points, features.keypoints[a[known]], view.camera,
+                          self.config.outlier_px, self.config.seed)
+
+    def settle(self, view: View, features: Features, map_: GrowingMap,
+                T_map_cam: np.ndarray) -> Tracked | None:
+        """Match all landmarks in view around a first pose and polish it with them."""
+        near = map_.neighbours(T_map_cam, map_.typical_depth(len(map_) - 1))
+        ids, px, _ = map_.visible(near, T_map_cam, view.camera)
+        row, feature = match_guided(px, map_.landmarks.descriptor[ids], features,
+                                    RELOCALISE_RADIUS_PX, self.config.match_similarity)
+        tracks = Tracks(view.gray, ids[row], features.keypoints[feature])
+        if len(tracks.ids) < self.config.min_inliers:
+            return None
+        fit = self.fit_pose(view, map_, tracks, T_map_cam)
+        if fit.count < self.config.min_inliers:
+            return None
+        return Tracked(tracks.select(fit.inliers), fit, features)
