@@ -167,9 +167,13 @@ def test_bags_are_never_overwritten(tmp_path, room_frames):
 
 def test_frames_come_in_stamp_order_whatever_the_order_of_recording(tmp_path, room_frames):
     order = [1, 0, 2, 5, 3, 4, 6, 7, 9, 8, 10, 11]
-    write_messages(tmp_path / 'bag', distinct([room_frames[i] for i in order]))
+    depth_order = [0, 3, 2, 1, 4, 5, 7, 6, 8, 9, 11, 10]
+    depths = [('/depth', image_message(room_frames[i].stamp_ns, room_frames[i].depth, '32FC1'))
+              for i in depth_order]
+    write_messages(tmp_path / 'bag', [*distinct([room_frames[i] for i in order]), *depths])
     for a, b in zip(open_source(tmp_path / 'bag'), room_frames, strict=True):
         np.testing.assert_array_equal(a.image, b.image)
+        np.testing.assert_array_equal(a.depth, b.depth)
         assert a.stamp_ns == b.stamp_ns
 
 

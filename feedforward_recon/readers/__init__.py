@@ -7,6 +7,7 @@ repeatable. Distortion is passed on, not removed; a frame without calibration ha
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from feedforward_recon.errors import InputError
@@ -37,7 +38,7 @@ def open_source(path: str | Path, options: SourceOptions | None = None) -> Sourc
     """
     options = options or SourceOptions()
     location = Path(path).expanduser()
-    if not location.exists():
+    if not os.path.exists(location):  # Path.exists raises on forbidden parents
         raise InputError(f'{location}: expected a folder, video or bag, found nothing; check '
                          'the path')
     if location.is_dir():
@@ -57,7 +58,8 @@ def _open_folder(root: Path, options: SourceOptions) -> Source:
     try:
         names = sorted(entry.name for entry in root.iterdir())
     except OSError as error:
-        raise InputError(f'{root}: expected a readable folder, found {error.strerror}') from None
+        raise InputError(f'{root}: expected a readable folder, found {error.strerror}; '
+                         'check its permissions') from None
     if 'cameras.json' in names:
         return open_cameras_json(root, options)
     if 'metadata.yaml' in names:

@@ -7,6 +7,7 @@ distortion, T_world_camera (4x4 or null), depth (file or null) and, for stereo, 
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -111,7 +112,7 @@ def _check_entries(root: Path, entries: Sequence[Entry], use_depth: bool) -> Non
         raise InputError(f'{root}: expected images, found none; give a folder with images')
     for entry in entries:
         for path in (entry.image, entry.depth if use_depth else None):
-            if path is not None and not path.is_file():
+            if path is not None and not os.path.isfile(path):
                 raise InputError(f'{path}: expected an image file, found none; restore it or '
                                  'remove it from the list')
     for before, after in pairwise(entries):
