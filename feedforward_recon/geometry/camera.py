@@ -112,9 +112,28 @@ class Camera:
         pixels = np.asarray(pixels, float).reshape(-1, 2)
         if not self.is_distorted or len(pixels) == 0:
             return (pixels - (self.cx, self.cy)) / (self.fx, self.fy)
-        undistort = cv2.fisheye.undistortPoints if self.model == 'fisheye' \
-            else cv2.undistortPoints
-        return undistort(pixels[:, None], self.K, np.array(self.distortion)).reshape(-1, 2)
+        distortion = np.array(self.distortion)
+        if self.model == 'fisheye':
+            return cv2.fisheye.undistortPoints(pixels[:, None], self.K, distortion).reshape(-1, 2)
+        xy = cv2.undistortPoints(pixels[:, None], self.K, distortion).reshape(-1, 2)
+        return self._polished(xy, pixels, distortion)
+
+    def _polished(self, xy: np.ndarray, pixels: np.ndarray, distortion: np.ndarray) -> np.ndarray:
+        """Newton steps on undistorted xy [N, 2]: OpenCV stops early, up to a third of a pixel."""
+        for _ in range(3):
+            points = np.concatenate([xy, np.ones((len(xy), 1))], 1)[:, None]
+            zero = np.zeros(3)
+            projected, jacobian = cv2.projectPoints(points, zero, zero, self.K, distortion)
+            error = pixels - projected.reshape(-1, 2)
+            (a, b), (c, d) = np.moveaxis(jacobian.reshape(-1, 2, jacobian.shape[1])[:, :, 3:5],
+                                         0, -1)  # by the translation, which moves x and y
+            step = np.stack([d * error[:, 0] - b * error[:, 1],
+                             a * error[:, 1] - c * error[:, 0]], 1)
+            determinant = a * d - b * c
+            # Where the model folds over no pixel has an answer: keep OpenCV's, do not jump.
+            safe = determinant > 0.05 * self.fx * self.fy
+            xy = xy + np.where(safe[:, None], step / np.where(safe, determinant, 1.0)[:, None], 0)
+        return xy
 
     def unproject(self, pixels: np.ndarray, depth: np.ndarray) -> np.ndarray:
         """Camera-frame points [N, 3] of pixels [N, 2] at z-depths [N]."""
