@@ -144,6 +144,14 @@ def test_held_out_views_are_near_but_not_on_the_walk(room, poses):
     np.testing.assert_array_equal(views, room.held_out_views(poses, 40, seed=5))
 
 
+def test_held_out_views_of_another_room_are_refused(room):
+    """A walk beyond the walls has no free space beside it."""
+    outside = np.eye(4)
+    outside[:3, 3] = 50, 0, 1
+    with pytest.raises(InputError, match='free space of room 3'):
+        room.held_out_views([outside], 3, seed=0)
+
+
 def test_frames_carry_truth_and_seeded_noise(room, poses):
     clean = list(render_walk(room, CAMERA, poses[:3]))
     assert [f.source for f in clean] == [f'synthetic/{i:06d}' for i in range(3)]

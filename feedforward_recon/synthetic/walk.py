@@ -47,7 +47,7 @@ def walk(room: Room, n_frames: int, seed: int, fps: float = 15.0) -> list[NDArra
     positions = np.column_stack([_loop(room, rng, phase, duration_s), heights])
     laps_turned = round(duration_s * TURN_RAD_S / (2 * np.pi) * 0.8)
     yaw = _yaw(room, rng, positions, phase, laps_turned, duration_s)
-    pitch = np.deg2rad(-8 + 9 * _waves(rng, phase, duration_s, 0.1, 0.3))
+    pitch = np.deg2rad(-11 + 12 * _waves(rng, phase, duration_s, 0.1, 0.3))
     roll = np.deg2rad(2.0 * _waves(rng, phase, duration_s, 0.1, 0.5))
     shake = np.stack([_waves(rng, phase, duration_s, 0.8, 2.5) for _ in range(6)], -1)
     R = look(yaw, pitch, roll) @ so3_exp(np.deg2rad(0.25) * shake[:, 3:])
@@ -105,7 +105,7 @@ def _free_star(room: Room, rng: np.random.Generator) -> tuple[NDArray, NDArray]:
     points = centre + steps[:, None, None] * directions
     free = _free(room, points.reshape(-1, 2)).reshape(len(steps), -1) > MARGIN_M
     reach = steps[np.argmin(np.concatenate([free, np.zeros((1, 180), bool)]), 0).clip(1) - 1]
-    wish = rng.uniform(0.9, 1.5) * (1 + 0.3 * np.sin(2 * angles + rng.uniform(0, 2 * np.pi)))
+    wish = rng.uniform(1.0, 1.8) * (1 + 0.3 * np.sin(2 * angles + rng.uniform(0, 2 * np.pi)))
     reach = np.minimum(reach, wish)
     # The smallest of the neighbourhood first, so that smoothing never leaves the free space.
     radius = gaussian_filter1d(minimum_filter1d(reach, 41, mode='wrap'), 8, mode='wrap',
@@ -146,15 +146,24 @@ def _distance(room: Room, origins: NDArray, directions: NDArray) -> NDArray[np.f
 
 def held_out_views(room: Room, trajectory: list[NDArray[np.float64]], n: int, seed: int
                    ) -> list[NDArray[np.float64]]:
-    """``n`` poses 5-20 cm and 3-10 degrees off random poses of a walk, in free space."""
+    """``n`` poses 5-20 cm and 3-10 degrees off random poses of a walk, in free space.
+
+    Raises InputError when the walk is not inside this room's free space.
+    """
     rng = np.random.default_rng((room.seed, seed, 1))
     found: list[NDArray[np.float64]] = []
-    while len(found) < n:
+    for _ in range(100 * n):
+        if len(found) == n:
+            break
         base = trajectory[int(rng.integers(len(trajectory)))]
         place = base[:3, 3] + rng.uniform(0.05, 0.2) * _direction(rng)
         if room.clearance(place[None])[0] > HELD_OUT_MARGIN_M:
             turn = so3_exp(np.deg2rad(rng.uniform(3, 10)) * _direction(rng))
             found.append(make_transform(base[:3, :3] @ turn, place))
+    if len(found) < n:
+        raise InputError(
+            f'expected a walk through the free space of room {room.seed}, found no place beside '
+            'it that is free; pass poses of Room.walk of the same room')
     return found
 
 
