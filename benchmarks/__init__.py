@@ -1,0 +1,1 @@
+"""Measurements: each entry writes benchmarks/results/NAME.json, tables.py renders them."""

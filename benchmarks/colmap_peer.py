@@ -1,0 +1,101 @@
+"""Mapping peer: COLMAP through pycolmap, incremental and global (GLOMAP), known intrinsics."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from benchmarks.common import DRIVE, KITCHEN, load_frames, trajectory_entry, true_trajectory
+from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.types import Frame, Trajectory
+
+SEED = 0
+
+
+def map_with_colmap(frames: list[Frame], mapper: str, matching: str) -> tuple[Trajectory, float]:
+    """Poses of the largest model, and seconds for features, matching and mapping.
+
+    mapper: 'incremental' or 'global'. matching: 'exhaustive' or 'sequential'. Options are the
+    defaults of pycolmap, except that the given intrinsics stay as they are.
+    """
+    import pycolmap
+
+    pycolmap.set_random_seed(SEED)
+    camera = frames[0].camera
+    assert camera is not None
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        names = _write_images(frames, root / 'images')
+        database = root / 'database.db'
+        started = time.perf_counter()
+        reader = pycolmap.ImageReaderOptions(camera_model='PINHOLE', camera_params=_params(camera))
+        pycolmap.extract_features(database, root / 'images', reader_options=reader,
+                                  camera_mode=pycolmap.CameraMode.SINGLE)
+        match = {'exhaustive': pycolmap.match_exhaustive,
+                 'sequential': pycolmap.match_sequential}[matching]
+        match(database)
+        models = _run_mapper(mapper, database, root)
+        seconds = time.perf_counter() - started
+        return _trajectory(models, dict(zip(names, frames, strict=True))), seconds
+
+
+def _write_images(frames: list[Frame], folder: Path) -> list[str]:
+    """Lossless copies, named in walk order, which sequential matching relies on."""
+    folder.mkdir()
+    names = [f'{index:06d}.png' for index in range(len(frames))]
+    for name, frame in zip(names, frames, strict=True):
+        cv2.imwrite(str(folder / name), frame.image[..., ::-1])
+    return names
+
+
+def _params(camera: Camera) -> str:
+    """COLMAP puts the centre of the first pixel at 0.5, this package at 0."""
+    return f'{camera.fx},{camera.fy},{camera.cx + 0.5},{camera.cy + 0.5}'
+
+
+def _run_mapper(mapper: str, database: Path, root: Path) -> dict[int, Any]:
+    import pycolmap
+
+    if mapper == 'incremental':
+        options = pycolmap.IncrementalPipelineOptions(
+            random_seed=SEED, ba_refine_focal_length=False, ba_refine_extra_params=False)
+        return pycolmap.incremental_mapping(database, root / 'images', root, options)
+    options = pycolmap.GlobalPipelineOptions(random_seed=SEED)
+    options.mapper.bundle_adjustment.refine_focal_length = False
+    options.mapper.bundle_adjustment.refine_extra_params = False
+    return pycolmap.global_mapping(database, root / 'images', root, options)
+
+
+def _trajectory(models: dict[int, Any], frame_of: dict[str, Frame]) -> Trajectory:
+    if not models:
+        return Trajectory()
+    model = max(models.values(), key=lambda m: m.num_reg_images())
+    poses = {}
+    for image in model.images.values():
+        if image.has_pose:
+            T_map_cam = np.eye(4)
+            T_map_cam[:3] = image.cam_from_world().inverse().matrix()
+            poses[frame_of[image.name].stamp_ns] = T_map_cam
+    stamps = np.array(sorted(poses), np.int64)
+    return Trajectory(stamps, np.stack([poses[stamp] for stamp in stamps]))
+
+
+def run() -> dict[str, Any]:
+    """Every fifth frame of the kitchen, all left frames of the drive."""
+    cases = {f'{KITCHEN} (every 5th)': (load_frames(KITCHEN, step=5, use_depth=False),
+                                        ('exhaustive', 'sequential')),
+             DRIVE: (load_frames(DRIVE, use_depth=False), ('exhaustive', 'sequential'))}
+    rows = {}
+    for name, (frames, matchings) in cases.items():
+        truth = true_trajectory(frames)
+        for matching in matchings:
+            for mapper in ('incremental', 'global'):
+                estimated, seconds = map_with_colmap(frames, mapper, matching)
+                rows[f'{name} | pycolmap {mapper}, {matching} matching'] = trajectory_entry(
+                    estimated, truth, 'sim3', len(frames), seconds)
+    return rows
