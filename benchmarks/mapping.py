@@ -1,0 +1,34 @@
+"""Trajectories of real walks: RGB-D and monocular, the whole walk and one with gaps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.common import DRIVE, KITCHEN, load_frames, trajectory_entry, true_trajectory
+from benchmarks.ours import map_frames
+from feedforward_recon.evaluation import interleaved_split
+from feedforward_recon.types import Frame
+
+
+def run() -> dict[str, Any]:
+    """Each case of the mapping table."""
+    kitchen = {use_depth: load_frames(KITCHEN, use_depth=use_depth) for use_depth in (True, False)}
+    gaps, _ = interleaved_split(len(kitchen[True]))
+    cases: dict[str, tuple[list[Frame], str]] = {
+        f'{KITCHEN} RGB-D': (kitchen[True], 'se3'),
+        f'{KITCHEN} monocular': (kitchen[False], 'sim3'),
+        f'{KITCHEN} RGB-D, gaps of 25 frames': ([kitchen[True][i] for i in gaps], 'se3'),
+        f'{KITCHEN} monocular, gaps of 25 frames': ([kitchen[False][i] for i in gaps], 'sim3'),
+        f'{DRIVE} monocular': (load_frames(DRIVE), 'sim3'),
+    }
+    return {f'{name} | feedforward_recon': entry(frames, alignment)
+            for name, (frames, alignment) in cases.items()}
+
+
+def entry(frames: list[Frame], alignment: str) -> dict[str, Any]:
+    """Map frames without their poses and compare with them."""
+    mapped = map_frames(frames)
+    row = trajectory_entry(mapped.scene.trajectory, true_trajectory(frames), alignment,
+                           len(frames), mapped.seconds)
+    return {**row, 'cpu_seconds': mapped.cpu_seconds, 'polish_seconds': mapped.polish_seconds,
+            'keyframes': len(mapped.scene.keyframes), 'nbytes': mapped.memory.nbytes}

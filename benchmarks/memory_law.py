@@ -1,0 +1,43 @@
+"""The law of fixed memory: bytes and seconds per keyframe do not grow with the walk.
+
+Every frame of the kitchen becomes a keyframe, so that the walk is long enough to show it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import KITCHEN, load_frames
+from feedforward_recon.config import MapperConfig
+from feedforward_recon.mapping.online import OnlineReconstructor
+from feedforward_recon.memory.writer import MemoryWriter
+from feedforward_recon.model.compact import CompactEncoder
+
+COUNTS = (50, 100, 200, 300, 400, 500)
+WINDOW = 25  # keyframes whose median time stands for "now"
+
+
+def run() -> dict[str, Any]:
+    """Memory bytes, and seconds of a keyframe in the whole loop, as keyframes accumulate."""
+    every_frame = dataclasses.replace(MapperConfig().keyframes, min_gap=1, max_gap=1)
+    config = dataclasses.replace(MapperConfig(), keyframes=every_frame)
+    encoder = CompactEncoder.load(config=config.encoder)
+    writer = MemoryWriter(config.memory, encoder.dim)
+    reconstructor = OnlineReconstructor(config, encoder, writer)
+    rows: dict[str, Any] = {}
+    seconds: list[float] = []
+    for frame in load_frames(KITCHEN):
+        started = time.process_time()
+        estimate = reconstructor.process(frame)
+        if estimate.is_keyframe:
+            seconds.append(time.process_time() - started)
+            if len(seconds) in COUNTS:
+                rows[f'{len(seconds)} keyframes'] = {
+                    'nbytes': writer.snapshot().nbytes,
+                    'cpu_seconds_per_keyframe': float(np.median(seconds[-WINDOW:])),
+                    'cpu_seconds_worst': float(np.max(seconds[-WINDOW:]))}
+    return rows

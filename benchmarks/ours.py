@@ -1,0 +1,80 @@
+"""This package, driven as the command line drives it, with a clock beside it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from feedforward_recon.config import MapperConfig
+from feedforward_recon.evaluation import associate
+from feedforward_recon.geometry.align import Alignment, align_points
+from feedforward_recon.mapping.localizer import Localizer
+from feedforward_recon.mapping.online import OnlineReconstructor
+from feedforward_recon.mapping.scene_map import SceneMap
+from feedforward_recon.memory.snapshot import SceneMemory
+from feedforward_recon.memory.writer import MemoryWriter
+from feedforward_recon.model import Encoder
+from feedforward_recon.model.compact import CompactEncoder
+from feedforward_recon.types import Frame, Trajectory
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A mapped walk.
+
+    seconds: wall time of reading, tracking, mapping and the last refinement; cpu_seconds: the
+    same of all threads, which other work on the machine does not lengthen; polish_seconds:
+    wall time of fitting the memory at the end.
+    """
+
+    scene: SceneMap
+    memory: SceneMemory
+    seconds: float
+    cpu_seconds: float
+    polish_seconds: float
+
+
+def map_frames(frames: Iterable[Frame], config: MapperConfig | None = None, *,
+               poses: Literal['estimated', 'given'] = 'estimated', polish: bool = True) -> Mapped:
+    """Map frames one by one into a memory, then polish the memory."""
+    config = config or MapperConfig()
+    encoder = CompactEncoder.load(config=config.encoder)
+    writer = MemoryWriter(config.memory, encoder.dim)
+    started, cpu_started = time.perf_counter(), time.process_time()
+    reconstructor = OnlineReconstructor(config, encoder, writer, poses=poses)
+    for frame in frames:
+        reconstructor.process(frame)
+    scene = reconstructor.finish()
+    ended, cpu_ended = time.perf_counter(), time.process_time()
+    if polish:
+        writer.polish()
+    return Mapped(scene, writer.snapshot(), ended - started, cpu_ended - cpu_started,
+                  time.perf_counter() - ended)
+
+
+class Answerer:
+    """Localises frames; ``to_truth`` moves the answers into the frame of the ground truth."""
+
+    def __init__(self, mapped: Mapped, config: MapperConfig | None = None,
+                 to_truth: Alignment | None = None) -> None:
+        config = config or MapperConfig()
+        encoder: Encoder = CompactEncoder.load(config=config.encoder)
+        self._localizer = Localizer(mapped.memory, encoder, config.localizer)
+        self._to_truth = to_truth
+
+    def __call__(self, frame: Frame) -> np.ndarray | None:
+        """T_map_cam [4, 4], or None when the localizer refuses."""
+        T_map_cam = self._localizer.localize(frame).T_map_cam
+        if T_map_cam is None or self._to_truth is None:
+            return T_map_cam
+        return self._to_truth.apply_to_poses(T_map_cam)
+
+
+def alignment_to(truth: Trajectory, estimated: Trajectory, *, with_scale: bool) -> Alignment:
+    """The transform that brings the mapped walk onto the ground truth."""
+    ours, theirs = associate(estimated, truth)
+    return align_points(ours.positions, theirs.positions, with_scale=with_scale)

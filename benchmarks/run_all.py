@@ -1,0 +1,50 @@
+"""Run measurements, one after another: ``python -m benchmarks.run_all [NAME ...]``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import time
+from typing import Any
+
+from benchmarks.common import write_result
+
+log = logging.getLogger(__name__)
+
+
+# Name of the result: module and function that measure it.
+ENTRIES = {
+    'mapping': ('mapping', 'run'),
+    'localisation': ('localisation', 'run'),
+    'wrong_places': ('localisation', 'run_wrong_places'),
+    'memory_law': ('memory_law', 'run'),
+    'peers_mapping': ('colmap_peer', 'run'),
+    'peers_localisation': ('sift_peer', 'run'),
+}
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Rows of one entry; its module is imported only now, so that one needs no other's extras."""
+    module, function = ENTRIES[name]
+    rows: dict[str, Any] = getattr(importlib.import_module(f'benchmarks.{module}'), function)()
+    return rows
+
+
+def main() -> None:
+    """Write one JSON file per entry; all entries unless some are named."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('names', nargs='*', metavar='NAME', help=f'of {", ".join(ENTRIES)}')
+    names = parser.parse_args().names or list(ENTRIES)
+    unknown = sorted(set(names) - set(ENTRIES))
+    if unknown:
+        parser.error(f'expected names of {", ".join(ENTRIES)}, found {", ".join(unknown)}')
+    logging.basicConfig(level=logging.INFO, format='%(message)s')
+    for name in names:
+        started = time.perf_counter()
+        path = write_result(name, measure(name))
+        log.info('%s: %s in %.0f s', name, path, time.perf_counter() - started)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,110 @@
+"""docs/benchmarks.md from benchmarks/results/*.json: ``python -m benchmarks.tables``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import REPOSITORY, RESULTS
+from feedforward_recon.evaluation import RECALL_THRESHOLDS
+
+PAGE = REPOSITORY / 'docs' / 'benchmarks.md'
+INTRODUCTION = """# Benchmarks
+
+Written by `make bench` (`python -m benchmarks.run_all`, then `python -m benchmarks.tables`) from
+`benchmarks/results/*.json`; not edited by hand. Data: the real image sets in `FFRECON_DATA`,
+which are not part of this repository. Under each table: commit, machine and versions.
+Seconds are wall time on that machine with whatever else it was doing (load per core is given);
+CPU seconds add up all threads and are the steadier figure.
+"""
+Row = dict[str, Any]
+
+
+def page(results: Path = RESULTS) -> str:
+    """The whole page, from the results that are there."""
+    parts = [INTRODUCTION]
+    for title, names, columns, notes in SECTIONS:
+        contents = [json.loads((results / f'{name}.json').read_text(encoding='utf-8'))
+                    for name in names if (results / f'{name}.json').exists()]
+        if contents:
+            rows = {key: row for content in contents for key, row in content['rows'].items()}
+            parts += [f'## {title}', notes, table(rows, columns),
+                      '\n'.join(map(_origin, contents))]
+    return '\n\n'.join(part.strip() for part in parts) + '\n'
+
+
+def table(rows: dict[str, Row], columns: dict[str, Callable[[Row], str]]) -> str:
+    """Markdown table; rows are 'case | system' and stay together by case."""
+    lines = [' | '.join(['case', 'system', *columns]), ' | '.join(['---'] * (len(columns) + 2))]
+    order = list(dict.fromkeys(key.split(' | ')[0] for key in rows))
+    for key in sorted(rows, key=lambda key: order.index(key.split(' | ')[0])):
+        case, _, system = key.partition(' | ')
+        lines.append(' | '.join([case, system, *(cell(rows[key]) for cell in columns.values())]))
+    return '\n'.join(f'| {line} |' for line in lines)
+
+
+def number(key: str, digits: int, factor: float = 1.0, missing: str = '-'
+           ) -> Callable[[Row], str]:
+    """A cell: the value at a dotted key, scaled and rounded."""
+    def cell(row: Row) -> str:
+        value: Any = row
+        for part in key.split('.'):
+            value = value.get(part) if isinstance(value, dict) else None
+        return missing if value is None else f'{value * factor:.{digits}f}'
+    return cell
+
+
+def _share(index: int) -> Callable[[Row], str]:
+    return lambda row: f'{100 * row["recall"][index]:.0f} %'
+
+
+def _percent_of_path(row: Row) -> str:
+    error = row['error']
+    return '-' if error is None else f'{100 * error["rmse"] / error["path_length"]:.2f} %'
+
+
+def _origin(content: Row) -> str:
+    origin, machine = content['provenance'], content['provenance']['machine']
+    versions = ', '.join(f'{name} {version}' for name, version in origin['versions'].items())
+    changed = ' with local changes' if origin['modified'] else ''
+    return (f'*{origin["date"]}, commit {origin["commit"]}{changed}; {machine["cpu"]}, '
+            f'{machine["cores"]} cores, load per core {machine["load_per_core"]}; {versions}*\n')
+
+
+MAPPING: dict[str, Callable[[Row], str]] = {
+    'tracked': lambda row: f'{row["tracked"]} of {row["images"]}',
+    'ATE cm': number('error.rmse', 1, 100), 'of path': _percent_of_path,
+    'straight line cm': number('error.straight_line_rmse', 1, 100),
+    'rotation deg': number('error.rotation_median_deg', 2),
+    'aligned by': lambda row: row['alignment'], 's': number('seconds', 0),
+    'CPU s': number('cpu_seconds', 0), 'polish s': number('polish_seconds', 0)}
+LOCALISATION: dict[str, Callable[[Row], str]] = {
+    'found': lambda row: f'{row["localised"]} of {row["queries"]}',
+    'median cm': number('median_m', 1, 100), 'median deg': number('median_deg', 2),
+    **{f'{metres * 100:.0f} cm, {degrees:.0f} deg': _share(index)
+       for index, (metres, degrees) in enumerate(RECALL_THRESHOLDS)},
+    'map MB': number('nbytes', 2, 1e-6), 'ms per query': number('query_ms', 0)}
+SECTIONS = (
+    ('Mapping', ('mapping', 'peers_mapping'), MAPPING,
+     'ATE: root mean square distance of camera centres after one alignment. Straight line: what '
+     'the best line at constant velocity reaches, without looking at any image. The ground truth '
+     'of the kitchen itself drifts by a few centimetres.'),
+    ('Localisation', ('localisation', 'peers_localisation'), LOCALISATION,
+     'Medians and recalls are over all queries; one without an answer counts as wrong. Mapping '
+     'images have their true poses unless the row says otherwise. Interleaved: every fourth '
+     'block of 25 frames is query; extrapolation: the first 70 % are mapped.'),
+    ('Wrong places', ('wrong_places',), {'images': number('images', 0),
+                                         'accepted': number('accepted', 0)},
+     'Images of other scenes against the memory of the kitchen; each accepted one is a mistake.'),
+    ('Law of fixed memory', ('memory_law',),
+     {'bytes': number('nbytes', 0),
+      'CPU s per keyframe': number('cpu_seconds_per_keyframe', 3),
+      'worst of 25': number('cpu_seconds_worst', 3)},
+     'Every frame of the kitchen as a keyframe, the whole loop.'),
+)
+
+
+if __name__ == '__main__':
+    PAGE.write_text(page(), encoding='utf-8')
