@@ -9,7 +9,8 @@ import pytest
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, so3_log
-from feedforward_recon.synthetic import Room, render_walk
+from feedforward_recon.synthetic import Room, render, render_walk
+from feedforward_recon.synthetic.lighting import first_hit
 
 CAMERA = Camera.from_fov(65, (320, 240))
 DISTORTED = Camera(320, 240, 200, 205, 158, 121, (-0.28, 0.07, 1e-3, -5e-4))
@@ -75,13 +76,60 @@ def test_depth_of_a_known_wall(room):
     np.testing.assert_allclose(depth, room.size[1] / 2, atol=1e-4)
 
 
-def test_principal_ray_meets_a_surface(room, poses):
-    """The point of the middle pixel lies on a surface: nothing is nearer to it than rounding."""
-    middle = Camera(321, 241, 250, 250, 160, 120)
-    for T in poses[::15]:
-        _, depth = room.render(middle, T)
-        point = T[:3, 3] + T[:3, 2] * depth[120, 160]
-        assert abs(room.clearance(point[None])[0]) < 1e-3
+def test_depth_is_that_of_the_first_surface_on_the_ray(room, poses):
+    """Rays cast through the solid boxes, one by one, end where the drawn rectangles say."""
+    columns, rows = np.meshgrid(np.arange(5, 320, 9), np.arange(5, 240, 9))
+    rays = CAMERA.unproject(np.stack([columns, rows], -1).reshape(-1, 2), np.ones(columns.size))
+    for T in poses[::30]:
+        _, depth = room.render(CAMERA, T)
+        z = depth[rows, columns].ravel()
+        directions = rays @ T[:3, :3].T
+        on_surface = room.clearance(T[:3, 3] + directions * z[:, None])
+        assert np.abs(on_surface).max() < 1e-3
+        first = first_hit(np.tile(T[:3, 3], (len(rays), 1)), directions, room.boxes)
+        assert (z <= first + 1e-3).mean() > 0.995, 'but for pixels at the very edges'
+
+
+@pytest.mark.parametrize('order', [(0, 1), (1, 0)])
+def test_near_surfaces_hide_far_ones(order):
+    near, far = (render.Surface(np.array([-s, -s, s]), np.array([2 * s, 0, 0]),
+                                np.array([0, 2 * s, 0])) for s in (1.0, 2.0))
+    surfaces = [(near, far)[i] for i in order]
+    nearest, inverse_depth, _ = render.rasterise(surfaces, CAMERA, np.eye(4))
+    assert (nearest == order.index(0)).all()
+    np.testing.assert_allclose(inverse_depth, 1.0, rtol=1e-5)
+
+
+def test_texture_lies_right_side_up_on_its_surface():
+    """A texture whose red is u and green is v shows at each pixel the u and v of its point."""
+    u, v = np.meshgrid((np.arange(200) + 0.5) / 200, (np.arange(100) + 0.5) / 100)
+    texture = np.stack([255 * u, 255 * v, 0 * u], -1).astype(np.uint8)
+    surface = render.Surface(np.array([-1, -0.5, 2.0]), np.array([1.8, 0, 0.6]),
+                             np.array([0, 1.1, 0.0]))
+    nearest, inverse_depth, planes = render.rasterise([surface], CAMERA, np.eye(4))
+    colours = render.shade(surface, render.pyramid(texture), planes[0], CAMERA,
+                           (slice(0, 240), slice(0, 320)))
+    rows, columns = np.nonzero(nearest == 0)
+    points = CAMERA.unproject(np.stack([columns, rows], -1), 1 / inverse_depth[rows, columns])
+    offsets = points - surface.corner
+    expected = np.stack([offsets @ side / (side @ side)
+                         for side in (surface.side_u, surface.side_v)], -1) * 255
+    assert len(rows) > 10_000
+    assert np.abs(colours[rows, columns, :2] - expected).max() < 5
+
+
+@pytest.mark.parametrize(('distance', 'low', 'high'), [(0.15, 35, 128), (9.37, 0, 8)])
+def test_fine_patterns_are_sharp_when_near_and_grey_when_far(distance, low, high):
+    """A checkerboard of 2 mm: 3 pixels per square near by, 20 squares per pixel far away."""
+    board = (np.indices((1500, 1500)).sum(0) % 2 * 255).astype(np.uint8)
+    surface = render.Surface(np.array([-1.5, -1.5, distance]), np.array([3.0, 0, 0]),
+                             np.array([0, 3.0, 0]))
+    camera = Camera(64, 64, 250, 250, 31.7, 31.2)
+    _, _, planes = render.rasterise([surface], camera, np.eye(4))
+    window = slice(0, 64), slice(0, 64)
+    levels = render.pyramid(np.dstack([board] * 3))
+    image = render.shade(surface, levels, planes[0], camera, window)
+    assert low <= image.std() <= high
 
 
 @pytest.mark.parametrize('camera', [CAMERA, DISTORTED, FISHEYE])

@@ -81,6 +81,17 @@ def test_everything_is_drawn_and_the_ceiling_is_not(trajectory):
     assert share(image, REFUSED) > 5e-5
 
 
+def test_near_points_hide_far_ones():
+    """A green table above a red floor, whichever of the two comes first in the cloud."""
+    grid = np.linspace(-1, 1, 100)
+    xyz = np.stack(np.meshgrid(grid, grid, [0.8, 0.0]), -1).reshape(-1, 3).astype(np.float32)
+    rgb = np.tile(np.uint8([[0, 255, 0], [255, 0, 0]]), (10_000, 1))
+    for order in (slice(None), slice(None, None, -1), np.argsort(xyz[:, 2])):
+        image = draw_overview(PointCloud(xyz[order], rgb[order]), Trajectory(), width_px=400)
+        middle = image[100:150, 180:220].reshape(-1, 3)
+        assert (middle[:, 1] > middle[:, 0]).all()
+
+
 def test_picture_does_not_depend_on_the_frame_of_the_map(trajectory):
     """The same map in the first camera's frame and a tenth of the scale: the same picture."""
     cloud, up = room_cloud(), np.array([0, 0, 1.0])
