@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -39,7 +37,7 @@ from feedforward_recon.writers import (
     MAP_MARKER,
     atomic_folder,
     check_output,
-    not_writable,
+    check_place,
     read_ply,
     write_ply,
     write_poses,
@@ -145,22 +143,13 @@ def check_map_output(path: str | Path) -> None:
 
     Raises InputError.
     """
-    target = Path(path).expanduser().resolve()
-    check_output(target)
-    parent = next(folder for folder in target.parents if folder.exists())
-    try:
-        with tempfile.TemporaryDirectory(prefix='.ffrecon', dir=parent):
-            pass
-    except OSError as error:
-        raise not_writable(target, error) from None
+    check_output(Path(path).expanduser().resolve())
+    check_place(path)
 
 
 def save_map(path: str | Path, scene: SceneMap, writer: MemoryWriter, encoder: Encoder,
-             config: MapperConfig,
-             extra: Callable[[Path], None] | None = None) -> SavedMap:
+             config: MapperConfig) -> SavedMap:
     """Write a map folder, read it back and return it; replaces an older map, nothing else.
-
-    extra: writes further files into the folder (a picture, a report).
 
     Raises InputError when the folder cannot be written, MapError when there is nothing to save
     or the disk does not give back what was written.
@@ -176,8 +165,8 @@ def save_map(path: str | Path, scene: SceneMap, writer: MemoryWriter, encoder: E
             write_poses(folder / POSES, scene.estimates)
             write_tum(folder / TRAJECTORY, scene.trajectory)
             write_ply(folder / CLOUD, scene.cloud)
-            if extra is not None:
-                extra(folder)
+            for file in (MEMORY, RESERVOIR):  # safetensors keeps its files to their owner
+                (folder / file).chmod((folder / POSES).stat().st_mode)
             _write_description(folder, scene, encoder, config)
         except (OSError, SafetensorError) as error:
             raise InputError(f'{path}: expected a place to write, found {error}; choose another '

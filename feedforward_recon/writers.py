@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,8 +170,27 @@ def localization_entries(estimates: Sequence[Estimate]) -> list[dict[str, Any]]:
 
 def write_poses(path: Path, estimates: Iterable[Estimate]) -> None:
     """poses.json of a map: the list that ``poses_entries`` makes, one line per image."""
-    lines = [json.dumps(entry, allow_nan=False) for entry in poses_entries(estimates)]
+    write_entries(path, poses_entries(estimates))
+
+
+def write_entries(path: Path, entries: Iterable[dict[str, Any]]) -> None:
+    """A list of JSON objects, one per line."""
+    lines = [json.dumps(entry, allow_nan=False) for entry in entries]
     _write_text(path, '[\n' + ',\n'.join(lines) + '\n]\n')
+
+
+def check_place(path: str | Path) -> None:
+    """Refuse, before a long run, an output whose folder cannot be made or written to.
+
+    Raises InputError.
+    """
+    target = Path(path).expanduser().resolve()
+    try:
+        parent = next(folder for folder in target.parents if folder.exists())
+        with tempfile.TemporaryDirectory(prefix='.ffrecon', dir=parent):
+            pass
+    except OSError as error:
+        raise not_writable(target, error) from None
 
 
 @contextmanager

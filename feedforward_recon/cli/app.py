@@ -1,0 +1,52 @@
+"""The list of commands."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from feedforward_recon import __version__
+from feedforward_recon.cli.demo import demo_command
+from feedforward_recon.cli.evaluate import bench_command, eval_command
+from feedforward_recon.cli.localize import localize_command
+from feedforward_recon.cli.mapping import map_command
+from feedforward_recon.cli.maps import export_command, info_command
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False,
+                  context_settings={'help_option_names': ['-h', '--help']})
+
+
+def _taught(command: Callable[..., Any]) -> str:
+    """The docstring for --help: paragraphs wrap with the terminal, indented lists stay."""
+    paragraphs = inspect.cleandoc(command.__doc__ or '').split('\n\n')
+    return '\n\n'.join(f'\b\n{text}' if '\n  ' in text else ' '.join(text.split())
+                       for text in paragraphs)
+
+
+def root(context: typer.Context,
+         version: Annotated[bool, typer.Option('--version', help='Print the version.')] = False
+         ) -> None:
+    """A pose, a map of fixed size in bytes, and a way back into that map, from one camera.
+
+    Start here:
+      ffrecon demo                            maps a synthetic room, finds views in it
+      ffrecon map WALK --out MAP              maps your walk: folder, video or bag
+      ffrecon localize MAP IMAGES             finds images in the map
+    """
+    if version:
+        typer.echo(__version__)
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+app.callback(invoke_without_command=True, help=_taught(root))(root)
+
+
+COMMANDS: dict[str, Callable[..., int | None]] = {
+    'demo': demo_command, 'map': map_command, 'localize': localize_command, 'info': info_command,
+    'eval': eval_command, 'export': export_command, 'bench': bench_command}
+for _name, _command in COMMANDS.items():
+    app.command(_name, help=_taught(_command))(_command)

@@ -1,0 +1,156 @@
+"""``ffrecon localize``: find images in a saved map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from feedforward_recon.cli.options import (
+    Config,
+    Json,
+    MapFolder,
+    Set,
+    Source,
+    Weights,
+    settings,
+    takes_source_options,
+)
+from feedforward_recon.cli.terminal import (
+    DONE,
+    REFUSED,
+    note,
+    print_json,
+    print_table,
+    progress_bar,
+)
+from feedforward_recon.errors import InputError
+from feedforward_recon.evaluation import RECALL_THRESHOLDS, LocalisationScore, localisation_score
+from feedforward_recon.geometry.align import align_points_robust
+from feedforward_recon.map_folder import SavedMap, load_map
+from feedforward_recon.mapping.localizer import Localizer
+from feedforward_recon.readers import SourceOptions, open_source
+from feedforward_recon.readers.source import Source as FrameSource
+from feedforward_recon.types import Estimate, FloatArray, Frame
+from feedforward_recon.writers import check_place, localization_entries, write_entries
+
+LISTED = 20
+
+Out = Annotated[Path | None, typer.Option('--out', '-o', help='Also write the JSON list here.',
+                                          show_default=False)]
+Align = Annotated[bool, typer.Option('--align', help='Before measuring errors, align the found '
+                                     'poses with those of the source: needed unless the map '
+                                     'was made with --poses given.')]
+
+
+@takes_source_options
+def localize_command(map_: MapFolder, source: Source, options: SourceOptions, out: Out = None,
+                     align: Align = False, json_: Json = False, config: Config = None,
+                     set_: Set = None, encoder: Weights = None) -> int:
+    """Find images in a map: a pose with covariance, or an honest refusal.
+
+    Only reads the map (map.yaml and memory.safetensors are enough). The camera comes from the
+    source or from --fx, --fov or --calibration; without any, the camera that made the map is
+    assumed. If the source carries poses, errors and recall are printed.
+
+    --json prints a list with one entry per image: file, stamp_ns, status, T_map_cam (4x4 or
+    null), inliers, score, ms. Exit code 1: no image was found in the map.
+
+    Examples:
+      ffrecon localize maps/kitchen photos/
+      ffrecon localize maps/kitchen photo.jpg --fov 70 --json
+      ffrecon localize maps/kitchen walk/ --align --out poses.json
+    """
+    if out is not None:
+        check_place(out)
+    saved = load_map(map_)
+    chosen = settings(saved.info.config, config, set_)
+    saved = replace(saved, info=replace(saved.info, config=chosen))
+    images = open_source(source, replace(options, use_depth=False, mixed_sizes=True))
+    if not images.calibrated:
+        note(f'no intrinsics in {images.name}: taking those of the camera that made the map')
+    answers, truth = _localize(saved, saved.localizer(saved.load_encoder(encoder)), images)
+    entries = localization_entries(answers)
+    if out is not None:
+        write_entries(out, entries)
+    if json_:
+        print_json(entries)
+    else:
+        _print_answers(saved, answers)
+        if truth is not None:
+            _print_score(score(answers, truth, align, saved.info.metres_per_unit is None))
+    return DONE if any(answer.T_map_cam is not None for answer in answers) else REFUSED
+
+
+def _localize(saved: SavedMap, localizer: Localizer, images: FrameSource
+              ) -> tuple[list[Estimate], FloatArray | None]:
+    """Answers, and the true poses [N, 4, 4] where every image has one."""
+    answers, truth = [], []
+    with progress_bar('localising', len(images)) as bar:
+        for frame in bar.over(images):
+            _check_camera(saved, frame)
+            answers.append(localizer.localize(frame))
+            if frame.T_map_cam is not None:
+                truth.append(frame.T_map_cam)
+    return answers, np.stack(truth) if len(truth) == len(answers) > 0 else None
+
+
+def _check_camera(saved: SavedMap, frame: Frame) -> None:
+    """Without intrinsics the map's camera stands in, if the image can come from it."""
+    size_wh = (frame.image.shape[1], frame.image.shape[0])
+    camera = saved.info.camera
+    if frame.camera is None and camera.size_wh != size_wh:
+        raise InputError(f'{frame.source}: expected camera intrinsics or an image of '
+                         f'{camera.width}x{camera.height} like those of the map, found '
+                         f'{size_wh[0]}x{size_wh[1]} without; give --fx or --fov')
+
+
+def score(answers: Sequence[Estimate], truth: FloatArray, align: bool,
+          with_scale: bool) -> LocalisationScore:
+    """Errors of the answers to true poses [N, 4, 4].
+
+    align: after the rigid transform (similarity when with_scale) that fits the found poses
+    best; answers that disagree with the others hardly pull it.
+    """
+    poses = [answer.T_map_cam for answer in answers]
+    found = np.flatnonzero([pose is not None for pose in poses])
+    if align and len(found):
+        centres = np.stack([pose[:3, 3] for pose in poses if pose is not None])
+        fit = align_points_robust(centres, truth[found, :3, 3], with_scale=with_scale)
+        poses = [None if pose is None else fit.apply_to_poses(pose) for pose in poses]
+    return localisation_score(poses, truth)
+
+
+def _print_answers(saved: SavedMap, answers: Sequence[Estimate]) -> None:
+    found = [answer for answer in answers if answer.T_map_cam is not None]
+    median_ms = np.median([answer.latency_ms for answer in answers]) if answers else 0.0
+    for answer in answers[:LISTED]:
+        print(_line(answer))
+    if len(answers) > LISTED:
+        print(f'... and {len(answers) - LISTED} more: --json or --out lists all')
+    print(f'{len(found)} of {len(answers)} images found in {saved.path}, median '
+          f'{median_ms:.0f} ms per image')
+
+
+def _line(answer: Estimate) -> str:
+    if answer.T_map_cam is None:
+        return f'{answer.source}: {answer.status.value} ({answer.reason})'
+    x, y, z = answer.T_map_cam[:3, 3]
+    return (f'{answer.source}: x {x:.3f} y {y:.3f} z {z:.3f}, {answer.inliers} inliers, '
+            f'score {answer.score:.2f}')
+
+
+def _print_score(result: LocalisationScore) -> None:
+    print_table('against the poses of the source', score_rows(result))
+
+
+def score_rows(result: LocalisationScore) -> dict[str, str]:
+    """The recall table for people."""
+    rows = {'median error': f'{100 * result.median_m:.1f} cm, {result.median_deg:.2f} deg'}
+    for (metres, degrees), share in zip(RECALL_THRESHOLDS, result.recall, strict=True):
+        rows[f'within {100 * metres:g} cm and {degrees:g} deg'] = f'{100 * share:.1f} %'
+    return rows

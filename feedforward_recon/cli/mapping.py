@@ -1,0 +1,161 @@
+"""``ffrecon map``: a camera walk becomes a map folder."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from feedforward_recon.cli.options import (
+    Config,
+    Json,
+    Set,
+    Source,
+    Weights,
+    settings,
+    takes_source_options,
+)
+from feedforward_recon.cli.session import Run, map_frames
+from feedforward_recon.cli.terminal import bytes_text, note, print_json, print_table
+from feedforward_recon.config import MapperConfig
+from feedforward_recon.errors import DegenerateError, InputError
+from feedforward_recon.map_folder import MEMORY, RESERVOIR, SavedMap, check_map_output, save_map
+from feedforward_recon.readers import SourceOptions, open_source, require_cameras
+from feedforward_recon.readers.source import Source as FrameSource
+from feedforward_recon.writers import MAP_MARKER
+
+
+class Poses(str, Enum):
+    """Where camera poses come from."""
+
+    ESTIMATED = 'estimated'
+    GIVEN = 'given'
+
+
+Out = Annotated[Path, typer.Option('--out', '-o', help='Map folder to write.',
+                                   show_default=False)]
+Overwrite = Annotated[bool, typer.Option('--overwrite', help='Replace a map that is already at '
+                                         '--out.')]
+Mono = Annotated[bool, typer.Option('--mono', help='Use colour alone, even where there is '
+                                    'depth. The map then has no metric scale.')]
+PosesOption = Annotated[Poses, typer.Option('--poses', help='given: take the poses that come '
+                                            'with the source as they are, and map only.')]
+
+
+@takes_source_options
+def map_command(source: Source, out: Out, options: SourceOptions, mono: Mono = False,
+                poses: PosesOption = Poses.ESTIMATED, overwrite: Overwrite = False,
+                json_: Json = False, config: Config = None, set_: Set = None,
+                encoder: Weights = None) -> None:
+    """Map a camera walk into a folder whose memory has a fixed size.
+
+    Reads image folders (with cameras.json; TUM RGB-D; 7-Scenes; plain), videos and ROS 2 bags.
+    Depth makes the map metric; without it, the scale is unknown and the map says so. A camera
+    without intrinsics is guessed and refined. If the source carries poses, they are used to
+    measure the error, never to map (unless --poses given).
+
+    Examples:
+      ffrecon map walk/ --out maps/kitchen
+      ffrecon map walk.mp4 --fov 70 --out maps/hall
+      ffrecon map drive.mcap --image-topic /camera/image_raw --out maps/yard
+      ffrecon map walk/ --mono --set memory.slots=8000 --out maps/small
+    """
+    from feedforward_recon.model.compact import CompactEncoder
+
+    chosen = settings(MapperConfig(), config, set_)
+    _check_out(out, overwrite)
+    frames = open_source(source, _for_mapping(options, mono))
+    _check_source(frames, poses)
+    network = CompactEncoder.load(encoder, chosen.encoder)
+    run = map_frames(frames, len(frames), network, chosen, poses.value)
+    saved = save_map(out, run.scene, run.writer, network, chosen)
+    _report(run, saved, json_)
+
+
+def _for_mapping(options: SourceOptions, mono: bool) -> SourceOptions:
+    from dataclasses import replace
+
+    return replace(options, use_depth=options.use_depth and not mono)
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    check_map_output(out)
+    if not overwrite and (out / MAP_MARKER).exists():
+        raise InputError(f'{out}: expected no map yet, found one; choose another --out or add '
+                         '--overwrite')
+
+
+def _check_source(source: FrameSource, poses: Poses) -> None:
+    """Depth without intrinsics has no shape; given poses must be there."""
+    if source.has_depth:
+        require_cameras(source)
+    if poses is Poses.GIVEN and not source.has_poses:
+        raise InputError(f'{source.name}: expected a pose for every image (--poses given), found '
+                         'images without; leave the option out')
+
+
+def _report(run: Run, saved: SavedMap, as_json: bool) -> None:
+    summary = summarise(run, saved)
+    if as_json:
+        print_json(summary)
+        return
+    print_table(f'map in {saved.path}', rows(summary))
+    note(f'find new images in it: ffrecon localize {saved.path} IMAGES')
+
+
+def summarise(run: Run, saved: SavedMap) -> dict[str, Any]:
+    """The figures of a run, as ``--json`` prints them."""
+    info = saved.info
+    summary: dict[str, Any] = {
+        'map': str(saved.path), 'frames': info.images, 'tracked': info.tracked,
+        'tracked_share': run.tracked_share, 'keyframes': info.keyframes, 'points': info.points,
+        'loops': run.stats.loops, 'relocalised': run.stats.relocalised,
+        'mapping_s': run.mapping_s, 'reading_s': run.reading_s, 'polish_s': run.polish_s,
+        'memory_bytes': info.files[MEMORY]['bytes'],
+        'reservoir_bytes': info.files[RESERVOIR]['bytes'],
+        'metres_per_unit': info.metres_per_unit, 'scale_source': info.scale_source,
+        'camera_source': info.camera_source, 'fx': info.camera.fx, 'error': None}
+    if len(run.truth):
+        summary['error'] = _error(run)
+    return summary
+
+
+def _error(run: Run) -> dict[str, float] | None:
+    try:
+        error = run.error()
+    except (InputError, DegenerateError) as problem:
+        note(f'no error against the poses of the source: {problem}')
+        return None
+    return {'ate_rmse': error.rmse, 'ate_median': error.median,
+            'rotation_median_deg': error.rotation_median_deg, 'scale': error.scale,
+            'straight_line_rmse': error.straight_line_rmse, 'path_length': error.path_length}
+
+
+def rows(summary: dict[str, Any]) -> dict[str, str]:
+    """The table of a run for people."""
+    table = {
+        'frames': f'{summary["frames"]}, {100 * summary["tracked_share"]:.1f} % tracked',
+        'keyframes': f'{summary["keyframes"]}, {summary["loops"]} loops closed',
+        'tracking and mapping': f'{summary["mapping_s"]:.1f} s '
+                                f'(reading {summary["reading_s"]:.1f} s beside it)',
+        'polish of the memory': f'{summary["polish_s"]:.1f} s',
+        'memory': f'{bytes_text(summary["memory_bytes"])}, all that localising needs',
+        'reservoir': f'{bytes_text(summary["reservoir_bytes"])}, only to resume',
+        'scale': _scale_text(summary),
+        'camera': f'{summary["camera_source"]}, fx {summary["fx"]:.1f} px'}
+    error = summary['error']
+    if error is not None:
+        kind = 'Sim(3)' if summary['metres_per_unit'] is None else 'SE(3)'
+        table[f'ATE after {kind}'] = (
+            f'{100 * error["ate_rmse"]:.2f} cm, {error["rotation_median_deg"]:.2f} deg over '
+            f'{error["path_length"]:.2f} m (a straight line: '
+            f'{100 * error["straight_line_rmse"]:.1f} cm)')
+    return table
+
+
+def _scale_text(summary: dict[str, Any]) -> str:
+    if summary['metres_per_unit'] is None:
+        return 'unknown (no depth)'
+    return f'{summary["metres_per_unit"]:g} m per unit, from {summary["scale_source"]}'
