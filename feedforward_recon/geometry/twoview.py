@@ -1,7 +1,8 @@
 """Relative pose of two calibrated views from matches: essential matrix, cheirality, parallax.
 
-The five-point solver (Nister 2004) also handles planar scenes; of the decompositions, the one
-that puts most points in front of both cameras is taken, and only if it wins clearly.
+Of the four decompositions of the essential matrix (five-point solver, Nister 2004), the one
+that puts most points in front of both cameras is taken, and only if it wins clearly. A plane
+seen twice allows two poses (Longuet-Higgins 1986), so planar scenes are refused.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from feedforward_recon.geometry.triangulate import ray_errors, triangulate
 
 MIN_MATCHES = 15
 CLEAR_WIN = 0.75
+PLANAR_SHARE = 0.95
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,17 @@ def relative_pose(xy_a: np.ndarray, xy_b: np.ndarray, focal_px: float,
         raise DegenerateError(f'expected one relative pose that most of {len(xy_a)} matches '
                               f'agree on, found {best} and {second} for the best two; move '
                               'the camera sideways')
+    _refuse_plane(xy_a, xy_b, candidates[0], threshold_px / focal_px, seed)
     return candidates[0]
+
+
+def _refuse_plane(xy_a: np.ndarray, xy_b: np.ndarray, two: TwoView, tolerance: float,
+                  seed: int) -> None:
+    a, b = xy_a[two.inliers], xy_b[two.inliers]
+    _, on_plane = cv2.findHomography(a, b, usac_params(2 * tolerance, seed))
+    if on_plane is not None and on_plane.sum() > PLANAR_SHARE * len(a):
+        raise DegenerateError(f'expected a scene with depth, found one plane ({on_plane.sum()} '
+                              f'of {len(a)} matches); show the camera more than a wall')
 
 
 def _essential(xy_a: np.ndarray, xy_b: np.ndarray, focal_px: float, threshold_px: float,

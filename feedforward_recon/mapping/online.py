@@ -37,6 +37,7 @@ from feedforward_recon.types import (Estimate, Frame, Keyframe, PointCloud, Stat
                                      Trajectory)
 
 log = logging.getLogger(__name__)
+START_POINTS = 50  # triangulated at once when a monocular map starts
 
 
 class Memory(Protocol):
@@ -94,10 +95,12 @@ class OnlineReconstructor:
         self._camera: Camera | None = None
         self._saw_depth = False
         self._records: list[FrameRecord] = []
-        self._start_map()
         self._policy = KeyframePolicy(config.keyframes)
+        self._start_map()
 
     def _start_map(self) -> None:
+        self._records = [replace(r, estimate=_unposed(r.estimate), T_keyframe_cam=None)
+                         for r in self._records]
         self._map = GrowingMap(self.config, self.encoder.dim)
         self._tracker = Tracker(self.config.tracking)
         self._written = 0
@@ -225,7 +228,8 @@ class OnlineReconstructor:
         except DegenerateError as error:
             log.debug('not yet: %s', error)
             return None
-        if two.parallax_deg < self.config.keyframes.min_parallax_deg:
+        firm = two.inliers & (two.angle_deg > self.config.keyframes.min_parallax_deg)
+        if firm.sum() < START_POINTS:
             return None
         self._waiting.pop()
         return Tracked(tracks.select(two.inliers), _exact(two.T_a_b, int(two.inliers.sum())))
@@ -276,7 +280,7 @@ class OnlineReconstructor:
         tracks = self._map.add_keyframe(view, features, tracked.fit.T_map_cam, tracked.tracks)
         newest = len(self._map) - 1
         self._map.triangulate_pending(newest)
-        if starting and newest > 0:
+        if starting and newest > 0 and self.poses == 'estimated':
             self._complete_start()
         tracks = self._map.reassociate(newest, view, tracks)
         self._sample_cloud(view)
@@ -403,6 +407,11 @@ class OnlineReconstructor:
                         self.camera_source)
 
     @property
+    def camera(self) -> Camera | None:
+        """The camera as the map knows it now; None before the first frame."""
+        return self._camera
+
+    @property
     def scale_source(self) -> str:
         """What the unit of the map rests on."""
         if self.poses == 'given':
@@ -447,6 +456,12 @@ class OnlineReconstructor:
 
 def _no_tracks(view: View) -> Tracks:
     return Tracks(view.gray, np.zeros(0, int), np.zeros((0, 2), np.float32))
+
+
+def _unposed(estimate: Estimate) -> Estimate:
+    """The estimate of a frame whose map was given up before it had depth."""
+    return replace(estimate, status=Status.INITIALISING, T_map_cam=None, covariance=None,
+                   reason='waiting for parallax', is_keyframe=False)
 
 
 def _exact(T_map_cam: np.ndarray, inliers: int) -> PoseFit:
