@@ -184,15 +184,14 @@ def _write_description(folder: Path, scene: SceneMap, encoder: Encoder,
         'schema_version': SCHEMA_VERSION,
         'package_version': __version__,
         'encoder': {'name': encoder.name, 'sha256': encoder.sha256},
-        'camera': {**asdict(camera), 'distortion': list(camera.distortion),
-                   'source': scene.camera_source},
+        'camera': {**asdict(camera), 'source': scene.camera_source},
         'scale': {'metres_per_unit': scene.metres_per_unit, 'source': scene.scale_source},
         'counts': {'images': len(scene.estimates), 'tracked': len(scene.trajectory),
                    'keyframes': len(scene.keyframes), 'points': len(scene.cloud)},
         'files': files,
-        'config': json.loads(json.dumps(to_dict(config)))}  # tuples become lists
-    (folder / MAP_MARKER).write_text(yaml.safe_dump(description, sort_keys=False),
-                                     encoding='utf-8')
+        'config': to_dict(config)}
+    plain = json.loads(json.dumps(description))  # no tuples, no NumPy numbers
+    (folder / MAP_MARKER).write_text(yaml.safe_dump(plain, sort_keys=False), encoding='utf-8')
 
 
 def _check_written(folder: Path, memory: SceneMemory) -> None:

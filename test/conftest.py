@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import json
 import os
 from pathlib import Path
 
@@ -32,3 +33,26 @@ def room_frames(room_camera):
 
     room = Room.generate(5)
     return list(render_walk(room, room_camera, room.walk(12, seed=1)))
+
+
+@pytest.fixture(scope='session')
+def walk_folder(tmp_path_factory):
+    """Thirty RGB-D frames of 320x240 with exact poses, as a folder with cameras.json."""
+    import cv2
+    import numpy as np
+
+    from feedforward_recon.synthetic import Room, render_walk
+
+    folder, room = tmp_path_factory.mktemp('walk'), Room.generate(5)
+    camera = Camera.from_fov(70.0, (320, 240))
+    entries = []
+    for index, frame in enumerate(render_walk(room, camera, room.walk(90, seed=1)[:30])):
+        for name, pixels in (('images', frame.image[..., ::-1]),
+                             ('depth', np.rint(1000 * frame.depth).astype(np.uint16))):
+            (folder / name).mkdir(exist_ok=True)
+            assert cv2.imwrite(str(folder / name / f'{index:03d}.png'), pixels)
+        entries.append({'file': f'images/{index:03d}.png', 'depth': f'depth/{index:03d}.png',
+                        'timestamp': frame.stamp_ns / 1e9, 'K': camera.K.tolist(),
+                        'T_world_camera': frame.T_map_cam.tolist()})
+    (folder / 'cameras.json').write_text(json.dumps({'frames': entries}))
+    return folder

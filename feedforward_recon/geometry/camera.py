@@ -62,7 +62,7 @@ class Camera:
             raise InputError('expected a horizontal field of view of 1..179 degrees, found '
                              f'{horizontal_fov_deg}')
         width, height = size_wh
-        focal_px = 0.5 * width / np.tan(0.5 * np.deg2rad(horizontal_fov_deg))
+        focal_px = float(0.5 * width / np.tan(0.5 * np.deg2rad(horizontal_fov_deg)))
         return Camera(width, height, focal_px, focal_px, (width - 1) / 2, (height - 1) / 2)
 
     @property
