@@ -13,7 +13,7 @@ from feedforward_recon.geometry.transforms import inverse, transform_points
 from feedforward_recon.geometry.triangulate import ray_errors, triangulate
 from feedforward_recon.mapping.keyframes import MapKeyframe, View
 from feedforward_recon.mapping.landmarks import LandmarkTable
-from feedforward_recon.mapping.matching import Tracks, match_guided, spread
+from feedforward_recon.mapping.matching import Tracks, match_guided, match_mutual, spread
 from feedforward_recon.types import Features, Keyframe
 
 log = logging.getLogger(__name__)
@@ -21,6 +21,8 @@ SAME_POINT_PX = 2.0
 GUIDED_RADIUS_PX = 5.0
 SAME_DEPTH = 0.05
 NEIGHBOURS = 20
+MIN_BASELINE = 0.04  # of the typical depth, for matches to be triangulated
+MATCHED_KEYFRAMES = 2
 
 
 class GrowingMap:
@@ -92,6 +94,44 @@ class GrowingMap:
             worst * focal_px < self.config.tracking.outlier_px)
         table.set_points_map(ids[good], points[good], self.T_map_cam)
         return int(good.sum())
+
+    def triangulate_matches(self, id_: int) -> int:
+        """New landmarks from features that match those of other keyframes by descriptor.
+
+        Only features whose depth is unknown: with sensor depth there is nothing to gain.
+        """
+        table, found = self.landmarks, 0
+        tied = table.shared(table.seen_by(id_), len(self))[:id_]
+        baseline = np.linalg.norm(self.T_map_cam[:id_, :3, 3] - self.T_map_cam[id_, :3, 3], axis=1)
+        apart = baseline > MIN_BASELINE * self.typical_depth(id_)
+        for other in np.argsort(-tied * apart, kind='stable')[:MATCHED_KEYFRAMES]:
+            if apart[other] and tied[other] > 0:
+                found += self._match_pair(self.keyframes[id_], self.keyframes[other])
+        return found
+
+    def _match_pair(self, new: MapKeyframe, old: MapKeyframe) -> int:
+        free = [np.flatnonzero((k.landmark < 0) & np.isnan(k.points_cam[:, 2]))
+                for k in (new, old)]
+        a, b = match_mutual(new.features.descriptors[free[0]],
+                            old.features.descriptors[free[1]],
+                            self.config.tracking.match_similarity)
+        a, b = free[0][a], free[1][b]
+        px = [new.features.keypoints[a], old.features.keypoints[b]]
+        T = self.T_map_cam[np.repeat([new.id, old.id], len(a))]
+        xy = np.concatenate([new.camera.normalise(px[0]), old.camera.normalise(px[1])])
+        points, angle_deg = triangulate(T, xy, np.tile(np.arange(len(a)), 2), len(a))
+        error = ray_errors(T, xy, np.tile(np.nan_to_num(points), (2, 1))).reshape(2, -1).max(0)
+        good = (angle_deg > self.config.keyframes.min_parallax_deg) & (
+            error * new.camera.fx < SAME_POINT_PX)
+        a, b, count = a[good], b[good], int(good.sum())
+        ids = self.landmarks.add(old.id, np.full((count, 3), np.nan), old.features.descriptors[b])
+        self.landmarks.set_points_map(ids, points[good], self.T_map_cam)
+        unknown = np.full(count, np.nan)
+        for keyframe, rows, seen, half in ((new, a, px[0], 0), (old, b, px[1], 1)):
+            keyframe.landmark[rows] = ids
+            self.landmarks.observe(ids, keyframe.id, seen[good],
+                                   xy.reshape(2, -1, 2)[half][good], unknown, 1.0)
+        return count
 
     # -- seeing known landmarks again ------------------------------------------------------
 

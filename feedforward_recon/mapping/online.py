@@ -283,6 +283,7 @@ class OnlineReconstructor:
         if starting and newest > 0 and self.poses == 'estimated':
             self._complete_start()
         tracks = self._map.reassociate(newest, view, tracks)
+        self._map.triangulate_matches(newest)
         self._sample_cloud(view)
         self.stats.keyframes += 1
         return replace(tracked, tracks=tracks)
