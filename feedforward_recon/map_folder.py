@@ -224,8 +224,11 @@ def _read_description(folder: Path) -> MapInfo:
         values = yaml.safe_load(file.read_text(encoding='utf-8'))
         _check_version(file, values['schema_version'])
         return _parsed(values)
+    except ConfigError as error:
+        raise MapError(f'{file}: expected settings that this version knows, found {error}; '
+                       'update feedforward_recon or map again') from error
     except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError,
-            ConfigError, InputError) as error:
+            InputError) as error:
         raise MapError(f'{file}: expected the description of a map, found a damaged one '
                        f'({type(error).__name__}: {error}); map again') from error
 

@@ -20,7 +20,7 @@ from feedforward_recon.types import Estimate, PointCloud, Status, Trajectory
 
 CONFIG = MapperConfig(memory=MemoryConfig(hidden_dim=64, blocks=2, slots=2000, reservoir=3000,
                                           batch=256, steps_per_keyframe=1),
-                      localizer=LocalizerConfig(network_candidates=50, radii_px=(10.0, 4.0)))
+                      localizer=LocalizerConfig(network_candidates=50))
 SCENE = OracleScene.generate(0)
 
 
@@ -155,7 +155,7 @@ DAMAGE = {
     'binary description': (lambda f: (f / 'map.yaml').write_bytes(b'\xff\xfe\x80'), 'damaged'),
     'truncated description': (lambda f: truncate(f / 'map.yaml'), 'damaged|range|expected'),
     'no camera': (lambda f: edit(f / 'map.yaml', camera=None), 'damaged'),
-    'unknown setting': (lambda f: edit(f / 'map.yaml', config={'memori': {}}), 'memory'),
+    'unknown setting': (lambda f: edit(f / 'map.yaml', config={'memori': {}}), 'update feedforward_recon'),
 }
 
 

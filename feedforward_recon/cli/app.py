@@ -15,7 +15,7 @@ from feedforward_recon.cli.localize import localize_command
 from feedforward_recon.cli.mapping import map_command
 from feedforward_recon.cli.maps import export_command, info_command
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False,
+app = typer.Typer(name='ffrecon', add_completion=False, pretty_exceptions_enable=False,
                   context_settings={'help_option_names': ['-h', '--help']})
 
 

@@ -106,6 +106,9 @@ def bench_command() -> int:
     """Measure everything the README claims; needs a checkout and the data of FFRECON_DATA.
 
     Same as `make bench`: writes benchmarks/results/*.json and the tables of docs/benchmarks.md.
+
+    Example:
+      FFRECON_DATA=~/data ffrecon bench
     """
     checkout = Path(__file__).resolve().parents[2]
     if not (checkout / 'benchmarks' / 'run_all.py').is_file():

@@ -36,7 +36,8 @@ def run(app: typer.Typer, arguments: Sequence[str] | None) -> int:
     """
     _log_to_stderr()
     try:
-        code = app(None if arguments is None else list(arguments), standalone_mode=False)
+        code = app(None if arguments is None else list(arguments), prog_name=app.info.name,
+                   standalone_mode=False)
     except USAGE_ERROR as error:
         return _fail(error.format_message(), BAD_INPUT)
     except ReconError as error:
