@@ -66,8 +66,10 @@ class LocalizerConfig:
     search_px: float = option(8.0, 'agreement threshold of the robust search', low=0.5,
                               high=50.0, unit='px')
     search_iterations: int = option(500, 'samples of the robust search', low=10, high=100_000)
-    radii_px: tuple = option((12.0, 5.0), 'radii of the guided re-matching, one pass each',
-                             unit='px')
+    rematch_radius: float = option(0.04, 'radius of the guided re-matching, as a share of the '
+                                   'image width', low=0.005, high=0.5)
+    rematch_similarity: float = option(0.8, 'lowest cosine of a guided match', low=0.0,
+                                       high=1.0)
     min_votes: int = option(20, 'fewest candidates that must agree with a first pose', low=6)
     min_inliers: int = option(60, 'fewest matches that must agree with the final pose', low=6)
     min_score: float = option(0.1, 'lowest share of candidates that must agree', low=0.0,
@@ -130,6 +132,8 @@ class RefineConfig:
     window: int = option(6, 'newest keyframes refined after each keyframe', low=2, high=50)
     window_fixed: int = option(14, 'older keyframes that hold the window', low=1, high=200)
     window_steps: int = option(4, 'optimisation steps after each keyframe', low=0, high=100)
+    loop_steps: int = option(4, 'optimisation steps over the whole map after a loop', low=0,
+                             high=100)
     global_steps: int = option(15, 'optimisation steps over the whole map', low=0, high=500)
     max_keyframes: int = option(400, 'keyframes refined at once; older ones hold', low=10,
                                 high=5000)
@@ -141,10 +145,10 @@ class RefineConfig:
 class LoopConfig:
     """Recognising places seen before."""
 
-    candidates: int = option(4, 'old keyframes verified per keyframe', low=0, high=50)
+    candidates: int = option(3, 'old keyframes verified per keyframe', low=0, high=50)
     min_age: int = option(8, 'keyframes between a loop and its candidate', low=2, high=1000)
     min_inliers: int = option(30, 'fewest matches that must agree with a loop', low=8, high=1000)
-    correct_px: float = option(8.0, 'map error in the image beyond which a loop bends the whole '
+    correct_px: float = option(2.0, 'map error in the image beyond which a loop bends the whole '
                                'trajectory at once', low=1, high=500, unit='px')
 
 

@@ -1,10 +1,10 @@
 """``Localizer``: one image, one frozen memory, a pose - or an honest refusal.
 
-    features -> candidates (slots by attention, network by regression) -> robust PnP
+    features -> candidates (nearest slots, network regression) -> robust PnP
              -> guided re-matching around the pose -> refinement -> accept or refuse
 
 The global candidates only have to be right often enough for the robust search; the accuracy
-comes from projecting all slots with the first pose and matching again within a few pixels.
+comes from projecting all slots with the first pose and matching again in the neighbourhood.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from feedforward_recon.memory.snapshot import SceneMemory
 from feedforward_recon.model import Encoder
 from feedforward_recon.types import Estimate, Features, Frame, Status
 
-NEIGHBOURS = 4
-ATTENTION_TEMPERATURE = 0.05
+NEIGHBOURS = 8
+REMATCH_PASSES = 2
 MIN_SIGMA_PX = 1.5
 OUTLIER_SIGMAS = 3.0
 
@@ -99,8 +99,8 @@ class Localizer:
         fit = self._search(candidates, camera, T_map_cam_hint)
         if fit is None:
             return _refusal('NO_CONSISTENT_POSE')
-        for radius_px in self.config.radii_px:
-            slots = self._attend(features, camera, fit.T_map_cam, radius_px)
+        for _ in range(REMATCH_PASSES):
+            slots = self._rematch(features, camera, fit.T_map_cam)
             matches = slots.joined(network.select(~np.isin(network.feature, slots.feature)))
             fit = refine_pose(fit.T_map_cam, matches.points, matches.pixels, camera,
                               sigma_px=matches.sigma_px, outlier_px=OUTLIER_SIGMAS)
@@ -140,28 +140,29 @@ class Localizer:
         found = [fit for fit in fits if fit is not None and fit.count >= config.min_votes]
         return max(found, key=lambda fit: fit.count) if found else None
 
-    def _attend(self, features: Features, camera: Camera, T_map_cam: np.ndarray,
-                radius_px: float) -> Matches:
-        """Slots seen from a pose, read by softmax attention among those near each feature."""
+    def _rematch(self, features: Features, camera: Camera, T_map_cam: np.ndarray) -> Matches:
+        """Slots seen from a pose and features near them that choose each other.
+
+        The radius is wide on purpose: matches confined to a few pixels would confirm whatever
+        pose they were predicted from.
+        """
         visible, pixels = self._visible(camera, T_map_cam)
         if not len(visible):
             return _no_matches()
+        radius_px = self.config.rematch_radius * camera.width
         tree = cKDTree(features.keypoints)
         _, near = tree.query(pixels, NEIGHBOURS, distance_upper_bound=radius_px)
         row, column = np.nonzero(near < len(features))
         slot, feature = visible[row], near[row, column]
-        similarity = np.einsum('nd,nd->n', self._values[slot], features.descriptors[feature])
-        alike = similarity > self.config.min_similarity
-        slot, feature, similarity = slot[alike], feature[alike], similarity[alike]
-        attention = np.exp((similarity - 1) / ATTENTION_TEMPERATURE)
-        total = np.bincount(feature, attention, len(features))
-        read = np.flatnonzero(total)
-        points = np.stack([np.bincount(feature, attention * self.memory.points[slot, axis],
-                                       len(features))[read] for axis in range(3)], 1)
-        best = np.zeros(len(features))
-        np.maximum.at(best, feature, similarity)
-        return Matches(points / total[read, None], features.keypoints[read], read,
-                       _slot_sigma_px(best[read]))
+        likeness = np.einsum('nd,nd->n', self._values[slot], features.descriptors[feature])
+        best_of_feature = np.full(len(features), self.config.rematch_similarity)
+        best_of_slot = np.full(len(self._values), self.config.rematch_similarity)
+        np.maximum.at(best_of_feature, feature, likeness)
+        np.maximum.at(best_of_slot, slot, likeness)
+        mutual = (likeness >= best_of_feature[feature]) & (likeness >= best_of_slot[slot])
+        slot, feature = slot[mutual], feature[mutual]
+        return Matches(self.memory.points[slot], features.keypoints[feature], feature,
+                       _slot_sigma_px(likeness[mutual]))
 
     def _visible(self, camera: Camera, T_map_cam: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Slots in front of the camera and inside the image, and their pixels [M, 2]."""

@@ -2,7 +2,7 @@
 
 Two readings of one scene. The *coordinate network* is global and smooth: any descriptor gets
 a point, in constant time. The *landmark slots* are local and exact: a bounded table of fused
-descriptors with their points, read by attention. Both are stored quantised (fp16, int8,
+descriptors with their points, read by nearest neighbour. Both are stored quantised (fp16, int8,
 uint16), and queries run on exactly these bytes, so what is saved is what was measured.
 """
 

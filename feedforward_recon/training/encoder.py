@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from feedforward_recon.training.data import PairStream
 from feedforward_recon.training.losses import confidence_loss, matching_loss
 
 log = logging.getLogger(__name__)
+WORD_BATCHES = 40
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,10 @@ class EncoderTrainer:
             self.step += 1
             if self.step % 50 == 0:
                 self._log(report)
-            if self.step % self.settings.save_every == 0 or self.step == self.settings.steps:
+            if self.step % self.settings.save_every == 0:
                 self._save()
+        self._fit_words(loader)
+        self._save()
 
     def _step(self, images: torch.Tensor, pixels: torch.Tensor) -> dict[str, float]:
         """One optimisation step on images [B, 2, 3, H, W] and pixels [B, 2, N, 2]."""
@@ -90,6 +95,16 @@ class EncoderTrainer:
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 2.0)
         self.optimiser.step()
         return {'loss': float(match.detach()), 'mutual': float(mutual.float().mean())}
+
+    @torch.inference_mode()
+    def _fit_words(self, loader: Iterator[list[torch.Tensor]]) -> None:
+        """Set the visual words from descriptors of a few more batches."""
+        self.network.eval()
+        descriptors = []
+        for images, pixels in itertools.islice(loader, WORD_BATCHES):
+            found, logits = self.network(images[:, 0], pixels[:, 0])
+            descriptors.append(found[logits > 0].numpy())
+        fit_words(self.network, np.concatenate(descriptors), self.settings.seed)
 
     def _learning_rate(self) -> float:
         warm = min(1.0, (self.step + 1) / 100)
@@ -126,7 +141,8 @@ def fit_words(network: CompactNetwork, descriptors: np.ndarray, seed: int,
               rounds: int = 25) -> None:
     """Set the visual words of the global descriptor by k-means on descriptors [N, D]."""
     points = torch.from_numpy(descriptors)
-    chosen = np.random.default_rng(seed).choice(len(points), len(network.words), replace=False)
+    count = len(network.words)
+    chosen = np.random.default_rng(seed).choice(len(points), count, replace=len(points) < count)
     words = points[chosen].clone()
     for _ in range(rounds):
         nearest = (points @ words.T).argmax(1)
