@@ -320,3 +320,22 @@ def test_maps_open_again_with_their_settings(mapped):
     info = load_map(mapped[0]).info
     assert info.config.memory.slots == 6000
     assert info.scale_source == 'given poses'
+
+
+# Training
+
+
+def test_training_commands(tmp_path, capsys):
+    from feedforward_recon.training.cli import main as train
+
+    assert train(['rooms', '--out', str(tmp_path / 'rooms'), '--count', '1']) == 0
+    with np.load(tmp_path / 'rooms' / 'r0000.npz') as views:
+        assert views['image'].shape == (10, 360, 480, 3)
+        assert views['depth'].min() > 0
+    assert train(['encoder', '--help']) == 0
+    assert '--photos' in capsys.readouterr().out
+    assert train(['encoder', '--photos', str(tmp_path), '--out', str(tmp_path / 'run')]) == 2
+    assert train(['encoder', '--steps', 'many']) == 2
+    error, usage = capsys.readouterr().err.splitlines()
+    assert error.startswith('error: expected *.jpg photos')
+    assert usage.startswith('error: Invalid value')

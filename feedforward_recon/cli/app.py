@@ -19,7 +19,7 @@ app = typer.Typer(name='ffrecon', add_completion=False, pretty_exceptions_enable
                   context_settings={'help_option_names': ['-h', '--help']})
 
 
-def _taught(command: Callable[..., Any]) -> str:
+def taught(command: Callable[..., Any]) -> str:
     """The docstring for --help: paragraphs wrap with the terminal, indented lists stay."""
     paragraphs = inspect.cleandoc(command.__doc__ or '').split('\n\n')
     return '\n\n'.join(f'\b\n{text}' if '\n  ' in text else ' '.join(text.split())
@@ -42,11 +42,11 @@ def root(context: typer.Context,
         typer.echo(context.get_help())
 
 
-app.callback(invoke_without_command=True, help=_taught(root))(root)
+app.callback(invoke_without_command=True, help=taught(root))(root)
 
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
     'demo': demo_command, 'map': map_command, 'localize': localize_command, 'info': info_command,
     'eval': eval_command, 'export': export_command, 'bench': bench_command}
 for _name, _command in COMMANDS.items():
-    app.command(_name, help=_taught(_command))(_command)
+    app.command(_name, help=taught(_command))(_command)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 
 from feedforward_recon.cli.mapping import rows, summarise
 from feedforward_recon.cli.options import Json
@@ -32,8 +33,8 @@ from feedforward_recon.types import Estimate, FloatArray
 # Neither room is among those the encoder was trained on (seeds 1000 to 1149).
 ROOM_SEED, OTHER_ROOM_SEED, WALK_SEED = 7, 8, 0
 CAMERA = Camera.from_fov(68.0, (480, 360))
-FRAMES, VIEWS, OTHER_VIEWS = 160, 40, 20
-POLISH_STEPS = 500  # a short walk is learnt sooner than the default expects
+FRAMES, FPS, VIEWS, OTHER_VIEWS = 170, 7.0, 40, 20  # one slow turn around the room
+POLISH_STEPS = 400  # a short walk is learnt sooner than the default expects
 MAX_ATE_M, MIN_RECALL_5CM = 0.03, 0.90
 OVERVIEW = 'overview.png'
 
@@ -72,8 +73,8 @@ def demo_command(out: Out = Path('out/demo'), json_: Json = False) -> int:
     config = MapperConfig(memory=MemoryConfig(polish_steps=POLISH_STEPS))
     encoder = CompactEncoder.load(config=config.encoder)
     room = Room.generate(ROOM_SEED)
-    walk = room.walk(FRAMES, WALK_SEED)
-    run = map_frames(render_walk(room, CAMERA, walk), len(walk), encoder, config)
+    walk = room.walk(FRAMES, WALK_SEED, FPS)
+    run = map_frames(render_walk(room, CAMERA, walk, fps=FPS), len(walk), encoder, config)
     saved = save_map(out, run.scene, run.writer, encoder, config)
     found = _query(load_map(out).localizer(encoder), run, room, walk)
     _draw(saved, run, found)
@@ -86,11 +87,12 @@ def demo_command(out: Out = Path('out/demo'), json_: Json = False) -> int:
     return DONE if summary['passed'] else REFUSED
 
 
-def _query(localizer: Localizer, run: Run, room: Room, walk: list[FloatArray]) -> Found:
+def _query(localizer: Localizer, run: Run, room: Room, walk: list[NDArray[np.float64]]
+           ) -> Found:
     """Localise views beside the walk, and views of another room."""
     views = room.held_out_views(walk, VIEWS, WALK_SEED)
     other = Room.generate(OTHER_ROOM_SEED)
-    elsewhere = other.held_out_views(other.walk(FRAMES, WALK_SEED), OTHER_VIEWS, WALK_SEED)
+    elsewhere = other.held_out_views(other.walk(FRAMES, WALK_SEED, FPS), OTHER_VIEWS, WALK_SEED)
     with progress_bar('localising', VIEWS + OTHER_VIEWS) as bar:
         held_out = [localizer.localize(frame)
                     for frame in bar.over(render_walk(room, CAMERA, views))]
