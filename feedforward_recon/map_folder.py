@@ -154,9 +154,10 @@ def save_map(path: str | Path, scene: SceneMap, writer: MemoryWriter, encoder: E
     Raises InputError when the folder cannot be written, MapError when there is nothing to save
     or the disk does not give back what was written.
     """
-    if not scene.keyframes:
-        raise MapError(f'{path}: expected at least one keyframe to save, found none; give '
-                       'sharper, textured images that overlap')
+    if not scene.keyframes or not writer.filled:
+        raise MapError(f'{path}: expected a map that views can be found in, found '
+                       f'{len(scene.keyframes)} keyframes and {writer.filled} points; give sharp '
+                       'images of a textured place, from a camera that moves sideways')
     memory = writer.snapshot()
     with atomic_folder(path) as folder:
         try:

@@ -204,8 +204,9 @@ def test_a_map_replaces_a_map_and_nothing_else(folder, tmp_path):
 def test_a_failed_save_leaves_the_older_map(folder, monkeypatch):
     before = (folder / 'map.yaml').read_bytes()
     scene, writer = make(keyframes=2)
-    with pytest.raises(MapError, match='at least one keyframe'):
-        save_map(folder, SceneMap(), writer, Encoder(), CONFIG)
+    for nothing in ((SceneMap(), writer), (scene, MemoryWriter(CONFIG.memory, DIM))):
+        with pytest.raises(MapError, match='expected a map that views can be found in'):
+            save_map(folder, *nothing, Encoder(), CONFIG)
     monkeypatch.setattr(MemoryWriter, 'state', lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_map(folder, scene, writer, Encoder(), CONFIG)
