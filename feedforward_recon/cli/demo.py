@@ -34,7 +34,7 @@ from feedforward_recon.types import Estimate, FloatArray
 ROOM_SEED, OTHER_ROOM_SEED, WALK_SEED = 7, 8, 0
 CAMERA = Camera.from_fov(68.0, (480, 360))
 FRAMES, FPS, VIEWS, OTHER_VIEWS = 170, 7.0, 40, 20  # one slow turn around the room
-POLISH_STEPS = 400  # a short walk is learnt sooner than the default expects
+POLISH_STEPS = 300  # a short walk is learnt sooner than the default expects
 MAX_ATE_M, MIN_RECALL_5CM = 0.03, 0.90
 OVERVIEW = 'overview.png'
 
