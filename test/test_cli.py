@@ -13,6 +13,7 @@ import pytest
 from feedforward_recon.cli import main
 from feedforward_recon.cli.options import settings
 from feedforward_recon.cli.session import map_frames
+from feedforward_recon.cli.terminal import print_json
 from feedforward_recon.config import MapperConfig
 from feedforward_recon.errors import ConfigError
 from feedforward_recon.geometry.transforms import pose_error
@@ -146,6 +147,11 @@ def test_recall_is_printed_where_the_source_knows_the_truth(mapped, walk_folder,
                  str(answers_file)]) == 0
     assert 'within 5 cm and 5 deg' in capsys.readouterr().out
     assert len(json.loads(answers_file.read_text())) == len(answers)
+
+
+def test_json_has_no_infinity(capsys):
+    print_json({'median_m': float('inf'), 'recall': (0.5, float('nan'))})
+    assert json.loads(capsys.readouterr().out) == {'median_m': None, 'recall': [0.5, None]}
 
 
 def test_settings_come_from_a_file_and_then_from_set(tmp_path):

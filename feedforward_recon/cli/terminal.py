@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -75,8 +76,16 @@ def note(text: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """The only thing on stdout with --json."""
-    print(json.dumps(value, allow_nan=False))
+    """The only thing on stdout with --json; infinite errors become null, as JSON has none."""
+    print(json.dumps(_finite(value), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(title: str, rows: Mapping[str, str] | Sequence[Sequence[str]],
