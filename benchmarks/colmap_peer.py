@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
-from benchmarks.common import DRIVE, KITCHEN, load_frames, trajectory_entry, true_trajectory
+from benchmarks.common import (
+    DRIVE,
+    KITCHEN,
+    Clock,
+    load_frames,
+    trajectory_entry,
+    true_trajectory,
+)
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.types import Frame, Trajectory
 
 SEED = 0
 
 
-def map_with_colmap(frames: list[Frame], mapper: str, matching: str) -> tuple[Trajectory, float]:
-    """Poses of the largest model, and seconds for features, matching and mapping.
+def map_with_colmap(frames: list[Frame], mapper: str, matching: str) -> tuple[Trajectory, Clock]:
+    """Poses of the largest model, and the time of features, matching and mapping.
 
     mapper: 'incremental' or 'global'. matching: 'exhaustive' or 'sequential'. Options are the
     defaults of pycolmap, except that the given intrinsics stay as they are.
@@ -32,7 +38,7 @@ def map_with_colmap(frames: list[Frame], mapper: str, matching: str) -> tuple[Tr
         root = Path(folder)
         names = _write_images(frames, root / 'images')
         database = root / 'database.db'
-        started = time.perf_counter()
+        clock = Clock()
         reader = pycolmap.ImageReaderOptions(camera_model='PINHOLE', camera_params=_params(camera))
         pycolmap.extract_features(database, root / 'images', reader_options=reader,
                                   camera_mode=pycolmap.CameraMode.SINGLE)
@@ -40,8 +46,8 @@ def map_with_colmap(frames: list[Frame], mapper: str, matching: str) -> tuple[Tr
                  'sequential': pycolmap.match_sequential}[matching]
         match(database)
         models = _run_mapper(mapper, database, root)
-        seconds = time.perf_counter() - started
-        return _trajectory(models, dict(zip(names, frames, strict=True))), seconds
+        clock.stop()
+        return _trajectory(models, dict(zip(names, frames, strict=True))), clock
 
 
 def _write_images(frames: list[Frame], folder: Path) -> list[str]:
@@ -95,7 +101,7 @@ def run() -> dict[str, Any]:
         truth = true_trajectory(frames)
         for matching in matchings:
             for mapper in ('incremental', 'global'):
-                estimated, seconds = map_with_colmap(frames, mapper, matching)
+                estimated, clock = map_with_colmap(frames, mapper, matching)
                 rows[f'{name} | pycolmap {mapper}, {matching} matching'] = trajectory_entry(
-                    estimated, truth, 'sim3', len(frames), seconds)
+                    estimated, truth, 'sim3', len(frames), clock)
     return rows

@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import subprocess
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,24 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / 'results'
 LIBRARIES = ('numpy', 'scipy', 'torch', 'opencv-python-headless', 'opencv-python', 'pycolmap')
 KITCHEN, DRIVE = '7scenes_redkitchen', 'kitti_seq2'
+
+
+class Clock:
+    """Runs from its construction to ``stop``.
+
+    seconds: wall time. cpu_seconds: of all threads of this process, which other work on the
+    machine hardly lengthens.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = self.cpu_seconds = 0.0
+        self._started = time.perf_counter(), time.process_time()
+
+    def stop(self) -> Clock:
+        """Set both times to what has passed; returns itself."""
+        self.seconds = time.perf_counter() - self._started[0]
+        self.cpu_seconds = time.process_time() - self._started[1]
+        return self
 
 
 def data_root() -> Path:
@@ -51,10 +70,11 @@ def true_trajectory(frames: list[Frame]) -> Trajectory:
 
 
 def trajectory_entry(estimated: Trajectory, truth: Trajectory, alignment: str,
-                     total: int, seconds: float) -> dict[str, Any]:
+                     total: int, clock: Clock) -> dict[str, Any]:
     """Row of a mapping table: accuracy, how many of ``total`` images have a pose, time."""
     row: dict[str, Any] = {'alignment': alignment, 'images': total, 'tracked': len(estimated),
-                           'seconds': seconds, 'error': None}
+                           'seconds': clock.seconds, 'cpu_seconds': clock.cpu_seconds,
+                           'error': None}
     if len(estimated) >= 3:
         error: TrajectoryError = absolute_trajectory_error(estimated, truth, alignment)
         row['error'] = dataclasses.asdict(error)

@@ -62,8 +62,8 @@ def given_poses(known: list[Frame], unknown: list[Frame], config: MapperConfig) 
     """Map with the true poses, localise the rest."""
     mapped = map_frames(known, config, poses='given')
     row = localisation_entry(Answerer(mapped, config), unknown, mapped.memory.nbytes,
-                             mapped.seconds)
-    return {**row, 'polish_seconds': mapped.polish_seconds}
+                             mapped.mapping)
+    return {**row, 'polish_seconds': mapped.polish.seconds}
 
 
 def own_poses(known: list[Frame], unknown: list[Frame]) -> dict[str, Any]:
@@ -71,8 +71,8 @@ def own_poses(known: list[Frame], unknown: list[Frame]) -> dict[str, Any]:
     mapped = map_frames(known)
     to_truth = alignment_to(true_trajectory(known), mapped.scene.trajectory, with_scale=False)
     row = localisation_entry(Answerer(mapped, to_truth=to_truth), unknown, mapped.memory.nbytes,
-                             mapped.seconds)
-    return {**row, 'polish_seconds': mapped.polish_seconds}
+                             mapped.mapping)
+    return {**row, 'polish_seconds': mapped.polish.seconds}
 
 
 def run_wrong_places() -> dict[str, Any]:

@@ -29,6 +29,7 @@ def entry(frames: list[Frame], alignment: str) -> dict[str, Any]:
     """Map frames without their poses and compare with them."""
     mapped = map_frames(frames)
     row = trajectory_entry(mapped.scene.trajectory, true_trajectory(frames), alignment,
-                           len(frames), mapped.seconds)
-    return {**row, 'cpu_seconds': mapped.cpu_seconds, 'polish_seconds': mapped.polish_seconds,
+                           len(frames), mapped.mapping)
+    return {**row, 'polish_seconds': mapped.polish.seconds,
+            'polish_cpu_seconds': mapped.polish.cpu_seconds,
             'keyframes': len(mapped.scene.keyframes), 'nbytes': mapped.memory.nbytes}

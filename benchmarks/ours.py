@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from benchmarks.common import Clock
 from feedforward_recon.config import MapperConfig
 from feedforward_recon.evaluation import associate
 from feedforward_recon.geometry.align import Alignment, align_points
@@ -26,34 +26,31 @@ from feedforward_recon.types import Frame, Trajectory
 class Mapped:
     """A mapped walk.
 
-    seconds: wall time of reading, tracking, mapping and the last refinement; cpu_seconds: the
-    same of all threads, which other work on the machine does not lengthen; polish_seconds:
-    wall time of fitting the memory at the end.
+    mapping: time of tracking, mapping and the last refinement. polish: time of fitting the
+    memory at the end.
     """
 
     scene: SceneMap
     memory: SceneMemory
-    seconds: float
-    cpu_seconds: float
-    polish_seconds: float
+    mapping: Clock
+    polish: Clock
 
 
 def map_frames(frames: Iterable[Frame], config: MapperConfig | None = None, *,
-               poses: Literal['estimated', 'given'] = 'estimated', polish: bool = True) -> Mapped:
+               poses: Literal['estimated', 'given'] = 'estimated') -> Mapped:
     """Map frames one by one into a memory, then polish the memory."""
     config = config or MapperConfig()
     encoder = CompactEncoder.load(config=config.encoder)
     writer = MemoryWriter(config.memory, encoder.dim)
-    started, cpu_started = time.perf_counter(), time.process_time()
+    mapping = Clock()
     reconstructor = OnlineReconstructor(config, encoder, writer, poses=poses)
     for frame in frames:
         reconstructor.process(frame)
     scene = reconstructor.finish()
-    ended, cpu_ended = time.perf_counter(), time.process_time()
-    if polish:
-        writer.polish()
-    return Mapped(scene, writer.snapshot(), ended - started, cpu_ended - cpu_started,
-                  time.perf_counter() - ended)
+    mapping.stop()
+    polish = Clock()
+    writer.polish()
+    return Mapped(scene, writer.snapshot(), mapping, polish.stop())
 
 
 class Answerer:

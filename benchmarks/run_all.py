@@ -39,7 +39,8 @@ def main() -> None:
     unknown = sorted(set(names) - set(ENTRIES))
     if unknown:
         parser.error(f'expected names of {", ".join(ENTRIES)}, found {", ".join(unknown)}')
-    logging.basicConfig(level=logging.INFO, format='%(message)s')
+    logging.basicConfig(format='%(message)s')
+    log.setLevel(logging.INFO)
     for name in names:
         started = time.perf_counter()
         path = write_result(name, measure(name))

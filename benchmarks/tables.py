@@ -1,4 +1,7 @@
-"""docs/benchmarks.md from benchmarks/results/*.json: ``python -m benchmarks.tables``."""
+"""docs/benchmarks.md, and the figures of README.md, from benchmarks/results/*.json.
+
+Run as ``python -m benchmarks.tables``.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import REPOSITORY, RESULTS
+from benchmarks.common import DRIVE, KITCHEN, REPOSITORY, RESULTS
 from feedforward_recon.evaluation import RECALL_THRESHOLDS
 
-PAGE = REPOSITORY / 'docs' / 'benchmarks.md'
+PAGE, README = REPOSITORY / 'docs' / 'benchmarks.md', REPOSITORY / 'README.md'
+MARKS = '<!-- measured -->', '<!-- /measured -->'
 INTRODUCTION = """# Benchmarks
 
 Written by `make bench` (`python -m benchmarks.run_all`, then `python -m benchmarks.tables`) from
@@ -33,6 +37,19 @@ def page(results: Path = RESULTS) -> str:
             parts += [f'## {title}', notes, table(rows, columns),
                       '\n'.join(map(_origin, contents))]
     return '\n\n'.join(part.strip() for part in parts) + '\n'
+
+
+def front_page(text: str, results: Path = RESULTS) -> str:
+    """The README with the lines between its marks replaced by the headline figures."""
+    before, rest = text.split(MARKS[0])
+    lines = ['| measured | |', '|---|---|']
+    for name, case, label, sentence in HEADLINES:
+        path = results / f'{name}.json'
+        row = json.loads(path.read_text(encoding='utf-8'))['rows'].get(case) if path.exists() \
+            else None
+        if row is not None:
+            lines.append(f'| {label} | {sentence(row)} |')
+    return '\n'.join([before + MARKS[0], *lines, MARKS[1] + rest.split(MARKS[1])[1]])
 
 
 def table(rows: dict[str, Row], columns: dict[str, Callable[[Row], str]]) -> str:
@@ -79,13 +96,15 @@ MAPPING: dict[str, Callable[[Row], str]] = {
     'straight line cm': number('error.straight_line_rmse', 1, 100),
     'rotation deg': number('error.rotation_median_deg', 2),
     'aligned by': lambda row: row['alignment'], 's': number('seconds', 0),
-    'CPU s': number('cpu_seconds', 0), 'polish s': number('polish_seconds', 0)}
+    'CPU s': number('cpu_seconds', 0), 'polish s': number('polish_seconds', 0),
+    'polish CPU s': number('polish_cpu_seconds', 0)}
 LOCALISATION: dict[str, Callable[[Row], str]] = {
     'found': lambda row: f'{row["localised"]} of {row["queries"]}',
     'median cm': number('median_m', 1, 100), 'median deg': number('median_deg', 2),
     **{f'{metres * 100:.0f} cm, {degrees:.0f} deg': _share(index)
        for index, (metres, degrees) in enumerate(RECALL_THRESHOLDS)},
-    'map MB': number('nbytes', 2, 1e-6), 'ms per query': number('query_ms', 0)}
+    'map MB': number('nbytes', 2, 1e-6), 'ms per query': number('query_ms', 0),
+    'CPU ms': number('query_cpu_ms', 0)}
 SECTIONS = (
     ('Mapping', ('mapping', 'peers_mapping'), MAPPING,
      'ATE: root mean square distance of camera centres after one alignment. Straight line: what '
@@ -106,5 +125,36 @@ SECTIONS = (
 )
 
 
+def _mapping_sentence(row: Row) -> str:
+    return (f'{number("error.rmse", 1, 100)(row)} cm trajectory error '
+            f'({_percent_of_path(row)} of the path), {row["tracked"]} of {row["images"]} images '
+            f'tracked, {number("seconds", 0)(row)} s')
+
+
+def _localisation_sentence(row: Row) -> str:
+    return (f'median {number("median_m", 1, 100)(row)} cm, {number("median_deg", 1)(row)} deg; '
+            f'{_share(0)(row)} within 5 cm and 5 deg, {_share(1)(row)} within 10 cm and 10 deg; '
+            f'{number("query_ms", 0)(row)} ms')
+
+
+HEADLINES: tuple[tuple[str, str, str, Callable[[Row], str]], ...] = (
+    ('mapping', f'{KITCHEN} RGB-D | feedforward_recon', 'kitchen walk of 33 s, RGB-D',
+     _mapping_sentence),
+    ('mapping', f'{KITCHEN} monocular | feedforward_recon', 'the same, monocular',
+     _mapping_sentence),
+    ('mapping', f'{DRIVE} monocular | feedforward_recon', 'car, 51 images, monocular',
+     _mapping_sentence),
+    ('localisation', f'{KITCHEN} interleaved | hybrid', 'images between mapped ones',
+     _localisation_sentence),
+    ('localisation', f'{KITCHEN} extrapolation | hybrid', 'images beyond the mapped part',
+     _localisation_sentence),
+    ('wrong_places', f'{KITCHEN} | other scenes', 'images of other places',
+     lambda row: f'{row["accepted"]} of {row["images"]} accepted'),
+    ('memory_law', '500 keyframes', 'memory after 500 keyframes',
+     lambda row: f'{number("nbytes", 2, 1e-6)(row)} MB'),
+)
+
+
 if __name__ == '__main__':
     PAGE.write_text(page(), encoding='utf-8')
+    README.write_text(front_page(README.read_text(encoding='utf-8')), encoding='utf-8')

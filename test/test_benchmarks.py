@@ -13,6 +13,11 @@ def test_page_is_written_from_the_committed_results():
         'run `python -m benchmarks.tables`')
 
 
+def test_front_page_shows_the_committed_results():
+    text = tables.README.read_text(encoding='utf-8')
+    assert tables.front_page(text) == text, 'run `python -m benchmarks.tables`'
+
+
 def test_rows_stay_together_by_case():
     rows = {'a | x': {'v': 1.0}, 'b | x': {'v': 2.0}, 'a | y': {'v': None}}
     text = tables.table(rows, {'v cm': tables.number('v', 1, 100)})
