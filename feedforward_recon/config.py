@@ -40,16 +40,16 @@ class EncoderConfig:
 class MemoryConfig:
     """Size and training budget of the scene memory."""
 
-    hidden_dim: int = option(384, 'width of the coordinate network', low=32, high=1024)
+    hidden_dim: int = option(256, 'width of the coordinate network', low=32, high=1024)
     blocks: int = option(3, 'residual blocks of the coordinate network', low=1, high=8)
-    slots: int = option(16000, 'landmark slots; 0 keeps the coordinate network alone', low=0,
+    slots: int = option(28_000, 'landmark slots; 0 keeps the coordinate network alone', low=0,
                         high=200_000)
     reservoir: int = option(150_000, 'training samples kept for fitting', low=1000,
                             high=2_000_000)
-    batch: int = option(4096, 'samples per optimisation step', low=64, high=65_536)
-    steps_per_keyframe: int = option(5, 'optimisation steps after each keyframe', low=0,
+    batch: int = option(1024, 'samples per optimisation step', low=64, high=65_536)
+    steps_per_keyframe: int = option(8, 'optimisation steps after each keyframe', low=0,
                                      high=200)
-    polish_steps: int = option(1500, 'optimisation steps when mapping ends', low=0, high=50_000)
+    polish_steps: int = option(3200, 'optimisation steps when mapping ends', low=0, high=50_000)
     seed: int = option(0, 'seed of every random choice', low=0)
 
 
@@ -57,9 +57,9 @@ class MemoryConfig:
 class LocalizerConfig:
     """How a pose is found from the memory, and when it is refused."""
 
-    slot_queries: int = option(600, 'most confident features that are matched to all slots',
+    slot_queries: int = option(500, 'most confident features that are matched to all slots',
                                low=50, high=4000)
-    network_candidates: int = option(400, 'surest answers of the coordinate network that are '
+    network_candidates: int = option(500, 'surest answers of the coordinate network that are '
                                      'used', low=0, high=4000)
     min_similarity: float = option(0.6, 'lowest cosine of two descriptors that may match',
                                    low=0.0, high=1.0)
@@ -68,7 +68,7 @@ class LocalizerConfig:
     search_iterations: int = option(500, 'samples of the robust search', low=10, high=100_000)
     rematch_radius: float = option(0.04, 'radius of the guided re-matching, as a share of the '
                                    'image width', low=0.005, high=0.5)
-    rematch_similarity: float = option(0.8, 'lowest cosine of a guided match', low=0.0,
+    rematch_similarity: float = option(0.75, 'lowest cosine of a guided match', low=0.0,
                                        high=1.0)
     min_votes: int = option(20, 'fewest candidates that must agree with a first pose', low=6)
     min_inliers: int = option(60, 'fewest matches that must agree with the final pose', low=6)

@@ -93,6 +93,7 @@ def test_a_place_that_exists_twice_is_ambiguous(memory):
     mixed = Features(np.concatenate([left.keypoints, right.keypoints]),
                      np.concatenate([left.descriptors, right.descriptors]),
                      np.ones(2 * count, np.float32), left.global_descriptor)
+    mixed = mixed.select(np.random.default_rng(0).permutation(2 * count))
     estimate = Localizer(memory, StubEncoder(), CONFIG).localize_features(mixed, CAMERA)
     assert estimate.status is Status.NOT_LOCALISED
     assert estimate.reason == 'AMBIGUOUS'

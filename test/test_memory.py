@@ -109,7 +109,7 @@ def test_reanchoring_moves_slots_with_their_keyframes():
 def test_the_network_learns_where_points_are():
     scene = OracleScene.generate(0, count=300)
     config = MemoryConfig(hidden_dim=128, blocks=2, slots=0, reservoir=8000, batch=512,
-                          steps_per_keyframe=0, polish_steps=600)
+                          steps_per_keyframe=0, polish_steps=900)
     writer = MemoryWriter(config, DIM)
     for index, pose in enumerate(poses_around(20, seed=0)):
         writer.write(scene.keyframe(index, pose))

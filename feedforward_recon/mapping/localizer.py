@@ -1,7 +1,8 @@
 """``Localizer``: one image, one frozen memory, a pose - or an honest refusal.
 
-    features -> candidates (nearest slots, network regression) -> robust PnP
-             -> guided re-matching around the pose -> refinement -> accept or refuse
+    features -> two readings (nearest slots, network regression) -> robust PnP of each
+             -> slots matched again around each pose, refinement -> the better one
+             -> accept or refuse
 
 The global candidates only have to be right often enough for the robust search; the accuracy
 comes from projecting all slots with the first pose and matching again in the neighbourhood.
@@ -94,17 +95,13 @@ class Localizer:
         """Pose of an encoded image (stamp, source and latency are left empty)."""
         if len(features) < self.config.min_inliers:
             return _refusal('TOO_FEW_FEATURES')
-        network = self._from_network(features)
-        candidates = self._from_slots(features).joined(network)
-        fit = self._search(candidates, camera, T_map_cam_hint)
-        if fit is None:
+        readings = [self._from_slots(features), self._from_network(features)]
+        starts = self._starts(readings, camera, T_map_cam_hint)
+        if not starts:
             return _refusal('NO_CONSISTENT_POSE')
-        for _ in range(REMATCH_PASSES):
-            slots = self._rematch(features, camera, fit.T_map_cam)
-            matches = slots.joined(network.select(~np.isin(network.feature, slots.feature)))
-            fit = refine_pose(fit.T_map_cam, matches.points, matches.pixels, camera,
-                              sigma_px=matches.sigma_px, outlier_px=OUTLIER_SIGMAS)
-        return self._judged(fit, candidates, camera)
+        fits = [self._settled(start, features, readings[1], camera) for start in starts]
+        best = max(fits, key=lambda fit: fit.count)
+        return self._judged(best, readings[0].joined(readings[1]), camera)
 
     def _from_network(self, features: Features) -> Matches:
         """The surest answers of the coordinate network."""
@@ -128,17 +125,31 @@ class Localizer:
         return Matches(self.memory.points[slot.numpy()[chosen]], features.keypoints[chosen],
                        chosen, _slot_sigma_px(likeness[chosen]))
 
-    def _search(self, candidates: Matches, camera: Camera,
-                T_map_cam_hint: np.ndarray | None) -> PoseFit | None:
-        """The pose most candidates agree with; a hint only competes, it never decides."""
+    def _starts(self, readings: list[Matches], camera: Camera,
+                T_map_cam_hint: np.ndarray | None) -> list[np.ndarray]:
+        """First poses T_map_cam: one from each reading of the memory, and the hint.
+
+        The readings are searched apart, because where the map ends the network guesses and
+        its guesses would drown the few right slots. A hint competes like any other start.
+        """
         config = self.config
-        fits = [pnp_ransac(candidates.points, candidates.pixels, camera, config.search_px,
-                           config.seed, config.search_iterations)]
-        if T_map_cam_hint is not None:
-            fits.append(refine_pose(T_map_cam_hint, candidates.points, candidates.pixels, camera,
-                                    sigma_px=candidates.sigma_px, outlier_px=OUTLIER_SIGMAS))
-        found = [fit for fit in fits if fit is not None and fit.count >= config.min_votes]
-        return max(found, key=lambda fit: fit.count) if found else None
+        fits = [pnp_ransac(reading.points, reading.pixels, camera, config.search_px, config.seed,
+                           config.search_iterations) for reading in readings]
+        starts = [fit.T_map_cam for fit in fits
+                  if fit is not None and fit.count >= config.min_votes]
+        return starts if T_map_cam_hint is None else [*starts, T_map_cam_hint]
+
+    def _settled(self, T_map_cam: np.ndarray, features: Features, network: Matches,
+                 camera: Camera) -> PoseFit:
+        """Refine a pose on slots matched again around it; on the network where they are few."""
+        for _ in range(REMATCH_PASSES):
+            matches = self._rematch(features, camera, T_map_cam)
+            if len(matches) < self.config.min_inliers:
+                matches = matches.joined(network)
+            fit = refine_pose(T_map_cam, matches.points, matches.pixels, camera,
+                              sigma_px=matches.sigma_px, outlier_px=OUTLIER_SIGMAS)
+            T_map_cam = fit.T_map_cam
+        return fit
 
     def _rematch(self, features: Features, camera: Camera, T_map_cam: np.ndarray) -> Matches:
         """Slots seen from a pose and features near them that choose each other.

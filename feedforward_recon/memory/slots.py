@@ -40,6 +40,16 @@ class SlotTable:
         T = poses[self.anchor]
         return np.einsum('sij,sj->si', T[:, :3, :3], self.points_cam) + T[:, :3, 3]
 
+    @property
+    def trusted(self) -> np.ndarray:
+        """Mask [S] of slots worth reading.
+
+        Once half of the table is confirmed by a second view, slots seen once mislead more
+        often than they help; before that, they are all there is.
+        """
+        confirmed = self.counts > 1
+        return confirmed if confirmed.sum() > len(confirmed) / 2 else self.counts > 0
+
     def write(self, keyframe: Keyframe, poses: np.ndarray) -> None:
         """Fuse the keyframe's points into the slots they repeat; add the others as new."""
         self.writes += 1

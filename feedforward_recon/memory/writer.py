@@ -23,9 +23,11 @@ from feedforward_recon.memory.slots import SlotTable
 from feedforward_recon.memory.snapshot import SceneMemory, quantise_descriptors, quantise_points
 from feedforward_recon.types import Keyframe
 
-DESCRIPTOR_NOISE = 0.03
+DESCRIPTOR_NOISE = 0.012
 DEPTH_WEIGHT = 0.3
 ROBUST_PX = 50.0
+WRITE_RATE = 2e-3
+POLISH_RATE = 6e-3
 REFERENCE_FOCAL_PX = 525.0
 RESERVOIR_ARRAYS = ('descriptors', 'points_cam', 'keyframe_ids')
 SLOT_ARRAYS = ('descriptors', 'points_cam', 'anchor', 'counts', 'born')
@@ -61,7 +63,7 @@ class MemoryWriter:
         self._sample(keyframe, known)
         if self.normaliser is None:
             self.normaliser = self._first_normaliser(keyframe, known)
-        self.fit(self.config.steps_per_keyframe, learning_rate=1e-3)
+        self.fit(self.config.steps_per_keyframe, learning_rate=WRITE_RATE)
 
     def reanchor(self, T_map_cam: Mapping[int, np.ndarray]) -> None:
         """Move keyframes (id -> pose [4, 4]); their samples and slots move with them."""
@@ -75,7 +77,7 @@ class MemoryWriter:
         for step in range(steps):
             decay = 0.5 * (1 + math.cos(math.pi * step / steps))
             warm = min(1.0, (step + 1) / 50)
-            self.fit(1, learning_rate=2e-3 * warm * (0.01 + 0.99 * decay))
+            self.fit(1, learning_rate=POLISH_RATE * warm * (0.01 + 0.99 * decay))
             if progress:
                 progress(step + 1)
 
@@ -126,7 +128,7 @@ class MemoryWriter:
     @torch.inference_mode()
     def snapshot(self) -> SceneMemory:
         """The quantised memory as it stands; later writes do not touch it."""
-        used = self.slots.counts > 0
+        used = self.slots.trusted
         points = self.slots.map_points(self.poses) if len(self.poses) else self.slots.points_cam
         levels, box = quantise_points(points, used)
         normaliser = np.array([0, 0, 0, 1.0]) if self.normaliser is None else self.normaliser
@@ -134,7 +136,8 @@ class MemoryWriter:
             network={k: v.half().clone() for k, v in self.network.state_dict().items()},
             slot_descriptors=quantise_descriptors(self.slots.descriptors * used[:, None]),
             slot_points=levels, box=box,
-            slot_counts=torch.from_numpy(self.slots.counts.clip(0, 255).astype(np.uint8)),
+            slot_counts=torch.from_numpy((self.slots.counts * used).clip(0, 255)
+                                         .astype(np.uint8)),
             normaliser=torch.from_numpy(normaliser.astype(np.float32)))
 
     def state(self) -> dict[str, torch.Tensor]:
