@@ -47,7 +47,7 @@ class MemoryConfig:
     reservoir: int = option(150_000, 'training samples kept for fitting', low=1000,
                             high=2_000_000)
     batch: int = option(1024, 'samples per optimisation step', low=64, high=65_536)
-    steps_per_keyframe: int = option(8, 'optimisation steps after each keyframe', low=0,
+    steps_per_keyframe: int = option(2, 'optimisation steps after each keyframe', low=0,
                                      high=200)
     polish_steps: int = option(3200, 'optimisation steps when mapping ends', low=0, high=50_000)
     seed: int = option(0, 'seed of every random choice', low=0)
@@ -57,7 +57,7 @@ class MemoryConfig:
 class LocalizerConfig:
     """How a pose is found from the memory, and when it is refused."""
 
-    slot_queries: int = option(500, 'most confident features that are matched to all slots',
+    slot_queries: int = option(400, 'most confident features that are matched to all slots',
                                low=50, high=4000)
     network_candidates: int = option(500, 'surest answers of the coordinate network that are '
                                      'used', low=0, high=4000)
@@ -66,7 +66,9 @@ class LocalizerConfig:
     search_px: float = option(8.0, 'agreement threshold of the robust search', low=0.5,
                               high=50.0, unit='px')
     search_iterations: int = option(500, 'samples of the robust search', low=10, high=100_000)
-    rematch_radius: float = option(0.04, 'radius of the guided re-matching, as a share of the '
+    sure_share: float = option(0.3, 'the network is not asked when this share of the slot '
+                               'matches agrees with one pose', low=0.0, high=1.0)
+    rematch_radius: float = option(0.03, 'radius of the guided re-matching, as a share of the '
                                    'image width', low=0.005, high=0.5)
     rematch_similarity: float = option(0.75, 'lowest cosine of a guided match', low=0.0,
                                        high=1.0)
@@ -99,6 +101,8 @@ class TrackingConfig:
                                 unit='m')
     min_inliers: int = option(20, 'fewest landmarks that must agree with a pose', low=6,
                               high=1000)
+    relocalise_inliers: int = option(35, 'fewest landmarks that must agree with the pose of a '
+                                     'camera that was lost', low=6, high=1000)
     match_similarity: float = option(0.75, 'smallest cosine similarity of matching descriptors',
                                      low=0, high=1)
     guessed_fov_deg: float = option(65.0, 'horizontal field of view assumed of an uncalibrated '

@@ -5,8 +5,13 @@ import pytest
 
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.pnp import pnp_ransac, pose_jacobian, refine_pose
-from feedforward_recon.geometry.transforms import pose_error, se3_exp, se3_log, transform_points
-from feedforward_recon.geometry.transforms import inverse
+from feedforward_recon.geometry.transforms import (
+    inverse,
+    pose_error,
+    se3_exp,
+    se3_log,
+    transform_points,
+)
 
 CAMERA = Camera(640, 480, 525.0, 525.0, 319.5, 239.5)
 DISTORTED = Camera(640, 480, 525.0, 525.0, 319.5, 239.5, (-0.2, 0.05, 1e-3, -1e-3))

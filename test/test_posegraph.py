@@ -5,10 +5,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from feedforward_recon.geometry.posegraph import (PoseGraph, PoseGraphEdges, edge_residuals,
-                                                  joined, optimise_pose_graph, relative_edges)
-from feedforward_recon.geometry.transforms import (inverse, make_transform, pose_error, se3_exp,
-                                                   so3_exp)
+from feedforward_recon.geometry.posegraph import (
+    PoseGraph,
+    PoseGraphEdges,
+    edge_residuals,
+    joined,
+    optimise_pose_graph,
+    relative_edges,
+)
+from feedforward_recon.geometry.transforms import (
+    inverse,
+    make_transform,
+    pose_error,
+    se3_exp,
+    so3_exp,
+)
 
 
 def ring(count=40):

@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 
 from feedforward_recon.errors import DegenerateError
-from feedforward_recon.geometry.refine import (BundleProblem, _State, bundle_adjust, residuals)
-from feedforward_recon.geometry.transforms import (inverse, make_transform, pose_error, se3_exp,
-                                                   so3_exp, transform_points)
+from feedforward_recon.geometry.refine import BundleProblem, _State, bundle_adjust, residuals
+from feedforward_recon.geometry.transforms import (
+    inverse,
+    make_transform,
+    pose_error,
+    se3_exp,
+    so3_exp,
+    transform_points,
+)
 
 FOCAL_PX = 500.0
 

@@ -13,8 +13,12 @@ import cv2
 import numpy as np
 
 from feedforward_recon.geometry.camera import Camera
-from feedforward_recon.geometry.transforms import (inverse, make_transform, se3_exp,
-                                                   transform_points)
+from feedforward_recon.geometry.transforms import (
+    inverse,
+    make_transform,
+    se3_exp,
+    transform_points,
+)
 
 MIN_POINTS = 6
 # No real camera knows its pose better than this, whatever the residuals of one frame say:
@@ -124,7 +128,7 @@ def _inverse_depth(depth: np.ndarray | None, count: int) -> np.ndarray:
 
 
 def pose_jacobian(points_cam: np.ndarray) -> np.ndarray:
-    """d (T p) / d xi [M, 3, 6] at points T p = [M, 3], for T <- exp(xi) T: [I, -hat(Tp)]."""
+    """D (T p) / d xi [M, 3, 6] at points T p = [M, 3], for T <- exp(xi) T: [I, -hat(Tp)]."""
     J = np.zeros((len(points_cam), 3, 6))
     x, y, z = points_cam.T
     J[:, 0, 0] = J[:, 1, 1] = J[:, 2, 2] = 1

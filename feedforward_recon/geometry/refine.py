@@ -112,7 +112,7 @@ class _Layout:
         block = rank[problem.point_index[usable]] // BLOCK
         order = np.argsort(block, kind='stable')
         usable, block = usable[order], block[order]
-        out = []
+        out: list[tuple[np.ndarray, ...]] = []
         for part in np.split(usable, np.flatnonzero(np.diff(block)) + 1):
             if len(part):
                 poses, local_pose = np.unique(self.column[problem.pose_index[part]],

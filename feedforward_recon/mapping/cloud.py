@@ -4,7 +4,41 @@ from __future__ import annotations
 
 import numpy as np
 
+from feedforward_recon.config import CloudConfig
+from feedforward_recon.geometry.transforms import transform_points
+from feedforward_recon.mapping.growing_map import GrowingMap
+from feedforward_recon.mapping.keyframes import View
 from feedforward_recon.types import PointCloud
+
+
+def sampled_depth(view: View, stride_px: int) -> tuple[np.ndarray, np.ndarray]:
+    """Camera-frame points float32 [N, 3] and colours uint8 [N, 3] of every few pixels."""
+    if view.depth is None:
+        return np.zeros((0, 3), np.float32), np.zeros((0, 3), np.uint8)
+    half = stride_px // 2
+    v, u = np.mgrid[half:view.depth.shape[0]:stride_px, half:view.depth.shape[1]:stride_px]
+    seen = view.depth[v, u] > 0
+    v, u = v[seen], u[seen]
+    points = view.camera.unproject(np.stack([u, v], 1), view.depth[v, u])
+    return points.astype(np.float32), view.image[v, u]
+
+
+def map_cloud(map_: GrowingMap, config: CloudConfig) -> PointCloud:
+    """The cloud of a map: sensor depth of its keyframes, or else its landmarks.
+
+    A map without metric scale has a median depth of about one unit, as a room has about two
+    metres: its voxels are half as large.
+    """
+    if any(len(k.cloud_cam) for k in map_.keyframes):
+        xyz = [transform_points(T, k.cloud_cam)
+               for k, T in zip(map_.keyframes, map_.T_map_cam, strict=True)]
+        rgb = [k.cloud_rgb for k in map_.keyframes]
+        return voxel_fused(np.concatenate(xyz), np.concatenate(rgb), config.voxel_m,
+                           config.max_points)
+    table = map_.landmarks
+    ids = np.flatnonzero(table.has_point & (table.views() >= 3))
+    return voxel_fused(table.points_map(ids, map_.T_map_cam), table.rgb[ids],
+                       config.voxel_m / 2, config.max_points)
 
 
 def voxel_fused(xyz: np.ndarray, rgb: np.ndarray, voxel: float, max_points: int) -> PointCloud:

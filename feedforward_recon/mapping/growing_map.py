@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 SAME_POINT_PX = 2.0
 GUIDED_RADIUS_PX = 5.0
 SAME_DEPTH = 0.05
+CULL_FACTOR = 2.0
 NEIGHBOURS = 20
 MIN_BASELINE = 0.04  # of the typical depth, for matches to be triangulated
 MATCHED_KEYFRAMES = 2
@@ -45,16 +46,18 @@ class GrowingMap:
         id_ = len(self.keyframes)
         depth = view.depth_at(features.keypoints)
         points = view.camera.unproject(features.keypoints, np.where(depth > 0, depth, np.nan))
+        u, v = np.clip(np.rint(features.keypoints), 0, np.array(view.camera.size_wh) - 1
+                       ).astype(int).T
         keyframe = MapKeyframe(id_, view.index, view.stamp_ns, view.camera, features, points,
-                               np.full(len(features), -1), view.source)
+                               np.full(len(features), -1), view.image[v, u], view.source)
         self.keyframes.append(keyframe)
         self.T_map_cam = np.concatenate([self.T_map_cam, T_map_cam[None]])
+        tracks = self._snapped(keyframe, tracks)
         self._observe(keyframe, view, tracks.ids, tracks.px)
-        self._name_features(keyframe, tracks)
         new = spread(features.keypoints, features.confidence, tracks.px, view.camera.size_wh,
                      self.config.tracking.max_tracks)
         new = new[keyframe.landmark[new] < 0]
-        ids = self.landmarks.add(id_, points[new], features.descriptors[new])
+        ids = self.landmarks.add(id_, points[new], features.descriptors[new], keyframe.rgb[new])
         self._observe(keyframe, view, ids, features.keypoints[new])
         keyframe.landmark[new] = ids
         return Tracks(tracks.gray, np.concatenate([tracks.ids, ids]),
@@ -66,14 +69,17 @@ class GrowingMap:
         inv_depth = 1 / np.where(depth > 0, depth, np.nan)
         self.landmarks.observe(ids, keyframe.id, px, view.camera.normalise(px), inv_depth, 1.0)
 
-    def _name_features(self, keyframe: MapKeyframe, tracks: Tracks) -> None:
-        """Features that lie on a track show its landmark."""
+    def _snapped(self, keyframe: MapKeyframe, tracks: Tracks) -> Tracks:
+        """Tracks moved onto the features that they show: corners do not drift, flow does."""
         if not len(tracks.ids):
-            return
+            return tracks
         row, feature = match_guided(tracks.px, self.landmarks.descriptor[tracks.ids],
                                     keyframe.features, SAME_POINT_PX,
                                     self.config.tracking.match_similarity)
         keyframe.landmark[feature] = tracks.ids[row]
+        px = tracks.px.copy()
+        px[row] = keyframe.features.keypoints[feature]
+        return Tracks(tracks.gray, tracks.ids, px)
 
     def triangulate_pending(self, keyframe: int) -> int:
         """Give a position to landmarks that a keyframe sees and parallax now determines."""
@@ -124,7 +130,8 @@ class GrowingMap:
         good = (angle_deg > self.config.keyframes.min_parallax_deg) & (
             error * new.camera.fx < SAME_POINT_PX)
         a, b, count = a[good], b[good], int(good.sum())
-        ids = self.landmarks.add(old.id, np.full((count, 3), np.nan), old.features.descriptors[b])
+        ids = self.landmarks.add(old.id, np.full((count, 3), np.nan),
+                                 old.features.descriptors[b], old.rgb[b])
         self.landmarks.set_points_map(ids, points[good], self.T_map_cam)
         unknown = np.full(count, np.nan)
         for keyframe, rows, seen, half in ((new, a, px[0], 0), (old, b, px[1], 1)):
@@ -244,6 +251,13 @@ class GrowingMap:
                              table.points_map(ids, self.T_map_cam))[:, 2]
         return max(float(np.median(z)), 1e-6)
 
+    def current(self, tracks: Tracks) -> Tracks:
+        """Tracks under the present names of their landmarks, without those that are gone."""
+        ids = self.landmarks.alias[tracks.ids]
+        alive = np.flatnonzero(self.landmarks.alive[ids])
+        first = alive[np.unique(ids[alive], return_index=True)[1]]
+        return Tracks(tracks.gray, ids[first], tracks.px[first])
+
     # -- refinement ------------------------------------------------------------------------
 
     def refine_window(self, *, poses_fixed: bool = False) -> BundleResult | None:
@@ -262,13 +276,13 @@ class GrowingMap:
             moving, holding = moving[:0], np.concatenate([moving, holding])
         return self._refine(moving, holding, newest, config.window_steps)
 
-    def refine_all(self, *, refine_focal: bool = False) -> BundleResult | None:
+    def refine_all(self, steps: int, *, refine_focal: bool = False) -> BundleResult | None:
         """Bundle adjustment of the whole map (at most ``refine.max_keyframes`` move)."""
         config, count = self.config.refine, len(self)
         moving = np.arange(max(1, count - config.max_keyframes), count)
         holding = np.arange(moving[0]) if len(moving) else np.zeros(0, int)
         ids = np.flatnonzero(self.landmarks.has_point)
-        return self._refine(moving, holding, ids, config.global_steps, refine_focal)
+        return self._refine(moving, holding, ids, steps, refine_focal)
 
     def _refine(self, moving: np.ndarray, holding: np.ndarray, ids: np.ndarray, steps: int,
                 refine_focal: bool = False) -> BundleResult | None:
@@ -281,7 +295,9 @@ class GrowingMap:
         self.landmarks.set_points_map(ids, result.points, self.T_map_cam)
         if refine_focal:
             self._rescale_focal(result.focal_scale)
-        self._cull(rows[result.residual > self.config.tracking.outlier_px], ids)
+        # Beyond the tracking threshold: an observation that ties the window to an old place may
+        # disagree until the loop is closed, and must not be lost before.
+        self._cull(rows[result.residual > CULL_FACTOR * self.config.tracking.outlier_px], ids)
         return result
 
     def _problem(self, moving: np.ndarray, holding: np.ndarray, ids: np.ndarray,
@@ -321,6 +337,8 @@ class GrowingMap:
     def _rescale_focal(self, scale: float) -> None:
         for keyframe in self.keyframes:
             keyframe.camera = scaled_focal(keyframe.camera, scale)
+            keyframe.points_cam[:, :2] /= scale
+            keyframe.cloud_cam[:, :2] /= scale
         self.landmarks.seen_xy /= scale
 
     def rescale(self, scale: float) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from feedforward_recon.config import KeyframeConfig
 from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.mapping.matching import Tracks
 from feedforward_recon.types import Features, Keyframe
 
 DEPTH_EDGE = 0.04
@@ -55,6 +56,7 @@ class MapKeyframe:
     """A keyframe in the growing map.
 
     landmark: int [N], the landmark that each feature shows, -1 if none.
+    rgb: uint8 [N, 3], colours of the features.
     points_cam: float64 [N, 3] sensor points of the features, NaN rows without depth.
     cloud_cam, cloud_rgb: sampled sensor points and colours for the cloud.
     """
@@ -66,6 +68,7 @@ class MapKeyframe:
     features: Features
     points_cam: np.ndarray
     landmark: np.ndarray
+    rgb: np.ndarray
     source: str = ''
     cloud_cam: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.float32))
     cloud_rgb: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.uint8))
@@ -82,22 +85,34 @@ class KeyframePolicy:
     def __init__(self, config: KeyframeConfig) -> None:
         self.config = config
         self._recent: deque[float] = deque(maxlen=15)
+        self._frame = 0
+        self._ids = np.zeros(0, int)
+        self._px = np.zeros((0, 2))
 
     def observe(self, sharpness_value: float) -> bool:
         """Note the sharpness of a frame; True if it is as sharp as its neighbours."""
         self._recent.append(sharpness_value)
         return sharpness_value >= self.config.min_sharpness * float(np.median(self._recent))
 
-    def wants(self, gap: int, motion_share: float, tracked_share: float, sharp: bool) -> bool:
-        """Keep this frame?
+    def kept(self, view: View, tracks: Tracks) -> None:
+        """This frame became a keyframe: motion is counted from it."""
+        self._frame, self._ids, self._px = view.index, tracks.ids, tracks.px
 
-        gap: frames since the last keyframe; motion_share: median image motion since then over
-        the image width; tracked_share: share of its tracks still followed.
-        """
-        config = self.config
+    def wants(self, view: View, tracks: Tracks, sharp: bool) -> bool:
+        """Keep this frame?"""
+        config, gap = self.config, view.index - self._frame
         if gap < config.min_gap:
             return False
-        starving = tracked_share < 0.5 * config.tracked_share
-        due = (motion_share > config.motion_share or tracked_share < config.tracked_share
-               or (gap >= config.max_gap and motion_share > 0.2 * config.motion_share))
+        share, motion = self._since_keyframe(view, tracks)
+        starving = share < 0.5 * config.tracked_share
+        due = (motion > config.motion_share or share < config.tracked_share
+               or (gap >= config.max_gap and motion > 0.2 * config.motion_share))
         return starving or (due and sharp)
+
+    def _since_keyframe(self, view: View, tracks: Tracks) -> tuple[float, float]:
+        """Share of the keyframe's tracks still followed; their median motion / image width."""
+        _, then, now = np.intersect1d(self._ids, tracks.ids, return_indices=True)
+        if not len(now):
+            return 0.0, 1.0
+        motion_px = np.linalg.norm(tracks.px[now] - self._px[then], axis=1)
+        return len(now) / len(self._ids), float(np.median(motion_px)) / view.camera.width

@@ -17,7 +17,7 @@ class LandmarkTable:
     """Columns of landmarks [M] and of observations [O]; ids are row numbers and never change.
 
     anchor: keyframe id; point_cam: [M, 3] in the anchor's camera frame; descriptor: [M, D];
-    alive: bool; alias: the landmark that this one was merged into, itself otherwise.
+    rgb: colour [M, 3]; alive: bool; alias: the landmark that this one was merged into, itself otherwise.
     seen_landmark, seen_keyframe: ids; seen_px: pixels [O, 2]; seen_xy: normalised [O, 2];
     seen_inv_depth: sensor 1/z, NaN if none; seen_sigma: pixel error expected.
     """
@@ -29,6 +29,7 @@ class LandmarkTable:
         self.anchor = np.zeros(0, np.int32)
         self.point_cam = np.zeros((0, 3))
         self.descriptor = np.zeros((0, dim), np.float32)
+        self.rgb = np.zeros((0, 3), np.uint8)
         self.alive = np.zeros(0, bool)
         self.alias = np.zeros(0, np.int64)
         self.seen_landmark = np.zeros(0, np.int32)
@@ -46,12 +47,14 @@ class LandmarkTable:
         """Mask [M] of living landmarks whose position is known."""
         return self.alive & np.isfinite(self.point_cam[:, 2])
 
-    def add(self, keyframe: int, point_cam: np.ndarray, descriptor: np.ndarray) -> np.ndarray:
+    def add(self, keyframe: int, point_cam: np.ndarray, descriptor: np.ndarray,
+            rgb: np.ndarray) -> np.ndarray:
         """New landmarks [n] anchored in a keyframe; returns their ids."""
         ids = np.arange(len(self), len(self) + len(descriptor))
         self.anchor = np.append(self.anchor, np.full(len(ids), keyframe, np.int32))
         self.point_cam = np.concatenate([self.point_cam, point_cam])
         self.descriptor = np.concatenate([self.descriptor, descriptor])
+        self.rgb = np.concatenate([self.rgb, rgb])
         self.alias = np.append(self.alias, ids)
         self.alive = np.append(self.alive, np.ones(len(ids), bool))
         return ids

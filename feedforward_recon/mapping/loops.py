@@ -9,8 +9,13 @@ import numpy as np
 
 from feedforward_recon.config import MapperConfig
 from feedforward_recon.geometry.pnp import PoseFit, pnp_ransac
-from feedforward_recon.geometry.posegraph import (PoseGraph, PoseGraphEdges, joined,
-                                                  optimise_pose_graph, relative_edges)
+from feedforward_recon.geometry.posegraph import (
+    PoseGraph,
+    PoseGraphEdges,
+    joined,
+    optimise_pose_graph,
+    relative_edges,
+)
 from feedforward_recon.geometry.transforms import inverse, transform_points
 from feedforward_recon.mapping.growing_map import GrowingMap
 from feedforward_recon.mapping.matching import match_mutual
@@ -19,6 +24,7 @@ log = logging.getLogger(__name__)
 WELL_CONNECTED = 60
 COVISIBLE = 30
 LOOP_WEIGHT = 3.0
+PNP_ITERATIONS = 200
 
 
 @dataclass(frozen=True)
@@ -40,13 +46,12 @@ class Loop:
 
 
 def find_loop(map_: GrowingMap, id_: int, config: MapperConfig) -> Loop | None:
-    """The best verified loop of a keyframe to an old one that it is not yet tied to."""
-    best = None
+    """The first verified loop of a keyframe to an old one that it is not yet tied to."""
     for old in _candidates(map_, id_, config):
         loop = _verified(map_, id_, old, config)
-        if loop and (best is None or len(loop.features) > len(best.features)):
-            best = loop
-    return best
+        if loop is not None:
+            return loop
+    return None
 
 
 def _candidates(map_: GrowingMap, id_: int, config: MapperConfig) -> list[int]:
@@ -69,7 +74,7 @@ def _verified(map_: GrowingMap, id_: int, old: int, config: MapperConfig) -> Loo
     a, b = a[known], b[known]
     points = transform_points(map_.T_map_cam[old], points[known])
     fit = pnp_ransac(points, keyframe.features.keypoints[a], keyframe.camera,
-                     config.tracking.outlier_px, config.tracking.seed)
+                     config.tracking.outlier_px, config.tracking.seed, PNP_ITERATIONS)
     if fit is None or fit.count < config.loops.min_inliers:
         return None
     return _described(map_, id_, old, fit, points, a, b)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from feedforward_recon.config import TrackingConfig
-from feedforward_recon.geometry.pnp import PoseFit, pnp_ransac, refine_pose
+from feedforward_recon.geometry.pnp import FLOOR_STD, PoseFit, pnp_ransac, refine_pose
 from feedforward_recon.geometry.transforms import inverse, se3_exp, se3_log, transform_points
 from feedforward_recon.mapping.growing_map import GrowingMap
 from feedforward_recon.mapping.keyframes import View
@@ -63,6 +63,16 @@ class Tracker:
         if interval > MAX_EXTRAPOLATION * max(self._interval_ns, 1):
             return self.T_map_cam
         return self.T_map_cam @ se3_exp(self._velocity * interval)
+
+    def given(self, view: View, map_: GrowingMap, T_map_cam: np.ndarray) -> Tracked:
+        """Tracks of a frame whose pose is known; those that disagree with it are dropped."""
+        tracks = self.flow(view, map_, T_map_cam)
+        known = map_.landmarks.has_point[tracks.ids]
+        points = map_.landmarks.points_map(tracks.ids, map_.T_map_cam)
+        px = view.camera.project(transform_points(inverse(T_map_cam), points))
+        near = np.linalg.norm(px - tracks.px, axis=1) < self.config.outlier_px
+        tracks = tracks.select(near | ~known)
+        return Tracked(tracks, exact_fit(T_map_cam, len(tracks.ids)))
 
     def flow(self, view: View, map_: GrowingMap, T_guess: np.ndarray) -> Tracks:
         """The last tracks followed into a frame whose pose is about ``T_guess``."""
@@ -165,6 +175,11 @@ class Tracker:
         if len(tracks.ids) < self.config.min_inliers:
             return None
         fit = self.fit_pose(view, map_, tracks, T_map_cam)
-        if fit.count < self.config.min_inliers:
+        if fit.count < self.config.relocalise_inliers:
             return None
         return Tracked(tracks.select(fit.inliers), fit, features)
+
+
+def exact_fit(T_map_cam: np.ndarray, inliers: int = 0) -> PoseFit:
+    """A pose that was given or that defines the map frame."""
+    return PoseFit(T_map_cam, np.diag(FLOOR_STD**2), np.ones(inliers, bool), np.zeros(inliers))

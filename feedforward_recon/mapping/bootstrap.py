@@ -1,0 +1,76 @@
+"""Starting a monocular map: wait for parallax, then let two views make the first landmarks."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from dataclasses import replace
+
+import numpy as np
+
+from feedforward_recon.config import MapperConfig
+from feedforward_recon.errors import DegenerateError
+from feedforward_recon.geometry.pnp import PoseFit
+from feedforward_recon.geometry.twoview import TwoView, relative_pose
+from feedforward_recon.mapping.growing_map import GrowingMap
+from feedforward_recon.mapping.keyframes import View
+from feedforward_recon.mapping.matching import Tracks
+from feedforward_recon.mapping.tracking import Tracked, Tracker, exact_fit
+
+log = logging.getLogger(__name__)
+START_POINTS = 50  # triangulated at once when a map starts
+MIN_SHARE = 0.3  # of the first tracks; with fewer, start again from a newer frame
+MAX_WAITING = 1000
+EMPTY = np.zeros((0, 0), np.uint8)
+
+
+class Bootstrap:
+    """Follows the tracks of the first keyframe until their parallax determines a second."""
+
+    def __init__(self, config: MapperConfig, base: Tracks) -> None:
+        self.config = config
+        self._count = len(base.ids)
+        self._base_px = base.px[np.argsort(base.ids)]  # ids of a new map count from 0
+        self._waiting: deque[tuple[View, Tracks]] = deque(maxlen=MAX_WAITING)
+
+    def is_hopeless(self, tracks: Tracks) -> bool:
+        """True when too few of the first tracks are left to start from."""
+        return len(tracks.ids) < max(START_POINTS, MIN_SHARE * self._count)
+
+    def second_view(self, view: View, tracks: Tracks) -> Tracked | None:
+        """The frame as second keyframe, or None while parallax is too small (it waits)."""
+        two = self._relative_pose(view, tracks)
+        if two is None:
+            light = replace(view, image=EMPTY, gray=EMPTY)
+            self._waiting.append((light, Tracks(EMPTY, tracks.ids, tracks.px)))
+            return None
+        return Tracked(tracks.select(two.inliers), exact_fit(two.T_a_b, int(two.inliers.sum())))
+
+    def _relative_pose(self, view: View, tracks: Tracks) -> TwoView | None:
+        base = self._base_px[tracks.ids]
+        motion_px = float(np.median(np.linalg.norm(tracks.px - base, axis=1)))
+        if motion_px < self.config.keyframes.init_motion_share * view.camera.width:
+            return None
+        try:
+            two = relative_pose(view.camera.normalise(base), view.camera.normalise(tracks.px),
+                                view.camera.fx, seed=self.config.tracking.seed)
+        except DegenerateError as error:
+            log.debug('not yet: %s', error)
+            return None
+        firm = two.inliers & (two.angle_deg > self.config.keyframes.min_parallax_deg)
+        return two if firm.sum() >= START_POINTS else None
+
+    def complete(self, map_: GrowingMap, tracker: Tracker) -> list[tuple[View, PoseFit]]:
+        """Fix the unit of a map of two keyframes, refine it, and place the frames between.
+
+        The unit is the median depth of the first landmarks in the first view.
+        """
+        map_.refine_all(self.config.refine.global_steps)
+        map_.rescale(1 / map_.typical_depth(0))
+        placed = []
+        for view, tracks in self._waiting:
+            known = map_.landmarks.has_point[tracks.ids]
+            fit = tracker.fit_pose(view, map_, tracks.select(known), map_.T_map_cam[0])
+            if fit.count >= self.config.tracking.min_inliers:
+                placed.append((view, fit))
+        return placed

@@ -1,0 +1,71 @@
+"""What was said about every frame, kept relative to keyframes so that corrections move it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from feedforward_recon.geometry.transforms import inverse
+from feedforward_recon.types import Estimate, Status, Trajectory
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A frame's estimate, and its pose relative to the keyframe that carries it."""
+
+    estimate: Estimate
+    keyframe: int = -1
+    T_keyframe_cam: np.ndarray | None = None
+
+
+class Journal:
+    """Estimates of all frames in the order they came."""
+
+    def __init__(self) -> None:
+        self._entries: list[Entry] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def note(self, estimate: Estimate, keyframe: int, T_map_keyframe: np.ndarray | None,
+             index: int | None = None) -> None:
+        """Append an estimate, or replace that of frame ``index``."""
+        T_keyframe_cam = None
+        if estimate.T_map_cam is not None and T_map_keyframe is not None:
+            T_keyframe_cam = inverse(T_map_keyframe) @ estimate.T_map_cam
+        entry = Entry(estimate, keyframe, T_keyframe_cam)
+        if index is None:
+            self._entries.append(entry)
+        else:
+            self._entries[index] = entry
+
+    def forget_poses(self) -> None:
+        """The map was given up before it had depth: what was said relative to it is void."""
+        self._entries = [Entry(replace(e.estimate, status=Status.INITIALISING, T_map_cam=None,
+                                       covariance=None, is_keyframe=False,
+                                       reason='the map started later'))
+                         for e in self._entries]
+
+    def rescale(self, scale: np.ndarray) -> None:
+        """Lengths around each keyframe [K] were multiplied by ``scale``."""
+        for index, entry in enumerate(self._entries):
+            if entry.T_keyframe_cam is not None and entry.keyframe < len(scale):
+                T = entry.T_keyframe_cam.copy()
+                T[:3, 3] *= scale[entry.keyframe]
+                self._entries[index] = replace(entry, T_keyframe_cam=T)
+
+    def estimates(self, T_map_cam: np.ndarray) -> list[Estimate]:
+        """All estimates, moved with their keyframes, whose poses [K, 4, 4] are now these."""
+        return [e.estimate if e.T_keyframe_cam is None
+                else replace(e.estimate, T_map_cam=T_map_cam[e.keyframe] @ e.T_keyframe_cam)
+                for e in self._entries]
+
+    def trajectory(self, T_map_cam: np.ndarray) -> Trajectory:
+        """Poses of all frames that have one, given all keyframe poses [K, 4, 4]."""
+        posed = [(e.stamp_ns, e.T_map_cam) for e in self.estimates(T_map_cam)
+                 if e.T_map_cam is not None]
+        if not posed:
+            return Trajectory()
+        return Trajectory(np.array([stamp_ns for stamp_ns, _ in posed], np.int64),
+                          np.stack([T for _, T in posed]))
