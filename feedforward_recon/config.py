@@ -72,9 +72,9 @@ class LocalizerConfig:
                                    'image width', low=0.005, high=0.5)
     rematch_similarity: float = option(0.75, 'lowest cosine of a guided match', low=0.0,
                                        high=1.0)
-    min_votes: int = option(20, 'fewest candidates that must agree with a first pose', low=6)
-    min_inliers: int = option(60, 'fewest matches that must agree with the final pose', low=6)
-    min_score: float = option(0.1, 'lowest share of candidates that must agree', low=0.0,
+    min_votes: int = option(10, 'fewest candidates that must agree with a first pose', low=6)
+    min_inliers: int = option(25, 'fewest matches that must agree with the final pose', low=6)
+    min_score: float = option(0.02, 'lowest share of candidates that must agree', low=0.0,
                               high=1.0)
     max_runner_up: float = option(0.6, 'refuse when another pose has this share of the score',
                                   low=0.0, high=1.0)

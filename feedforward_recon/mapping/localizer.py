@@ -1,8 +1,7 @@
 """``Localizer``: one image, one frozen memory, a pose - or an honest refusal.
 
-    features -> two readings (nearest slots, network regression) -> robust PnP of each
-             -> slots matched again around each pose, refinement -> the better one
-             -> accept or refuse
+    features -> nearest slots -> robust PnP; if unsure, the network's points as well
+             -> slots matched again around the pose, refinement -> accept or refuse
 
 The global candidates only have to be right often enough for the robust search; the accuracy
 comes from projecting all slots with the first pose and matching again in the neighbourhood.
@@ -26,8 +25,8 @@ from feedforward_recon.memory.snapshot import SceneMemory
 from feedforward_recon.model import Encoder
 from feedforward_recon.types import Estimate, Features, Frame, Status
 
-NEIGHBOURS = 8
-REMATCH_PASSES = 2
+NEIGHBOURS = 6
+ELSEWHERE = 4.0
 MIN_SIGMA_PX = 1.5
 OUTLIER_SIGMAS = 3.0
 
@@ -72,7 +71,7 @@ class Localizer:
                  config: LocalizerConfig | None = None, camera: Camera | None = None) -> None:
         self.memory, self.encoder, self.camera = memory, encoder, camera
         self.config = config or LocalizerConfig()
-        self._keys = memory.descriptors.bfloat16().T.contiguous()  # [D, V]
+        self._keys = memory.descriptors.T.contiguous()  # [D, V]
         self._values = memory.descriptors.numpy()
 
     def localize(self, frame: Frame, T_map_cam_hint: np.ndarray | None = None) -> Estimate:
@@ -95,13 +94,19 @@ class Localizer:
         """Pose of an encoded image (stamp, source and latency are left empty)."""
         if len(features) < self.config.min_inliers:
             return _refusal('TOO_FEW_FEATURES')
-        readings = [self._from_slots(features), self._from_network(features)]
-        starts = self._starts(readings, camera, T_map_cam_hint)
-        if not starts:
+        slots, network = self._from_slots(features), _no_matches()
+        starts = self._starts(slots, camera)
+        if not any(fit.count > self.config.sure_share * len(slots) for fit in starts):
+            network = self._from_network(features)
+            starts += self._starts(network, camera)
+        poses = [fit.T_map_cam for fit in starts]
+        poses += [] if T_map_cam_hint is None else [T_map_cam_hint]
+        if not poses:
             return _refusal('NO_CONSISTENT_POSE')
-        fits = [self._settled(start, features, readings[1], camera) for start in starts]
+        fits = [self._settled(pose, features, network, camera) for pose in poses]
         best = max(fits, key=lambda fit: fit.count)
-        return self._judged(best, readings[0].joined(readings[1]), camera)
+        final = self._settled(best.T_map_cam, features, network, camera)
+        return self._judged(final, slots if len(self._values) else network, camera)
 
     def _from_network(self, features: Features) -> Matches:
         """The surest answers of the coordinate network."""
@@ -115,8 +120,7 @@ class Localizer:
         if not len(self._values):
             return _no_matches()
         count = min(self.config.slot_queries, len(features))
-        queries = torch.from_numpy(features.descriptors[:count]).bfloat16()
-        similarity = (queries @ self._keys).float()  # [count, V]
+        similarity = torch.from_numpy(features.descriptors[:count]) @ self._keys  # [count, V]
         best, slot = similarity.max(1)
         back = similarity[:, slot].argmax(0).numpy()
         likeness = best.numpy()
@@ -125,31 +129,23 @@ class Localizer:
         return Matches(self.memory.points[slot.numpy()[chosen]], features.keypoints[chosen],
                        chosen, _slot_sigma_px(likeness[chosen]))
 
-    def _starts(self, readings: list[Matches], camera: Camera,
-                T_map_cam_hint: np.ndarray | None) -> list[np.ndarray]:
-        """First poses T_map_cam: one from each reading of the memory, and the hint.
+    def _starts(self, reading: Matches, camera: Camera) -> list[PoseFit]:
+        """The pose that most answers of one reading agree with, if enough do.
 
-        The readings are searched apart, because where the map ends the network guesses and
-        its guesses would drown the few right slots. A hint competes like any other start.
+        The readings are searched apart: where the map ends the network guesses, and its
+        guesses would drown the few right slots.
         """
         config = self.config
-        fits = [pnp_ransac(reading.points, reading.pixels, camera, config.search_px, config.seed,
-                           config.search_iterations) for reading in readings]
-        starts = [fit.T_map_cam for fit in fits
-                  if fit is not None and fit.count >= config.min_votes]
-        return starts if T_map_cam_hint is None else [*starts, T_map_cam_hint]
+        fit = pnp_ransac(reading.points, reading.pixels, camera, config.search_px, config.seed,
+                         config.search_iterations)
+        return [] if fit is None or fit.count < config.min_votes else [fit]
 
     def _settled(self, T_map_cam: np.ndarray, features: Features, network: Matches,
                  camera: Camera) -> PoseFit:
-        """Refine a pose on slots matched again around it; on the network where they are few."""
-        for _ in range(REMATCH_PASSES):
-            matches = self._rematch(features, camera, T_map_cam)
-            if len(matches) < self.config.min_inliers:
-                matches = matches.joined(network)
-            fit = refine_pose(T_map_cam, matches.points, matches.pixels, camera,
-                              sigma_px=matches.sigma_px, outlier_px=OUTLIER_SIGMAS)
-            T_map_cam = fit.T_map_cam
-        return fit
+        """Refine a pose on slots matched again around it; on the network if there are none."""
+        matches = self._rematch(features, camera, T_map_cam) if len(self._values) else network
+        return refine_pose(T_map_cam, matches.points, matches.pixels, camera,
+                           sigma_px=matches.sigma_px, outlier_px=OUTLIER_SIGMAS)
 
     def _rematch(self, features: Features, camera: Camera, T_map_cam: np.ndarray) -> Matches:
         """Slots seen from a pose and features near them that choose each other.
@@ -166,8 +162,9 @@ class Localizer:
         row, column = np.nonzero(near < len(features))
         slot, feature = visible[row], near[row, column]
         likeness = np.einsum('nd,nd->n', self._values[slot], features.descriptors[feature])
-        best_of_feature = np.full(len(features), self.config.rematch_similarity)
-        best_of_slot = np.full(len(self._values), self.config.rematch_similarity)
+        alike = likeness > self.config.rematch_similarity
+        slot, feature, likeness = slot[alike], feature[alike], likeness[alike]
+        best_of_feature, best_of_slot = np.zeros(len(features)), np.zeros(len(self._values))
         np.maximum.at(best_of_feature, feature, likeness)
         np.maximum.at(best_of_slot, slot, likeness)
         mutual = (likeness >= best_of_feature[feature]) & (likeness >= best_of_slot[slot])
@@ -187,12 +184,14 @@ class Localizer:
         """Accept the pose, or say why not.
 
         The score counts the *unguided* candidates that agree: guided matches lie near the
-        pose by construction and would flatter it.
+        pose by construction and would flatter it. The network is no witness beside slots: it
+        answers everywhere, and its errors agree with each other.
         """
         config = self.config
-        agree = candidates.agreeing(fit.T_map_cam, camera, config.search_px)
-        score = float(agree.mean())
-        runner_up = self._runner_up(candidates.select(~agree), camera) / len(candidates)
+        score = float(candidates.agreeing(fit.T_map_cam, camera, config.search_px).mean())
+        # Candidates a little off belong to the same place; only far ones speak for another.
+        near = candidates.agreeing(fit.T_map_cam, camera, ELSEWHERE * config.search_px)
+        runner_up = self._runner_up(candidates.select(~near), camera) / len(candidates)
         estimate = Estimate(0, Status.NOT_LOCALISED, inliers=fit.count, score=score,
                             runner_up=runner_up)
         if fit.count < config.min_inliers or score < config.min_score:
