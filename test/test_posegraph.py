@@ -100,7 +100,7 @@ def test_scale_drift_is_undone():
     assert pose_error(start.T_map_cam, true.T_map_cam)[0].max() > 0.5
     edges = joined(odometry, replace(closing_edge(true), weight=np.array([10.0])))
     result = optimise_pose_graph(start, edges, first_fixed(true), with_scale=True, steps=50)
-    distance, angle_deg = pose_error(result.T_map_cam, true.T_map_cam)
+    distance, _ = pose_error(result.T_map_cam, true.T_map_cam)
     assert distance[-1] < 0.05 and result.scale[-1] == pytest.approx(1, abs=0.05)
     assert distance.max() < 0.6 * pose_error(start.T_map_cam, true.T_map_cam)[0].max()
 

@@ -95,7 +95,7 @@ def test_jacobians_equal_numeric_differences():
 def test_cost_never_increases(seed):
     problem = perturbed(scene(seed, noise_px=1.0), seed)
     costs = [bundle_adjust(problem, n).cost_after for n in range(0, 8)]
-    assert all(b <= a for a, b in zip(costs, costs[1:]))
+    assert all(b <= a for a, b in zip(costs[:-1], costs[1:], strict=True))
     assert costs[-1] < 0.5 * costs[0]
 
 

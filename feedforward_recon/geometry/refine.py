@@ -5,7 +5,9 @@ Levenberg-Marquardt on reprojection errors and sensor inverse-depth errors with 
 "Bundle Adjustment - A Modern Synthesis", 2000, section 6). Residual of observation o of point
 X by keyframe k, with p = T_cam_map X, in standard deviations:
 
-    r = [ f (s p_x / p_z - x_o) / sigma,  f (s p_y / p_z - y_o) / sigma,  (1 / p_z - d_o) / sigma_d ]
+    r = [ f (s p_x / p_z - x_o) / sigma,
+          f (s p_y / p_z - y_o) / sigma,
+          (1 / p_z - d_o) / sigma_d ]
 
 ``s`` scales the focal length. Points are eliminated in blocks of neighbours: each block
 touches few keyframes, so its Schur complement is one small dense matrix product.

@@ -1,0 +1,1 @@
+"""Mapping and localisation: frames in, poses and a map out; knows only the Encoder protocol."""

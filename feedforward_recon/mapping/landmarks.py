@@ -17,7 +17,8 @@ class LandmarkTable:
     """Columns of landmarks [M] and of observations [O]; ids are row numbers and never change.
 
     anchor: keyframe id; point_cam: [M, 3] in the anchor's camera frame; descriptor: [M, D];
-    rgb: colour [M, 3]; alive: bool; alias: the landmark that this one was merged into, itself otherwise.
+    rgb: colour [M, 3]; alive: bool; alias: the landmark that this one was merged into, itself
+    otherwise.
     seen_landmark, seen_keyframe: ids; seen_px: pixels [O, 2]; seen_xy: normalised [O, 2];
     seen_inv_depth: sensor 1/z, NaN if none; seen_sigma: pixel error expected.
     """

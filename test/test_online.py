@@ -1,0 +1,246 @@
+"""The online loop on a synthetic room with exact truth: accuracy, and what must never happen."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from feedforward_recon.config import CloudConfig, MapperConfig
+from feedforward_recon.errors import InputError
+from feedforward_recon.geometry.align import align_points
+from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.geometry.transforms import se3_exp, transform_points
+from feedforward_recon.mapping.cloud import voxel_fused
+from feedforward_recon.mapping.loops import Loop, correct
+from feedforward_recon.mapping.online import OnlineReconstructor
+from feedforward_recon.model.compact import CompactEncoder
+from feedforward_recon.synthetic import Room, render_walk
+from feedforward_recon.types import Status
+
+CAMERA = Camera.from_fov(68.0, (320, 240))
+FPS = 10.0
+
+
+class Notes:
+    """A memory that only remembers what it was told."""
+
+    def __init__(self):
+        self.written, self.moved = [], []
+
+    def write(self, keyframe):
+        self.written.append(keyframe)
+
+    def reanchor(self, poses):
+        self.moved.append(poses)
+
+
+@pytest.fixture(scope='module')
+def encoder():
+    return CompactEncoder.load()
+
+
+@pytest.fixture(scope='module')
+def frames():
+    """Eighty frames of a walk through a room, with depth, camera and true poses."""
+    room = Room.generate(7)
+    return list(render_walk(room, CAMERA, room.walk(240, seed=0, fps=FPS)[:80], fps=FPS,
+                            noise=1.0, seed=1))
+
+
+@pytest.fixture(scope='module')
+def elsewhere():
+    room = Room.generate(11)
+    return list(render_walk(room, CAMERA, room.walk(120, seed=0, fps=FPS)[:8], fps=FPS))
+
+
+def run(frames, encoder, memory=None, config=None, **options):
+    mapper = OnlineReconstructor(config or MapperConfig(), encoder, memory, **options)
+    for frame in frames:
+        mapper.process(frame)
+    return mapper
+
+
+def without(frames, **changes):
+    return [replace(frame, **changes) for frame in frames]
+
+
+def ate(mapper, frames, with_scale):
+    """Root mean square position error in metres after alignment, over the frames with a pose."""
+    pairs = [(e.T_map_cam[:3, 3], f.T_map_cam[:3, 3])
+             for e, f in zip(mapper.estimates, frames, strict=True) if e.T_map_cam is not None]
+    found, true = (np.array(p) for p in zip(*pairs, strict=True))
+    return align_points(found, true, with_scale=with_scale).rmse
+
+
+def posed_share(mapper):
+    return np.mean([e.T_map_cam is not None for e in mapper.estimates])
+
+
+@pytest.fixture(scope='module')
+def rgbd(frames, encoder):
+    memory = Notes()
+    mapper = run(frames, encoder, memory)
+    return mapper, mapper.finish(), memory
+
+
+def test_rgbd_is_metric_and_accurate(rgbd, frames):
+    mapper, scene, _ = rgbd
+    assert posed_share(mapper) == 1.0
+    assert ate(mapper, frames, with_scale=False) < 0.01
+    assert scene.metres_per_unit == 1.0 and scene.scale_source == 'depth'
+    assert 5 < len(scene.keyframes) < 60
+
+
+def test_monocular_finds_the_same_walk_up_to_scale(frames, encoder):
+    mapper = run(without(frames, depth=None), encoder)
+    scene = mapper.finish()
+    assert posed_share(mapper) > 0.95
+    assert ate(mapper, frames, with_scale=True) < 0.02
+    assert scene.metres_per_unit is None and scene.scale_source == 'unknown'
+    assert np.array_equal(scene.keyframes[0].T_map_cam, np.eye(4))
+    assert len(scene.cloud) > 100
+
+
+def test_a_guessed_camera_is_named_and_refined(frames, encoder):
+    mapper = run(without(frames, depth=None, camera=None), encoder)
+    assert mapper.camera_source in ('guessed', 'refined')
+    scene = mapper.finish()
+    assert scene.camera_source == 'refined'
+    assert mapper.camera.fx == pytest.approx(CAMERA.fx, rel=0.02)
+    assert ate(mapper, frames, with_scale=True) < 0.03
+
+
+def test_keyframe_points_lie_on_the_surfaces(rgbd, frames):
+    _, scene, _ = rgbd
+    depth_of = {f.stamp_ns: f.depth for f in frames}
+    for keyframe in scene.keyframes:
+        known = keyframe.has_point
+        u, v = np.rint(keyframe.features.keypoints[known]).astype(int).T
+        true = depth_of[keyframe.stamp_ns][v.clip(0, 239), u.clip(0, 319)]
+        assert known.mean() > 0.5
+        assert np.mean(np.abs(keyframe.points_cam[known, 2] / true - 1) < 0.02) > 0.9
+
+
+def test_every_keyframe_reaches_the_memory_once_and_in_order(rgbd):
+    mapper, scene, memory = rgbd
+    assert [k.id for k in memory.written] == list(range(len(scene.keyframes)))
+    assert all(set(poses) <= set(range(len(scene.keyframes))) for poses in memory.moved)
+
+
+def test_covariances_are_positive_definite(rgbd):
+    mapper, _, _ = rgbd
+    for estimate in mapper.estimates:
+        assert np.linalg.eigvalsh(estimate.covariance).min() > 0
+        np.testing.assert_allclose(estimate.covariance, estimate.covariance.T)
+
+
+def test_the_same_frames_give_the_same_map(frames, encoder):
+    first, second = (run(frames[:40], encoder) for _ in range(2))
+    for a, b in zip(first.estimates, second.estimates, strict=True):
+        assert np.array_equal(a.T_map_cam, b.T_map_cam)
+
+
+def test_given_poses_are_kept_bit_for_bit(frames, encoder):
+    memory = Notes()
+    mapper = run(without(frames[:50], depth=None), encoder, memory, poses='given')
+    scene = mapper.finish()
+    assert scene.metres_per_unit == 1.0 and scene.scale_source == 'given poses'
+    by_stamp = {f.stamp_ns: f.T_map_cam for f in frames}
+    assert all(np.array_equal(k.T_map_cam, by_stamp[k.stamp_ns]) for k in scene.keyframes)
+    assert len(memory.written) == len(scene.keyframes) > 3
+    assert sum(k.has_point.sum() for k in scene.keyframes) > 100 * len(scene.keyframes)
+
+
+@pytest.mark.parametrize('depth', [True, False])
+def test_bad_frames_are_lost_and_do_no_harm(frames, encoder, depth):
+    frames = frames[:60] if depth else without(frames[:60], depth=None)
+    black = np.zeros_like(frames[0].image)
+    bad = range(40, 45)
+    spoiled = [replace(f, image=black) if i in bad else f for i, f in enumerate(frames)]
+    mapper = OnlineReconstructor(MapperConfig(), encoder)
+    for index, frame in enumerate(spoiled):
+        before = mapper.stats.keyframes
+        estimate = mapper.process(frame)
+        if index in bad:
+            assert estimate.status is Status.LOST and estimate.T_map_cam is None
+            assert estimate.reason and mapper.stats.keyframes == before
+    assert mapper.status.has_pose
+    mapper.finish()
+    assert ate(mapper, spoiled, with_scale=not depth) < 0.02
+
+
+def test_a_standing_camera_adds_no_keyframes(frames, encoder):
+    mapper = run(frames[:30], encoder)
+    count = mapper.stats.keyframes
+    for k in range(40):
+        mapper.process(replace(frames[29], stamp_ns=frames[29].stamp_ns + (k + 1) * 100_000_000))
+    assert mapper.stats.keyframes <= count + 1
+    assert mapper.status is Status.TRACKING
+
+
+@pytest.mark.parametrize('depth', [True, False])
+def test_a_gap_is_bridged_by_descriptors(frames, encoder, depth):
+    kept = frames[:45] + frames[55:]
+    kept = kept if depth else without(kept, depth=None)
+    mapper = run(kept, encoder)
+    mapper.finish()
+    assert posed_share(mapper) > 0.95
+    assert ate(mapper, kept, with_scale=not depth) < 0.02
+
+
+def test_another_place_is_lost_and_leaves_the_map_alone(frames, elsewhere, encoder):
+    mapper = run(frames[:60], encoder)
+    before = [k.T_map_cam.copy() for k in mapper.keyframes]
+    start = frames[59].stamp_ns
+    for k, frame in enumerate(elsewhere):
+        estimate = mapper.process(replace(frame, stamp_ns=start + (k + 1) * 100_000_000))
+        assert estimate.status is Status.LOST
+    after = [k.T_map_cam for k in mapper.keyframes]
+    assert len(before) == len(after)
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    assert mapper.process(replace(frames[58], stamp_ns=start + 10**10)).status.has_pose
+
+
+def test_a_correction_moves_keyframes_and_their_points_together(frames, encoder):
+    mapper = run(frames[:60], encoder)
+    map_ = mapper._map
+    last = len(map_) - 1
+    ids = np.flatnonzero(map_.landmarks.has_point & (map_.landmarks.anchor == last))
+    before = map_.landmarks.points_map(ids, map_.T_map_cam)
+    T_before = map_.T_map_cam.copy()
+    shifted = T_before[last] @ se3_exp(np.array([0.1, 0, 0, 0, 0, 0.02]))
+    loop = Loop(last, 0, shifted, 1.0, np.zeros(0, int), np.zeros(0, int), 20.0)
+    correct(map_, loop, with_scale=False)
+    motion = map_.T_map_cam[last] @ np.linalg.inv(T_before[last])
+    assert np.linalg.norm(motion[:3, 3]) > 0.01
+    assert np.array_equal(map_.T_map_cam[0], T_before[0])
+    after = map_.landmarks.points_map(ids, map_.T_map_cam)
+    np.testing.assert_allclose(after, transform_points(motion, before), atol=1e-6)
+
+
+def test_unusable_input_is_refused_in_one_sentence(frames, encoder):
+    mapper = run(frames[:2], encoder)
+    with pytest.raises(InputError, match='320x240'):
+        mapper.process(replace(frames[2], image=frames[2].image[:100]))
+    with pytest.raises(InputError, match='RGB'):
+        mapper.process(replace(frames[2], image=frames[2].image[..., 0]))
+    with pytest.raises(InputError, match='depth'):
+        mapper.process(replace(frames[2], depth=frames[2].depth[:100]))
+    assert mapper.process(frames[2]).status is Status.TRACKING
+
+
+def test_a_camera_without_depth_readings_waits(frames, encoder):
+    blind = without(frames[:3], depth=np.zeros((240, 320), np.float32))
+    mapper = run(blind, encoder)
+    assert mapper.status is Status.INITIALISING
+    assert 'depth' in mapper.estimates[-1].reason
+    assert mapper.process(frames[3]).status is Status.TRACKING
+
+
+def test_the_cloud_is_fused_and_capped(rgbd):
+    _, scene, _ = rgbd
+    voxel = CloudConfig().voxel_m
+    cells = np.floor(scene.cloud.xyz / voxel).astype(int)
+    assert len(np.unique(cells, axis=0)) > 0.9 * len(scene.cloud)
+    capped = voxel_fused(scene.cloud.xyz, scene.cloud.rgb, voxel, 500)
+    assert len(capped) == 500 and capped.xyz.dtype == np.float32
