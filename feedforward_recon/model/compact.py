@@ -138,7 +138,8 @@ class CompactEncoder:
 
     def __init__(self, network: CompactNetwork, sha256: str,
                  config: EncoderConfig | None = None) -> None:
-        self.network = network.eval().to(memory_format=torch.channels_last)
+        self.network = network.eval()
+        _channels_last(self.network)
         self.sha256 = sha256
         self.config = config or EncoderConfig()
         self.dim = network.shape.dim
@@ -204,6 +205,13 @@ class CompactEncoder:
         zeros = np.zeros((0, 2), np.float32)
         return Features(zeros, np.zeros((0, self.dim), np.float32), zeros[:, 0],
                         np.zeros(self.network.words.numel(), np.float32))
+
+
+def _channels_last(network: nn.Module) -> None:
+    """Store filters as the convolutions read them; the values stay the same."""
+    for parameter in network.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def save_network(network: CompactNetwork, path: str | Path) -> None:

@@ -1,0 +1,1 @@
+"""Training of the shipped networks; nothing outside this package imports it."""

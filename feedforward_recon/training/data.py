@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
+from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.transforms import inverse, transform_points
 from feedforward_recon.model.compact import detect_corners
 
@@ -54,7 +55,11 @@ class PairStream(IterableDataset):
         if rng.random() < self.room_share:
             with np.load(self.rooms[rng.integers(len(self.rooms))]) as views:
                 return room_pair(views, rng)
-        return photo_pair(cv2.imread(str(self.photos[rng.integers(len(self.photos))])), rng)
+        path = self.photos[rng.integers(len(self.photos))]
+        photo = cv2.imread(str(path))
+        if photo is None:
+            raise InputError(f'expected a photo at {path}, found no readable image; remove it')
+        return photo_pair(photo, rng)
 
 
 def photo_pair(photo_bgr: np.ndarray, rng: np.random.Generator) -> Pair | None:
@@ -104,7 +109,8 @@ def photometric(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.2:
         x = _motion_blur(x, rng)
     if rng.random() < 0.3:
-        ramp = np.linspace(*rng.uniform(0.6, 1.2, 2), x.shape[1], dtype=np.float32)
+        left, right = rng.uniform(0.6, 1.2, 2)
+        ramp = np.linspace(left, right, x.shape[1]).astype(np.float32)
         x = x * ramp[None, :, None]
     x = x + rng.normal(0, rng.uniform(0, 0.04), x.shape).astype(np.float32)
     out = (x.clip(0, 1) * 255).astype(np.uint8)
@@ -119,8 +125,8 @@ def _motion_blur(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     kernel = np.zeros((length, length), np.float32)
     kernel[length // 2] = 1 / length
     turn = cv2.getRotationMatrix2D(((length - 1) / 2,) * 2, rng.uniform(0, 180), 1)
-    kernel = cv2.warpAffine(kernel, turn, (length, length))
-    return cv2.filter2D(x, -1, kernel / max(kernel.sum(), 1e-6))
+    turned = cv2.warpAffine(kernel, turn, (length, length))
+    return cv2.filter2D(x, -1, turned / max(float(turned.sum()), 1e-6))
 
 
 def _random_warp(size_hw: tuple[int, int], rng: np.random.Generator,

@@ -49,7 +49,7 @@ class EncoderTrainer:
         self.out = Path(settings.out)
         self.out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(settings.seed)
-        self.network = CompactNetwork(CompactShape()).to(memory_format=torch.channels_last)
+        self.network = CompactNetwork(CompactShape())
         self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=settings.learning_rate,
                                            weight_decay=1e-3)
         self.step = 0
