@@ -155,7 +155,8 @@ DAMAGE = {
     'binary description': (lambda f: (f / 'map.yaml').write_bytes(b'\xff\xfe\x80'), 'damaged'),
     'truncated description': (lambda f: truncate(f / 'map.yaml'), 'damaged|range|expected'),
     'no camera': (lambda f: edit(f / 'map.yaml', camera=None), 'damaged'),
-    'unknown setting': (lambda f: edit(f / 'map.yaml', config={'memori': {}}), 'update feedforward_recon'),
+    'unknown setting': (lambda f: edit(f / 'map.yaml', config={'memori': {}}),
+                        'update feedforward_recon'),
 }
 
 

@@ -125,8 +125,8 @@ def _motion_blur(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     kernel = np.zeros((length, length), np.float32)
     kernel[length // 2] = 1 / length
     turn = cv2.getRotationMatrix2D(((length - 1) / 2,) * 2, rng.uniform(0, 180), 1)
-    turned = cv2.warpAffine(kernel, turn, (length, length))
-    return cv2.filter2D(x, -1, turned / max(float(turned.sum()), 1e-6))
+    turned = np.asarray(cv2.warpAffine(kernel, turn, (length, length)), np.float32)
+    return cv2.filter2D(x, -1, np.divide(turned, max(float(turned.sum()), 1e-6)))
 
 
 def _random_warp(size_hw: tuple[int, int], rng: np.random.Generator,
