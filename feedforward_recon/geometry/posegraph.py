@@ -106,7 +106,7 @@ def optimise_pose_graph(graph: PoseGraph, edges: PoseGraphEdges, fixed: np.ndarr
     for _ in range(steps):
         H, g = _normal_equations(graph, edges, columns, robust_scale)
         delta = np.zeros(free.size)
-        delta[columns] = -spsolve(H + damping * sparse.diags_array(H.diagonal() + 1e-9), g)
+        delta[columns] = -spsolve(H + damping * sparse.diags(H.diagonal() + 1e-9), g)
         trial = _moved(graph, delta.reshape(-1, 7))
         new = _cost(trial, edges, robust_scale)
         if new > cost:

@@ -236,7 +236,9 @@ def _step(problem: BundleProblem, layout: _Layout, state: _State, system: _Syste
     """The state after one damped Gauss-Newton step (Schur complement on the points)."""
     V_inv = np.linalg.inv(_damped(system.V, damping))
     S, b = _reduced(problem, layout, system, V_inv, damping)
-    step = -cho_solve(cho_factor(S, check_finite=False), b, check_finite=False)
+    step = b  # empty when every pose is held, which SciPy 1.11 cannot factor
+    if len(b):
+        step = -cho_solve(cho_factor(S, check_finite=False), b, check_finite=False)
     n = len(layout.free)
     xi = np.zeros((layout.n_poses, 6))
     xi[layout.free] = step[:6 * n].reshape(n, 6)
