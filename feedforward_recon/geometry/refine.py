@@ -25,7 +25,9 @@ from feedforward_recon.errors import DegenerateError
 from feedforward_recon.geometry.pnp import pose_jacobian
 from feedforward_recon.geometry.transforms import inverse, se3_exp
 
-BLOCK = 192
+# Points per block. Blocks this small also keep each product below the size from which BLAS
+# starts threads, which cost more than they save when other processes share the cores.
+BLOCK = 40
 MIN_DEPTH = 1e-6
 FOCAL_PRIOR_STD = 0.3
 
@@ -83,7 +85,8 @@ class _System:
     W: np.ndarray
     g_pose: np.ndarray
     g_point: np.ndarray
-    focal: tuple[np.ndarray, np.ndarray, float, float]  # with poses [P, 6], points [L, 3]
+    # Focal length: mixed with poses [P, 6] and points [L, 3], its own block and gradient.
+    focal: tuple[np.ndarray, np.ndarray, float, float] | None
 
 
 class _Layout:
@@ -213,15 +216,17 @@ def _linearise(problem: BundleProblem, layout: _Layout, state: _State) -> _Syste
         out = table @ values.reshape(len(values), -1)
         return out.reshape(table.shape[0], *values.shape[1:])
 
-    f_pose = total(layout.by_pose, (A @ J_focal[..., None])[..., 0])
-    f_point = total(layout.by_point, (B @ J_focal[..., None])[..., 0])
-    h_focal = float((weight * J_focal**2).sum()) + FOCAL_PRIOR_STD**-2
-    g_focal = float((weight * J_focal * r).sum()) \
-        + np.log(state.focal_scale) / FOCAL_PRIOR_STD**2
+    focal = None
+    if problem.refine_focal:
+        h_focal = float((weight * J_focal**2).sum()) + FOCAL_PRIOR_STD**-2
+        g_focal = float((weight * J_focal * r).sum()) \
+            + float(np.log(state.focal_scale)) / FOCAL_PRIOR_STD**2
+        focal = (total(layout.by_pose, (A @ J_focal[..., None])[..., 0]),
+                 total(layout.by_point, (B @ J_focal[..., None])[..., 0]), h_focal, g_focal)
     return _System(total(layout.by_pose, A @ J_pose), total(layout.by_point, B @ J_point),
                    A @ J_point, total(layout.by_pose, (A @ column)[..., 0]),
                    total(layout.by_point, (B @ column)[..., 0]),
-                   (f_pose, f_point, h_focal, g_focal))
+                   focal)
 
 
 def _damped(blocks: np.ndarray, damping: float) -> np.ndarray:
@@ -242,10 +247,12 @@ def _step(problem: BundleProblem, layout: _Layout, state: _State, system: _Syste
     n = len(layout.free)
     xi = np.zeros((layout.n_poses, 6))
     xi[layout.free] = step[:6 * n].reshape(n, 6)
-    focal_step = float(step[-1]) if problem.refine_focal else 0.0
+    focal_step = 0.0 if system.focal is None else float(step[-1])
     # Back-substitution: V dx = -(g + W^T xi + f ds).
     pull = np.matmul(np.swapaxes(system.W, 1, 2), xi[problem.pose_index][..., None])[..., 0]
-    rhs = system.g_point + layout.by_point @ pull + system.focal[1] * focal_step
+    rhs = system.g_point + layout.by_point @ pull
+    if system.focal is not None:
+        rhs += system.focal[1] * focal_step
     points = state.points - np.matmul(V_inv, rhs[..., None])[..., 0]
     return replace(state, T_cam_map=se3_exp(xi) @ state.T_cam_map, points=points,
                    focal_scale=state.focal_scale * np.exp(focal_step / state.focal_scale))
@@ -254,7 +261,7 @@ def _step(problem: BundleProblem, layout: _Layout, state: _State, system: _Syste
 def _reduced(problem: BundleProblem, layout: _Layout, system: _System, V_inv: np.ndarray,
              damping: float) -> tuple[np.ndarray, np.ndarray]:
     """Reduced camera system S, b: free poses, then the focal length if it is refined."""
-    n, extra = len(layout.free), int(problem.refine_focal)
+    n, extra = len(layout.free), int(system.focal is not None)
     S = np.zeros((6 * n + extra, 6 * n + extra))
     b = np.zeros(6 * n + extra)
     poses = S[:6 * n, :6 * n].reshape(n, 6, n, 6)
@@ -267,10 +274,11 @@ def _reduced(problem: BundleProblem, layout: _Layout, system: _System, V_inv: np
         shape = (len(pose_set), 6, len(point_set), 3)
         left, right = np.zeros(shape), np.zeros(shape)
         left[pose, :, point], right[pose, :, point] = Y[part], system.W[part]
-        flat = (6 * shape[0], 3 * shape[2])
-        product = (left.reshape(flat) @ right.reshape(flat).T).reshape(shape[0], 6, shape[0], 6)
-        poses[pose_set[:, None], :, pose_set[None], :] -= product.transpose(0, 2, 1, 3)
-    if extra:
+        rows = left.reshape(shape[0], 6, 3 * shape[2])
+        product = rows @ right.reshape(6 * shape[0], 3 * shape[2]).T  # [p, 6, 6 p]
+        poses[pose_set[:, None], :, pose_set[None], :] -= product.reshape(
+            shape[0], 6, shape[0], 6).transpose(0, 2, 1, 3)
+    if system.focal is not None:
         f_pose, f_point, h, g = system.focal
         mixed = np.matmul(Y, f_point[problem.point_index][..., None])[..., 0]
         S[:-1, -1] = S[-1, :-1] = (f_pose - layout.by_pose @ mixed)[layout.free].ravel()
