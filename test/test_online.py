@@ -122,7 +122,7 @@ def test_keyframe_points_lie_on_the_surfaces(rgbd, frames):
 
 
 def test_every_keyframe_reaches_the_memory_once_and_in_order(rgbd):
-    mapper, scene, memory = rgbd
+    _, scene, memory = rgbd
     assert [k.id for k in memory.written] == list(range(len(scene.keyframes)))
     assert all(set(poses) <= set(range(len(scene.keyframes))) for poses in memory.moved)
 
