@@ -78,8 +78,6 @@ class LocalizerConfig:
                               high=1.0)
     max_runner_up: float = option(0.6, 'refuse when another pose has this share of the score',
                                   low=0.0, high=1.0)
-    covariance_scale: float = option(1.0, 'inflation of the standard deviations', low=0.1,
-                                     high=100.0)
     seed: int = option(0, 'seed of the robust estimator', low=0)
 
 
