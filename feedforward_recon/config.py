@@ -47,7 +47,7 @@ class MemoryConfig:
     reservoir: int = option(150_000, 'training samples kept for fitting', low=1000,
                             high=2_000_000)
     batch: int = option(1024, 'samples per optimisation step', low=64, high=65_536)
-    steps_per_keyframe: int = option(2, 'optimisation steps after each keyframe', low=0,
+    steps_per_keyframe: int = option(1, 'optimisation steps after each keyframe', low=0,
                                      high=200)
     polish_steps: int = option(3200, 'optimisation steps when mapping ends', low=0, high=50_000)
     seed: int = option(0, 'seed of every random choice', low=0)
