@@ -147,10 +147,11 @@ class RefineConfig:
 class LoopConfig:
     """Recognising places seen before."""
 
+    every: int = option(3, 'keyframes between searches for loops', low=1, high=1000)
     candidates: int = option(3, 'old keyframes verified per keyframe', low=0, high=50)
     min_age: int = option(8, 'keyframes between a loop and its candidate', low=2, high=1000)
     min_inliers: int = option(30, 'fewest matches that must agree with a loop', low=8, high=1000)
-    correct_px: float = option(2.0, 'map error in the image beyond which a loop bends the whole '
+    correct_px: float = option(3.0, 'map error in the image beyond which a loop bends the whole '
                                'trajectory at once', low=1, high=500, unit='px')
 
 

@@ -12,6 +12,7 @@ from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import se3_exp, transform_points
 from feedforward_recon.mapping.cloud import voxel_fused
 from feedforward_recon.mapping.loops import Loop, correct
+from feedforward_recon.mapping.offline import reconstruct
 from feedforward_recon.mapping.online import OnlineReconstructor
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.synthetic import Room, render_walk
@@ -199,6 +200,24 @@ def test_another_place_is_lost_and_leaves_the_map_alone(frames, elsewhere, encod
     assert len(before) == len(after)
     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
     assert mapper.process(replace(frames[58], stamp_ns=start + 10**10)).status.has_pose
+
+
+def test_a_second_look_places_what_was_missed(frames, encoder):
+    frames = without(frames[:60], depth=None)
+    blurred = replace(frames[30], image=np.zeros_like(frames[30].image))
+    mapper = run([*frames[:30], blurred, *frames[31:]], encoder)
+    mapper.finish()
+    assert mapper.estimates[30].T_map_cam is None
+    keyframes = len(mapper.keyframes)
+    assert mapper.revisit(30, frames[30]).status.has_pose
+    assert len(mapper.keyframes) == keyframes
+    assert ate(mapper, frames, with_scale=True) < 0.02
+
+
+def test_offline_reconstruction_is_the_online_one_and_more(frames, encoder):
+    scene = reconstruct(frames[:30], MapperConfig(), encoder)
+    assert len(scene.estimates) == 30 and len(scene.trajectory) == 30
+    assert scene.metres_per_unit == 1.0
 
 
 def test_a_correction_moves_keyframes_and_their_points_together(frames, encoder):

@@ -15,7 +15,7 @@ from feedforward_recon.geometry.twoview import TwoView, relative_pose
 from feedforward_recon.mapping.growing_map import GrowingMap
 from feedforward_recon.mapping.keyframes import View
 from feedforward_recon.mapping.matching import Tracks
-from feedforward_recon.mapping.tracking import Tracked, Tracker, exact_fit
+from feedforward_recon.mapping.tracking import Tracked, exact_fit, fit_pose
 
 log = logging.getLogger(__name__)
 START_POINTS = 50  # triangulated at once when a map starts
@@ -60,7 +60,7 @@ class Bootstrap:
         firm = two.inliers & (two.angle_deg > self.config.keyframes.min_parallax_deg)
         return two if firm.sum() >= START_POINTS else None
 
-    def complete(self, map_: GrowingMap, tracker: Tracker) -> list[tuple[View, PoseFit]]:
+    def complete(self, map_: GrowingMap) -> list[tuple[View, PoseFit]]:
         """Fix the unit of a map of two keyframes, refine it, and place the frames between.
 
         The unit is the median depth of the first landmarks in the first view.
@@ -70,7 +70,8 @@ class Bootstrap:
         placed = []
         for view, tracks in self._waiting:
             known = map_.landmarks.has_point[tracks.ids]
-            fit = tracker.fit_pose(view, map_, tracks.select(known), map_.T_map_cam[0])
+            fit = fit_pose(view, map_, tracks.select(known), map_.T_map_cam[0],
+                           self.config.tracking)
             if fit.count >= self.config.tracking.min_inliers:
                 placed.append((view, fit))
         return placed

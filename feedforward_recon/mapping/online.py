@@ -29,6 +29,7 @@ from feedforward_recon.mapping.keyframes import KeyframePolicy, View
 from feedforward_recon.mapping.loops import correct, find_loop
 from feedforward_recon.mapping.matching import Tracks
 from feedforward_recon.mapping.preparation import Preparation
+from feedforward_recon.mapping.relocalisation import relocalise, settle
 from feedforward_recon.mapping.scene_map import SceneMap
 from feedforward_recon.mapping.tracking import Tracked, Tracker, exact_fit
 from feedforward_recon.model import Encoder
@@ -164,11 +165,12 @@ class OnlineReconstructor:
     def _recover(self, view: View, frame: Frame) -> Tracked | None:
         """Look for a lost camera among the keyframes, then wherever the caller knows to ask."""
         features = self.encoder.encode(view.image)
-        tracked = self._tracker.relocalise(view, features, self._map)
+        tracked = relocalise(view, features, self._map, self.config.tracking)
         if tracked is None and self.relocalise is not None:
             answer = self.relocalise(frame)
             if answer.T_map_cam is not None:
-                tracked = self._tracker.settle(view, features, self._map, answer.T_map_cam)
+                tracked = settle(view, features, self._map, answer.T_map_cam,
+                                 self.config.tracking)
         if tracked is not None:
             self.stats.relocalised += 1
             self._tracker.accept(view, tracked.tracks, tracked.fit.T_map_cam, moved=False)
@@ -206,7 +208,7 @@ class OnlineReconstructor:
         if len(self._map) == 1:
             self._bootstrap = Bootstrap(self.config, tracks)
         elif self._bootstrap is not None:
-            for view, fit in self._bootstrap.complete(self._map, self._tracker):
+            for view, fit in self._bootstrap.complete(self._map):
                 self._journal.note(self._measured(view, fit, False, 0.0), 0,
                                    self._map.T_map_cam[0], view.index)
             self._bootstrap = None
@@ -214,7 +216,9 @@ class OnlineReconstructor:
     def _close_loops(self) -> None:
         """Tie the newest keyframe to old ones; when the map is off, bend it back."""
         newest = len(self._map) - 1
-        loop = find_loop(self._map, newest, self.config) if self.poses == 'estimated' else None
+        if newest % self.config.loops.every or self.poses == 'given':
+            return
+        loop = find_loop(self._map, newest, self.config)
         if loop is None:
             return
         self.stats.loops += 1
@@ -300,6 +304,26 @@ class OnlineReconstructor:
         if self.poses == 'estimated' and len(self._map) > 1:
             self._refine_all(refine_focal=self._preparation.camera_source != 'given')
         self._write_memory(everything=True)
+        return self.scene_map()
+
+    def revisit(self, index: int, frame: Frame) -> Estimate:
+        """Look up frame ``index``, which had no pose, in the map as it is now; writes nothing."""
+        started = time.perf_counter()
+        view = self._preparation.view(frame, index)
+        features = self.encoder.encode(view.image)
+        tracked = relocalise(view, features, self._map, self.config.tracking) \
+            if len(self._map) else None
+        if tracked is None:
+            return self.estimates[index]
+        latency_ms = (time.perf_counter() - started) * 1e3
+        estimate = self._measured(view, tracked.fit, False, latency_ms)
+        depth = self._map.typical_depth(len(self._map) - 1)
+        nearest = int(self._map.neighbours(tracked.fit.T_map_cam, depth)[0])
+        self._journal.note(estimate, nearest, self._map.T_map_cam[nearest], index)
+        return estimate
+
+    def scene_map(self) -> SceneMap:
+        """The result so far."""
         return SceneMap(tuple(self.keyframes), self.trajectory(), tuple(self.estimates),
                         self.cloud(), 1.0 if self._is_metric else None, self.scale_source,
                         self.camera_source)

@@ -1,4 +1,4 @@
-"""Where is the camera in this frame: flow from the last frame, or descriptors when that fails."""
+"""Where is the camera now: landmarks followed from the last frame, and a pose from them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from feedforward_recon.geometry.pnp import FLOOR_STD, PoseFit, pnp_ransac, refin
 from feedforward_recon.geometry.transforms import inverse, se3_exp, se3_log, transform_points
 from feedforward_recon.mapping.growing_map import GrowingMap
 from feedforward_recon.mapping.keyframes import View
-from feedforward_recon.mapping.matching import Tracks, follow, match_guided, match_mutual
+from feedforward_recon.mapping.matching import Tracks, follow
 from feedforward_recon.types import Features
 
 MIN_AGREEMENT = 0.4
 MAX_EXTRAPOLATION = 3.0
-RELOCALISE_CANDIDATES = 6
-RELOCALISE_RADIUS_PX = 8.0
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ class Tracker:
         enough = max(self.config.min_inliers, MIN_AGREEMENT * len(tracks.ids))
         if len(tracks.ids) < self.config.min_inliers:
             return None
-        fit = self.fit_pose(view, map_, tracks, T_guess)
+        fit = fit_pose(view, map_, tracks, T_guess, self.config)
         if fit.count >= enough:
             return fit
         points = map_.landmarks.points_map(tracks.ids, map_.T_map_cam)
@@ -122,64 +120,19 @@ class Tracker:
                            self.config.seed)
         if rough is None:
             return None
-        fit = self.fit_pose(view, map_, tracks, rough.T_map_cam)
+        fit = fit_pose(view, map_, tracks, rough.T_map_cam, self.config)
         return fit if fit.count >= enough else None
-
-    def fit_pose(self, view: View, map_: GrowingMap, tracks: Tracks,
-                 T_guess: np.ndarray) -> PoseFit:
-        """Pose from landmarks with known points, polished from a guess."""
-        points = map_.landmarks.points_map(tracks.ids, map_.T_map_cam)
-        return refine_pose(T_guess, points, tracks.px, view.camera,
-                           depth=view.depth_at(tracks.px) if view.depth is not None else None,
-                           depth_noise=self.config.depth_noise,
-                           outlier_px=self.config.outlier_px)
-
-    def relocalise(self, view: View, features: Features, map_: GrowingMap) -> Tracked | None:
-        """Find a lost camera among the keyframes by descriptors; None if no place agrees."""
-        best = None
-        for id_ in self._similar(features, map_):
-            fit = self._against(view, features, map_, id_)
-            if fit is not None and (best is None or fit.count > best.count):
-                best = fit
-        if best is None or best.count < self.config.min_inliers:
-            return None
-        return self.settle(view, features, map_, best.T_map_cam)
-
-    def _similar(self, features: Features, map_: GrowingMap) -> list[int]:
-        """The newest keyframe and those that look most alike."""
-        newest = len(map_) - 1
-        score = np.array([k.features.global_descriptor @ features.global_descriptor
-                          for k in map_.keyframes])
-        order = np.argsort(-score, kind='stable')[:RELOCALISE_CANDIDATES]
-        return [newest, *(int(k) for k in order if k != newest)]
-
-    def _against(self, view: View, features: Features, map_: GrowingMap,
-                 id_: int) -> PoseFit | None:
-        keyframe = map_.keyframes[id_]
-        a, b = match_mutual(features.descriptors, keyframe.features.descriptors,
-                            self.config.match_similarity)
-        points = map_.points_cam(id_)[b]
-        known = np.isfinite(points[:, 2])
-        points = transform_points(map_.T_map_cam[id_], points[known])
-        return pnp_ransac(points, features.keypoints[a[known]], view.camera,
-                          self.config.outlier_px, self.config.seed)
-
-    def settle(self, view: View, features: Features, map_: GrowingMap,
-                T_map_cam: np.ndarray) -> Tracked | None:
-        """Match all landmarks in view around a first pose and polish it with them."""
-        near = map_.neighbours(T_map_cam, map_.typical_depth(len(map_) - 1))
-        ids, px, _ = map_.visible(near, T_map_cam, view.camera)
-        row, feature = match_guided(px, map_.landmarks.descriptor[ids], features,
-                                    RELOCALISE_RADIUS_PX, self.config.match_similarity)
-        tracks = Tracks(view.gray, ids[row], features.keypoints[feature])
-        if len(tracks.ids) < self.config.min_inliers:
-            return None
-        fit = self.fit_pose(view, map_, tracks, T_map_cam)
-        if fit.count < self.config.relocalise_inliers:
-            return None
-        return Tracked(tracks.select(fit.inliers), fit, features)
 
 
 def exact_fit(T_map_cam: np.ndarray, inliers: int = 0) -> PoseFit:
     """A pose that was given or that defines the map frame."""
     return PoseFit(T_map_cam, np.diag(FLOOR_STD**2), np.ones(inliers, bool), np.zeros(inliers))
+
+
+def fit_pose(view: View, map_: GrowingMap, tracks: Tracks, T_guess: np.ndarray,
+             config: TrackingConfig) -> PoseFit:
+    """Pose from tracks whose landmarks have points, polished from a guess."""
+    points = map_.landmarks.points_map(tracks.ids, map_.T_map_cam)
+    depth = view.depth_at(tracks.px) if view.depth is not None else None
+    return refine_pose(T_guess, points, tracks.px, view.camera, depth=depth,
+                       depth_noise=config.depth_noise, outlier_px=config.outlier_px)

@@ -1,0 +1,31 @@
+"""``reconstruct``: a whole recording at once - the online loop, then a second look.
+
+Frames that the online loop could not place (before a monocular map had depth, or after losing
+track) are looked up in the finished map, which has seen what came later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from feedforward_recon.config import MapperConfig
+from feedforward_recon.mapping.online import Memory, OnlineReconstructor
+from feedforward_recon.mapping.scene_map import SceneMap
+from feedforward_recon.model import Encoder
+from feedforward_recon.types import Frame
+
+
+def reconstruct(frames: Sequence[Frame], config: MapperConfig, encoder: Encoder,
+                memory: Memory | None = None) -> SceneMap:
+    """Map all frames, then place those that were missed; the second look writes nothing.
+
+    Raises InputError for a frame that cannot be used.
+    """
+    mapper = OnlineReconstructor(config, encoder, memory)
+    for frame in frames:
+        mapper.process(frame)
+    mapper.finish()
+    for index, estimate in enumerate(mapper.estimates):
+        if not estimate.status.has_pose:
+            mapper.revisit(index, frames[index])
+    return mapper.scene_map()

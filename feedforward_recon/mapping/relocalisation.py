@@ -1,0 +1,87 @@
+"""Finding a lost camera among the keyframes.
+
+Retrieval, descriptor matches and robust PnP give a first pose; a second look at all landmarks
+that should be in view from there decides, which a wrong place does not survive.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from feedforward_recon.config import TrackingConfig
+from feedforward_recon.geometry.pnp import PoseFit, pnp_ransac
+from feedforward_recon.geometry.transforms import transform_points
+from feedforward_recon.mapping.growing_map import GrowingMap
+from feedforward_recon.mapping.keyframes import View
+from feedforward_recon.mapping.matching import Tracks, match_guided, match_mutual
+from feedforward_recon.mapping.tracking import Tracked, fit_pose
+from feedforward_recon.types import Features
+
+CANDIDATES = 5
+COMPANIONS = 4  # keyframes whose landmarks help those of a candidate
+MIN_FIRST_INLIERS = 12
+SEARCH_RADII_PX = (16.0, 6.0)
+MIN_SCORE = 0.5
+
+
+def relocalise(view: View, features: Features, map_: GrowingMap,
+               config: TrackingConfig) -> Tracked | None:
+    """Pose and tracks of a view that continues nothing; None if no place agrees with it."""
+    fits = [_against(view, features, map_, id_, config) for id_ in _similar(features, map_)]
+    found = sorted((f for f in fits if f is not None and f.count >= MIN_FIRST_INLIERS),
+                   key=lambda f: -f.count)
+    for fit in found[:2]:
+        tracked = settle(view, features, map_, fit.T_map_cam, config)
+        if tracked is not None:
+            return tracked
+    return None
+
+
+def _similar(features: Features, map_: GrowingMap) -> list[int]:
+    """The newest keyframe and those that look most alike."""
+    newest = len(map_) - 1
+    score = np.array([k.features.global_descriptor @ features.global_descriptor
+                      for k in map_.keyframes])
+    order = np.argsort(-score, kind='stable')[:CANDIDATES]
+    return [newest, *(int(k) for k in order if k != newest)]
+
+
+def _against(view: View, features: Features, map_: GrowingMap, id_: int,
+             config: TrackingConfig) -> PoseFit | None:
+    """PnP against the points of a keyframe and the landmarks of its companions."""
+    keyframe, table = map_.keyframes[id_], map_.landmarks
+    own = map_.points_cam(id_)
+    known = np.isfinite(own[:, 2])
+    seen = table.seen_by(id_)
+    shared = table.shared(seen, len(map_))
+    shared[id_] = 0
+    companions = np.argsort(-shared, kind='stable')[:COMPANIONS]
+    near = table.mask(table.seen_landmark[np.isin(table.seen_keyframe, companions)])
+    near[seen] = False
+    ids = np.flatnonzero(near & table.has_point)
+    points = np.concatenate([transform_points(map_.T_map_cam[id_], own[known]),
+                             table.points_map(ids, map_.T_map_cam)])
+    descriptors = np.concatenate([keyframe.features.descriptors[known], table.descriptor[ids]])
+    a, b = match_mutual(features.descriptors, descriptors, config.match_similarity)
+    return pnp_ransac(points[b], features.keypoints[a], view.camera, config.outlier_px,
+                      config.seed)
+
+
+def settle(view: View, features: Features, map_: GrowingMap, T_map_cam: np.ndarray,
+           config: TrackingConfig) -> Tracked | None:
+    """Match all landmarks in view around a first pose, first widely, then closely."""
+    for radius_px in SEARCH_RADII_PX:
+        near = map_.neighbours(T_map_cam, map_.typical_depth(len(map_) - 1))
+        ids, px, _ = map_.visible(near, T_map_cam, view.camera)
+        row, feature = match_guided(px, map_.landmarks.descriptor[ids], features, radius_px,
+                                    config.match_similarity)
+        tracks = Tracks(view.gray, ids[row], features.keypoints[feature])
+        rough = pnp_ransac(map_.landmarks.points_map(tracks.ids, map_.T_map_cam), tracks.px,
+                           view.camera, config.outlier_px, config.seed)
+        if rough is None:
+            return None
+        T_map_cam = rough.T_map_cam
+    fit = fit_pose(view, map_, tracks, T_map_cam, config)
+    if fit.count < max(config.relocalise_inliers, MIN_SCORE * len(tracks.ids)):
+        return None
+    return Tracked(tracks.select(fit.inliers), fit, features)
