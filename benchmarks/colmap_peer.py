@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,17 +92,14 @@ def _trajectory(models: dict[int, Any], frame_of: dict[str, Frame]) -> Trajector
     return Trajectory(stamps, np.stack([poses[stamp] for stamp in stamps]))
 
 
-def run() -> dict[str, Any]:
+def run() -> Iterator[tuple[str, dict[str, Any]]]:
     """Every fifth frame of the kitchen, all left frames of the drive."""
-    cases = {f'{KITCHEN} (every 5th)': (load_frames(KITCHEN, step=5, use_depth=False),
-                                        ('exhaustive', 'sequential')),
-             DRIVE: (load_frames(DRIVE, use_depth=False), ('exhaustive', 'sequential'))}
-    rows = {}
-    for name, (frames, matchings) in cases.items():
+    cases = {f'{KITCHEN} (every 5th)': load_frames(KITCHEN, step=5, use_depth=False),
+             DRIVE: load_frames(DRIVE, use_depth=False)}
+    for name, frames in cases.items():
         truth = true_trajectory(frames)
-        for matching in matchings:
+        for matching in ('exhaustive', 'sequential'):
             for mapper in ('incremental', 'global'):
                 estimated, clock = map_with_colmap(frames, mapper, matching)
-                rows[f'{name} | pycolmap {mapper}, {matching} matching'] = trajectory_entry(
-                    estimated, truth, 'sim3', len(frames), clock)
-    return rows
+                yield (f'{name} | pycolmap {mapper}, {matching} matching',
+                       trajectory_entry(estimated, truth, 'sim3', len(frames), clock))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.common import KITCHEN, data_root, load_frames, true_trajectory
@@ -20,17 +21,15 @@ SMALLEST_NETWORK = {'hidden_dim': 32, 'blocks': 1}
 WRONG_PLACES = 100
 
 
-def run() -> dict[str, Any]:
+def run() -> Iterator[tuple[str, dict[str, Any]]]:
     """Given poses (hybrid and each half at equal bytes), then our own poses."""
     frames = load_frames(KITCHEN)
-    rows: dict[str, Any] = {}
     for split, (mapped, query) in {'interleaved': interleaved_split(len(frames)),
                                    'extrapolation': extrapolation_split(len(frames))}.items():
         known, unknown = [frames[i] for i in mapped], [frames[i] for i in query]
         for name, config in variants().items():
-            rows[f'{KITCHEN} {split} | {name}'] = given_poses(known, unknown, config)
-        rows[f'{KITCHEN} {split} | hybrid, own RGB-D poses'] = own_poses(known, unknown)
-    return rows
+            yield f'{KITCHEN} {split} | {name}', given_poses(known, unknown, config)
+        yield f'{KITCHEN} {split} | hybrid, own RGB-D poses', own_poses(known, unknown)
 
 
 def variants() -> dict[str, MapperConfig]:
@@ -54,7 +53,7 @@ def nbytes(memory: MemoryConfig) -> int:
     return MemoryWriter(memory, CompactEncoder.load().dim).snapshot().nbytes
 
 
-def _last_within(budget: int, configs: Any) -> MemoryConfig:
+def _last_within(budget: int, configs: Iterator[MemoryConfig]) -> MemoryConfig:
     return list(itertools.takewhile(lambda memory: nbytes(memory) <= budget, configs))[-1]
 
 
@@ -75,15 +74,15 @@ def own_poses(known: list[Frame], unknown: list[Frame]) -> dict[str, Any]:
     return {**row, 'polish_seconds': mapped.polish.seconds}
 
 
-def run_wrong_places() -> dict[str, Any]:
+def run_wrong_places() -> Iterator[tuple[str, dict[str, Any]]]:
     """Images of other scenes, with their own cameras, against the memory of the kitchen."""
     frames = load_frames(KITCHEN)
     known = [frames[i] for i in interleaved_split(len(frames))[0]]
     answer = Answerer(map_frames(known, poses='given'))
     strangers = other_scenes()
     accepted = [frame.source for frame in strangers if answer(frame) is not None]
-    return {f'{KITCHEN} | other scenes': {'images': len(strangers), 'accepted': len(accepted),
-                                          'which': accepted}}
+    yield f'{KITCHEN} | other scenes', {'images': len(strangers), 'accepted': len(accepted),
+                                        'which': accepted}
 
 
 def other_scenes() -> list[Frame]:

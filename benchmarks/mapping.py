@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.common import DRIVE, KITCHEN, load_frames, trajectory_entry, true_trajectory
@@ -10,7 +11,7 @@ from feedforward_recon.evaluation import interleaved_split
 from feedforward_recon.types import Frame
 
 
-def run() -> dict[str, Any]:
+def run() -> Iterator[tuple[str, dict[str, Any]]]:
     """Each case of the mapping table."""
     kitchen = {use_depth: load_frames(KITCHEN, use_depth=use_depth) for use_depth in (True, False)}
     gaps, _ = interleaved_split(len(kitchen[True]))
@@ -21,8 +22,8 @@ def run() -> dict[str, Any]:
         f'{KITCHEN} monocular, gaps of 25 frames': ([kitchen[False][i] for i in gaps], 'sim3'),
         f'{DRIVE} monocular': (load_frames(DRIVE), 'sim3'),
     }
-    return {f'{name} | feedforward_recon': entry(frames, alignment)
-            for name, (frames, alignment) in cases.items()}
+    for name, (frames, alignment) in cases.items():
+        yield f'{name} | feedforward_recon', entry(frames, alignment)
 
 
 def entry(frames: list[Frame], alignment: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,14 +22,13 @@ COUNTS = (50, 100, 200, 300, 400, 500)
 WINDOW = 25  # keyframes whose median time stands for "now"
 
 
-def run() -> dict[str, Any]:
+def run() -> Iterator[tuple[str, dict[str, Any]]]:
     """Memory bytes, and seconds of a keyframe in the whole loop, as keyframes accumulate."""
     every_frame = dataclasses.replace(MapperConfig().keyframes, min_gap=1, max_gap=1)
     config = dataclasses.replace(MapperConfig(), keyframes=every_frame)
     encoder = CompactEncoder.load(config=config.encoder)
     writer = MemoryWriter(config.memory, encoder.dim)
     reconstructor = OnlineReconstructor(config, encoder, writer)
-    rows: dict[str, Any] = {}
     seconds: list[float] = []
     for frame in load_frames(KITCHEN):
         started = time.process_time()
@@ -36,8 +36,7 @@ def run() -> dict[str, Any]:
         if estimate.is_keyframe:
             seconds.append(time.process_time() - started)
             if len(seconds) in COUNTS:
-                rows[f'{len(seconds)} keyframes'] = {
+                yield f'{len(seconds)} keyframes', {
                     'nbytes': writer.snapshot().nbytes,
                     'cpu_seconds_per_keyframe': float(np.median(seconds[-WINDOW:])),
                     'cpu_seconds_worst': float(np.max(seconds[-WINDOW:]))}
-    return rows

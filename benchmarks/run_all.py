@@ -27,7 +27,10 @@ ENTRIES = {
 def measure(name: str) -> dict[str, Any]:
     """Rows of one entry; its module is imported only now, so that one needs no other's extras."""
     module, function = ENTRIES[name]
-    rows: dict[str, Any] = getattr(importlib.import_module(f'benchmarks.{module}'), function)()
+    rows: dict[str, Any] = {}
+    for case, row in getattr(importlib.import_module(f'benchmarks.{module}'), function)():
+        log.info('%s | %s', case, row)
+        rows[case] = row
     return rows
 
 

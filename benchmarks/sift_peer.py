@@ -7,6 +7,7 @@ pycolmap's LO-RANSAC with refinement. The map grows with the number of images it
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,10 +125,9 @@ def _unit(descriptors: np.ndarray) -> np.ndarray:
     return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-9)
 
 
-def run() -> dict[str, Any]:
+def run() -> Iterator[tuple[str, dict[str, Any]]]:
     """Both splits of the kitchen, keeping every mapping image or every fifth."""
     frames = load_frames(KITCHEN)
-    rows = {}
     for split, (mapped, query) in {'interleaved': interleaved_split(len(frames)),
                                    'extrapolation': extrapolation_split(len(frames))}.items():
         for every in (1, 5):
@@ -136,6 +136,5 @@ def run() -> dict[str, Any]:
             clock.stop()
             kept = 'all mapping images' if every == 1 else f'every {every}th mapping image'
             name = f'{KITCHEN} {split} | SIFT + VLAD + PnP, {kept}'
-            rows[name] = localisation_entry(scene.localise, [frames[i] for i in query],
-                                            scene.nbytes, clock)
-    return rows
+            yield name, localisation_entry(scene.localise, [frames[i] for i in query],
+                                           scene.nbytes, clock)
