@@ -21,9 +21,13 @@ T = TypeVar('T')
 
 
 def option(default: Any, doc: str, *, low: float | None = None, high: float | None = None,
-           unit: str = '', choices: tuple[str, ...] = ()) -> Any:
-    """Declare a dataclass field with its documentation, unit and range [low, high]."""
-    metadata = {'doc': doc, 'low': low, 'high': high, 'unit': unit, 'choices': choices}
+           unit: str = '', choices: tuple[str, ...] = (), live: bool = False) -> Any:
+    """Declare a dataclass field with its documentation, unit and range [low, high].
+
+    live: a running node may change it; the others take effect when a node is configured.
+    """
+    metadata = {'doc': doc, 'low': low, 'high': high, 'unit': unit, 'choices': choices,
+                'live': live}
     return field(default=default, metadata=metadata)
 
 
@@ -172,7 +176,8 @@ class MapperConfig:
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
-    localizer: LocalizerConfig = field(default_factory=LocalizerConfig)
+    localizer: LocalizerConfig = field(default_factory=LocalizerConfig,
+                                       metadata={'live': True})
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     keyframes: KeyframeConfig = field(default_factory=KeyframeConfig)
     refine: RefineConfig = field(default_factory=RefineConfig)
