@@ -3,7 +3,7 @@
 #   make test    lint and tests (PYTEST_ARGS adds options)
 #   make slow    the tests that take minutes
 #   make bench   measure on the data in FFRECON_DATA, write benchmarks/results and the tables
-#   make config  write config/*.yaml again after a default changed
+#   make config  write config/*.yaml and docs/parameters.md again after a default changed
 # On Linux without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes.
 
 PYTHON ?= python3
@@ -41,7 +41,7 @@ bench: $(PACKAGE)
 	$(BIN)/python -m benchmarks.tables
 
 config: $(PACKAGE)
-	$(BIN)/python -m feedforward_recon.config config
+	$(BIN)/python -m feedforward_recon.config_files
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

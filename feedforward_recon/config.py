@@ -10,9 +10,8 @@ import dataclasses
 import difflib
 import json
 import math
-import sys
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 from feedforward_recon.errors import ConfigError
@@ -238,10 +237,15 @@ def _check_range(spec: dataclasses.Field, value: Any, name: str) -> None:
         raise ConfigError(f'expected {name} to be one of {choices}, found {value!r}')
 
 
-def as_yaml(config: Any, indent: str = '') -> str:
-    """A configuration as YAML text, each value with its meaning, unit and range beside it."""
+def as_yaml(config: Any, indent: str = '', skip: Collection[str] = ()) -> str:
+    """A configuration as YAML text, each value with its meaning, unit and range beside it.
+
+    Single settings come before groups of settings; fields named in ``skip`` are left out.
+    """
     lines = []
-    for spec in dataclasses.fields(config):
+    specs = [spec for spec in dataclasses.fields(config) if spec.name not in skip]
+    for spec in sorted(specs, key=lambda spec: dataclasses.is_dataclass(getattr(config,
+                                                                                spec.name))):
         value = getattr(config, spec.name)
         if dataclasses.is_dataclass(value):
             summary = (type(value).__doc__ or '').strip().splitlines()[0]
@@ -252,25 +256,14 @@ def as_yaml(config: Any, indent: str = '') -> str:
     return '\n'.join(lines)
 
 
-def _described(spec: dataclasses.Field) -> str:
+def limits(spec: dataclasses.Field) -> str:
+    """The values that a setting allows, as words: '>= 0, <= 1', 'raw | compressed' or ''."""
     low, high = spec.metadata.get('low'), spec.metadata.get('high')
-    limits = ', '.join(text for text, limit in ((f'>= {low}', low), (f'<= {high}', high))
-                       if limit is not None)
-    notes = '; '.join(filter(None, (spec.metadata.get('unit'), limits)))
+    edges = [text for text, limit in ((f'>= {low}', low), (f'<= {high}', high))
+             if limit is not None]
+    return ', '.join(edges) or ' | '.join(spec.metadata.get('choices', ()))
+
+
+def _described(spec: dataclasses.Field) -> str:
+    notes = '; '.join(filter(None, (spec.metadata.get('unit'), limits(spec))))
     return spec.metadata['doc'] + (f' [{notes}]' if notes else '')
-
-
-def shipped_files() -> dict[str, str]:
-    """Name and text of the files in config/: every default of mapping and of localisation."""
-    head = '# Defaults of {}. Written by `make config`; keys that are left out keep them.\n'
-    config = MapperConfig()
-    localizer = as_yaml(config.localizer, '  ')
-    return {
-        'mapping.yaml': head.format('`ffrecon map --config`') + as_yaml(config) + '\n',
-        'localization.yaml': head.format('`ffrecon localize --config`')
-                             + f'localizer:\n{localizer}\n'}
-
-
-if __name__ == '__main__':
-    for name, text in shipped_files().items():
-        Path(sys.argv[1], name).write_text(text, encoding='utf-8')

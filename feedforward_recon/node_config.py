@@ -18,7 +18,7 @@ FRAMES = ('map_frame', 'odom_frame', 'base_frame')
 
 @dataclass(frozen=True)
 class NodeConfig(MapperConfig):
-    """All settings of a mapping or localisation node; ``live`` ones may change while it runs."""
+    """All settings of a mapping or localisation node; live ones may change while it runs."""
 
     map: str = option('', 'folder that save_map writes and load_map reads; ~ is the home folder')
     mode: str = option('mapping', 'what the node does when it starts',

@@ -1,7 +1,6 @@
-"""Settings: strict, single-sourced, and the shipped YAML files say exactly the defaults."""
+"""Settings: strict, single-sourced, each with its meaning and range."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import yaml
@@ -10,12 +9,9 @@ from feedforward_recon.config import (
     MapperConfig,
     as_yaml,
     from_dict,
-    shipped_files,
     to_dict,
 )
 from feedforward_recon.errors import ConfigError
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def leaves(config, where=''):
@@ -40,13 +36,6 @@ def test_dictionary_round_trip():
 
 def test_yaml_round_trip_of_every_setting():
     assert from_dict(MapperConfig, yaml.safe_load(as_yaml(MapperConfig()))) == MapperConfig()
-
-
-@pytest.mark.parametrize('name', shipped_files())
-def test_shipped_yaml_is_the_defaults(name):
-    text = (ROOT / 'config' / name).read_text(encoding='utf-8')
-    assert text == shipped_files()[name], 'a default changed: run `make config`'
-    assert from_dict(MapperConfig, yaml.safe_load(text)) == MapperConfig()
 
 
 def test_every_setting_is_documented_and_its_default_is_allowed():

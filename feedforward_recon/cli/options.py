@@ -12,6 +12,7 @@ import typer
 import yaml
 
 from feedforward_recon.config import MapperConfig, from_dict, to_dict
+from feedforward_recon.config_files import mapper_settings
 from feedforward_recon.errors import ConfigError
 from feedforward_recon.readers import SourceOptions
 
@@ -130,27 +131,16 @@ takes_source_options = takes(SourceOptions, 'options', SOURCE_FLAGS)
 
 def settings(base: MapperConfig, file: Path | None, assignments: list[str] | None
              ) -> MapperConfig:
-    """``base``, changed by a YAML file and then by NAME=VALUE assignments.
+    """``base``, changed by a YAML file (a ROS parameter file too) and then by NAME=VALUE.
 
     Raises ConfigError for an unreadable file, an unknown name or a value out of range.
     """
     values = to_dict(base)
     if file is not None:
-        _merge(values, _read_yaml(file))
+        _merge(values, mapper_settings(file))
     for assignment in assignments or ():
         _merge(values, _nested(assignment))
     return from_dict(MapperConfig, values)
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(file.read_text(encoding='utf-8'))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f'{file}: expected a YAML file of settings, found {error}') from error
-    if values is not None and not isinstance(values, dict):
-        raise ConfigError(f'{file}: expected groups of settings, found {type(values).__name__}; '
-                          'see config/mapping.yaml')
-    return values or {}
 
 
 def _nested(assignment: str) -> dict[str, Any]:
