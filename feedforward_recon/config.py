@@ -20,13 +20,15 @@ T = TypeVar('T')
 
 
 def option(default: Any, doc: str, *, low: float | None = None, high: float | None = None,
-           unit: str = '', choices: tuple[str, ...] = (), live: bool = False) -> Any:
+           unit: str = '', choices: tuple[str, ...] = (), live: bool = False,
+           fixed: bool = False) -> Any:
     """Declare a dataclass field with its documentation, unit and range [low, high].
 
-    live: a running node may change it; the others take effect when a node is configured.
+    live: a running node may change it; fixed: only the start of a node decides it; the others
+    take effect when a node is configured.
     """
     metadata = {'doc': doc, 'low': low, 'high': high, 'unit': unit, 'choices': choices,
-                'live': live}
+                'live': live, 'fixed': fixed}
     return field(default=default, metadata=metadata)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ REFERENCE = """\
 Of `mapping_node` and `localization_node`; `ffrecon map --config` and `ffrecon localize --config`
 read the same files and use the groups (names with a dot). Written by `make config`.
 
-A **live** parameter may be set while a node is active (`ros2 param set`). The others are
-accepted while the node is unconfigured: deactivate, clean up, set, configure, activate.
+A **live** parameter may be set while a node is active (`ros2 param set`), a **start** one only
+in a file or on the command line. A **configure** one is accepted while the node is unconfigured:
+deactivate, clean up, set, configure, activate.
 """
 
 
@@ -49,7 +50,7 @@ def mapper_settings(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f'{file}: expected a YAML file of settings, found {error}') from error
     try:
-        values = _nested(_beneath_head({} if document is None else document))
+        values = nested(_beneath_head({} if document is None else document))
         from_dict(NodeConfig, values)
     except ConfigError as error:
         raise ConfigError(f'{file}: {error}') from error
@@ -87,20 +88,23 @@ def _sections(node: dict, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
             yield from _sections(value, (*path, key))
 
 
-def _nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """Dotted names as groups: ROS files may say `memory.slots: 5`."""
-    nested: dict[str, Any] = {}
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted names as groups: `memory.slots: 5` is `memory: {slots: 5}`.
+
+    Raises ConfigError for a name that is a setting and a group at once.
+    """
+    whole: dict[str, Any] = {}
     for name, value in flat.items():
-        *groups, leaf = str(name).split('.')
-        group = nested
-        for key in groups:
+        *path, leaf = str(name).split('.')
+        group = whole
+        for key in path:
             group = group.setdefault(key, {})
             if not isinstance(group, dict):
                 raise ConfigError(f'expected a group of settings at {key}, found {group!r}')
         if isinstance(value, dict) and isinstance(group.get(leaf), dict):
             value = {**group[leaf], **value}
         group[leaf] = value
-    return nested
+    return whole
 
 
 def shipped_files() -> dict[str, str]:
@@ -127,10 +131,10 @@ def _table(config: NodeConfig, group: str, settings: list[Setting]) -> str:
     about = getattr(config, group) if group else config
     summary = (type(about).__doc__ or '').strip().splitlines()[0]
     rows = [f'| `{s.name}` | `{json.dumps(s.value)}` | {s.spec.metadata["unit"]} | '
-            f'{limits(s.spec).replace("|", "/")} | {"live" if s.live else ""} | '
+            f'{limits(s.spec).replace("|", "/")} | {s.when} | '
             f'{s.spec.metadata["doc"]} |' for s in settings]
     return '\n'.join([f'## {group or "Node"}', summary, '',
-                      '| name | default | unit | allowed | | meaning |',
+                      '| name | default | unit | allowed | when | meaning |',
                       '|---|---|---|---|---|---|', *rows, ''])
 
 

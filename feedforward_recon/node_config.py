@@ -20,10 +20,12 @@ FRAMES = ('map_frame', 'odom_frame', 'base_frame')
 class NodeConfig(MapperConfig):
     """All settings of a mapping or localisation node; live ones may change while it runs."""
 
-    map: str = option('', 'folder that save_map writes and load_map reads; ~ is the home folder')
+    map: str = option('', 'folder that save_map writes and load_map reads; ~ is the home folder',
+                      live=True)
     mode: str = option('mapping', 'what the node does when it starts',
                        choices=('mapping', 'localization'))
-    autostart: bool = option(True, 'configure and activate without being asked to')
+    autostart: bool = option(True, 'configure and activate without being asked to',
+                             fixed=True)
     model: str = option('compact', 'network that describes images', choices=('compact',))
     device: str = option('cpu', 'where the network runs', choices=('cpu',))
 
@@ -103,13 +105,14 @@ class NodeConfig(MapperConfig):
 class Setting:
     """One leaf of a configuration: its dotted name, declaration and value.
 
-    live: it may change while a node is active; the others need a node that is configured anew.
+    when: 'live': a change takes effect at once; 'configure': when the node is configured anew;
+        'start': it is read only when the node starts.
     """
 
     name: str
     spec: dataclasses.Field
     value: Any
-    live: bool
+    when: str
 
 
 def walk(config: Any, where: str = '', live: bool = False) -> Iterator[Setting]:
@@ -120,4 +123,6 @@ def walk(config: Any, where: str = '', live: bool = False) -> Iterator[Setting]:
         if dataclasses.is_dataclass(value):
             yield from walk(value, f'{name}.', alive)
         else:
-            yield Setting(name, spec, value, alive)
+            fixed = bool(spec.metadata.get('fixed'))
+            yield Setting(name, spec, value,
+                          'live' if alive else 'start' if fixed else 'configure')

@@ -70,10 +70,10 @@ def test_a_map_is_saved_with_the_settings_of_the_mapper_alone():
 
 
 def test_what_shapes_the_map_never_changes_while_a_node_runs():
-    live = {setting.name for setting in walk(NodeConfig()) if setting.live}
+    live = {setting.name for setting in walk(NodeConfig()) if setting.when == 'live'}
     assert {'localizer.search_px', 'tf_rate_hz', 'path_length', 'depth_slop_ms'} <= live
     assert not {name for name in live if name.startswith(('memory', 'encoder', 'tracking'))}
-    assert not live & {'map', 'mode', 'map_frame', 'image_qos', 'queue_size'}
+    assert not live & {'mode', 'map_frame', 'image_qos', 'queue_size'}
 
 
 @pytest.mark.parametrize(('values', 'message'), [
