@@ -54,7 +54,7 @@ class MapInfo:
     """What map.yaml says.
 
     encoder, encoder_sha256: name and weights of the encoder that wrote the memory.
-    camera: the camera that mapped; camera_source and scale_source as in ``SceneMap``.
+    camera: the camera that mapped; camera_source, scale_source and frame as in ``SceneMap``.
     images, tracked, keyframes, points: counts. files: name -> {bytes, sha256}.
     """
 
@@ -71,6 +71,7 @@ class MapInfo:
     points: int
     files: dict[str, dict[str, Any]]
     config: MapperConfig
+    frame: str = 'first camera'
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,7 @@ def _write_description(folder: Path, scene: SceneMap, encoder: Encoder,
         'package_version': __version__,
         'encoder': {'name': encoder.name, 'sha256': encoder.sha256},
         'camera': {**asdict(camera), 'source': scene.camera_source},
+        'frame': scene.frame,
         'scale': {'metres_per_unit': scene.metres_per_unit, 'source': scene.scale_source},
         'counts': {'images': len(scene.estimates), 'tracked': len(scene.trajectory),
                    'keyframes': len(scene.keyframes), 'points': len(scene.cloud)},
@@ -248,7 +250,8 @@ def _parsed(values: dict[str, Any]) -> MapInfo:
                    values['encoder']['sha256'], Camera(**camera, distortion=distortion),
                    camera_source, values['scale']['metres_per_unit'], values['scale']['source'],
                    **values['counts'], files=values['files'],
-                   config=from_dict(MapperConfig, values['config']))
+                   config=from_dict(MapperConfig, values['config']),
+                   frame=values.get('frame', 'first camera'))
 
 
 def _verified(file: Path, expected: dict[str, Any] | None) -> Path:

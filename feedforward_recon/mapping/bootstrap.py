@@ -37,14 +37,19 @@ class Bootstrap:
         """True when too few of the first tracks are left to start from."""
         return len(tracks.ids) < max(START_POINTS, MIN_SHARE * self._count)
 
-    def second_view(self, view: View, tracks: Tracks) -> Tracked | None:
-        """The frame as second keyframe, or None while parallax is too small (it waits)."""
+    def second_view(self, view: View, tracks: Tracks, T_map_first: np.ndarray
+                    ) -> Tracked | None:
+        """The frame as second keyframe, or None while parallax is too small (it waits).
+
+        T_map_first: pose [4, 4] of the first.
+        """
         two = self._relative_pose(view, tracks)
         if two is None:
             light = replace(view, image=EMPTY, gray=EMPTY)
             self._waiting.append((light, Tracks(EMPTY, tracks.ids, tracks.px)))
             return None
-        return Tracked(tracks.select(two.inliers), exact_fit(two.T_a_b, int(two.inliers.sum())))
+        fit = exact_fit(T_map_first @ two.T_a_b, int(two.inliers.sum()))
+        return Tracked(tracks.select(two.inliers), fit)
 
     def _relative_pose(self, view: View, tracks: Tracks) -> TwoView | None:
         base = self._base_px[tracks.ids]

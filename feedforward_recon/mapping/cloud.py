@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from feedforward_recon.config import CloudConfig
@@ -23,21 +25,50 @@ def sampled_depth(view: View, stride_px: int) -> tuple[np.ndarray, np.ndarray]:
     return points.astype(np.float32), view.image[v, u]
 
 
-def map_cloud(map_: GrowingMap, config: CloudConfig) -> PointCloud:
-    """The cloud of a map: sensor depth of its keyframes, or else its landmarks.
+@dataclass(frozen=True)
+class CloudSource:
+    """What a cloud is fused from, detached from the map that goes on growing.
+
+    xyz: per part float32 [N, 3] in the frame that T_map_part [4, 4] brings into the map;
+    rgb: per part uint8 [N, 3]; voxel: side of the cubes, map units.
+    """
+
+    xyz: tuple[np.ndarray, ...]
+    rgb: tuple[np.ndarray, ...]
+    T_map_part: tuple[np.ndarray, ...]
+    voxel: float
+    max_points: int
+
+    def fused(self) -> PointCloud:
+        """One averaged point per voxel."""
+        if not self.xyz:
+            return PointCloud()
+        xyz = [transform_points(T, part)
+               for T, part in zip(self.T_map_part, self.xyz, strict=True)]
+        return voxel_fused(np.concatenate(xyz), np.concatenate(self.rgb), self.voxel,
+                           self.max_points)
+
+
+def cloud_source(map_: GrowingMap, config: CloudConfig, newest_only: bool = False
+                 ) -> CloudSource:
+    """Sensor depth of the keyframes, or of the newest alone; or else its landmarks.
 
     A map without metric scale has a median depth of about one unit, as a room has about two
     metres: its voxels are half as large.
     """
     if any(len(k.cloud_cam) for k in map_.keyframes):
-        xyz = [transform_points(T, k.cloud_cam)
-               for k, T in zip(map_.keyframes, map_.T_map_cam, strict=True)]
-        rgb = [k.cloud_rgb for k in map_.keyframes]
-        return voxel_fused(np.concatenate(xyz), np.concatenate(rgb), config.voxel_m,
+        chosen = slice(-1, None) if newest_only else slice(None)
+        keyframes = map_.keyframes[chosen]
+        return CloudSource(tuple(k.cloud_cam for k in keyframes),
+                           tuple(k.cloud_rgb for k in keyframes),
+                           tuple(map_.T_map_cam[chosen].copy()), config.voxel_m,
                            config.max_points)
     table = map_.landmarks
-    ids = np.flatnonzero(table.has_point & (table.views() >= 3))
-    return voxel_fused(table.points_map(ids, map_.T_map_cam), table.rgb[ids],
+    firm = table.has_point & (table.views() >= 3)
+    if newest_only and len(map_):
+        firm &= table.mask(table.seen_by(len(map_) - 1))
+    ids = np.flatnonzero(firm)
+    return CloudSource((table.points_map(ids, map_.T_map_cam),), (table.rgb[ids],), (np.eye(4),),
                        config.voxel_m / 2, config.max_points)
 
 

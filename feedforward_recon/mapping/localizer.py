@@ -71,7 +71,8 @@ class Localizer:
                  config: LocalizerConfig | None = None, camera: Camera | None = None) -> None:
         self.memory, self.encoder, self.camera = memory, encoder, camera
         self.config = config or LocalizerConfig()
-        self._keys = memory.descriptors.T.contiguous()  # [D, V]
+        # Half precision finds the nearest slots; what is decided from them is exact.
+        self._keys = memory.descriptors.T.to(torch.bfloat16).contiguous()  # [D, V]
         self._values = memory.descriptors.numpy()
 
     def localize(self, frame: Frame, T_map_cam_hint: np.ndarray | None = None) -> Estimate:
@@ -120,13 +121,13 @@ class Localizer:
         if not len(self._values):
             return _no_matches()
         count = min(self.config.slot_queries, len(features))
-        similarity = torch.from_numpy(features.descriptors[:count]) @ self._keys  # [count, V]
-        best, slot = similarity.max(1)
-        back = similarity[:, slot].argmax(0).numpy()
-        likeness = best.numpy()
-        chosen = np.flatnonzero((back == np.arange(count))
+        queries = features.descriptors[:count]
+        slot = (torch.from_numpy(queries).to(torch.bfloat16) @ self._keys).max(1).indices.numpy()
+        similarity = queries @ self._values[slot].T  # [count, count]
+        likeness = similarity.diagonal()
+        chosen = np.flatnonzero((likeness >= similarity.max(0))
                                 & (likeness > self.config.min_similarity))
-        return Matches(self.memory.points[slot.numpy()[chosen]], features.keypoints[chosen],
+        return Matches(self.memory.points[slot[chosen]], features.keypoints[chosen],
                        chosen, _slot_sigma_px(likeness[chosen]))
 
     def _starts(self, reading: Matches, camera: Camera) -> list[PoseFit]:

@@ -22,7 +22,7 @@ from feedforward_recon.config import MapperConfig
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.pnp import PoseFit
 from feedforward_recon.mapping.bootstrap import Bootstrap
-from feedforward_recon.mapping.cloud import map_cloud, sampled_depth
+from feedforward_recon.mapping.cloud import CloudSource, cloud_source, sampled_depth
 from feedforward_recon.mapping.growing_map import GrowingMap
 from feedforward_recon.mapping.journal import Journal
 from feedforward_recon.mapping.keyframes import KeyframePolicy, View
@@ -69,16 +69,20 @@ class OnlineReconstructor:
     rest), and all keyframe poses whenever more than the window has moved.
     relocalise: another way to find a lost camera, asked when the keyframes do not help.
     poses: 'estimated', or 'given' to take ``Frame.T_map_cam`` as it is.
+    T_map_first: pose of the camera that starts the map, in a frame with z up; None puts the
+    origin and the axes into the first camera.
     """
 
     def __init__(self, config: MapperConfig, encoder: Encoder, memory: Memory | None = None, *,
                  poses: Literal['estimated', 'given'] = 'estimated',
-                 relocalise: Callable[[Frame], Estimate] | None = None) -> None:
+                 relocalise: Callable[[Frame], Estimate] | None = None,
+                 T_map_first: np.ndarray | None = None) -> None:
         self.config = config
         self.encoder = encoder
         self.memory = memory
         self.poses = poses
         self.relocalise = relocalise
+        self.T_map_first = np.eye(4) if T_map_first is None else T_map_first
         self.status = Status.INITIALISING
         self.stats = Stats()
         self._preparation = Preparation(config.tracking)
@@ -119,7 +123,7 @@ class OnlineReconstructor:
         if self.poses == 'given':
             tracked = self._take_given(view)
         elif not len(self._map):
-            tracked = self._first(view, np.eye(4))
+            tracked = self._first(view, self.T_map_first)
         elif self._bootstrap is not None:
             tracked = self._second(view)
         else:
@@ -151,15 +155,15 @@ class OnlineReconstructor:
     def _second(self, view: View) -> Tracked | None:
         """Monocular: the frame whose parallax gives the map its depth."""
         assert self._bootstrap is not None
-        tracks = self._tracker.flow(view, self._map, np.eye(4))
+        tracks = self._tracker.flow(view, self._map, self.T_map_first)
         if self._bootstrap.is_hopeless(tracks):
             self.stats.restarts += 1
             self._start_map()
             self._journal.forget_poses()
-            return self._first(view, np.eye(4))
-        tracked = self._bootstrap.second_view(view, tracks)
+            return self._first(view, self.T_map_first)
+        tracked = self._bootstrap.second_view(view, tracks, self.T_map_first)
         if tracked is None:
-            self._tracker.accept(view, tracks, np.eye(4))
+            self._tracker.accept(view, tracks, self.T_map_first)
         return tracked
 
     def _recover(self, view: View, frame: Frame) -> Tracked | None:
@@ -326,7 +330,14 @@ class OnlineReconstructor:
         """The result so far."""
         return SceneMap(tuple(self.keyframes), self.trajectory(), tuple(self.estimates),
                         self.cloud(), 1.0 if self._is_metric else None, self.scale_source,
-                        self.camera_source)
+                        self.camera_source, self.frame)
+
+    @property
+    def frame(self) -> str:
+        """What the axes of the map rest on."""
+        if self.poses == 'given':
+            return 'given poses'
+        return 'first camera' if np.array_equal(self.T_map_first, np.eye(4)) else 'z up'
 
     @property
     def _is_metric(self) -> bool:
@@ -363,6 +374,15 @@ class OnlineReconstructor:
         """Poses of all frames that have one, as the map knows them now."""
         return self._journal.trajectory(self._map.T_map_cam)
 
+    def cloud_source(self, newest_only: bool = False) -> CloudSource:
+        """What the cloud is fused from: sensor depth of keyframes, else landmarks."""
+        return cloud_source(self._map, self.config.cloud, newest_only)
+
     def cloud(self) -> PointCloud:
-        """Coloured points in the map frame: sensor depth of keyframes, else landmarks."""
-        return map_cloud(self._map, self.config.cloud)
+        """Coloured points in the map frame."""
+        return self.cloud_source().fused()
+
+    def keyframe_poses(self) -> Trajectory:
+        """Stamps and present poses of the keyframes."""
+        stamps = np.array([k.stamp_ns for k in self._map.keyframes], np.int64)
+        return Trajectory(stamps, self._map.T_map_cam[:len(stamps)].copy())

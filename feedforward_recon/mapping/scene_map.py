@@ -16,6 +16,8 @@ class SceneMap:
     metres_per_unit: 1.0 for metric maps, None when the scale is unknown.
     scale_source: 'depth', 'given poses' or 'unknown'.
     camera_source: 'given', 'guessed' or 'refined'.
+    frame: 'first camera' (its optical axes), 'z up' (gravity known or assumed, x forward at the
+    start) or 'given poses'.
     """
 
     keyframes: tuple[Keyframe, ...] = ()
@@ -25,3 +27,4 @@ class SceneMap:
     metres_per_unit: float | None = None
     scale_source: str = 'unknown'
     camera_source: str = 'given'
+    frame: str = 'first camera'

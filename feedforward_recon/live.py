@@ -1,0 +1,260 @@
+"""``LiveSession``: what a running robot asks of the core, whatever transports the images.
+
+    frames -> process -> Estimate      mapping: track, extend the map, write the memory
+                                       localization: find each image in a frozen memory
+              locate                   one image against the memory; never writes
+              save, load, reset, set_localization
+
+One thread calls it. Work that may take seconds and needs no part of the live state (polishing
+a copy of the memory, writing a folder, fusing a cloud) comes back as a job for another thread.
+A call that fails leaves the session as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from feedforward_recon.config import MapperConfig
+from feedforward_recon.errors import InputError, MapError
+from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.map_folder import SavedMap, check_map_output, load_map, save_map
+from feedforward_recon.mapping.cloud import CloudSource
+from feedforward_recon.mapping.localizer import Localizer
+from feedforward_recon.mapping.online import OnlineReconstructor
+from feedforward_recon.memory import MemoryWriter
+from feedforward_recon.model import Encoder
+from feedforward_recon.types import Estimate, Frame, Keyframe, Status, Trajectory
+
+Mode = Literal['mapping', 'localization']
+NO_MAP = 'NO_MAP'
+YOUNG_KEYFRAMES = 20  # a map of fewer is restarted rather than kept with a guessed camera
+
+
+@dataclass(frozen=True)
+class SessionInfo:
+    """Where a session stands.
+
+    keyframes: of the map that is being made; memory_bytes: of the memory, saved or not.
+    metres_per_unit: None while the scale is unknown. frame, scale_source and camera_source as in
+    ``SceneMap``.
+    """
+
+    mode: Mode
+    has_map: bool
+    keyframes: int
+    memory_bytes: int
+    metres_per_unit: float | None
+    scale_source: str
+    camera_source: str
+    frame: str
+
+
+class LiveSession:
+    """A map that is being made, or one that was loaded, and the mode it is used in."""
+
+    def __init__(self, config: MapperConfig, encoder: Encoder,
+                 mode: Mode = 'mapping') -> None:
+        self.config = config
+        self.encoder = encoder
+        self.mode: Mode = mode
+        self._mapper: OnlineReconstructor | None = None
+        self._writer = MemoryWriter(config.memory, encoder.dim)
+        self._saved: SavedMap | None = None
+        self._localizer: Localizer | None = None
+        self._frozen_at = -1  # keyframes in the memory that the localizer reads
+        self._hint: np.ndarray | None = None
+        self._odometry_scale: float | None = None
+
+    # -- images ----------------------------------------------------------------------------
+
+    def process(self, frame: Frame, T_map_first: np.ndarray | None = None) -> Estimate:
+        """One frame of the stream, in the present mode.
+
+        T_map_first: pose of the camera if this frame starts a map (see OnlineReconstructor).
+        Raises InputError for an image that cannot be used.
+        """
+        if self.mode == 'localization':
+            estimate = self.locate(frame, self._hint)
+            if estimate.T_map_cam is not None:
+                self._hint = estimate.T_map_cam
+            return estimate
+        if self._mapper is None:
+            self._mapper = OnlineReconstructor(self.config, self.encoder, self._writer,
+                                               relocalise=self._ask_memory,
+                                               T_map_first=T_map_first)
+        return self._mapper.process(frame)
+
+    def locate(self, frame: Frame, T_map_cam_hint: np.ndarray | None = None) -> Estimate:
+        """Find one image in the memory; nothing is written.
+
+        Raises InputError when the image comes without a camera and the map knows none for it.
+        """
+        localizer = self._reader()
+        if localizer is None:
+            return Estimate(frame.stamp_ns, Status.NOT_LOCALISED, reason=NO_MAP,
+                            source=frame.source)
+        return localizer.localize(self._with_camera(frame, localizer.camera), T_map_cam_hint)
+
+    def hint(self, T_map_cam: np.ndarray) -> None:
+        """Somebody says where the camera is, in map units; tried first, never trusted."""
+        self._hint = T_map_cam
+
+    def _ask_memory(self, frame: Frame) -> Estimate:
+        return self.locate(frame, self._hint)
+
+    @staticmethod
+    def _with_camera(frame: Frame, camera: Camera | None) -> Frame:
+        if frame.camera is not None or camera is None:
+            return frame
+        if camera.size_wh != (frame.image.shape[1], frame.image.shape[0]):
+            raise InputError(f'expected intrinsics for {frame.image.shape[1]}x'
+                             f'{frame.image.shape[0]} images, found none, and the map was made '
+                             f'with {camera.width}x{camera.height}; give a calibration')
+        return replace(frame, camera=camera)
+
+    def _reader(self) -> Localizer | None:
+        """A localizer on the newest frozen memory; None without a map."""
+        if self._saved is None and self._mapper is not None and self._writer.filled \
+                and self._frozen_at != self._writer.slots.writes:
+            self._frozen_at = self._writer.slots.writes
+            self._localizer = Localizer(self._writer.snapshot(), self.encoder,
+                                        self.config.localizer, self._mapper.camera)
+        return self._localizer
+
+    # -- the map ---------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Callable[[], SavedMap]:
+        """Settle the map; the job polishes a copy of the memory and writes the folder.
+
+        The job raises InputError or MapError when the folder cannot be written. Raises MapError
+        when there is no map of our own to save, InputError for an impossible path.
+        """
+        if not str(path):
+            raise InputError("expected a folder in the parameter 'map', found ''; set it")
+        if self._saved is not None:
+            raise MapError(f'expected a map made here, found the one loaded from '
+                           f'{self._saved.path}, which is saved already')
+        check_map_output(path)
+        mapper = self._started()
+        scene = mapper.finish()
+        if self._odometry_scale is not None and scene.metres_per_unit is None:
+            scene = replace(scene, metres_per_unit=self._odometry_scale, scale_source='odometry')
+        copy = MemoryWriter.from_state(self.config.memory, self._writer.state())
+
+        def job() -> SavedMap:
+            copy.polish()
+            return save_map(path, scene, copy, self.encoder, self.config)
+
+        return job
+
+    def load(self, path: str | Path) -> SavedMap:
+        """Localise in a saved map from now on; the map that was being made is given up.
+
+        Raises MapError, and keeps everything, when the folder cannot be used.
+        """
+        if not str(path):
+            raise MapError("expected a map folder in the parameter 'map', found ''; set it")
+        saved = load_map(path)
+        encoder = saved.load_encoder()
+        localizer = Localizer(saved.memory, encoder, self.config.localizer, saved.info.camera)
+        self._clear()
+        self._saved, self._localizer, self.encoder = saved, localizer, encoder
+        self.mode = 'localization'
+        return saved
+
+    def reset(self) -> str:
+        """Forget the map that is being made, or in a loaded one where the camera was."""
+        if self._saved is not None:
+            self._hint = None
+            return f'forgot the last pose; the map loaded from {self._saved.path} stays'
+        keyframes = self.info.keyframes
+        self._clear()
+        return f'forgot the map of {keyframes} keyframes'
+
+    def set_localization(self, on: bool) -> str:
+        """Freeze the map and localise in it, or go on mapping.
+
+        Raises MapError, and keeps the mode, where that makes no sense.
+        """
+        if on and self.mode == 'mapping':
+            self._started().finish()
+        if not on and self._saved is not None:
+            raise MapError(f'expected a map made here, found the one loaded from '
+                           f'{self._saved.path}, which is not extended; reset it with ~/cleanup '
+                           'and configure in mapping mode')
+        self.mode = 'localization' if on else 'mapping'
+        return f'mode is {self.mode}'
+
+    def set_camera(self, camera: Camera) -> str:
+        """A calibration arrived after mapping began without; '' if that changes nothing."""
+        mapper = self._mapper
+        if mapper is None or mapper.camera_source == 'given':
+            return ''
+        if mapper.stats.keyframes >= YOUNG_KEYFRAMES:
+            return ('the calibration came after the map was made with a guessed camera; reset '
+                    'to use it')
+        self._clear()
+        return 'the calibration came late; the map is started again with it'
+
+    def set_odometry_scale(self, metres_per_unit: float) -> None:
+        """Odometry has told how long a unit of a monocular map is."""
+        self._odometry_scale = metres_per_unit
+
+    def _clear(self) -> None:
+        self._mapper, self._saved, self._localizer = None, None, None
+        self._writer = MemoryWriter(self.config.memory, self.encoder.dim)
+        self._frozen_at, self._hint, self._odometry_scale = -1, None, None
+
+    def _started(self) -> OnlineReconstructor:
+        if self._mapper is None or not self._mapper.stats.keyframes:
+            raise MapError('expected a map, found none yet; move the camera through a textured '
+                           'place first')
+        return self._mapper
+
+    # -- what others see -------------------------------------------------------------------
+
+    @property
+    def info(self) -> SessionInfo:
+        """Where the session stands."""
+        if self._saved is not None:
+            known = self._saved.info
+            return SessionInfo(self.mode, True, known.keyframes, self._saved.memory.nbytes,
+                               known.metres_per_unit, known.scale_source, known.camera_source,
+                               known.frame)
+        mapper = self._mapper
+        if mapper is None:
+            return SessionInfo(self.mode, False, 0, 0, None, 'unknown', 'given', 'first camera')
+        metric = mapper.scale_source != 'unknown'
+        scale = 1.0 if metric else self._odometry_scale
+        source = 'unknown' if scale is None else mapper.scale_source if metric else 'odometry'
+        return SessionInfo(self.mode, mapper.stats.keyframes > 0, mapper.stats.keyframes,
+                           self._memory_bytes, scale, source, mapper.camera_source, mapper.frame)
+
+    @property
+    def _memory_bytes(self) -> int:
+        return 0 if self._localizer is None else self._localizer.memory.nbytes
+
+    def keyframe_poses(self) -> Trajectory:
+        """Keyframes of the map that is being made, as it knows them now."""
+        return Trajectory() if self._mapper is None else self._mapper.keyframe_poses()
+
+    def cloud_source(self, newest_only: bool = False) -> CloudSource | None:
+        """What a cloud can be fused from on another thread; None without a map.
+
+        A loaded map brings its whole cloud from its folder.
+        """
+        if self._saved is not None:
+            cloud = self._saved.cloud()
+            return CloudSource((cloud.xyz,), (cloud.rgb,), (np.eye(4),),
+                               self.config.cloud.voxel_m, self.config.cloud.max_points)
+        return None if self._mapper is None else self._mapper.cloud_source(newest_only)
+
+    def newest_keyframe(self) -> Keyframe | None:
+        """The keyframe that was added last."""
+        return self._mapper.keyframes[-1] if self._mapper and self._mapper.stats.keyframes \
+            else None
