@@ -1,0 +1,154 @@
+"""Compare a network with reference outputs of the official code: same weights, same images.
+
+The reference files hold no weights. Every parameter is filled by a rule from its official
+name, so whoever reads the official names can be filled alike: `python benchmarks/golden.py
+FILE.npz --model vggt-1b`. One line says the largest error, max |a - b| / max |b| over each
+array; the exit status is 0 when all are within the tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from feedforward_recon.errors import InputError, ReconError
+from feedforward_recon.model.checkpoints import expected_tensors, put_tensor
+from feedforward_recon.model.configs import build
+from feedforward_recon.model.network import Vggt
+
+Arrays = dict[str, torch.Tensor]
+ABOUT_THE_FILE = {'image_seed', 'image_shape', 'config'}
+
+
+def rule(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The float32 values of the parameter with that official name and shape."""
+    generator = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode())))
+    x = generator.standard_normal(shape, dtype=np.float32)
+    last = key.rsplit('.', 1)[-1]
+    if last == 'gamma':
+        return np.float32(0.2) + np.float32(0.05) * x
+    if len(shape) == 1:
+        return (1 + np.float32(0.1) * x) if last == 'weight' else np.float32(0.05) * x
+    if 'token' in last or 'pos_embed' in key:
+        return np.float32(0.05) * x
+    return x / np.float32(np.sqrt(x.size / shape[0]))
+
+
+def fill(model: nn.Module) -> None:
+    """Give every parameter of a network its values, one at a time: there is no second copy."""
+    for key, shape in expected_tensors(model).items():
+        if not key.endswith(('image_mean', 'image_std')):
+            put_tensor(model, key, torch.from_numpy(rule(key, shape)))
+
+
+@contextmanager
+def recorded(model: nn.Module, names: dict[str, str]) -> Iterator[Arrays]:
+    """Outputs of submodules by the names wanted: {wanted name: submodule}."""
+    found: Arrays = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            found[name] = output[0] if isinstance(output, tuple) else output
+        return hook
+
+    handles = [model.get_submodule(path).register_forward_hook(keep(name))
+               for name, path in names.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def vggt_arrays(model: Vggt, images: torch.Tensor, file: dict[str, np.ndarray]) -> Arrays:
+    """What VGGT says, under the names of the reference files."""
+    with recorded(model, {'tokens': 'aggregator'}) as seen:
+        answer, _ = model(images)
+    tokens: Any = seen['tokens']
+    levels = zip(model.config.backbone.levels, tokens.levels, strict=True)
+    return {
+        **{f'tokens_layer{index}': level for index, level in levels},
+        'patch_start_idx': torch.tensor(
+            tokens.levels[0].shape[2] - tokens.grid_hw[0] * tokens.grid_hw[1]),
+        'pose_enc_iters': answer.pose_encodings, 'pose_enc': answer.pose_encodings[-1],
+        'extrinsics': answer.T_cam_world[..., :3, :], 'intrinsics': answer.K,
+        'depth': answer.depth, 'depth_conf': answer.depth_confidence,
+        'points': answer.points, 'points_conf': answer.points_confidence,
+        'world_points': answer.points, 'world_points_conf': answer.points_confidence}
+
+
+ARRAYS: dict[type, Callable[..., Arrays]] = {Vggt: vggt_arrays}
+
+
+def errors(found: Arrays, file: dict[str, np.ndarray]) -> dict[str, float]:
+    """max |a - b| / max |b| of each array of the file that was found."""
+    result = {}
+    for name in sorted(found.keys() & file.keys()):
+        a, b = found[name].double().numpy(), np.asarray(file[name], np.float64)
+        if a.size != b.size:
+            raise InputError(f'expected {name} of shape {b.shape}, found {a.shape}; is it the '
+                             'right --model?')
+        largest = max(np.abs(b).max(), np.finfo(np.float32).tiny)
+        result[name] = float(np.abs(a.reshape(b.shape) - b).max() / largest)
+    return result
+
+
+def compare(path: Path, name: str) -> tuple[dict[str, float], list[str]]:
+    """Errors by array, and the arrays of the file that nothing was compared with."""
+    with np.load(path) as archive:
+        file = {key: archive[key] for key in archive.files}
+    missing = {'image_seed', 'image_shape'} - file.keys()
+    if missing:
+        raise InputError(f'expected image_seed and image_shape in {path}, found no '
+                         f'{" and no ".join(sorted(missing))}; is it a file of a whole network?')
+    generator = np.random.Generator(np.random.PCG64(int(file['image_seed'])))
+    images = torch.from_numpy(generator.random(tuple(file['image_shape']), dtype=np.float32))
+    model = build(name, device='meta')
+    fill(model)
+    with torch.inference_mode():
+        found = ARRAYS[type(model)](model, images, file)
+    return errors(found, file), sorted(file.keys() - found.keys() - ABOUT_THE_FILE)
+
+
+def main() -> int:
+    """Compare one file; prints one line, returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('file', type=Path)
+    parser.add_argument('--model', required=True, help='name of the architecture')
+    parser.add_argument('--tolerance', type=float, default=1e-5)
+    parser.add_argument('--verbose', action='store_true', help='a line for every array')
+    options = parser.parse_args()
+    started = time.perf_counter()
+    try:
+        found, skipped = compare(options.file, options.model)
+        if not found:
+            raise InputError(f'expected arrays of {options.model} in {options.file}, found '
+                             f'{", ".join(skipped) or "none"}; is it the right --model?')
+    except (ReconError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    if options.verbose:
+        print(*(f'{error:.2e}  {name}' for name, error in found.items()), sep='\n')
+    worst = max(found, key=lambda name: (np.isnan(found[name]), found[name]))
+    good = found[worst] <= options.tolerance
+    print(f'{"ok" if good else "FAILED"}: {options.model} and {options.file.name}: '
+          f'{len(found)} arrays, largest error {found[worst]:.2e} ({worst}), tolerance '
+          f'{options.tolerance:.0e}; not compared: {", ".join(skipped) or "none"}; '
+          f'{time.perf_counter() - started:.0f} s, '
+          f'{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB peak')
+    return 0 if good else 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""The parts that every transformer here is built from: attention, MLP, LayerScale, block.
+
+Parameter names are those of the official checkpoints (`qkv`, `proj`, `q_norm`, `ls1.gamma`,
+`fc1`, ...), so a state dict needs no translation. All biases are on, GELU is the exact one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from feedforward_recon.model.rope import rotate
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """Shape of one transformer block.
+
+    norm_eps: of `norm1` and `norm2`; the norms of queries and keys always use 1e-5.
+    qk_norm: LayerNorm of queries and keys per head, before the rotation.
+    layer_scale: initial value of LayerScale, None for a block without it.
+    round_qk: give normalised queries and keys the dtype of the values before the rotation
+        (under autocast: bfloat16, and so bfloat16 angles); False leaves them in float32.
+    """
+
+    dim: int
+    heads: int
+    mlp_ratio: int = 4
+    norm_eps: float = 1e-5
+    qk_norm: bool = False
+    layer_scale: float | None = 0.01
+    round_qk: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per head."""
+        return self.dim // self.heads
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel (Touvron et al., "Going deeper with image transformers")."""
+
+    def __init__(self, dim: int, initial: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), initial))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., C] -> [..., C]; float32 gammas keep the residual stream float32."""
+        return x * self.gamma
+
+
+class Mlp(nn.Module):
+    """Two linear layers around GELU."""
+
+    def __init__(self, dim: int, hidden: int, out: int | None = None) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim if out is None else out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., C] -> [..., out]."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Attention(nn.Module):
+    """Softmax self-attention with optional norms and rotation of queries and keys."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.proj = nn.Linear(config.dim, config.dim)
+        if config.qk_norm:
+            self.q_norm = nn.LayerNorm(config.head_dim)
+            self.k_norm = nn.LayerNorm(config.head_dim)
+
+    def project(self, x: torch.Tensor, positions: torch.Tensor | None,
+                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values [B, heads, T, head_dim] of tokens [B, T, C]."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.config.heads, -1))  # [B, T, 3, h, d]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.config.round_qk:
+            q, k = q.to(v.dtype), k.to(v.dtype)
+        if positions is not None:
+            q, k = rotate(q, positions), rotate(k, positions)
+        return q, k, v
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens [B, T, C] -> [B, T, C]; positions [P, 2] as in `rope.rotate`."""
+        q, k, v = self.project(x, positions)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then MLP, each scaled and added."""
+
+    def __init__(self, config: BlockConfig, attention: nn.Module | None = None) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.attn = attention if attention is not None else Attention(config)
+        self.norm2 = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.mlp = Mlp(config.dim, config.mlp_ratio * config.dim)
+        self.ls1, self.ls2 = _layer_scale(config), _layer_scale(config)
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens [B, T, C] -> [B, T, C]."""
+        x = x + self.ls1(self.attn(self.norm1(x), positions))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class GlobalBlock(Block):
+    """A block whose attention joins all frames, and so reads and writes the scene's state."""
+
+    def forward(self, x: torch.Tensor, state: Any, *,  # type: ignore[override]
+                positions: torch.Tensor, frames: int, write: bool) -> tuple[torch.Tensor, Any]:
+        """Tokens [B, frames * P, C] and a state -> tokens of the same shape and the state.
+
+        positions: [P, 2] of the tokens of one frame.
+        """
+        seen, state = self.attn(self.norm1(x), state, positions=positions, frames=frames,
+                                tokens_per_frame=len(positions), write=write)
+        x = x + self.ls1(seen)
+        return x + self.ls2(self.mlp(self.norm2(x))), state
+
+
+def _layer_scale(config: BlockConfig) -> nn.Module:
+    if config.layer_scale is None:
+        return nn.Identity()
+    return LayerScale(config.dim, config.layer_scale)

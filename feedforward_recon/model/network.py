@@ -1,0 +1,117 @@
+"""VGGT and its descendants: images in; cameras, depth, points and the scene's memory out.
+
+Mapping is a forward pass that writes; localisation is the same pass with ``write=False``
+against the memory of an earlier one. The memory is an argument and a return value: the
+modules keep nothing of a scene.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from feedforward_recon.errors import InputError
+from feedforward_recon.model.backbone import Aggregator, AttentionFactory, BackboneConfig, Tokens
+from feedforward_recon.model.dpt import DptConfig, DptHead
+from feedforward_recon.model.heads import CameraHead
+from feedforward_recon.model.pose_encoding import decode_cameras
+
+
+@dataclass(frozen=True)
+class VggtConfig:
+    """Shape of the whole network; ``attention`` names the variant in the global blocks."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    dpt: DptConfig = field(default_factory=DptConfig)
+    attention: str = 'softmax'
+
+
+@dataclass(frozen=True)
+class TransformerMemory:
+    """What the network remembers of a scene.
+
+    states: one per global block, of the kind that its attention makes.
+    camera_tokens: float32 [B, S, 2 C], of the frames written so far.
+    """
+
+    states: tuple[Any, ...]
+    camera_tokens: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What the network says about N images of size H x W; float32, unknown scale.
+
+    pose_encodings: [passes, B, N, 9], the last pass is the answer.
+    T_cam_world: [B, N, 4, 4]; the world is the first camera written. K: [B, N, 3, 3] pixels.
+    depth: [B, N, H, W] z-depth; points: [B, N, H, W, 3] in the world.
+    depth_confidence, points_confidence: [B, N, H, W], at least 1.
+    """
+
+    pose_encodings: torch.Tensor
+    T_cam_world: torch.Tensor
+    K: torch.Tensor
+    depth: torch.Tensor
+    depth_confidence: torch.Tensor
+    points: torch.Tensor
+    points_confidence: torch.Tensor
+
+
+class Vggt(nn.Module):
+    """The network of VGGT; VGG-T3 and `tiny` differ in sizes and in the global attention."""
+
+    def __init__(self, config: VggtConfig, global_attention: AttentionFactory) -> None:
+        super().__init__()
+        self.config, dim = config, 2 * config.backbone.vit.dim
+        self.aggregator = Aggregator(config.backbone, global_attention)
+        self.camera_head = CameraHead(dim)
+        self.depth_head = DptHead(config.dpt, outputs=2)
+        self.point_head = DptHead(config.dpt, outputs=4)
+
+    def empty_memory(self, batch: int = 1) -> TransformerMemory:
+        """The memory of a scene that nobody has seen."""
+        token = self.aggregator.camera_token
+        states = tuple(block.attn.empty_state(batch) for block in self.aggregator.global_blocks)
+        return TransformerMemory(states, token.new_zeros(batch, 0, 2 * token.shape[-1]).float())
+
+    def forward(self, images: torch.Tensor, memory: TransformerMemory | None = None, *,
+                write: bool = True) -> tuple[Reconstruction, TransformerMemory]:
+        """Images [B, N, 3, H, W] in 0..1 -> what they show and the memory after them.
+
+        With ``write=False`` the memory given is returned as it is. An empty memory makes the
+        first image the world. Autocast, if any, is the caller's; the heads always run in
+        float32. Raises InputError for images whose sides are not multiples of 14 px.
+        """
+        _check_images(images)
+        memory = self.empty_memory(len(images)) if memory is None else memory
+        known = memory.camera_tokens.shape[1]
+        tokens, states = self.aggregator(images, memory.states, write=write,
+                                         has_first=not known)
+        with torch.autocast(images.device.type, enabled=False):
+            cameras = torch.cat((memory.camera_tokens, tokens.camera.float()), 1)
+            answer = self._read_out(tokens, self.camera_head(cameras)[:, :, known:])
+        return answer, TransformerMemory(states, cameras) if write else memory
+
+    def _read_out(self, tokens: Tokens, encodings: torch.Tensor) -> Reconstruction:
+        shape = encodings.shape[1:3]
+        depth = self.depth_head(tokens.patches, tokens.grid_hw).unflatten(0, shape)
+        points = self.point_head(tokens.patches, tokens.grid_hw).unflatten(0, shape)
+        size_hw = (depth.shape[2], depth.shape[3])
+        T_cam_world, K = decode_cameras(encodings[-1], size_hw)
+        return Reconstruction(
+            encodings, T_cam_world, K, depth[..., 0].exp(), 1 + depth[..., 1].exp(),
+            _signed_expm1(points[..., :3]), 1 + points[..., 3].exp())
+
+
+def _signed_expm1(x: torch.Tensor) -> torch.Tensor:
+    return x.sign() * x.abs().expm1()
+
+
+def _check_images(images: torch.Tensor) -> None:
+    if images.ndim != 5 or images.shape[2] != 3 or not images.is_floating_point():
+        raise InputError('expected images of floats [B, N, 3, H, W], found '
+                         f'{images.dtype} {list(images.shape)}; stack them with '
+                         'preprocess.prepare_images')

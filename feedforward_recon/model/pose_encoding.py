@@ -1,0 +1,88 @@
+"""Cameras as nine numbers: translation, quaternion (x, y, z, w) and two fields of view.
+
+The network's quaternion is not normalised; the rotation divides by its squared length. The
+principal point is the centre of the image, fields of view are in radians, (vertical,
+horizontal). Whether the pose is T_cam_world (VGGT) or T_world_cam (DA3) is the network's
+affair: nothing here depends on it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+SMALLEST_TANGENT = 1e-6
+
+
+def matrix_from_quat(quat_xyzw: torch.Tensor) -> torch.Tensor:
+    """Rotations [..., 3, 3] of quaternions [..., 4] of any length but zero."""
+    x, y, z, w = quat_xyzw.unbind(-1)
+    s = 2 / (quat_xyzw * quat_xyzw).sum(-1)
+    rows = (1 - s * (y * y + z * z), s * (x * y - z * w), s * (x * z + y * w),
+            s * (x * y + z * w), 1 - s * (x * x + z * z), s * (y * z - x * w),
+            s * (x * z - y * w), s * (y * z + x * w), 1 - s * (x * x + y * y))
+    return torch.stack(rows, -1).unflatten(-1, (3, 3))
+
+
+def quat_from_matrix(R: torch.Tensor) -> torch.Tensor:
+    """Unit quaternions [..., 4] (x, y, z, w >= 0) of rotations [..., 3, 3].
+
+    Each row of the symmetric matrix 4 q q^T determines q; the one with the largest diagonal
+    is divided by the root of that entry, which is far from zero (Shepperd's method).
+    """
+    r = [[R[..., i, j] for j in range(3)] for i in range(3)]
+    xx, yy, zz = r[0][0], r[1][1], r[2][2]
+    xy, xz, yz = r[0][1] + r[1][0], r[0][2] + r[2][0], r[1][2] + r[2][1]
+    xw, yw, zw = r[2][1] - r[1][2], r[0][2] - r[2][0], r[1][0] - r[0][1]
+    rows = (1 + xx - yy - zz, xy, xz, xw, xy, 1 - xx + yy - zz, yz, yw,
+            xz, yz, 1 - xx - yy + zz, zw, xw, yw, zw, 1 + xx + yy + zz)
+    outer = torch.stack(rows, -1).unflatten(-1, (4, 4))
+    diagonal = outer.diagonal(dim1=-2, dim2=-1)
+    best = diagonal.argmax(-1)[..., None]
+    row = outer.gather(-2, best[..., None].expand(*best.shape, 4))[..., 0, :]
+    quat = row / (2 * diagonal.gather(-1, best).sqrt())
+    return torch.where(quat[..., 3:] < 0, -quat, quat)
+
+
+def intrinsics_from_fov(fov_hw: torch.Tensor, size_hw: tuple[int, int],
+                        smallest: float = 0.0) -> torch.Tensor:
+    """K [..., 3, 3] of fields of view [..., 2] (vertical, horizontal) in radians.
+
+    smallest: lower limit of tan(fov / 2), so that a field of view of 0 stays finite.
+    """
+    height, width = size_hw
+    tangents = (fov_hw / 2).tan().clamp(min=smallest) if smallest else (fov_hw / 2).tan()
+    K = fov_hw.new_zeros(*fov_hw.shape[:-1], 3, 3)
+    K[..., 0, 0] = width / 2 / tangents[..., 1]
+    K[..., 1, 1] = height / 2 / tangents[..., 0]
+    K[..., 0, 2], K[..., 1, 2], K[..., 2, 2] = width / 2, height / 2, 1
+    return K
+
+
+def decode_cameras(encoding: torch.Tensor, size_hw: tuple[int, int],
+                   smallest_tangent: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Poses [..., 4, 4] and K [..., 3, 3] of pose encodings [..., 9]."""
+    pose = homogeneous(matrix_from_quat(encoding[..., 3:7]), encoding[..., :3])
+    return pose, intrinsics_from_fov(encoding[..., 7:], size_hw, smallest_tangent)
+
+
+def encode_cameras(pose: torch.Tensor, K: torch.Tensor,
+                   size_hw: tuple[int, int]) -> torch.Tensor:
+    """Pose encodings [..., 9] of poses [..., 4, 4] and K [..., 3, 3]."""
+    focal_yx = torch.stack((K[..., 1, 1], K[..., 0, 0]), -1)
+    half_size = focal_yx.new_tensor(size_hw) / 2
+    fov_hw = 2 * torch.atan(half_size / focal_yx)
+    return torch.cat((pose[..., :3, 3], quat_from_matrix(pose[..., :3, :3]), fov_hw), -1)
+
+
+def homogeneous(R: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Transforms [..., 4, 4] from rotations [..., 3, 3] and translations [..., 3]."""
+    top = torch.cat((R, t[..., None]), -1)
+    bottom = F.pad(torch.zeros_like(t), (0, 1), value=1.0)[..., None, :]
+    return torch.cat((top, bottom), -2)
+
+
+def inverse(T: torch.Tensor) -> torch.Tensor:
+    """Inverse of rigid transforms [..., 4, 4]."""
+    R_inv = T[..., :3, :3].transpose(-1, -2)
+    return homogeneous(R_inv, -(R_inv @ T[..., :3, 3, None])[..., 0])
