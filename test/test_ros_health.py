@@ -94,6 +94,17 @@ def test_stamps_are_judged_by_the_one_before_and_the_clock(step, elapsed, fault)
     assert stamp_fault(NOW + step, 0, elapsed, SECOND) is None
 
 
+def test_what_passes_between_jumps_is_strictly_increasing():
+    rng, image, passed = np.random.default_rng(1), InputHealth('/image'), []
+    for index in range(500):
+        stamp = NOW + index * FRAME + int(rng.integers(-3, 4)) * FRAME
+        if image.received(NOW + index * FRAME, stamp) is None:
+            passed.append(stamp)
+    assert len(passed) > 50
+    assert all(later > earlier for earlier, later in zip(passed, passed[1:], strict=False))
+    assert image.faults[StampFault.REVERSED] and image.faults[StampFault.EQUAL]
+
+
 def picture(rng):
     return cv2.resize(rng.integers(0, 255, (15, 20, 3), np.uint8), (640, 480),
                       interpolation=cv2.INTER_NEAREST)

@@ -141,7 +141,9 @@ class InputHealth:
             self.size_before, self._last['size'] = self.size_wh, now_ns
         self.size_wh = size_wh or self.size_wh
         self.nbytes, self.frame_id = nbytes or self.nbytes, frame_id
-        self.stamp_ns, self.arrived_ns, self.offset_ns = stamp_ns, now_ns, now_ns - stamp_ns
+        if fault is not StampFault.REVERSED:  # later ones are compared with the newest
+            self.stamp_ns = stamp_ns
+        self.arrived_ns, self.offset_ns = now_ns, now_ns - stamp_ns
         self.messages += 1
         self.rate.add(now_ns)
         return fault
