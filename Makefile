@@ -2,6 +2,7 @@
 #   make demo    map a synthetic room and find held-out views in it
 #   make test    lint and tests (PYTEST_ARGS adds options)
 #   make slow    the tests that take minutes
+#   make ros     what the tests of ROS nodes need where no ROS is installed (wheels from PyPI)
 #   make bench   measure on the data in FFRECON_DATA, write benchmarks/results and the tables
 #   make config  write config/*.yaml and docs/parameters.md again after a default changed
 # On Linux without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes.
@@ -18,23 +19,28 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 DEPS := $(VENV)/.dependencies-installed
 PACKAGE := $(VENV)/.package-installed
+ROS_WHEELS := $(VENV)/.ros-wheels-installed
+TF2_MSGS := $(VENV)/.tf2-msgs-installed
+TF2_SOURCES := $(wildcard test/ros_support/tf2_msgs/* test/ros_support/tf2_msgs/msg/*)
 SOURCES := feedforward_recon test benchmarks setup.py
 
-.PHONY: demo test lint slow bench config clean
+.PHONY: demo test lint slow ros bench config clean
 .DELETE_ON_ERROR:
 
 demo: $(PACKAGE)
 	$(BIN)/ffrecon demo
 
-test: lint
+test: lint ros
 	$(BIN)/python -m pytest -rs -m 'not slow' $(PYTEST_ARGS)
 
 lint: $(PACKAGE)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 
-slow: $(PACKAGE)
+slow: $(PACKAGE) ros
 	$(BIN)/python -m pytest -rs -m slow $(PYTEST_ARGS)
+
+ros: $(ROS_WHEELS) $(TF2_MSGS)
 
 bench: $(PACKAGE)
 	$(BIN)/python -m benchmarks.run_all
@@ -57,3 +63,10 @@ $(DEPS): requirements-dev.txt constraints-dev.txt | $(BIN)/python
 $(PACKAGE): setup.py setup.cfg pyproject.toml package.xml $(DEPS)
 	$(PIP) --no-deps --editable .
 	touch $@
+
+# Each touches its target once nothing is left to do, and else says what it left out and why.
+$(ROS_WHEELS): requirements-ros.txt constraints-ros.txt $(DEPS)
+	$(BIN)/python test/ros_support/environment.py wheels $@
+
+$(TF2_MSGS): test/ros_support/requirements-generator.txt $(TF2_SOURCES) $(ROS_WHEELS)
+	$(BIN)/python test/ros_support/environment.py tf2_msgs $@
