@@ -1,0 +1,141 @@
+"""``sparse``: look at everything coarsely, then exactly at what looked relevant.
+
+Speed3R (arXiv 2603.08055), per head, blocks of 4x4 patches:
+    compression  O_c = softmax(q' k'^T / sqrt(d)) v',   q', k', v' = block means of the raw
+                 projections, then norm and rotation at the block's (truncated) mean position;
+    selection    O_s = softmax(q k^T / sqrt(d)) v over the tokens of the 32 blocks with the
+                 largest q' k'^T for the block of q;
+    gate         out = s_0 * O_c + s_1 * O_s,   (s_0, s_1) = sigmoid(W x + b).
+The published code has two independent gates from x (the paper writes one convex mix); weights
+need the code's form. Indices carry no gradient. With every block selected and gates (0, 1) the
+layer is exact attention.
+The published model (pi3) has no special tokens. Where there are some (VGGT), they form one
+block per frame that competes like any window, and their queries read every token, as the paper
+says for VGGT; its always-visible reference frames are left out.
+Cost: N^2 / 256 + 512 N pairs: the quadratic part is small but there. State: about 2.1 N C.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from feedforward_recon.model.attention.base import (
+    Layout,
+    QkvAttention,
+    State,
+    append,
+    join,
+    require_written,
+)
+from feedforward_recon.model.attention.blocks import Blocks, cut, read_blocks
+from feedforward_recon.model.attention.config import AttentionConfig
+
+
+@dataclass(frozen=True)
+class SparseState(State):
+    """M blocks.
+
+    keys, values [B, h, M, size, d]; pooled_keys, pooled_values [B, h, M, d]; valid [M, size].
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    pooled_keys: torch.Tensor
+    pooled_values: torch.Tensor
+    valid: torch.Tensor
+
+
+class SparseAttention(QkvAttention):
+    """Compression, selection, gate."""
+
+    state_type = SparseState
+
+    def __init__(self, config: AttentionConfig, layer_index: int = 0) -> None:
+        super().__init__(config, layer_index)
+        gate = nn.Linear(config.dim, 2 * config.heads)
+        nn.init.zeros_(gate.weight)
+        with torch.no_grad():  # at first mostly the exact branch
+            gate.bias.unflatten(0, (-1, 2)).copy_(gate.bias.new_tensor([-1.0, 1.0]))
+        self.gate = nn.Sequential(gate)
+
+    def empty_state(self, batch: int) -> SparseState:
+        """A scene without blocks."""
+        heads, d = self.config.heads, self.config.head_dim
+        blocks, pooled = self.no_tokens(batch, heads, 0, 0, d), self.no_tokens(batch, heads, 0, d)
+        return SparseState(blocks, blocks, pooled, pooled, self.no_tokens(0, 0).bool())
+
+    def write(self, chunks: tuple[torch.Tensor, ...], state: SparseState,
+              layout: Layout) -> SparseState:
+        """Append the blocks of each frame."""
+        blocks = self.blocks(layout)
+
+        def projected(chunk: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            k, v = self.raw_keys_values(chunk)
+            pooled_k, pooled_v = (blocks.mean(blocks.split(t)) for t in (k, v))
+            return (blocks.split(self.turned(self.k_norm, k, layout.positions)),
+                    blocks.split(v), self.turned(self.k_norm, pooled_k, blocks.positions),
+                    pooled_v)
+        new = [self.exchange.concatenate(t, 2) for t in join(map(projected, chunks), 2)]
+        old = state.keys, state.values, state.pooled_keys, state.pooled_values
+        valid = blocks.valid.repeat(new[0].shape[2] // len(blocks.valid), 1)
+        k, v, pooled_k, pooled_v = (append(a, b, 2) for a, b in zip(old, new, strict=True))
+        return SparseState(k, v, pooled_k, pooled_v, append(state.valid, valid, 0))
+
+    def blocks(self, layout: Layout) -> Blocks:
+        """How a frame is cut."""
+        return cut(layout, self.config.special, self.config.sparse.window)
+
+    def readable(self, state: SparseState) -> SparseState:
+        """The state, unless it is empty."""
+        require_written(len(state.valid))
+        return state
+
+    def read(self, chunk: torch.Tensor, memory: SparseState, layout: Layout) -> torch.Tensor:
+        """Both branches, gated per token and head."""
+        coarse, exact, _ = self.branches(chunk, memory, layout)
+        gate = self.gate(chunk).sigmoid().unflatten(-1, (self.config.heads, 2)).transpose(1, 2)
+        return gate[..., :1] * coarse + gate[..., 1:] * exact
+
+    def branches(self, chunk: torch.Tensor, memory: SparseState, layout: Layout,
+                 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Compression and selection [B, h, T, d], and the chosen blocks [B, h, blocks, k]."""
+        blocks = self.blocks(layout)
+        raw = self.raw_queries(chunk)
+        pooled = self.turned(self.q_norm, blocks.mean(blocks.split(raw)), blocks.positions)
+        scores = pooled @ memory.pooled_keys.transpose(-1, -2)  # [B, h, n, M]
+        coarse = (scores * pooled.shape[-1] ** -0.5).softmax(-1) @ memory.pooled_values
+        coarse = coarse[..., None, :].expand(-1, -1, -1, blocks.order.shape[1], -1)
+        chosen = self._chosen(scores)
+        q = blocks.split(self.turned(self.q_norm, raw, layout.positions))
+        exact = self._exact(q, memory, chosen, blocks)
+        return blocks.joined(coarse), blocks.joined(exact), chosen
+
+    def _chosen(self, scores: torch.Tensor) -> torch.Tensor:
+        """Indices of the blocks with the highest scores, best first."""
+        total, kept = scores.shape[-1], self.config.sparse.kept
+        chosen = scores.topk(min(kept, total), -1).indices
+        if self.config.sparse.repeat_last and total < kept:
+            chosen = F.pad(chosen, (0, kept - total), value=total - 1)
+        return chosen
+
+    def _exact(self, q: torch.Tensor, memory: SparseState, chosen: torch.Tensor,
+               blocks: Blocks) -> torch.Tensor:
+        """Selection for windows of patches, full attention for special tokens."""
+        q, chosen = (t.unflatten(2, (-1, len(blocks.order))) for t in (q, chosen))
+        windows = read_blocks(q[:, :, :, blocks.special:].flatten(2, 3), memory.keys,
+                              memory.values, memory.valid,
+                              chosen[:, :, :, blocks.special:].flatten(2, 3))
+        windows = windows.unflatten(2, (q.shape[2], -1))
+        if not blocks.special:
+            return windows.flatten(2, 3)
+        first = q[:, :, :, 0].flatten(2, 3)  # [B, h, frames * size, d]
+        everything = F.scaled_dot_product_attention(
+            first, memory.keys.flatten(2, 3), memory.values.flatten(2, 3),
+            attn_mask=memory.valid.flatten()[None])
+        everything = everything.unflatten(2, (q.shape[2], 1, -1))
+        return torch.cat((everything, windows), 3).flatten(2, 3)
+
