@@ -26,9 +26,11 @@ from feedforward_recon.errors import InputError, ReconError
 from feedforward_recon.model.checkpoints import expected_tensors, put_tensor
 from feedforward_recon.model.configs import build
 from feedforward_recon.model.network import Vggt
+from feedforward_recon.model.pi3 import Pi3, nearest_rotation
 
 Arrays = dict[str, torch.Tensor]
-ABOUT_THE_FILE = {'image_seed', 'image_shape', 'config'}
+INPUTS = {'image_seed', 'image_shape', 'config', 'svd_in', 'cond_in_extrinsics',
+          'cond_in_intrinsics'}
 
 
 def rule(key: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -88,11 +90,28 @@ def vggt_arrays(model: Vggt, images: torch.Tensor, file: dict[str, np.ndarray]) 
         'world_points': answer.points, 'world_points_conf': answer.points_confidence}
 
 
-ARRAYS: dict[type, Callable[..., Arrays]] = {Vggt: vggt_arrays}
+def pi3_arrays(model: Pi3, images: torch.Tensor, file: dict[str, np.ndarray]) -> Arrays:
+    """What pi3 says, under the names of the reference files."""
+    last = model.config.depth - 1
+    names = {'encoder_patch_tokens': 'encoder', 'tokens_block_first': 'decoder.0',
+             'tokens_block_second': 'decoder.1', 'tokens_block_last': f'decoder.{last}',
+             'tokens_block_penultimate': f'decoder.{last - 1}',
+             'point_decoder_out': 'point_decoder', 'camera_decoder_out': 'camera_decoder',
+             'fc_t': 'camera_head.fc_t', 'fc_rot': 'camera_head.fc_rot'}
+    with recorded(model, names) as seen:
+        answer, _ = model(images)
+    if 'svd_in' in file:
+        matrices = torch.from_numpy(file['svd_in']).unflatten(-1, (3, 3))
+        seen['svd_out'] = nearest_rotation(matrices)
+    return {**seen, 'points': answer.points, 'local_points': answer.points_cam,
+            'conf': answer.confidence_logit, 'camera_poses': answer.T_world_cam}
+
+
+ARRAYS: dict[type, Callable[..., Arrays]] = {Vggt: vggt_arrays, Pi3: pi3_arrays}
 
 
 def errors(found: Arrays, file: dict[str, np.ndarray]) -> dict[str, float]:
-    """max |a - b| / max |b| of each array of the file that was found."""
+    """Largest |a - b| over largest |b| of each array of the file that was found."""
     result = {}
     for name in sorted(found.keys() & file.keys()):
         a, b = found[name].double().numpy(), np.asarray(file[name], np.float64)
@@ -118,7 +137,7 @@ def compare(path: Path, name: str) -> tuple[dict[str, float], list[str]]:
     fill(model)
     with torch.inference_mode():
         found = ARRAYS[type(model)](model, images, file)
-    return errors(found, file), sorted(file.keys() - found.keys() - ABOUT_THE_FILE)
+    return errors(found, file), sorted(file.keys() - found.keys() - INPUTS)
 
 
 def main() -> int:

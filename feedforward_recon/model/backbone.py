@@ -32,7 +32,7 @@ class BackboneConfig:
         last of them.
     """
 
-    vit: VitConfig = field(default_factory=lambda: VitConfig(mask_token=True))
+    vit: VitConfig = field(default_factory=VitConfig)
     depth: int = 24
     levels: tuple[int, int, int, int] = (4, 11, 17, 23)
 

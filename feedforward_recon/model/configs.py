@@ -8,27 +8,34 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from typing import Any
 
 import torch
-from torch import nn
 
 from feedforward_recon.errors import ConfigError
-from feedforward_recon.model.backbone import BackboneConfig
+from feedforward_recon.model.attention import attention_factory
+from feedforward_recon.model.backbone import SPECIAL, BackboneConfig
 from feedforward_recon.model.dpt import DptConfig
 from feedforward_recon.model.network import Vggt, VggtConfig
+from feedforward_recon.model.pi3 import Pi3, Pi3Config
 from feedforward_recon.model.vit import VitConfig
 
-Config = VggtConfig
+Config = VggtConfig | Pi3Config
+Network = Vggt | Pi3
 
 CONFIGS: dict[str, Config] = {
     'vggt-1b': VggtConfig(),
-    'vgg-t3': VggtConfig(BackboneConfig(VitConfig()), attention='ttt'),
-    # Sizes of the reference outputs that every part is checked against.
-    'vggt-small': VggtConfig(
-        BackboneConfig(VitConfig(384, 6, 12, grid=5, mask_token=True), 4, (0, 1, 2, 3)),
-        DptConfig(768, 64, (32, 64, 96, 128))),
+    'vgg-t3': VggtConfig(attention='ttt'),
+    'pi3': Pi3Config(),
+    'speed3r': Pi3Config(registers=0, attention='sparse'),
+    # Shipped with the package: small enough for every machine.
     'tiny': VggtConfig(BackboneConfig(VitConfig(192, 3, 6, grid=16), 6, (1, 2, 4, 5)),
                        DptConfig(384, 64, (32, 64, 96, 128))),
+    # Sizes of the reference outputs that every part is checked against.
+    'vggt-small': VggtConfig(
+        BackboneConfig(VitConfig(384, 6, 12, grid=5), 4, (0, 1, 2, 3)),
+        DptConfig(768, 64, (32, 64, 96, 128))),
+    'pi3-small': Pi3Config(VitConfig(384, 6, 12), 24),
 }
 ALIASES = {'vggt': 'vggt-1b'}
 
@@ -48,18 +55,15 @@ def config_of(name: str, attention: str | None = None) -> Config:
 
 
 def build(name: str, attention: str | None = None, device: str | torch.device = 'cpu',
-          ) -> nn.Module:
-    """A network in evaluation mode with initial weights (none on the device `meta`)."""
+          **options: Any) -> Network:
+    """A network in evaluation mode with initial weights (none on the device `meta`).
+
+    attention: another variant for the global blocks than the one of the name.
+    options: fields of `AttentionConfig`, for example ``ttt=TttOptions(steps=2)``.
+    """
     config = config_of(name, attention)
+    special = config.registers if isinstance(config, Pi3Config) else SPECIAL
+    factory = attention_factory(config.attention, special=special, **options)
     with torch.device(device):
-        return Vggt(config, attention_factory(config.attention)).eval()
-
-
-def attention_factory(name):
-    from feedforward_recon.model.layers import Attention
-    class Joint(Attention):
-        def empty_state(self, batch):
-            return None
-        def forward(self, x, state, *, positions, frames, tokens_per_frame, write):
-            return super().forward(x, positions), state
-    return lambda config, index: Joint(config)
+        network = Pi3(config, factory) if isinstance(config, Pi3Config) else Vggt(config, factory)
+        return network.eval()

@@ -15,6 +15,7 @@ from torch import nn
 
 from feedforward_recon.errors import InputError
 from feedforward_recon.model.backbone import Aggregator, AttentionFactory, BackboneConfig, Tokens
+from feedforward_recon.model.checkpoints import KeyRules
 from feedforward_recon.model.dpt import DptConfig, DptHead
 from feedforward_recon.model.heads import CameraHead
 from feedforward_recon.model.pose_encoding import decode_cameras
@@ -62,6 +63,12 @@ class Reconstruction:
 
 class Vggt(nn.Module):
     """The network of VGGT; VGG-T3 and `tiny` differ in sizes and in the global attention."""
+
+    # Tracks are not needed here, and the mask token belongs to DINOv2's own training. VGG-T3's
+    # short convolution was published under two names of one tensor.
+    key_rules = KeyRules(
+        ignored=(r'track_head\..*', r'aggregator\.patch_embed\.mask_token'),
+        renamed=((r'\.short_conv_qkv\.2\.conf\.', '.short_conv_qkv.2.conv.'),))
 
     def __init__(self, config: VggtConfig, global_attention: AttentionFactory) -> None:
         super().__init__()

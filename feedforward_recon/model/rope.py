@@ -19,12 +19,15 @@ BASE = 100.0
 
 
 def patch_positions(grid_hw: tuple[int, int], special: int,
-                    device: torch.device | None = None) -> torch.Tensor:
-    """Positions int64 [special + h * w, 2] as (y, x): special tokens first, then patches."""
+                    device: torch.device | None = None, first: int = 1) -> torch.Tensor:
+    """Positions int64 [special + h * w, 2] as (y, x): special tokens first, then patches.
+
+    first: row and column of the first patch.
+    """
     height, width = grid_hw
-    rows, columns = torch.meshgrid(torch.arange(1, height + 1, device=device),
-                                   torch.arange(1, width + 1, device=device), indexing='ij')
-    patches = torch.stack((rows, columns), -1).reshape(-1, 2)
+    rows, columns = torch.meshgrid(torch.arange(height, device=device),
+                                   torch.arange(width, device=device), indexing='ij')
+    patches = torch.stack((rows, columns), -1).reshape(-1, 2) + first
     return torch.cat((patches.new_zeros(special, 2), patches))
 
 

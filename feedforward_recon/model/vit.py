@@ -30,7 +30,6 @@ class VitConfig:
     depth: int = 24
     grid: int = 37
     registers: int = 4
-    mask_token: bool = False
 
     @property
     def block(self) -> BlockConfig:
@@ -61,8 +60,6 @@ class DinoV2(nn.Module):
         self.register_tokens = _token(1, config.registers, config.dim)
         self.pos_embed = nn.Parameter(
             nn.init.trunc_normal_(torch.empty(1, 1 + config.grid**2, config.dim), std=0.02))
-        if config.mask_token:  # part of the checkpoint, used only by DINOv2's own training
-            self.mask_token = nn.Parameter(torch.zeros(1, config.dim), requires_grad=False)
         self.blocks = nn.ModuleList([Block(config.block) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
         self.apply(_initialise)
