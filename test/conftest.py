@@ -5,19 +5,26 @@ import os
 from pathlib import Path
 
 import pytest
+from ros_support.harness import NodeProcess, missing_ros, own_domain
+from ros_support.skips import SkipReport
 
 from feedforward_recon.geometry.camera import Camera
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get('FFRECON_DATA', REPOSITORY.parent / 'shared' / 'data'))
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(SkipReport({
+        'data:': DATA.is_dir(), 'ros:': not (missing_ros() or missing_ros('tf2_msgs'))}))
 
 
 @pytest.fixture(scope='session')
 def data_dir():
     """Folder of the real image sets: FFRECON_DATA, or shared/data beside the repository."""
-    folder = Path(os.environ.get('FFRECON_DATA', REPOSITORY.parent / 'shared' / 'data'))
-    if not folder.is_dir():
-        pytest.skip(f'data: no real image sets at {folder}; set FFRECON_DATA')
-    return folder
+    if not DATA.is_dir():
+        pytest.skip(f'data: no real image sets at {DATA}; set FFRECON_DATA')
+    return DATA
 
 
 @pytest.fixture(scope='session')
@@ -56,3 +63,46 @@ def walk_folder(tmp_path_factory):
                         'T_world_camera': frame.T_map_cam.tolist()})
     (folder / 'cameras.json').write_text(json.dumps({'frames': entries}))
     return folder
+
+
+@pytest.fixture
+def ros_domain(request, monkeypatch):
+    """A ROS domain of its own, also for what the test itself creates; skips without rclpy."""
+    if missing_ros():
+        pytest.skip(missing_ros())
+    with own_domain(request.node.nodeid) as domain:
+        for name, value in domain.environment.items():
+            monkeypatch.setenv(name, value)
+        yield domain
+
+
+@pytest.fixture
+def needs_tf():
+    """Skips where the message of /tf could not be generated."""
+    if missing_ros('tf2_msgs'):
+        pytest.skip(missing_ros('tf2_msgs'))
+
+
+@pytest.fixture
+def start_node(ros_domain, tmp_path):
+    """Start a node (NodeProcess arguments) in the test's domain; killed at the end."""
+    started = []
+
+    def start(module, *arguments, **options):
+        log = tmp_path / f'{len(started)}_{module.rsplit(".", 1)[-1]}.log'
+        started.append(NodeProcess(ros_domain, log, module, *arguments, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture
+def probe(ros_domain):
+    """The test's own node, in the test's domain."""
+    from ros_support.probe import Probe
+
+    probe = Probe(ros_domain)
+    yield probe
+    probe.close()
