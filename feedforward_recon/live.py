@@ -70,6 +70,13 @@ class LiveSession:
         self._hint: np.ndarray | None = None
         self._odometry_scale: float | None = None
 
+    def configure(self, config: MapperConfig) -> None:
+        """Take over settings of the localizer that changed while running."""
+        self.config = replace(self.config, localizer=config.localizer)
+        if self._localizer is not None:
+            self._localizer = Localizer(self._localizer.memory, self.encoder, config.localizer,
+                                        self._localizer.camera)
+
     # -- images ----------------------------------------------------------------------------
 
     def process(self, frame: Frame, T_map_first: np.ndarray | None = None) -> Estimate:

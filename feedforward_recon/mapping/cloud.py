@@ -39,14 +39,15 @@ class CloudSource:
     voxel: float
     max_points: int
 
-    def fused(self) -> PointCloud:
-        """One averaged point per voxel."""
+    def fused(self, metres_per_unit: float = 1.0) -> PointCloud:
+        """One averaged point per voxel; in metres if a unit is that long."""
         if not self.xyz:
             return PointCloud()
         xyz = [transform_points(T, part)
                for T, part in zip(self.T_map_part, self.xyz, strict=True)]
-        return voxel_fused(np.concatenate(xyz), np.concatenate(self.rgb), self.voxel,
-                           self.max_points)
+        cloud = voxel_fused(np.concatenate(xyz), np.concatenate(self.rgb), self.voxel,
+                            self.max_points)
+        return PointCloud(cloud.xyz * np.float32(metres_per_unit), cloud.rgb)
 
 
 def cloud_source(map_: GrowingMap, config: CloudConfig, newest_only: bool = False

@@ -1,0 +1,304 @@
+"""What a node listens to: from sensor messages to frames that may be used.
+
+Every sensor input takes the reliability of its publishers: a best-effort subscriber would match
+all of them, but loses large images between processes (docs/ros.md). Messages are only looked at
+here; decoding is the worker's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from nav_msgs.msg import Odometry
+from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+
+from feedforward_recon.errors import InputError
+from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.node_config import NodeConfig
+from feedforward_recon.ros.convert import camera_from_info, stamp_ns
+from feedforward_recon.ros.events import subscription_events
+from feedforward_recon.ros.health import (
+    SECOND,
+    Health,
+    InfoState,
+    InputHealth,
+    Publisher,
+    StampFault,
+    info_state,
+)
+
+WAITING_IMAGES = 8
+DEFAULT_FRAME = 'camera_optical_frame'
+REFUSED = (StampFault.ZERO, StampFault.EQUAL, StampFault.REVERSED)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """An image that may be used, with what belongs to it.
+
+    camera: None while there is no calibration. frame_id: optical frame of the camera.
+    arrived_ns: steady clock when the image came.
+    """
+
+    stamp_ns: int
+    frame_id: str
+    image: Image | CompressedImage
+    depth: Image | CompressedImage | None
+    camera: Camera | None
+    arrived_ns: int
+
+
+class DepthPairing:
+    """Brings images and depth of one moment together; both must come in order.
+
+    Images wait for their depth until a later depth image shows that there is none, and never
+    more than a few of them. Stamps are nanoseconds.
+    """
+
+    def __init__(self, slop_ns: int) -> None:
+        self.slop_ns = slop_ns
+        self._images: deque[tuple[int, Any]] = deque()
+        self._depths: deque[tuple[int, Any]] = deque(maxlen=WAITING_IMAGES)
+
+    def clear(self) -> None:
+        """Forget what waits."""
+        self._images.clear()
+        self._depths.clear()
+
+    def add_image(self, stamp: int, image: Any) -> list[tuple[Any, Any | None]]:
+        """Take an image; returns what is ready, as (image, depth or None)."""
+        self._images.append((stamp, image))
+        return self._ready()
+
+    def add_depth(self, stamp: int, depth: Any) -> list[tuple[Any, Any | None]]:
+        """Take a depth image; returns what is ready, as (image, depth or None)."""
+        self._depths.append((stamp, depth))
+        return self._ready()
+
+    def _ready(self) -> list[tuple[Any, Any | None]]:
+        ready = []
+        while self._images:
+            stamp, image = self._images[0]
+            near = min(self._depths, key=lambda depth: abs(depth[0] - stamp), default=None)
+            if near is not None and abs(near[0] - stamp) <= self.slop_ns:
+                ready.append((image, near[1]))
+            elif len(self._images) > WAITING_IMAGES \
+                    or (self._depths and self._depths[-1][0] > stamp + self.slop_ns):
+                ready.append((image, None))
+            else:
+                break
+            self._images.popleft()
+        return ready
+
+
+class Inputs:
+    """Subscriptions of a node while it is active.
+
+    on_frame: gets each usable image. on_jump: the stamps went back. on_calibration: the camera
+    is known, or known differently. on_odometry: gets every Odometry message.
+    """
+
+    def __init__(self, node: Node, config: NodeConfig, health: Health, *,
+                 on_frame: Callable[[Arrival], None], on_jump: Callable[[], None],
+                 on_calibration: Callable[[Camera], None],
+                 on_odometry: Callable[[Odometry], None]) -> None:
+        self._node, self._config, self._health = node, config, health
+        self._on_frame, self._on_jump = on_frame, on_jump
+        self._on_calibration, self._on_odometry = on_calibration, on_odometry
+        self._pairing = DepthPairing(int(config.depth_slop_ms * 1e6))
+        self._cameras: dict[str, Camera] = {}
+        self._subscriptions: dict[str, Any] = {}
+        self._started_ns = self._now_ns()
+        for kind, (topic, _, needed) in self._wanted().items():
+            health.inputs[kind] = InputHealth(topic, kind, needed, reliable=self._reliable(topic))
+            self._subscribe(kind)
+
+    def _now_ns(self) -> int:
+        return self._node.get_clock().now().nanoseconds
+
+    def configure(self, config: NodeConfig) -> None:
+        """Take over settings that changed while running."""
+        self._config = config
+        self._pairing.slop_ns = int(config.depth_slop_ms * 1e6)
+
+    # -- subscriptions ---------------------------------------------------------------------
+
+    def _wanted(self) -> dict[str, tuple[str, type, bool]]:
+        """Kind -> topic, type and whether nothing works without it."""
+        config = self._config
+        compressed, packed = (config.image_transport == 'compressed',
+                              config.depth_transport == 'compressed')
+        # Remapping first: a rule for `image` has to hold for `image/compressed` as well.
+        topic = {name: self._node.resolve_topic_name(name)
+                 for name in ('image', 'camera_info', 'depth', 'odom')}
+        wanted = {
+            'image': (topic['image'] + ('/compressed' if compressed else ''),
+                      CompressedImage if compressed else Image, True),
+            'camera_info': (topic['camera_info'], CameraInfo, False),
+            'odom': (topic['odom'], Odometry, False)}
+        if config.use_depth:
+            wanted['depth'] = (topic['depth'] + ('/compressedDepth' if packed else ''),
+                               CompressedImage if packed else Image, False)
+        return wanted
+
+    def _reliable(self, topic: str) -> bool:
+        if self._config.image_qos != 'auto':
+            return self._config.image_qos == 'reliable'
+        publishers = self._node.get_publishers_info_by_topic(topic)
+        return bool(publishers) and all(
+            p.qos_profile.reliability == ReliabilityPolicy.RELIABLE for p in publishers)
+
+    def _subscribe(self, kind: str) -> None:
+        topic, type_, _ = self._wanted()[kind]
+        input_ = self._health.inputs[kind]
+        everything = self._config.queue == 'offline' and input_.reliable
+        qos = QoSProfile(
+            history=HistoryPolicy.KEEP_ALL if everything else HistoryPolicy.KEEP_LAST, depth=10,
+            reliability=ReliabilityPolicy.RELIABLE if input_.reliable
+            else ReliabilityPolicy.BEST_EFFORT, durability=DurabilityPolicy.VOLATILE)
+        handler = {'image': self._image, 'camera_info': self._info, 'depth': self._depth,
+                   'odom': self._odometry}[kind]
+        self._subscriptions[kind] = self._node.create_subscription(
+            type_, topic, handler, qos,
+            event_callbacks=subscription_events(
+                lambda total: input_.lost_total(total, self._now_ns()),
+                lambda total: setattr(input_, 'unmatched', total)))
+
+    def watch(self) -> None:
+        """Look at who publishes; subscribe anew where the reliability has to change."""
+        for kind, input_ in self._health.inputs.items():
+            found = self._node.get_publishers_info_by_topic(input_.topic)
+            input_.publishers = tuple(
+                Publisher(p.node_name, p.qos_profile.reliability == ReliabilityPolicy.RELIABLE)
+                for p in found)
+            reliable = self._reliable(input_.topic)
+            if found and reliable != input_.reliable:
+                self._node.get_logger().info(
+                    f'{input_.topic}: subscribing as {"reliable" if reliable else "best effort"}'
+                    ', like its publishers')
+                self._node.destroy_subscription(self._subscriptions.pop(kind))
+                input_.resubscribed(reliable)
+                self._subscribe(kind)
+            if not found and not input_.messages and input_.needed:
+                input_.alternatives = self._alternatives(self._wanted()[kind][1])
+
+    def _alternatives(self, type_: type) -> tuple[str, ...]:
+        name = f'sensor_msgs/msg/{type_.__name__}'
+        return tuple(topic for topic, types in self._node.get_topic_names_and_types()
+                     if name in types)
+
+    def stop(self) -> None:
+        """Unsubscribe."""
+        while self._subscriptions:
+            self._node.destroy_subscription(self._subscriptions.popitem()[1])
+        self._pairing.clear()
+
+    # -- messages --------------------------------------------------------------------------
+
+    def _received(self, kind: str, message: Any) -> StampFault | None:
+        size_wh = (message.width, message.height) if hasattr(message, 'width') else None
+        nbytes = len(message.data) if hasattr(message, 'data') else 0
+        return self._health.inputs[kind].received(
+            self._now_ns(), stamp_ns(message.header), size_wh=size_wh, nbytes=nbytes,
+            frame_id=message.header.frame_id, jump_ns=int(self._config.jump_s * SECOND))
+
+    def _image(self, message: Image | CompressedImage) -> None:
+        fault = self._received('image', message)
+        if fault is StampFault.JUMP_BACK:
+            self._pairing.clear()
+            self._on_jump()
+        if fault in REFUSED:
+            return
+        arrived_ns = time.monotonic_ns()
+        if self._depth_flows():
+            self._pass_on(self._pairing.add_image(stamp_ns(message.header),
+                                                  (message, arrived_ns)))
+        elif not self._depth_is_due():
+            self._pass_on([((message, arrived_ns), None)])
+
+    def _depth(self, message: Image | CompressedImage) -> None:
+        fault = self._received('depth', message)
+        if fault is StampFault.JUMP_BACK:
+            self._pairing.clear()
+        if fault not in REFUSED:
+            self._pass_on(self._pairing.add_depth(stamp_ns(message.header), message))
+
+    def _depth_flows(self) -> bool:
+        depth = self._health.inputs.get('depth')
+        return depth is not None and depth.arrived_ns is not None \
+            and self._now_ns() - depth.arrived_ns < self._config.silence_s * SECOND
+
+    def _depth_is_due(self) -> bool:
+        """Somebody publishes depth, so a map should not start without it; for a while."""
+        depth = self._health.inputs.get('depth')
+        young = self._now_ns() - self._started_ns < self._config.silence_s * SECOND
+        return depth is not None and young and not depth.messages and bool(
+            self._node.get_publishers_info_by_topic(depth.topic))
+
+    def _pass_on(self, pairs: list[tuple[Any, Any | None]]) -> None:
+        for (image, arrived_ns), depth in pairs:
+            if depth is None and self._depth_flows():
+                self._notice('DEPTH_UNPAIRED', 'images come without depth of the same moment '
+                             f'(within {self._config.depth_slop_ms:g} ms) and are left out; '
+                             'synchronise the sensors or raise depth_slop_ms')
+                continue
+            known, camera = self._camera_of(image)
+            if known:
+                frame_id = (self._config.camera_frame or image.header.frame_id
+                            or DEFAULT_FRAME)
+                self._on_frame(Arrival(stamp_ns(image.header), frame_id, image, depth, camera,
+                                       arrived_ns))
+
+    # -- calibration -----------------------------------------------------------------------
+
+    def _info(self, message: CameraInfo) -> None:
+        self._received('camera_info', message)
+        try:
+            camera = camera_from_info(message, self._config.rectified)
+        except InputError as error:
+            self._notice('INFO_BAD', str(error))
+            return
+        health = self._health
+        health.info_wh = camera.size_wh if camera else (message.width, message.height)
+        health.camera_info = InfoState.ZERO if camera is None else info_state(
+            camera.K.ravel().tolist(), camera.size_wh, health.inputs['image'].size_wh)
+        before = self._cameras.get(message.header.frame_id)
+        if camera is not None and camera != before:
+            self._cameras[message.header.frame_id] = camera
+            self._on_calibration(camera)
+
+    def camera(self, frame_id: str) -> Camera | None:
+        """The calibration for images of a frame; the only one there is serves all."""
+        if frame_id not in self._cameras and len(self._cameras) == 1:
+            return next(iter(self._cameras.values()))
+        return self._cameras.get(frame_id)
+
+    def _camera_of(self, image: Image | CompressedImage) -> tuple[bool, Camera | None]:
+        """May the image be used now, and with which camera?"""
+        health, camera = self._health, self.camera(image.header.frame_id)
+        if camera is None:
+            if health.camera_info is InfoState.UNKNOWN:
+                if self._now_ns() - self._started_ns < self._config.info_wait_s * SECOND:
+                    return False, None
+                health.camera_info = InfoState.MISSING
+            return True, None
+        size_wh = (image.width, image.height) if hasattr(image, 'width') else camera.size_wh
+        health.camera_info = info_state(camera.K.ravel().tolist(), camera.size_wh, size_wh)
+        return health.camera_info is InfoState.GOOD, camera
+
+    # -- odometry --------------------------------------------------------------------------
+
+    def _odometry(self, message: Odometry) -> None:
+        if self._received('odom', message) not in REFUSED:
+            self._on_odometry(message)
+
+    def _notice(self, code: str, sentence: str) -> None:
+        if self._health.warn(code, sentence, self._now_ns()):
+            self._node.get_logger().warning(sentence)
+

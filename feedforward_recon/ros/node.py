@@ -1,0 +1,351 @@
+"""``CameraNode``: the lifecycle node behind mapping_node and localization_node.
+
+    sensor topics -> Inputs -> Worker: decode, LiveSession.process -> Mailbox -> Outputs, TF
+
+It only translates. Everything ROS happens on the executor's thread, everything that infers on
+one worker, saving and fusing clouds on another. Services (services.py) answer when the worker
+has; nothing waits in a callback.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray
+from nav_msgs.msg import Odometry
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.utilities import get_rmw_implementation_identifier
+
+from feedforward_recon.errors import ReconError
+from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.live import LiveSession, SessionInfo
+from feedforward_recon.node_config import NodeConfig
+from feedforward_recon.ros import parameters
+from feedforward_recon.ros.causes import Cause, Transport, causes
+from feedforward_recon.ros.convert import (
+    conversion_paths,
+    depth_metres,
+    image_rgb,
+    stamp_msg,
+    stamp_ns,
+)
+from feedforward_recon.ros.diagnostics import diagnostic_status
+from feedforward_recon.ros.health import Health
+from feedforward_recon.ros.inputs import Arrival, Inputs
+from feedforward_recon.ros.outputs import Outputs
+from feedforward_recon.ros.positioning import STEADY, Positioning
+from feedforward_recon.ros.services import Services
+from feedforward_recon.ros.tf_messages import NO_TF, TFMessage
+from feedforward_recon.ros.worker import FrameQueue, Job, Mailbox, Worker
+from feedforward_recon.types import Estimate, Frame, Trajectory
+
+DONE, FAILED = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the worker made of one image."""
+
+    estimate: Estimate
+    info: SessionInfo
+    keyframes: Trajectory | None
+
+
+class CameraNode(LifecycleNode):
+    """Maps, or localises in a map, what one camera sees."""
+
+    def __init__(self, name: str, mode: str) -> None:
+        super().__init__(name)
+        self.parameters = parameters.declare(self, NodeConfig, mode=mode)
+        self.parameters.on_change(self._on_parameters)
+        self.health = Health(self.get_fully_qualified_name(),
+                             use_sim_time=self.get_parameter('use_sim_time').value)
+        self.session: LiveSession | None = None
+        self.inputs: Inputs | None = None
+        self.outputs: Outputs | None = None
+        self.paused = False
+        self.newest: Arrival | None = None
+        self.mailbox = Mailbox(self)
+        self.worker: Worker | None = None
+        self.clerk = Worker('clerk', self.mailbox)
+        self.clerk.start()
+        self.queue: FrameQueue | None = None
+        self.positioning = Positioning(self)
+        self.services = Services(self)
+        self._transport = Transport.here(get_rmw_implementation_identifier())
+        self._generation = 0
+        self._cloud_due_ns = 0
+        self._cloud_running = False
+        self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', 10)
+        self.create_timer(1.0, self._report, clock=STEADY)
+        self._say_what_is_used()
+        if self.config.autostart:
+            self._starter = self.create_timer(0.05, self._autostart, clock=STEADY)
+
+    @property
+    def config(self) -> NodeConfig:
+        """The settings now in force."""
+        return self.parameters.config
+
+    def now_ns(self) -> int:
+        """The node's clock, simulated where it is."""
+        return self.get_clock().now().nanoseconds
+
+    def notice(self, code: str, sentence: str) -> None:
+        """Tell what happened: once in the log, and for a while in the diagnostics."""
+        if sentence and self.health.warn(code, sentence, self.now_ns()):
+            self.get_logger().warning(sentence)
+
+    def _say_what_is_used(self) -> None:
+        self.health.conversions = conversion_paths()
+        for library, path in self.health.conversions.items():
+            self.get_logger().info(f'{library}: {path}')
+        if TFMessage is None:
+            self.get_logger().error(NO_TF)
+
+    # -- life cycle ------------------------------------------------------------------------
+
+    def _autostart(self) -> None:
+        self._starter.cancel()
+        if self.trigger_configure() is DONE:
+            self.trigger_activate()
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Load the network and, to localise, the map."""
+        from feedforward_recon.model.compact import CompactEncoder
+
+        config = self.config
+        try:
+            session = LiveSession(config.mapper, CompactEncoder.load(config=config.encoder),
+                                  config.mode)
+            if config.mode == 'localization' and config.map:
+                session.load(config.map)
+        except ReconError as error:
+            self.get_logger().error(str(error))
+            return FAILED
+        self.session = session
+        self.queue = FrameQueue(config.queue, config.queue_size)
+        self._generation += 1
+        generation = self._generation
+        self.worker = Worker('worker', self.mailbox, self.queue, self._use,
+                             lambda *answer: self._on_answer(generation, *answer))
+        self.worker.start()
+        self.outputs = Outputs(self, config)
+        self.parameters.locked = True
+        self._enter('inactive')
+        return DONE
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Listen to the camera."""
+        self.health.active_since_ns = self.now_ns()
+        self.positioning.start(self.config)
+        self.inputs = Inputs(self, self.config, self.health, on_frame=self._on_frame,
+                             on_jump=self._on_jump, on_calibration=self._on_calibration,
+                             on_odometry=self._on_odometry)
+        result = super().on_activate(state)
+        self._enter('active')
+        return result
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Stop listening; the map stays. What is being inferred ends by itself."""
+        self._stop_listening()
+        self._enter('inactive')
+        return super().on_deactivate(state)
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Forget the map; save it before with ~/save_map."""
+        self._drop()
+        self._enter('unconfigured')
+        return DONE
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """End from any state."""
+        self._stop_listening()
+        self._drop()
+        self._enter('finalized')
+        return DONE
+
+    def _stop_listening(self) -> None:
+        if self.inputs is not None:
+            self.inputs.stop()
+            self.inputs = None
+        if self.queue is not None:
+            self.queue.clear()
+        self.positioning.stop()
+
+    def _drop(self) -> None:
+        """Let go of everything that configure made; late answers are not listened to."""
+        self._generation += 1
+        if self.worker is not None:
+            self.worker.stop(timeout_s=0.0)
+        if self.outputs is not None:
+            self.outputs.destroy()
+        self.worker = self.session = self.outputs = self.queue = self.newest = None
+        self.parameters.locked = False
+
+    def _enter(self, state: str) -> None:
+        self.health.state = state
+        self.get_logger().info(state)
+
+    def close(self) -> bool:
+        """End the threads; False when one is still busy after two seconds."""
+        self._stop_listening()
+        workers = [w for w in (self.worker, self.clerk) if w is not None]
+        return all(w.stop(timeout_s=2.0) for w in workers)
+
+    def _on_parameters(self, config: NodeConfig) -> None:
+        if self.inputs is not None:
+            self.inputs.configure(config)
+        self.positioning.configure(config)
+        session, worker = self.session, self.worker
+        if session is not None and worker is not None:
+            worker.ask(Job(lambda: session.configure(config.mapper), lambda *_: None))
+
+    # -- images ----------------------------------------------------------------------------
+
+    def _on_frame(self, arrival: Arrival) -> None:
+        self.newest = arrival
+        if self.paused or self.worker is None:
+            return
+        first = self.positioning.first_pose(arrival)
+        if first is not None:
+            self.worker.offer((arrival, first))
+
+    def decode(self, arrival: Arrival) -> Frame:
+        """The frame of a message; called on the worker. Raises InputError."""
+        image = image_rgb(arrival.image)
+        depth = None if arrival.depth is None else depth_metres(arrival.depth)
+        self.health.pictures.look(image, depth)
+        topic = self.health.inputs['image'].topic if 'image' in self.health.inputs else 'image'
+        return Frame(arrival.stamp_ns, image, depth, arrival.camera, topic)
+
+    def _use(self, item: tuple[Arrival, np.ndarray]) -> Answer:
+        """Worker: one image through the session."""
+        arrival, T_map_first = item
+        session = self.session
+        assert session is not None
+        estimate = session.process(self.decode(arrival), T_map_first)
+        keyframes = session.keyframe_poses() if estimate.is_keyframe else None
+        return Answer(estimate, session.info, keyframes)
+
+    def _on_answer(self, generation: int, item: tuple[Arrival, Any], answer: Answer | None,
+                   error: Exception | None) -> None:
+        if generation != self._generation or self.outputs is None:
+            return
+        arrival = item[0]
+        if error is not None or answer is None:
+            self._refused(error)
+            return
+        self._take_over(answer.info, answer.estimate)
+        self.health.frames += 1
+        if answer.estimate.T_map_cam is not None:
+            self.positioning.measured(arrival, answer.estimate, answer.info)
+        if answer.keyframes is not None:
+            self._show_map(arrival, answer.keyframes, answer.info)
+
+    def _refused(self, error: Exception | None) -> None:
+        self.health.refused += 1
+        if isinstance(error, ReconError):
+            self.notice('IMAGE_REFUSED', str(error))
+        else:
+            self.notice('INTERNAL_ERROR', f'an image could not be used: {error!r}')
+
+    def _take_over(self, info: SessionInfo, estimate: Estimate) -> None:
+        health = self.health
+        health.status, health.reason = estimate.status.value, estimate.reason
+        health.mode, health.keyframes = info.mode, info.keyframes
+        health.memory_bytes = info.memory_bytes
+        health.scale_source, health.camera_source = info.scale_source, info.camera_source
+
+    def posed(self, arrival: Arrival) -> None:
+        """A pose went out: count it and how long it took since the image came."""
+        self.health.latency.add((time.monotonic_ns() - arrival.arrived_ns) / 1e6)
+        self.health.poses.add(self.now_ns())
+
+    def _on_jump(self) -> None:
+        self.positioning.clear()
+        if self.queue is not None:
+            self.queue.clear()
+
+    def _on_calibration(self, camera: Camera) -> None:
+        session, worker = self.session, self.worker
+        if session is not None and worker is not None:
+            worker.ask(Job(lambda: session.set_camera(camera),
+                           lambda text, _: self.notice('CALIBRATION_LATE', text or '')))
+
+    def _on_odometry(self, message: Odometry) -> None:
+        self.positioning.take_odometry(message, stamp_ns(message.header))
+
+    # -- the map ---------------------------------------------------------------------------
+
+    def _show_map(self, arrival: Arrival, keyframes: Trajectory, info: SessionInfo) -> None:
+        assert self.outputs is not None
+        shown = self.positioning.body_path(keyframes, arrival.frame_id, info.metres_per_unit)
+        if self.outputs.wants('path'):
+            self.outputs.path(shown, self.config.path_length)
+        if self.outputs.wants('markers'):
+            cameras = keyframes.transformed(np.eye(4), info.metres_per_unit or 1.0)
+            self.outputs.markers(cameras.T_map_cam, arrival.stamp_ns)
+        if self.outputs.wants('cloud'):
+            self._fuse(arrival.stamp_ns, info.metres_per_unit, whole=False)
+
+    def _fuse(self, stamp: int, metres_per_unit: float | None, *, whole: bool) -> None:
+        """Gather a cloud on the worker, fuse it on the clerk, publish it here."""
+        session, worker = self.session, self.worker
+        if session is None or worker is None:
+            return
+
+        def fused(source: Any, error: Exception | None) -> None:
+            if source is None:
+                self._cloud_running = False
+                return
+            self.clerk.ask(Job(lambda: source.fused(metres_per_unit or 1.0), publish))
+
+        def publish(cloud: Any, error: Exception | None) -> None:
+            if whole:
+                self._cloud_running = False
+            if error is not None:
+                self.notice('CLOUD', f'the cloud could not be made: {error}')
+            elif self.outputs is not None:
+                self.outputs.cloud(cloud, stamp, whole)
+
+        worker.ask(Job(lambda: session.cloud_source(newest_only=not whole), fused))
+
+    def _publish_cloud_map(self) -> None:
+        """The whole cloud, at its period, and only for somebody who listens."""
+        now_ns = self.now_ns()
+        due = not self._cloud_running and (now_ns >= self._cloud_due_ns
+                                           or now_ns < self._cloud_due_ns - 1e12)
+        if self.outputs is None or self.session is None or not due \
+                or not self.outputs.wants('cloud_map'):
+            return
+        self._cloud_running = True
+        self._cloud_due_ns = now_ns + int(self.config.cloud_period_s * 1e9)
+        stamp = self.newest.stamp_ns if self.newest else now_ns
+        self._fuse(stamp, self.positioning.metres_per_unit, whole=True)
+
+    # -- diagnostics -----------------------------------------------------------------------
+
+    def _report(self) -> None:
+        """Once a second: look at the inputs, publish the diagnostics and the whole cloud."""
+        health = self.health
+        health.use_sim_time = bool(self.get_parameter('use_sim_time').value)
+        health.clock_running = self.now_ns() > 0
+        if self.inputs is not None:
+            self.inputs.watch()
+        if self.queue is not None:
+            health.dropped = self.queue.dropped
+        health.tf_mode, health.tf_missing = self.positioning.state()
+        self._publish_cloud_map()
+        now_ns = self.now_ns()
+        message = DiagnosticArray(status=[diagnostic_status(health, self.causes(), now_ns)])
+        message.header.stamp = stamp_msg(now_ns)
+        self._diagnostics.publish(message)
+
+    def causes(self) -> list[Cause]:
+        """Why there is no pose, if there is none."""
+        return causes(self.health, self.now_ns(), silence_s=self.config.silence_s,
+                      transport=self._transport)

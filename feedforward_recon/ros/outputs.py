@@ -1,0 +1,132 @@
+"""What a node publishes: poses, path, clouds, markers, TF. Translation only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from geometry_msgs.msg import Point, PoseStamped, PoseWithCovarianceStamped, TransformStamped
+from nav_msgs.msg import Odometry, Path
+from rclpy.lifecycle import LifecycleNode
+from rclpy.qos import DurabilityPolicy, QoSProfile
+from sensor_msgs.msg import PointCloud2
+from std_msgs.msg import Header, String
+from visualization_msgs.msg import Marker, MarkerArray
+
+from feedforward_recon.geometry.transforms import transform_points
+from feedforward_recon.node_config import NodeConfig
+from feedforward_recon.ros.convert import (
+    cloud_msg,
+    covariance_list,
+    pose_msg,
+    stamp_msg,
+    transform_msg,
+)
+from feedforward_recon.ros.frames import UNKNOWN_VARIANCE, BodyPose
+from feedforward_recon.ros.tf_messages import TFMessage
+from feedforward_recon.types import FloatArray, PointCloud, Trajectory
+
+LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+# A keyframe as a little pyramid: apex, then the corners of the image, as shares of a metre.
+FRUSTUM = 0.05 * np.array([[0, 0, 0], [-1, -0.75, 1], [1, -0.75, 1], [1, 0.75, 1],
+                           [-1, 0.75, 1]])
+EDGES = ((0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (2, 3), (3, 4), (4, 1))
+
+
+class Outputs:
+    """Publishers of one node; silent while it is inactive, as lifecycle publishers are."""
+
+    def __init__(self, node: LifecycleNode, config: NodeConfig) -> None:
+        self._map_frame = config.map_frame
+        create = node.create_lifecycle_publisher
+        self._pose = create(PoseWithCovarianceStamped, 'pose', 10)
+        self._odometry = create(Odometry, 'odometry', 10)
+        self._path = create(Path, 'path', LATCHED)
+        self._cloud = create(PointCloud2, 'cloud', 5)
+        self._cloud_map = create(PointCloud2, 'cloud_map', LATCHED)
+        self._markers = create(MarkerArray, 'markers', LATCHED)
+        self._query_pose = create(PoseWithCovarianceStamped, 'query_pose', 10)
+        self._query_result = create(String, 'query_result', 10)
+        self._tf = create(TFMessage, '/tf', QoSProfile(depth=100)) if TFMessage else None
+        self._node = node
+        self._all = (self._pose, self._odometry, self._path, self._cloud, self._cloud_map,
+                     self._markers, self._query_pose, self._query_result, self._tf)
+
+    def destroy(self) -> None:
+        """Take the publishers down."""
+        for publisher in self._all:
+            if publisher is not None:
+                self._node.destroy_publisher(publisher)
+
+    def wants(self, name: str) -> bool:
+        """Does anybody listen to 'path', 'cloud', 'cloud_map' or 'markers'?"""
+        return bool(getattr(self, f'_{name}').get_subscription_count())
+
+    def _header(self, stamp_ns: int) -> Header:
+        return Header(stamp=stamp_msg(stamp_ns), frame_id=self._map_frame)
+
+    # -- poses -----------------------------------------------------------------------------
+
+    def pose(self, body: BodyPose) -> None:
+        """Publish a measured pose as pose and odometry."""
+        message = self._stamped(body)
+        self._pose.publish(message)
+        odometry = Odometry(header=message.header, child_frame_id=body.body_frame,
+                            pose=message.pose)
+        # The velocity is not measured: a variance that no filter will follow says so.
+        odometry.twist.covariance = covariance_list(UNKNOWN_VARIANCE * np.eye(6))
+        self._odometry.publish(odometry)
+
+    def query(self, body: BodyPose | None, result_json: str) -> None:
+        """Answer a query image: the pose if there is one, and what is to say about it."""
+        if body is not None:
+            self._query_pose.publish(self._stamped(body))
+        self._query_result.publish(String(data=result_json))
+
+    def _stamped(self, body: BodyPose) -> PoseWithCovarianceStamped:
+        message = PoseWithCovarianceStamped(header=self._header(body.stamp_ns))
+        message.pose.pose = pose_msg(body.T_map_body)
+        message.pose.covariance = covariance_list(body.covariance)
+        return message
+
+    def transforms(self, transforms: list[TransformStamped]) -> None:
+        """Send transforms on /tf."""
+        if transforms and self._tf is not None:
+            self._tf.publish(TFMessage(transforms=transforms))
+
+    def own_body(self, body: BodyPose, camera_frame: str) -> list[TransformStamped]:
+        """The body frame that we name below the camera where TF has no base."""
+        if body.from_tf or not body.child_frame:
+            return []
+        return [transform_msg(body.T_cam_body, camera_frame, body.body_frame, body.stamp_ns)]
+
+    # -- the map ---------------------------------------------------------------------------
+
+    def path(self, bodies: Trajectory, length: int) -> None:
+        """Publish body poses with their own stamps, the newest ``length`` of them."""
+        poses = [PoseStamped(header=self._header(int(stamp_ns)), pose=pose_msg(T))
+                 for stamp_ns, T in zip(bodies.stamps_ns[-length:], bodies.T_map_cam[-length:],
+                                        strict=True)]
+        stamp_ns = int(bodies.stamps_ns[-1]) if len(bodies) else 0
+        self._path.publish(Path(header=self._header(stamp_ns), poses=poses))
+
+    def cloud(self, cloud: PointCloud, stamp_ns: int, whole: bool) -> None:
+        """Publish points: the whole map latched, or what a keyframe added."""
+        publisher = self._cloud_map if whole else self._cloud
+        publisher.publish(cloud_msg(cloud, self._map_frame, stamp_ns))
+
+    def markers(self, T_map_cam: FloatArray, stamp_ns: int) -> None:
+        """Publish keyframes [K, 4, 4] as pyramids."""
+        marker = Marker(header=self._header(stamp_ns), ns='keyframes', id=0,
+                        type=Marker.LINE_LIST, action=Marker.ADD)
+        marker.pose.orientation.w = 1.0
+        marker.scale.x = 0.005
+        marker.color.r, marker.color.g, marker.color.b, marker.color.a = 0.1, 0.6, 1.0, 0.9
+        marker.points = [_point(corners[index]) for corners in
+                         (transform_points(T, FRUSTUM) for T in T_map_cam)
+                         for edge in EDGES for index in edge]
+        self._markers.publish(MarkerArray(markers=[marker]))
+
+
+def _point(xyz: Any) -> Point:
+    return Point(x=float(xyz[0]), y=float(xyz[1]), z=float(xyz[2]))
