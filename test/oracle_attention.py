@@ -25,10 +25,10 @@ def objective(weights, k, v, rate):
     return (rate * ((gate * torch.sigmoid(gate) * (k @ w2)) @ w1 * v)).sum()
 
 
-def fast_step(weights, k, v, rates, iterations=5):
+def fast_step(weights, initial, k, v, rates, iterations=5):
     """One update by automatic differentiation and a singular value decomposition."""
     updated = []
-    for index, weight in enumerate(weights):
+    for index, (weight, first) in enumerate(zip(weights, initial, strict=True)):
         leaf = weight.clone().requires_grad_()
         others = [leaf if i == index else w for i, w in enumerate(weights)]
         (gradient,) = torch.autograd.grad(objective(others, k, v, rates[index]), leaf)
@@ -37,7 +37,7 @@ def fast_step(weights, k, v, rates, iterations=5):
         for _ in range(iterations):
             values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
         moved = weight + left @ torch.diag(values) @ right
-        updated.append(moved / (moved.norm(dim=0) + 1e-5) * weight.norm(dim=0))
+        updated.append(moved / (moved.norm(dim=0) + 1e-5) * first.norm(dim=0))
     return updated
 
 

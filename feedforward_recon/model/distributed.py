@@ -1,0 +1,84 @@
+"""One scene on several processes: each holds some of the frames.
+
+Frames meet only in global attention, and every variant writes through an `Exchange`
+(`attention/base.py`): `ttt` adds up its gradient sums (786 432 numbers per layer and step at
+the size of VGGT-1B, whatever the number of frames), the others pass on what they remember.
+Everything else is local to a frame, except the camera head, which needs the camera tokens of
+all frames (`gather_frames`). The result equals that of one process.
+
+Run under torchrun; `gloo` on CPU, `nccl` on GPU. Inference only: gradients of a loss do not
+flow between processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from feedforward_recon.errors import ConfigError
+from feedforward_recon.model.attention.base import QkvAttention
+
+
+class AcrossProcesses:
+    """The exchange between the processes of a group (None: all of them)."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        if not dist.is_available() or not dist.is_initialized():
+            raise ConfigError('expected an initialised process group, found none; start with '
+                              'torchrun and call torch.distributed.init_process_group')
+        self.group = group
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over processes."""
+        total = tensor.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def concatenate(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """The tensors of all processes along ``dim``, where their sizes may differ."""
+        count = dist.get_world_size(self.group)
+        size = torch.tensor([tensor.shape[dim]], device=tensor.device)
+        sizes = [torch.empty_like(size) for _ in range(count)]
+        dist.all_gather(sizes, size, group=self.group)
+        longest = int(max(sizes))
+        padded = tensor.new_zeros(*tensor.shape[:dim], longest, *tensor.shape[dim + 1:])
+        padded.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+        parts = [torch.empty_like(padded) for _ in range(count)]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part.narrow(dim, 0, int(length))
+                          for part, length in zip(parts, sizes, strict=True)], dim)
+
+
+def own_frames(frames: torch.Tensor, dim: int = 1,
+               group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """The share of this process: consecutive frames along ``dim``, sizes differ by at most 1."""
+    return frames.tensor_split(dist.get_world_size(group), dim)[dist.get_rank(group)]
+
+
+def gather_frames(tensor: torch.Tensor, dim: int = 1,
+                  group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """What all processes hold of a tensor with frames along ``dim``, in the order of frames."""
+    return AcrossProcesses(group).concatenate(tensor, dim)
+
+
+@contextmanager
+def sequence_parallel(model: nn.Module,
+                      group: dist.ProcessGroup | None = None) -> Iterator[nn.Module]:
+    """Within this context the global attentions of ``model`` write for all processes.
+
+    Every process must make the same calls. Raises ConfigError without a process group.
+    """
+    exchange = AcrossProcesses(group)
+    layers = [layer for layer in model.modules() if isinstance(layer, QkvAttention)]
+    before = [layer.exchange for layer in layers]
+    try:
+        for layer in layers:
+            layer.exchange = exchange
+        yield model
+    finally:
+        for layer, previous in zip(layers, before, strict=True):
+            layer.exchange = previous
