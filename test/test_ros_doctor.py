@@ -93,6 +93,7 @@ def test_nothing_runs(capsys):
     assert code == 1
     assert told['codes'] == ['NO_NODES', 'NO_PUBLISHER']
     assert DOMAIN in told['causes'][0]['sentence']
+    assert 'no topic of this type exists' in told['causes'][1]['sentence']
     assert 'numpy' in told['environment'] and told['conversions']
     assert main(['--seconds', '1']) == 1
     said = capsys.readouterr().out

@@ -235,8 +235,12 @@ def test_lost_messages_are_reported_while_they_are_lost():
     health, now = healthy()
     health.inputs['image'].lost_total(7, now)
     health.inputs['image'].lost_total(7, now + 60 * SECOND)
-    assert codes(health, now) == ['FRAMES_LOST']
+    assert [(c.code, c.blocking) for c in causes(health, now)] == [('FRAMES_LOST', False)]
     assert codes(health, now + 11 * SECOND, silence_s=60) == []
+    health.inputs['image'].lost_total(70, now)
+    assert [(c.code, c.blocking) for c in causes(health, now)] == [('FRAMES_LOST', True)]
+    health.inputs['image'].resubscribed(reliable=True)
+    assert codes(health, now) == []
 
 
 def test_a_camera_that_falls_silent_and_comes_back():

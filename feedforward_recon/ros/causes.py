@@ -116,7 +116,8 @@ def _arrival(look: _Look) -> Iterator[Cause]:
                         input_.needed)
         if input_.recently('lost', look.now_ns):
             yield Cause('FRAMES_LOST', f'{input_.lost} messages of {input_.topic} were lost on '
-                        f'the way; {look.transport.advice(input_.nbytes or VGA_BYTES)}')
+                        f'the way; {look.transport.advice(input_.nbytes or VGA_BYTES)}',
+                        input_.needed and input_.lost > input_.messages)
 
 
 def _never(input_: InputHealth, transport: Transport) -> Iterator[Cause]:

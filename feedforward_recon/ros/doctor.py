@@ -233,28 +233,29 @@ def examine(context: rclpy.Context, config: NodeConfig, remaps: dict[str, str], 
 
 
 def _print(findings: dict[str, Any]) -> None:
-    print_table('Inputs', [_row(kind, told) for kind, told in findings['inputs'].items()],
-                ('input', 'topic', 'published by', 'messages', 'Hz', 'lost', 'size',
-                 'frame', 'clock - stamp'))
+    print_table('Inputs', {told['topic']: _heard(told) for told in findings['inputs'].values()})
     print_table('Conversions', findings['conversions'])
     print_table('Machine', findings['environment'])
-    for name, told in findings['nodes'].items():
-        print_table(name, {'level': told['level'], 'summary': told['summary']})
-    wrong = [(str(number), cause['code'], cause['sentence'])
-             for number, cause in enumerate(findings['causes'], 1)]
-    if wrong:
-        print_table('Wrong, most likely cause first', {f'{n}. {code}': text
-                                                       for n, code, text in wrong})
+    if findings['nodes']:
+        print_table('Nodes', {name: f'{told["level"]}: {told["summary"]}'
+                              for name, told in findings['nodes'].items()})
+    if findings['causes']:
+        print_table('Wrong, most likely cause first', {
+            f'{number}. {cause["code"]}': cause['sentence']
+            for number, cause in enumerate(findings['causes'], 1)})
     else:
         print_table('Nothing is wrong', {'images': 'arrive and can be used'})
 
 
-def _row(kind: str, told: dict[str, Any]) -> tuple[str, ...]:
-    publishers = ', '.join(f'{p["node"]} ({p["reliability"]})' for p in told['publishers'] or ())
-    offset = told['clock_minus_stamp_s']
-    return (kind, told['topic'], publishers or 'nobody', str(told['messages']),
-            f'{told["rate_hz"]:.1f}', str(told['lost']), told['size'] or '-',
-            told['frame_id'] or '-', '-' if offset is None else f'{offset:.3f} s')
+def _heard(told: dict[str, Any]) -> str:
+    """One input as a sentence."""
+    if not told['publishers'] and not told['messages']:
+        return 'nobody publishes it' + ('' if told['needed'] else ' (not needed)')
+    names = ', '.join(f'{p["node"]} ({p["reliability"]})' for p in told['publishers'] or ())
+    parts = [f'{told["messages"]} messages, {told["rate_hz"]:.1f} Hz, {told["lost"]} lost',
+             told['size'], f'frame_id {told["frame_id"]!r}' if told['messages'] else '',
+             f'clock - stamp {told["clock_minus_stamp_s"]:.3f} s' if told['messages'] else '']
+    return f'{names}: ' + ', '.join(filter(None, parts))
 
 
 app = typer.Typer(name='doctor', add_completion=False, pretty_exceptions_enable=False)

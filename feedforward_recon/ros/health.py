@@ -148,8 +148,13 @@ class InputHealth:
         self.rate.add(now_ns)
         return fault
 
+    def resubscribed(self, reliable: bool) -> None:
+        """This side subscribed anew; what the old subscription lost no longer matters."""
+        self.reliable, self.lost, self.unmatched = reliable, 0, 0
+        self._last.pop('lost', None)
+
     def lost_total(self, total: int, now_ns: int) -> None:
-        """The transport says how many messages were lost since the start."""
+        """The transport says how many messages this subscription has lost."""
         if total > self.lost:
             self._last['lost'] = now_ns
         self.lost = total
