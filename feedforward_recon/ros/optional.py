@@ -1,0 +1,165 @@
+"""Libraries that a ROS install may bring: used where they pass a test, never trusted unseen.
+
+cv_bridge, sensor_msgs_py and tf_transformations exist in several versions, and some of them are
+wrong without a word: padded rows read as pixels, 16-bit depth as 8 bit, quaternions with w
+first. Each is therefore tried once, on messages whose content is known, before it is used;
+`convert` has its own way for everything, and `conversion_paths` says which way was chosen.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from sensor_msgs.msg import Image, PointCloud2, PointField
+
+# Rows of WIDTH pixels and PADDING bytes: no multiple of 2, 3 or 4, so a reader that divides the
+# step by the size of a pixel is caught.
+WIDTH, HEIGHT, PADDING = 7, 5, 5
+BRIDGED_COLOUR = ('rgb8', 'bgr8', 'mono8')
+BRIDGED_DEPTH = ('16UC1', '32FC1')
+QUATERNION_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A library that passed its test (``use``: what to call), or None and the reason."""
+
+    use: Any
+    path: str
+
+
+class SelfTestError(Exception):
+    """What a library did wrong, in a few words."""
+
+
+def chosen(name: str) -> Any:
+    """The tested library (cv_bridge: a CvBridge), or None where our own code does it."""
+    return _choices()[name].use
+
+
+def conversion_paths() -> dict[str, str]:
+    """Library -> its name where it is used, else 'own: ' and why not; tested at first call."""
+    return {name: choice.path for name, choice in _choices().items()}
+
+
+@cache
+def _choices() -> dict[str, Choice]:
+    return {'cv_bridge': _choose('cv_bridge', 'cv_bridge', _tested_bridge),
+            'sensor_msgs_py': _choose('sensor_msgs_py', 'sensor_msgs_py.point_cloud2',
+                                      _tested_clouds),
+            'tf_transformations': _choose('tf_transformations', 'tf_transformations',
+                                          _tested_quaternions)}
+
+
+def _choose(name: str, module: str, test: Callable[[Any], Any]) -> Choice:
+    try:
+        imported = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = 'not installed' if error.name in (name, module) \
+            else f'{name} needs {error.name}, which is not installed'
+        return Choice(None, f'own: {missing}')
+    # A library built for another NumPy fails in its own ways: ImportError, AttributeError.
+    except Exception as error:
+        return Choice(None, f'own: {name} cannot be imported ({_brief(error)})')
+    try:
+        return Choice(test(imported), name)
+    except SelfTestError as error:
+        return Choice(None, f'own: {name} failed the self-test ({error})')
+    except Exception as error:  # the same: whatever it raises, it is not used, and we say so
+        return Choice(None, f'own: {name} failed the self-test ({_brief(error)})')
+
+
+def _brief(error: Exception) -> str:
+    return f'{type(error).__name__}: {error}'.splitlines()[0][:100]
+
+
+# -- cv_bridge ----------------------------------------------------------------------------------
+
+def _tested_bridge(module: Any) -> Any:
+    """A CvBridge that reads every encoding of BRIDGED_*, padded or not, in either byte order."""
+    bridge = module.CvBridge()
+    rng = np.random.default_rng(0)
+    rgb = rng.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+    grey = rgb[..., 0]
+    colours = {'rgb8': (rgb, rgb), 'bgr8': (rgb[..., ::-1], rgb),
+               'mono8': (grey, np.repeat(grey[..., None], 3, -1))}
+    depths = {'16UC1': rng.integers(1, 65536, (HEIGHT, WIDTH)).astype(np.uint16),
+              '32FC1': rng.uniform(0.1, 9, (HEIGHT, WIDTH)).astype(np.float32)}
+    for padding in (0, PADDING):
+        rows = 'padded rows' if padding else 'rows without padding'
+        for encoding, (stored, expected) in colours.items():
+            found = bridge.imgmsg_to_cv2(_image(stored, encoding, padding), 'rgb8')
+            _demand(np.array_equal(found, expected), f'{encoding}, {rows}')
+        for encoding, depth in depths.items():
+            for order in '<>':
+                message = _image(depth.astype(depth.dtype.newbyteorder(order)), encoding, padding)
+                found = bridge.imgmsg_to_cv2(message, 'passthrough')
+                _demand(np.array_equal(found, depth) and found.dtype.itemsize == depth.itemsize,
+                        f'{encoding}, {rows}{", big-endian" if order == ">" else ""}')
+    return bridge
+
+
+def _image(pixels: np.ndarray, encoding: str, padding: int) -> Image:
+    big = pixels.dtype.newbyteorder('>') == pixels.dtype and pixels.dtype.itemsize > 1
+    rows = np.ascontiguousarray(pixels).reshape(len(pixels), -1).view(np.uint8)
+    rows = np.pad(rows, ((0, 0), (0, padding)), constant_values=255)
+    message = Image(height=HEIGHT, width=WIDTH, encoding=encoding, step=rows.shape[1],
+                    is_bigendian=int(big))
+    message.data.frombytes(rows.tobytes())
+    return message
+
+
+# -- sensor_msgs_py -----------------------------------------------------------------------------
+
+def _tested_clouds(module: Any) -> Any:
+    """The module point_cloud2, after it read points with gaps between fields and rows."""
+    rng = np.random.default_rng(1)
+    layout = np.dtype({'names': ['x', 'y', 'z', 'rgb'], 'formats': ['<f4'] * 3 + ['<u4'],
+                       'offsets': [4, 8, 12, 20], 'itemsize': 28})
+    points = np.zeros((2, 3), layout)
+    for name in 'xyz':
+        points[name] = rng.normal(size=(2, 3))
+    points['rgb'] = rng.integers(0, 2**24, (2, 3))
+    rows = np.pad(points.view(np.uint8).reshape(2, -1), ((0, 0), (0, 8)), constant_values=255)
+    message = PointCloud2(height=2, width=3, point_step=28, row_step=rows.shape[1], is_dense=True)
+    message.fields = [PointField(name=name, offset=offset, datatype=datatype, count=1)
+                      for name, offset, datatype in (
+                          ('x', 4, PointField.FLOAT32), ('y', 8, PointField.FLOAT32),
+                          ('z', 12, PointField.FLOAT32), ('rgb', 20, PointField.UINT32))]
+    message.data.frombytes(rows.tobytes())
+    found = module.read_points(message, field_names=['x', 'y', 'z', 'rgb'])
+    _demand(isinstance(found, np.ndarray), 'no array comes back')
+    _demand(found.size == 6, 'padded rows')
+    for name in points.dtype.names:
+        _demand(np.array_equal(np.ravel(found[name]), points[name].ravel()),
+                f'field {name} reads back differently')
+    return module
+
+
+# -- tf_transformations -------------------------------------------------------------------------
+
+def _tested_quaternions(module: Any) -> Any:
+    """The module, after a turn of 90 and one of 180 degrees both ways, as x, y, z, w."""
+    half = np.sqrt(0.5)
+    turns = [([0, 0, half, half], [[0, -1, 0], [1, 0, 0], [0, 0, 1]]),
+             ([0, 1, 0, 0], [[-1, 0, 0], [0, 1, 0], [0, 0, -1]])]
+    for quat_xyzw, R in turns:
+        T = np.eye(4)
+        T[:3, :3] = R
+        found = np.asarray(module.quaternion_from_matrix(T))
+        # q and -q are the same rotation.
+        _demand(1 - abs(found @ quat_xyzw) < QUATERNION_TOLERANCE, 'quaternion convention')
+        back = np.asarray(module.quaternion_matrix(quat_xyzw))
+        _demand(back.shape == (4, 4) and np.abs(back - T).max() < QUATERNION_TOLERANCE,
+                'quaternion convention')
+    return module
+
+
+def _demand(holds: bool, what: str) -> None:
+    if not holds:
+        raise SelfTestError(what)
