@@ -191,7 +191,7 @@ class Inputs:
     def _alternatives(self, type_: type) -> tuple[str, ...]:
         name = f'sensor_msgs/msg/{type_.__name__}'
         return tuple(topic for topic, types in self._node.get_topic_names_and_types()
-                     if name in types)
+                     if name in types and self._node.count_publishers(topic))
 
     def stop(self) -> None:
         """Unsubscribe."""
