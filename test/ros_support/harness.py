@@ -15,7 +15,7 @@ import tempfile
 import time
 import zlib
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +43,12 @@ class RosDomain:
     """A ROS domain that no other test of this machine uses at the same time.
 
     environment: variables for processes that shall meet in this domain.
+    leftovers: shared memory of killed processes that others still had open.
     """
 
     id: int
     environment: dict[str, str]
+    leftovers: set[Path] = field(default_factory=set)
 
 
 @contextmanager
@@ -60,10 +62,11 @@ def own_domain(name: str) -> Iterator[RosDomain]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
+            domain = RosDomain(domain_id, ros_environment(domain_id))
             try:
-                yield RosDomain(domain_id, ros_environment(domain_id))
+                yield domain
             finally:
-                shared_memory.remove(shared_memory.ports_of(domain_id))
+                shared_memory.remove(domain.leftovers | shared_memory.ports_of(domain_id))
             return
     raise RuntimeError(f'all ROS domains {DOMAINS} are in use on this machine')
 
@@ -71,10 +74,15 @@ def own_domain(name: str) -> Iterator[RosDomain]:
 def ros_environment(domain_id: int) -> dict[str, str]:
     """Variables of a process in a domain of this machine only, with room for whole images."""
     return {'ROS_DOMAIN_ID': str(domain_id), 'ROS_AUTOMATIC_DISCOVERY_RANGE': 'LOCALHOST',
-            'ROS_LOCALHOST_ONLY': '1', 'RMW_IMPLEMENTATION': 'rmw_fastrtps_cpp',
-            'FASTDDS_DEFAULT_PROFILES_FILE': str(PROFILE),
-            'FASTRTPS_DEFAULT_PROFILES_FILE': str(PROFILE),
+            'RMW_IMPLEMENTATION': 'rmw_fastrtps_cpp',
+            profile_variable(os.environ.get('ROS_DISTRO', '')): str(PROFILE),
             'RCUTILS_LOGGING_BUFFERED_STREAM': '1', 'PYTHONUNBUFFERED': '1'}
+
+
+def profile_variable(distro: str) -> str:
+    """Environment variable with the profile of Fast DDS, which 3.0 renamed."""
+    fast_dds_2 = distro in ('humble', 'jazzy')
+    return 'FASTRTPS_DEFAULT_PROFILES_FILE' if fast_dds_2 else 'FASTDDS_DEFAULT_PROFILES_FILE'
 
 
 class NodeProcess:
@@ -96,7 +104,7 @@ class NodeProcess:
         words += ['--ros-args', *ros] if ros else []
         self.name, self.log = module, log
         path = os.pathsep.join([str(ROOT), str(ROOT / 'test'), os.environ.get('PYTHONPATH', '')])
-        self._segments: set[Path] = set()
+        self._leftovers = domain.leftovers
         with log.open('w') as output:
             self.process = subprocess.Popen(
                 words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
@@ -145,10 +153,10 @@ class NodeProcess:
         """End the whole group now and remove the shared memory it leaves behind."""
         self._signal(signal.SIGKILL)
         self.process.wait(10)
-        shared_memory.remove(self._segments)
+        shared_memory.remove(self._leftovers)
 
     def _signal(self, number: signal.Signals) -> None:
-        self._segments |= shared_memory.mapped_by(self.pid)
+        self._leftovers |= shared_memory.mapped_by(self.pid)
         with suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 

@@ -1,0 +1,81 @@
+"""A camera driver as tests need it: publishes rendered frames, rightly or wrongly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from sensor_msgs.msg import CameraInfo, Image
+
+from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.ros.convert import depth_msg, image_msg, info_msg
+from feedforward_recon.synthetic import Room, render_walk
+from feedforward_recon.types import Frame
+
+CAMERA = Camera.from_fov(70.0, (320, 240))
+FPS = 10.0
+OPTICAL = 'camera_optical_frame'
+START_NS = 1_700_000_000_000_000_000
+
+
+def walk(seed: int = 5, poses: int = 60, *, every: int = 1) -> list[Frame]:
+    """Frames of a room with depth and exact poses, stamped like a clock of today."""
+    room = Room.generate(seed)
+    steps = room.walk(240, seed=0, fps=FPS)[:poses:every]
+    frames = render_walk(room, CAMERA, steps, fps=FPS / every, noise=1.0, seed=1)
+    return [Frame(START_NS + f.stamp_ns, f.image, f.depth, f.camera, f.source, f.T_map_cam)
+            for f in frames]
+
+
+class FakeCamera:
+    """Publishes frames one at a time and waits until each was answered.
+
+    depth, info: also publish those. change: last touch on (image, info) messages.
+    """
+
+    def __init__(self, probe: Any, namespace: str = '', *, depth: bool = True, info: bool = True,
+                 reliable: bool = True, frame_id: str = OPTICAL) -> None:
+        """Advertise the topics."""
+        self.probe, self.frame_id = probe, frame_id
+        name = f'{namespace}/' if namespace else '/'
+        self.image = probe.publisher(Image, f'{name}image', reliable=reliable)
+        self.depth = probe.publisher(Image, f'{name}depth', reliable=reliable) if depth else None
+        self.info = probe.publisher(CameraInfo, f'{name}camera_info', reliable=reliable) \
+            if info else None
+
+    def ready(self, timeout_s: float = 20.0) -> bool:
+        """True once a node listens to everything that is published."""
+        topics = [t for t in (self.image, self.depth, self.info) if t is not None]
+        return self.probe.spin_until(
+            lambda: all(t.get_subscription_count() for t in topics), timeout_s)
+
+    def send(self, frame: Frame, change: Callable[[Any], Any] | None = None) -> None:
+        """Publish one frame: calibration, depth, image."""
+        if self.info is not None:
+            self.info.publish(info_msg(frame.camera, self.frame_id, frame.stamp_ns))
+        if self.depth is not None:
+            self.depth.publish(depth_msg(frame.depth, self.frame_id, frame.stamp_ns))
+        image = image_msg(frame.image, self.frame_id, frame.stamp_ns)
+        self.image.publish(change(image) if change else image)
+
+    def play(self, frames: list[Frame], poses: list[Any], *, timeout_s: float = 3.0) -> int:
+        """Send frames, each after the last one's pose came; returns how many had a pose."""
+        answered = 0
+        for frame in frames:
+            before = len(poses)
+            self.send(frame)
+            answered += self.probe.spin_until(
+                lambda before=before: len(poses) > before, timeout_s)
+        return answered
+
+
+def positions(messages: list[Any]) -> np.ndarray:
+    """Positions [N, 3] of PoseWithCovarianceStamped messages."""
+    points = [message.pose.pose.position for message in messages]
+    return np.array([[p.x, p.y, p.z] for p in points])
+
+
+def stamps(messages: list[Any]) -> list[int]:
+    """Header stamps, nanoseconds."""
+    return [m.header.stamp.sec * 1_000_000_000 + m.header.stamp.nanosec for m in messages]
