@@ -46,6 +46,7 @@ _COLOUR = {
     '8UC3': PixelFormat('u1', 3, cv2.COLOR_BGR2RGB),
     'rgba8': PixelFormat('u1', 4, cv2.COLOR_RGBA2RGB),
     'bgra8': PixelFormat('u1', 4, cv2.COLOR_BGRA2RGB),
+    '8UC4': PixelFormat('u1', 4, cv2.COLOR_BGRA2RGB),
     'mono8': PixelFormat('u1', 1, cv2.COLOR_GRAY2RGB),
     '8UC1': PixelFormat('u1', 1, cv2.COLOR_GRAY2RGB),
     'mono16': PixelFormat('u2', 1, cv2.COLOR_GRAY2RGB),

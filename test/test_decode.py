@@ -53,7 +53,8 @@ def test_three_channels_come_back_exactly(rgb, encoding, order, padding):
 
 
 @pytest.mark.parametrize('padding', [0, 3])
-@pytest.mark.parametrize(('encoding', 'order'), [('rgba8', [0, 1, 2]), ('bgra8', [2, 1, 0])])
+@pytest.mark.parametrize(('encoding', 'order'), [('rgba8', [0, 1, 2]), ('bgra8', [2, 1, 0]),
+                                                 ('8UC4', [2, 1, 0])])
 def test_alpha_is_dropped(rgb, encoding, order, padding):
     alpha = np.full((HEIGHT, WIDTH, 1), 7, np.uint8)
     stored = np.concatenate([rgb[..., order], alpha], -1)
