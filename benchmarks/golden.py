@@ -25,8 +25,10 @@ from torch import nn
 from feedforward_recon.errors import InputError, ReconError
 from feedforward_recon.model.checkpoints import expected_tensors, put_tensor
 from feedforward_recon.model.configs import build
+from feedforward_recon.model.da3 import Da3, Da3Reconstruction
 from feedforward_recon.model.network import Vggt
 from feedforward_recon.model.pi3 import Pi3, nearest_rotation
+from feedforward_recon.model.reference_view import balance_scores, choose
 
 Arrays = dict[str, torch.Tensor]
 INPUTS = {'image_seed', 'image_shape', 'config', 'svd_in', 'cond_in_extrinsics',
@@ -107,7 +109,45 @@ def pi3_arrays(model: Pi3, images: torch.Tensor, file: dict[str, np.ndarray]) ->
             'conf': answer.confidence_logit, 'camera_poses': answer.T_world_cam}
 
 
-ARRAYS: dict[type, Callable[..., Arrays]] = {Vggt: vggt_arrays, Pi3: pi3_arrays}
+def da3_arrays(model: Da3, images: torch.Tensor, file: dict[str, np.ndarray]) -> Arrays:
+    """What DA3 says in each of the settings of the reference file."""
+    blocks, start = 'backbone.pretrained.blocks', model.config.alt_start
+    names = {f'tokens_block{index}': f'{blocks}.{index}'
+             for index in range(model.config.vit.depth)}
+    with recorded(model, {**names, 'vit': 'backbone.pretrained'}) as seen:
+        answer, _ = model(images)
+    levels: Any = seen.pop('vit')
+    inputs = model.head_inputs(levels)
+    before = seen[f'tokens_block{start - 2}'].unflatten(0, images.shape[:2])[:, :, 0]
+    found = {**seen, **_da3_answer(answer), 'cls_at_selection': before,
+             'head_input_level0': inputs[0], 'head_input_level3': inputs[3],
+             'camera_token_last': levels[-1][:, :, 0],
+             'ref_view_index': choose(before, 'saddle_balanced')[0],
+             'balance_score': balance_scores(before)[0],
+             'ref_view_index_images_120': choose(before[:, [1, 2, 0]], 'saddle_balanced')[0]}
+    if 'middle_depth' in file:
+        found |= _da3_answer(model(images, reference='middle')[0], 'middle_')
+    if 'two_depth' in file:
+        found |= _da3_answer(model(images[:, :2])[0], 'two_')
+    if 'cond_depth' in file:
+        cameras = [torch.from_numpy(file[f'cond_in_{name}'])
+                   for name in ('extrinsics', 'intrinsics')]
+        with recorded(model, {'cond_cam_enc_tokens': 'cam_enc'}) as seen:
+            answer, _ = model(images, cameras=tuple(cameras))
+        found |= {**seen, **_da3_answer(answer, 'cond_')}
+    return found
+
+
+def _da3_answer(answer: Da3Reconstruction, prefix: str = '') -> Arrays:
+    arrays = {'depth': answer.depth, 'depth_conf': answer.depth_confidence,
+              'extrinsics': answer.T_cam_world[..., :3, :], 'intrinsics': answer.K,
+              'ray': answer.rays, 'ray_conf': answer.ray_confidence,
+              'pose_enc': answer.pose_encodings}
+    return {prefix + name: array for name, array in arrays.items()}
+
+
+ARRAYS: dict[type, Callable[..., Arrays]] = {Vggt: vggt_arrays, Pi3: pi3_arrays,
+                                             Da3: da3_arrays}
 
 
 def errors(found: Arrays, file: dict[str, np.ndarray]) -> dict[str, float]:

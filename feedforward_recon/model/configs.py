@@ -15,19 +15,25 @@ import torch
 from feedforward_recon.errors import ConfigError
 from feedforward_recon.model.attention import attention_factory
 from feedforward_recon.model.backbone import SPECIAL, BackboneConfig
+from feedforward_recon.model.da3 import Da3, Da3Config
 from feedforward_recon.model.dpt import DptConfig
 from feedforward_recon.model.network import Vggt, VggtConfig
 from feedforward_recon.model.pi3 import Pi3, Pi3Config
 from feedforward_recon.model.vit import VitConfig
 
-Config = VggtConfig | Pi3Config
-Network = Vggt | Pi3
+Config = VggtConfig | Pi3Config | Da3Config
+Network = Vggt | Pi3 | Da3
 
 CONFIGS: dict[str, Config] = {
     'vggt-1b': VggtConfig(),
     'vgg-t3': VggtConfig(attention='ttt'),
     'pi3': Pi3Config(),
     'speed3r': Pi3Config(registers=0, attention='sparse'),
+    'da3-large': Da3Config(),
+    'da3-base': Da3Config(VitConfig(768, 12, 12, registers=0), 4, (5, 7, 9, 11),
+                          DptConfig(1536, 128, (96, 192, 384, 768), rectify_skip=False)),
+    'da3-small': Da3Config(VitConfig(384, 6, 12, registers=0), 4, (5, 7, 9, 11),
+                           DptConfig(768, 64, (48, 96, 192, 384), rectify_skip=False)),
     # Shipped with the package: small enough for every machine.
     'tiny': VggtConfig(BackboneConfig(VitConfig(192, 3, 6, grid=16), 6, (1, 2, 4, 5)),
                        DptConfig(384, 64, (32, 64, 96, 128))),
@@ -37,7 +43,7 @@ CONFIGS: dict[str, Config] = {
         DptConfig(768, 64, (32, 64, 96, 128))),
     'pi3-small': Pi3Config(VitConfig(384, 6, 12), 24),
 }
-ALIASES = {'vggt': 'vggt-1b'}
+ALIASES = {'vggt': 'vggt-1b', 'da3': 'da3-large'}
 
 
 def config_of(name: str, attention: str | None = None) -> Config:
@@ -62,8 +68,17 @@ def build(name: str, attention: str | None = None, device: str | torch.device = 
     options: fields of `AttentionConfig`, for example ``ttt=TttOptions(steps=2)``.
     """
     config = config_of(name, attention)
-    special = config.registers if isinstance(config, Pi3Config) else SPECIAL
-    factory = attention_factory(config.attention, special=special, **options)
+    factory = attention_factory(config.attention, special=_special(config), **options)
     with torch.device(device):
-        network = Pi3(config, factory) if isinstance(config, Pi3Config) else Vggt(config, factory)
-        return network.eval()
+        if isinstance(config, Pi3Config):
+            return Pi3(config, factory).eval()
+        if isinstance(config, Da3Config):
+            return Da3(config, factory).eval()
+        return Vggt(config, factory).eval()
+
+
+def _special(config: Config) -> int:
+    """Number of tokens before the patches of each frame."""
+    if isinstance(config, Pi3Config):
+        return config.registers
+    return 1 if isinstance(config, Da3Config) else SPECIAL

@@ -8,7 +8,7 @@ processed a few at a time: the maps are by far the largest tensors of the networ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,10 +98,12 @@ class DptHead(nn.Module):
 
     def forward(self, levels: Sequence[torch.Tensor], grid_hw: tuple[int, int]) -> torch.Tensor:
         """Patch tokens of four layers, each [B, h * w, C] -> float32 [B, H, W, outputs]."""
-        chunks = [self._predict([level[i:i + self.frames_per_chunk] for level in levels],
-                                grid_hw)
-                  for i in range(0, len(levels[0]), self.frames_per_chunk)]
-        return torch.cat(chunks)
+        return torch.cat([self._predict(chunk, grid_hw) for chunk in self._chunks(levels)])
+
+    def _chunks(self, levels: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+        """The same levels, a few frames at a time."""
+        for start in range(0, len(levels[0]), self.frames_per_chunk):
+            yield [level[start:start + self.frames_per_chunk] for level in levels]
 
     def _predict(self, levels: Sequence[torch.Tensor],
                  grid_hw: tuple[int, int]) -> torch.Tensor:

@@ -1,0 +1,239 @@
+"""Depth Anything 3 (Lin et al. 2025): a plain DINOv2 whose later blocks alternate.
+
+The first third of the blocks sees single frames. From `alt_start` on, blocks of odd index see
+all of them, and the class token gives way to a camera token. One view, chosen by the network
+itself (`reference_view`) unless poses are given, is processed first. Depth, rays and cameras
+share one unknown scale; views are expressed in the frame of the reference view.
+
+Images must already be normalised (`vit.normalised`); weights from Lite3R were trained on
+images in 0..1 as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from feedforward_recon.model.backbone import AttentionFactory
+from feedforward_recon.model.checkpoints import KeyRules
+from feedforward_recon.model.dpt import DptConfig
+from feedforward_recon.model.dual_dpt import DualDptHead
+from feedforward_recon.model.layers import Block, BlockConfig, GlobalBlock, Mlp
+from feedforward_recon.model.pose_encoding import decode_cameras, encode_cameras, inverse
+from feedforward_recon.model.reference_view import choose, order_from, reordered
+from feedforward_recon.model.rope import patch_positions
+from feedforward_recon.model.vit import (
+    PATCH,
+    PatchEmbed,
+    VitConfig,
+    grid_of,
+    resampled_positions_by_factor,
+)
+
+SMALLEST_TANGENT = 1e-6
+ENCODING = 9
+
+
+@dataclass(frozen=True)
+class Da3Config:
+    """Shape of DA3. levels: blocks that the heads read; alt_start: first block that alternates."""
+
+    vit: VitConfig = field(default_factory=lambda: VitConfig(registers=0))
+    alt_start: int = 8
+    levels: tuple[int, int, int, int] = (11, 15, 19, 23)
+    dpt: DptConfig = field(default_factory=lambda: DptConfig(rectify_skip=False))
+    attention: str = 'softmax'
+
+    def block(self, index: int) -> BlockConfig:
+        """The block of that index."""
+        return BlockConfig(self.vit.dim, self.vit.heads, norm_eps=1e-6, layer_scale=1.0,
+                           qk_norm=index >= self.alt_start)
+
+    def is_global(self, index: int) -> bool:
+        """True for the blocks that see all frames."""
+        return index >= self.alt_start and index % 2 == 1
+
+
+@dataclass(frozen=True)
+class Da3Reconstruction:
+    """What DA3 says about N images of H x W; float32, unknown scale.
+
+    pose_encodings: [B, N, 9] of T_world_cam. T_cam_world: [B, N, 4, 4]. K: [B, N, 3, 3].
+    depth, depth_confidence: [B, N, H, W]. rays: [B, N, h, w, 6] (direction, origin) on a grid
+    of 8 rays per patch side; ray_confidence: [B, N, h, w].
+    """
+
+    pose_encodings: torch.Tensor
+    T_cam_world: torch.Tensor
+    K: torch.Tensor
+    depth: torch.Tensor
+    depth_confidence: torch.Tensor
+    rays: torch.Tensor
+    ray_confidence: torch.Tensor
+
+
+class AlternatingVit(nn.Module):
+    """DINOv2 without registers whose later blocks are turned, normed and alternate."""
+
+    def __init__(self, config: Da3Config, global_attention: AttentionFactory) -> None:
+        super().__init__()
+        self.config, vit = config, config.vit
+        self.patch_embed = PatchEmbed(vit.dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, vit.dim))
+        self.camera_token = nn.Parameter(1e-6 * torch.randn(1, 2, vit.dim))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + vit.grid**2, vit.dim))
+        self.blocks = nn.ModuleList([self._block(i, global_attention) for i in range(vit.depth)])
+        self.norm = nn.LayerNorm(vit.dim)
+
+    def _block(self, index: int, global_attention: AttentionFactory) -> Block:
+        block = self.config.block(index)
+        if self.config.is_global(index):
+            return GlobalBlock(block, global_attention(block, index))
+        return Block(block)
+
+    def forward(self, images: torch.Tensor, states: Sequence[Any], *, write: bool,
+                has_first: bool, reference: str, camera_tokens: torch.Tensor | None = None,
+                ) -> tuple[list[torch.Tensor], tuple[Any, ...]]:
+        """Normalised images [B, N, 3, H, W] -> four levels [B, N, P, 2 C], and the states.
+
+        A level is the last output of a block that saw single frames, then its own. Nothing is
+        normed yet. camera_tokens [B, N, C]: what is known of the cameras; the order of the
+        views is then left alone.
+        """
+        (batch, frames), grid_hw = images.shape[:2], grid_of(images)
+        positions = patch_positions(grid_hw, 1, images.device)
+        # Global blocks know no place in the image, only the camera token from the patches.
+        where = {False: positions, True: positions.clamp(max=1)}
+        x, levels, after, order = self._embed(images), [], list(states), None
+        alone = x
+        chooses = camera_tokens is None and has_first and frames > 2
+        for index, block in enumerate(self.blocks):
+            if index == self.config.alt_start - 1 and chooses:
+                order = order_from(choose(x[:, :, 0], reference), frames)
+                x = reordered(x, order)
+            if index == self.config.alt_start:
+                first = self._slots(batch, frames, has_first) if camera_tokens is None \
+                    else camera_tokens
+                x = torch.cat((first[:, :, None].to(x.dtype), x[:, :, 1:]), 2)
+            if isinstance(block, GlobalBlock):
+                number = (index - self.config.alt_start) // 2
+                joined, after[number] = block(
+                    x.flatten(1, 2), states[number], positions=where[True], frames=frames,
+                    write=write)
+                x = joined.unflatten(1, (frames, -1))
+            else:
+                turned = where[False] if index >= self.config.alt_start else None
+                x = alone = block(x.flatten(0, 1), turned).unflatten(0, (batch, frames))
+            if index in self.config.levels:
+                level = torch.cat((alone, x), -1)
+                levels.append(level if order is None else reordered(level, order.argsort(-1)))
+        return levels, tuple(after)
+
+    def _embed(self, images: torch.Tensor) -> torch.Tensor:
+        patches = self.patch_embed(images.flatten(0, 1))
+        x = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), 1)
+        table = resampled_positions_by_factor(self.pos_embed, grid_of(images))
+        return (x + table.to(x.dtype)).unflatten(0, images.shape[:2])
+
+    def _slots(self, batch: int, frames: int, has_first: bool) -> torch.Tensor:
+        """Learned camera tokens [B, N, C]: one for the first view, one for all others."""
+        slots = torch.ones(frames, dtype=torch.long, device=self.camera_token.device)
+        if has_first:
+            slots[0] = 0
+        return self.camera_token[:, slots].expand(batch, -1, -1)
+
+
+class CameraDecoder(nn.Module):
+    """Camera tokens -> pose encodings of T_world_cam."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim),
+                                      nn.ReLU())
+        self.fc_t, self.fc_qvec = nn.Linear(dim, 3), nn.Linear(dim, 4)
+        self.fc_fov = nn.Sequential(nn.Linear(dim, 2), nn.ReLU())
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, N, C] -> [B, N, 9]."""
+        x = self.backbone(tokens)
+        return torch.cat((self.fc_t(x), self.fc_qvec(x), self.fc_fov(x)), -1)
+
+
+class CameraEncoder(nn.Module):
+    """Known cameras -> the tokens that replace the learned ones."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.pose_branch = Mlp(ENCODING, dim // 2, dim)
+        self.token_norm, self.trunk_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.trunk = nn.ModuleList([Block(BlockConfig(dim, 16)) for _ in range(4)])
+
+    def forward(self, encodings: torch.Tensor) -> torch.Tensor:
+        """Encodings [B, N, 9] of T_world_cam -> [B, N, C]."""
+        x = self.token_norm(self.pose_branch(encodings))
+        for block in self.trunk:
+            x = block(x)
+        return self.trunk_norm(x)
+
+
+class Da3(nn.Module):
+    """The whole network."""
+
+    key_rules = KeyRules(prefix='model.')
+
+    def __init__(self, config: Da3Config, global_attention: AttentionFactory) -> None:
+        super().__init__()
+        self.config, dim = config, config.vit.dim
+        self.backbone = nn.ModuleDict({'pretrained': AlternatingVit(config, global_attention)})
+        self.head = DualDptHead(config.dpt)
+        self.cam_enc, self.cam_dec = CameraEncoder(dim), CameraDecoder(2 * dim)
+
+    @property
+    def vit(self) -> AlternatingVit:
+        """The backbone, under its name in the checkpoint."""
+        return cast(AlternatingVit, self.backbone['pretrained'])
+
+    def empty_memory(self, batch: int = 1) -> tuple[Any, ...]:
+        """The states of a scene that nobody has seen, one per global block."""
+        return tuple(block.attn.empty_state(batch) for block in self.vit.blocks
+                     if isinstance(block, GlobalBlock))
+
+    def forward(self, images: torch.Tensor, memory: Sequence[Any] | None = None, *,
+                write: bool = True, reference: str = 'saddle_balanced',
+                cameras: tuple[torch.Tensor, torch.Tensor] | None = None,
+                ) -> tuple[Da3Reconstruction, tuple[Any, ...]]:
+        """Normalised images [B, N, 3, H, W] -> what they show, and the states after them.
+
+        Without a memory, one of the images becomes the world. cameras: known T_cam_world
+        [B, N, 4, 4] and K [B, N, 3, 3], if any.
+        """
+        size_hw = (images.shape[-2], images.shape[-1])
+        known = None
+        with torch.autocast(images.device.type, enabled=False):
+            if cameras is not None:
+                T_cam_world, K = cameras
+                known = self.cam_enc(encode_cameras(inverse(T_cam_world), K, size_hw))
+        states = self.empty_memory(len(images)) if memory is None else memory
+        levels, states = self.vit(images, states, write=write, has_first=memory is None,
+                                  reference=reference, camera_tokens=known)
+        with torch.autocast(images.device.type, enabled=False):
+            return self._read_out([level.float() for level in levels], size_hw), states
+
+    def head_inputs(self, levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Patch tokens [B, N, h * w, 2 C]; only what came from the block itself is normed."""
+        alone_and_own = (level[:, :, 1:].chunk(2, -1) for level in levels)
+        return [torch.cat((alone, self.vit.norm(own)), -1) for alone, own in alone_and_own]
+
+    def _read_out(self, levels: Sequence[torch.Tensor],
+                  size_hw: tuple[int, int]) -> Da3Reconstruction:
+        shape, grid_hw = levels[0].shape[:2], (size_hw[0] // PATCH, size_hw[1] // PATCH)
+        dense = [level.flatten(0, 1) for level in self.head_inputs(levels)]
+        depth, rays = (x.unflatten(0, shape) for x in self.head(dense, grid_hw))
+        encodings = self.cam_dec(levels[-1][:, :, 0])
+        T_world_cam, K = decode_cameras(encodings, size_hw, SMALLEST_TANGENT)
+        return Da3Reconstruction(encodings, inverse(T_world_cam), K, depth[..., 0].exp(),
+                                 1 + depth[..., 1].exp(), rays[..., :6], 1 + rays[..., 6].exp())
