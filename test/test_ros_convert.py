@@ -571,7 +571,7 @@ def test_a_right_cloud_reader_is_used_and_changes_nothing(monkeypatch, rng):
 
 @pytest.mark.parametrize(('reader', 'words'), [
     (lambda message, field_names: read_points(message, field_names, honour_padding=False),
-     'reads back differently'),
+     'padded rows'),
     (lambda message, field_names: iter([(1, 2, 3, 4)]), 'no array'),
     (None, 'TypeError')])
 def test_a_wrong_cloud_reader_is_never_used(monkeypatch, rng, reader, words):

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from sensor_msgs.msg import Image, PointCloud2, PointField
 
-# Rows of WIDTH pixels and PADDING bytes: no multiple of 2, 3 or 4, so a reader that divides the
-# step by the size of a pixel is caught.
+# Rows of WIDTH pixels and PADDING samples: no whole number of pixels of three channels, so a
+# reader that divides the step by the size of a pixel is caught.
 WIDTH, HEIGHT, PADDING = 7, 5, 5
 BRIDGED_COLOUR = ('rgb8', 'bgr8', 'mono8')
 BRIDGED_DEPTH = ('16UC1', '32FC1')
@@ -107,7 +107,7 @@ def _tested_bridge(module: Any) -> Any:
 def _image(pixels: np.ndarray, encoding: str, padding: int) -> Image:
     big = pixels.dtype.newbyteorder('>') == pixels.dtype and pixels.dtype.itemsize > 1
     rows = np.ascontiguousarray(pixels).reshape(len(pixels), -1).view(np.uint8)
-    rows = np.pad(rows, ((0, 0), (0, padding)), constant_values=255)
+    rows = np.pad(rows, ((0, 0), (0, padding * pixels.dtype.itemsize)), constant_values=255)
     message = Image(height=HEIGHT, width=WIDTH, encoding=encoding, step=rows.shape[1],
                     is_bigendian=int(big))
     message.data.frombytes(rows.tobytes())
@@ -125,20 +125,27 @@ def _tested_clouds(module: Any) -> Any:
     for name in 'xyz':
         points[name] = rng.normal(size=(2, 3))
     points['rgb'] = rng.integers(0, 2**24, (2, 3))
-    rows = np.pad(points.view(np.uint8).reshape(2, -1), ((0, 0), (0, 8)), constant_values=255)
-    message = PointCloud2(height=2, width=3, point_step=28, row_step=rows.shape[1], is_dense=True)
-    message.fields = [PointField(name=name, offset=offset, datatype=datatype, count=1)
-                      for name, offset, datatype in (
-                          ('x', 4, PointField.FLOAT32), ('y', 8, PointField.FLOAT32),
-                          ('z', 12, PointField.FLOAT32), ('rgb', 20, PointField.UINT32))]
-    message.data.frombytes(rows.tobytes())
-    found = module.read_points(message, field_names=['x', 'y', 'z', 'rgb'])
-    _demand(isinstance(found, np.ndarray), 'no array comes back')
-    _demand(found.size == 6, 'padded rows')
-    for name in points.dtype.names:
-        _demand(np.array_equal(np.ravel(found[name]), points[name].ravel()),
-                f'field {name} reads back differently')
+    for padding, rows in ((0, 'rows without padding'), (8, 'padded rows')):
+        found = module.read_points(_cloud(points, padding), field_names=list(layout.names))
+        _demand(isinstance(found, np.ndarray), 'no array comes back')
+        for name in layout.names:
+            _demand(np.array_equal(np.ravel(found[name]), points[name].ravel()),
+                    f'field {name}, {rows}')
     return module
+
+
+def _cloud(points: np.ndarray, padding: int) -> PointCloud2:
+    """The message of structured points [H, W] with ``padding`` bytes behind each row."""
+    (height, width), layout = points.shape, points.dtype
+    rows = np.pad(points.view(np.uint8).reshape(height, -1), ((0, 0), (0, padding)),
+                  constant_values=255)
+    message = PointCloud2(height=height, width=width, point_step=layout.itemsize,
+                          row_step=rows.shape[1], is_dense=True)
+    kinds = {'f': PointField.FLOAT32, 'u': PointField.UINT32}
+    message.fields = [PointField(name=name, offset=offset, datatype=kinds[kind.kind], count=1)
+                      for name, (kind, offset) in layout.fields.items()]
+    message.data.frombytes(rows.tobytes())
+    return message
 
 
 # -- tf_transformations -------------------------------------------------------------------------
