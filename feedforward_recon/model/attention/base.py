@@ -129,7 +129,7 @@ class QkvAttention(nn.Module):
 
     def _chunks(self, x: torch.Tensor, tokens_per_frame: int) -> tuple[torch.Tensor, ...]:
         """Pieces [B, n * tokens_per_frame, C] of whole frames."""
-        frames = max(1, self.config.chunk_tokens // tokens_per_frame)
+        frames = self.config.frames_per_chunk(tokens_per_frame, x.device.type)
         return x.split(frames * tokens_per_frame, 1)
 
     def empty_state(self, batch: int) -> State:

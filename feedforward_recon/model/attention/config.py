@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+CPU_CHUNK_TOKENS = 1024
+GPU_CHUNK_TOKENS = 20 * 37 * 37
+
 
 @dataclass(frozen=True)
 class TttOptions:
@@ -54,7 +57,8 @@ class AttentionConfig:
     name: a key of ATTENTION. special: tokens in front of the patches of each frame.
     qk_norm: LayerNorm of queries and keys per head (eps 1e-5); `ttt` and `hybrid` have none.
     round_qk: give normalised queries and keys the dtype of the values before the rotation.
-    chunk_tokens: frames are processed together up to about this many tokens.
+    chunk_tokens: frames are processed together up to about this many tokens; None: what fits
+        a cache on a CPU, and what VGG-T3 uses elsewhere.
     """
 
     dim: int
@@ -63,7 +67,7 @@ class AttentionConfig:
     special: int = 5
     qk_norm: bool = True
     round_qk: bool = False
-    chunk_tokens: int = 4096
+    chunk_tokens: int | None = None
     ttt: TttOptions = field(default_factory=TttOptions)
     sparse: SparseOptions = field(default_factory=SparseOptions)
     sparse_linear: SparseLinearOptions = field(default_factory=SparseLinearOptions)
@@ -73,3 +77,8 @@ class AttentionConfig:
     def head_dim(self) -> int:
         """Channels per head."""
         return self.dim // self.heads
+
+    def frames_per_chunk(self, tokens_per_frame: int, device_type: str) -> int:
+        """Frames that are processed together, at least one."""
+        default = CPU_CHUNK_TOKENS if device_type == 'cpu' else GPU_CHUNK_TOKENS
+        return max(1, (self.chunk_tokens or default) // tokens_per_frame)

@@ -18,6 +18,7 @@ Cost: N^2 / 256 + 512 N pairs: the quadratic part is small but there. State: abo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -47,6 +48,13 @@ class SparseState(State):
     pooled_keys: torch.Tensor
     pooled_values: torch.Tensor
     valid: torch.Tensor
+
+
+class SparseMemory(NamedTuple):
+    """The blocks, and keys and values [B, h, N, d] if special tokens have to read them all."""
+
+    blocks: SparseState
+    tokens: tuple[torch.Tensor, torch.Tensor] | None
 
 
 class SparseAttention(QkvAttention):
@@ -89,25 +97,31 @@ class SparseAttention(QkvAttention):
         """How a frame is cut."""
         return cut(layout, self.config.special, self.config.sparse.window)
 
-    def readable(self, state: SparseState) -> SparseState:
-        """The state, unless it is empty."""
+    def readable(self, state: SparseState) -> SparseMemory:
+        """The state, and its tokens without padding for the queries that read them all."""
         require_written(len(state.valid))
-        return state
+        tokens = None
+        if self.config.special:
+            places = state.valid.flatten()
+            keys, values = (t.flatten(2, 3) for t in (state.keys, state.values))
+            tokens = (keys, values) if places.all() else (keys[:, :, places],
+                                                          values[:, :, places])
+        return SparseMemory(state, tokens)
 
-    def read(self, chunk: torch.Tensor, memory: SparseState, layout: Layout) -> torch.Tensor:
+    def read(self, chunk: torch.Tensor, memory: SparseMemory, layout: Layout) -> torch.Tensor:
         """Both branches, gated per token and head."""
         coarse, exact, _ = self.branches(chunk, memory, layout)
         gate = self.gate(chunk).sigmoid().unflatten(-1, (self.config.heads, 2)).transpose(1, 2)
         return gate[..., :1] * coarse + gate[..., 1:] * exact
 
-    def branches(self, chunk: torch.Tensor, memory: SparseState, layout: Layout,
+    def branches(self, chunk: torch.Tensor, memory: SparseMemory, layout: Layout,
                  ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Compression and selection [B, h, T, d], and the chosen blocks [B, h, blocks, k]."""
         blocks = self.blocks(layout)
         raw = self.raw_queries(chunk)
         pooled = self.turned(self.q_norm, blocks.mean(blocks.split(raw)), blocks.positions)
-        scores = pooled @ memory.pooled_keys.transpose(-1, -2)  # [B, h, n, M]
-        coarse = (scores * pooled.shape[-1] ** -0.5).softmax(-1) @ memory.pooled_values
+        scores = pooled @ memory.blocks.pooled_keys.transpose(-1, -2)  # [B, h, n, M]
+        coarse = (scores * pooled.shape[-1] ** -0.5).softmax(-1) @ memory.blocks.pooled_values
         coarse = coarse[..., None, :].expand(-1, -1, -1, blocks.order.shape[1], -1)
         chosen = self._chosen(scores)
         q = blocks.split(self.turned(self.q_norm, raw, layout.positions))
@@ -122,20 +136,21 @@ class SparseAttention(QkvAttention):
             chosen = F.pad(chosen, (0, kept - total), value=total - 1)
         return chosen
 
-    def _exact(self, q: torch.Tensor, memory: SparseState, chosen: torch.Tensor,
+    def _exact(self, q: torch.Tensor, memory: SparseMemory, chosen: torch.Tensor,
                blocks: Blocks) -> torch.Tensor:
         """Selection for windows of patches, full attention for special tokens."""
         q, chosen = (t.unflatten(2, (-1, len(blocks.order))) for t in (q, chosen))
-        windows = read_blocks(q[:, :, :, blocks.special:].flatten(2, 3), memory.keys,
-                              memory.values, memory.valid,
+        state = memory.blocks
+        windows = read_blocks(q[:, :, :, blocks.special:].flatten(2, 3), state.keys,
+                              state.values, state.valid,
                               chosen[:, :, :, blocks.special:].flatten(2, 3))
         windows = windows.unflatten(2, (q.shape[2], -1))
-        if not blocks.special:
+        if memory.tokens is None:
             return windows.flatten(2, 3)
-        first = q[:, :, :, 0].flatten(2, 3)  # [B, h, frames * size, d]
-        everything = F.scaled_dot_product_attention(
-            first, memory.keys.flatten(2, 3), memory.values.flatten(2, 3),
-            attn_mask=memory.valid.flatten()[None])
-        everything = everything.unflatten(2, (q.shape[2], 1, -1))
+        count = self.config.special
+        first = q[:, :, :, 0, :count].flatten(2, 3)  # [B, h, frames * count, d]
+        everything = F.scaled_dot_product_attention(first, *memory.tokens)
+        everything = F.pad(everything.unflatten(2, (q.shape[2], 1, count)),
+                           (0, 0, 0, q.shape[4] - count))
         return torch.cat((everything, windows), 3).flatten(2, 3)
 
