@@ -66,10 +66,12 @@ class DepthPairing:
         self._images: deque[tuple[int, Any]] = deque()
         self._depths: deque[tuple[int, Any]] = deque(maxlen=WAITING_IMAGES)
 
-    def clear(self) -> None:
-        """Forget what waits."""
-        self._images.clear()
-        self._depths.clear()
+    def forget_after(self, stamp: int) -> None:
+        """The time line went back to a stamp: what waits with later ones is of the past."""
+        for waiting in (self._images, self._depths):
+            kept = [entry for entry in waiting if entry[0] <= stamp]
+            waiting.clear()
+            waiting.extend(kept)
 
     def add_image(self, stamp: int, image: Any) -> list[tuple[Any, Any | None]]:
         """Take an image; returns what is ready, as (image, depth or None)."""
@@ -112,6 +114,7 @@ class Inputs:
         self._on_frame, self._on_jump = on_frame, on_jump
         self._on_calibration, self._on_odometry = on_calibration, on_odometry
         self._pairing = DepthPairing(int(config.depth_slop_ms * 1e6))
+        self._held: deque[tuple[Any, Any | None, int]] = deque(maxlen=WAITING_IMAGES)
         self._cameras: dict[str, Camera] = {}
         self._subscriptions: dict[str, Any] = {}
         self._started_ns = self._now_ns()
@@ -197,7 +200,6 @@ class Inputs:
         """Unsubscribe."""
         while self._subscriptions:
             self._node.destroy_subscription(self._subscriptions.popitem()[1])
-        self._pairing.clear()
 
     # -- messages --------------------------------------------------------------------------
 
@@ -211,45 +213,54 @@ class Inputs:
     def _image(self, message: Image | CompressedImage) -> None:
         fault = self._received('image', message)
         if fault is StampFault.JUMP_BACK:
-            self._pairing.clear()
+            self._pairing.forget_after(stamp_ns(message.header))
+            self._held.clear()
             self._on_jump()
         if fault in REFUSED:
             return
         arrived_ns = time.monotonic_ns()
-        if self._depth_flows():
+        if self._depth_is_expected():
             self._pass_on(self._pairing.add_image(stamp_ns(message.header),
                                                   (message, arrived_ns)))
-        elif not self._depth_is_due():
+        else:
             self._pass_on([((message, arrived_ns), None)])
 
     def _depth(self, message: Image | CompressedImage) -> None:
         fault = self._received('depth', message)
         if fault is StampFault.JUMP_BACK:
-            self._pairing.clear()
+            self._pairing.forget_after(stamp_ns(message.header))
         if fault not in REFUSED:
             self._pass_on(self._pairing.add_depth(stamp_ns(message.header), message))
 
-    def _depth_flows(self) -> bool:
+    def _depth_is_expected(self) -> bool:
+        """Depth comes; or somebody publishes it, so that a map should wait a while for it."""
         depth = self._health.inputs.get('depth')
-        return depth is not None and depth.arrived_ns is not None \
-            and self._now_ns() - depth.arrived_ns < self._config.silence_s * SECOND
-
-    def _depth_is_due(self) -> bool:
-        """Somebody publishes depth, so a map should not start without it; for a while."""
-        depth = self._health.inputs.get('depth')
-        young = self._now_ns() - self._started_ns < self._config.silence_s * SECOND
-        return depth is not None and young and not depth.messages and bool(
-            self._node.get_publishers_info_by_topic(depth.topic))
+        if depth is None:
+            return False
+        since_ns = self._started_ns if depth.arrived_ns is None else depth.arrived_ns
+        if self._now_ns() - since_ns >= self._config.silence_s * SECOND:
+            return False
+        return bool(depth.messages or self._node.count_publishers(depth.topic))
 
     def _pass_on(self, pairs: list[tuple[Any, Any | None]]) -> None:
         for (image, arrived_ns), depth in pairs:
-            if depth is None and self._depth_flows():
+            if depth is None and self._depth_is_expected():
                 self._notice('DEPTH_UNPAIRED', 'images come without depth of the same moment '
                              f'(within {self._config.depth_slop_ms:g} ms) and are left out; '
                              'synchronise the sensors or raise depth_slop_ms')
                 continue
-            known, camera = self._camera_of(image)
-            if known:
+            self._held.append((image, depth, arrived_ns))
+        self._release()
+
+    def _release(self) -> None:
+        """Hand over the images whose calibration is known, or known to be missing."""
+        while self._held:
+            image, depth, arrived_ns = self._held[0]
+            if self._info_may_come(image):
+                return
+            self._held.popleft()
+            usable, camera = self._camera_of(image)
+            if usable:
                 frame_id = (self._config.camera_frame or image.header.frame_id
                             or DEFAULT_FRAME)
                 self._on_frame(Arrival(stamp_ns(image.header), frame_id, image, depth, camera,
@@ -272,6 +283,7 @@ class Inputs:
         if camera is not None and camera != before:
             self._cameras[message.header.frame_id] = camera
             self._on_calibration(camera)
+        self._release()
 
     def camera(self, frame_id: str) -> Camera | None:
         """The calibration for images of a frame; the only one there is serves all."""
@@ -279,13 +291,17 @@ class Inputs:
             return next(iter(self._cameras.values()))
         return self._cameras.get(frame_id)
 
+    def _info_may_come(self, image: Image | CompressedImage) -> bool:
+        """No calibration yet, and we have not waited long for one."""
+        return (self.camera(image.header.frame_id) is None
+                and self._health.camera_info is InfoState.UNKNOWN
+                and self._now_ns() - self._started_ns < self._config.info_wait_s * SECOND)
+
     def _camera_of(self, image: Image | CompressedImage) -> tuple[bool, Camera | None]:
-        """May the image be used now, and with which camera?"""
+        """May the image be used, and with which camera? None is guessed."""
         health, camera = self._health, self.camera(image.header.frame_id)
         if camera is None:
             if health.camera_info is InfoState.UNKNOWN:
-                if self._now_ns() - self._started_ns < self._config.info_wait_s * SECOND:
-                    return False, None
                 health.camera_info = InfoState.MISSING
             return True, None
         size_wh = (image.width, image.height) if hasattr(image, 'width') else camera.size_wh

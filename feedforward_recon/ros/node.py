@@ -74,13 +74,14 @@ class CameraNode(LifecycleNode):
         self.clerk.start()
         self.queue: FrameQueue | None = None
         self.positioning = Positioning(self)
-        self.services = Services(self)
+        self._answering = Services(self)
         self._transport = Transport.here(get_rmw_implementation_identifier())
         self._generation = 0
         self._cloud_due_ns = 0
         self._cloud_running = False
         self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', 10)
         self.create_timer(1.0, self._report, clock=STEADY)
+        self.create_timer(0.2, self._watch, clock=STEADY)
         self._say_what_is_used()
         if self.config.autostart:
             self._starter = self.create_timer(0.05, self._autostart, clock=STEADY)
@@ -334,8 +335,6 @@ class CameraNode(LifecycleNode):
         health = self.health
         health.use_sim_time = bool(self.get_parameter('use_sim_time').value)
         health.clock_running = self.now_ns() > 0
-        if self.inputs is not None:
-            self.inputs.watch()
         if self.queue is not None:
             health.dropped = self.queue.dropped
         health.tf_mode, health.tf_missing = self.positioning.state()
@@ -344,6 +343,10 @@ class CameraNode(LifecycleNode):
         message = DiagnosticArray(status=[diagnostic_status(health, self.causes(), now_ns)])
         message.header.stamp = stamp_msg(now_ns)
         self._diagnostics.publish(message)
+
+    def _watch(self) -> None:
+        if self.inputs is not None:
+            self.inputs.watch()
 
     def causes(self) -> list[Cause]:
         """Why there is no pose, if there is none."""

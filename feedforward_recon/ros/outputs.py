@@ -16,13 +16,13 @@ from visualization_msgs.msg import Marker, MarkerArray
 from feedforward_recon.geometry.transforms import transform_points
 from feedforward_recon.node_config import NodeConfig
 from feedforward_recon.ros.convert import (
-    cloud_msg,
     covariance_list,
     pose_msg,
     stamp_msg,
     transform_msg,
 )
 from feedforward_recon.ros.frames import UNKNOWN_VARIANCE, BodyPose
+from feedforward_recon.ros.pointcloud import cloud_msg
 from feedforward_recon.ros.tf_messages import TFMessage
 from feedforward_recon.types import FloatArray, PointCloud, Trajectory
 

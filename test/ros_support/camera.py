@@ -45,10 +45,15 @@ class FakeCamera:
             if info else None
 
     def ready(self, timeout_s: float = 20.0) -> bool:
-        """True once a node listens to everything that is published."""
+        """True once a node listens to everything that is published, as it is published."""
         topics = [t for t in (self.image, self.depth, self.info) if t is not None]
-        return self.probe.spin_until(
-            lambda: all(t.get_subscription_count() for t in topics), timeout_s)
+        return self.probe.spin_until(lambda: all(map(self._is_heard, topics)), timeout_s)
+
+    def _is_heard(self, publisher: Any) -> bool:
+        listeners = self.probe.node.get_subscriptions_info_by_topic(publisher.topic_name)
+        wanted = publisher.qos_profile.reliability
+        return publisher.get_subscription_count() > 0 and bool(listeners) and all(
+            listener.qos_profile.reliability == wanted for listener in listeners)
 
     def send(self, frame: Frame, change: Callable[[Any], Any] | None = None) -> None:
         """Publish one frame: calibration, depth, image."""
