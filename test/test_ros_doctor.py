@@ -1,6 +1,7 @@
 """The doctor over real DDS: it names the fault, also when nothing runs at all."""
 
 import json
+import sys
 import threading
 import time
 
@@ -10,21 +11,18 @@ import pytest
 rclpy = pytest.importorskip('rclpy', reason='ros: rclpy is not installed')
 
 from rclpy.executors import SingleThreadedExecutor  # noqa: E402
+from rclpy.qos import DurabilityPolicy, QoSProfile  # noqa: E402
 from sensor_msgs.msg import CameraInfo, Image  # noqa: E402
 from std_srvs.srv import Trigger  # noqa: E402
 
 from feedforward_recon.ros.doctor import main  # noqa: E402
 
-DOMAIN = '24'
-
 
 @pytest.fixture(autouse=True)
-def domain(monkeypatch):
-    """A domain of its own, and no other machine's nodes."""
-    monkeypatch.setenv('ROS_DOMAIN_ID', DOMAIN)
-    monkeypatch.setenv('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
-    monkeypatch.setenv('ROS_LOCALHOST_ONLY', '1')
+def domain(ros_domain, monkeypatch):
+    """A domain of its own."""
     monkeypatch.setattr('sys.argv', ['doctor'])
+    return str(ros_domain.id)
 
 
 class Driver:
@@ -88,11 +86,11 @@ def examined(capsys, *arguments):
 CAMERA = ('--image-topic', '/camera/image_raw', '--camera-info-topic', '/camera/camera_info')
 
 
-def test_nothing_runs(capsys):
+def test_nothing_runs(capsys, domain):
     code, told = examined(capsys)
     assert code == 1
     assert told['codes'] == ['NO_NODES', 'NO_PUBLISHER']
-    assert DOMAIN in told['causes'][0]['sentence']
+    assert f'domain {domain};' in told['causes'][0]['sentence']
     assert 'no topic of this type exists' in told['causes'][1]['sentence']
     assert 'numpy' in told['environment'] and told['conversions']
     assert main(['--seconds', '1']) == 1
@@ -156,6 +154,40 @@ def test_faults_of_a_camera_are_named(capsys, driver, change, code):
         exit_code, told = examined(capsys, *CAMERA)
     assert exit_code == 1
     assert code in told['codes']
+
+
+def test_a_library_that_cannot_be_imported_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch', None)
+    _, told = examined(capsys)
+    assert told['codes'][0] == 'LIBRARY_MISSING'
+    assert 'Python cannot import torch' in told['causes'][0]['sentence']
+
+
+def send_static(node, *edges):
+    """Latch one unit transform per (parent, child) on /tf_static."""
+    from geometry_msgs.msg import TransformStamped
+    from tf2_msgs.msg import TFMessage
+
+    latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+    message = TFMessage()
+    for parent, child in edges:
+        edge = TransformStamped(child_frame_id=child)
+        edge.header.frame_id, edge.transform.rotation.w = parent, 1.0
+        message.transforms.append(edge)
+    node.create_publisher(TFMessage, '/tf_static', latched).publish(message)
+
+
+@pytest.mark.usefixtures('needs_tf')
+def test_the_missing_edge_of_tf_is_named(capsys, driver):
+    with driver() as camera:
+        send_static(camera.node, ('base_link', 'arm'))
+        _, told = examined(capsys, *CAMERA, '--tf-mode', 'map_to_odom')
+        assert told['codes'] == ['TF_MISSING', 'TF_MISSING']
+        assert 'odom and base_link' in told['causes'][0]['sentence']
+        assert 'base_link and camera_optical_frame' in told['causes'][1]['sentence']
+        send_static(camera.node, ('odom', 'base_link'), ('base_link', 'camera_optical_frame'))
+        _, told = examined(capsys, *CAMERA)
+    assert (told['codes'], told['tf_mode']) == ([], 'map_to_odom')
 
 
 def test_the_report_of_a_running_node_is_added(capsys, driver):

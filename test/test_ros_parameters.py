@@ -1,6 +1,5 @@
 """ROS parameters on a real node: declared once, described, checked, and changed with a reason."""
 
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,10 @@ from feedforward_recon.ros.parameters import declare  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope='module')
-def context():
-    os.environ['ROS_AUTOMATIC_DISCOVERY_RANGE'] = 'LOCALHOST'
+@pytest.fixture
+def context(ros_domain):
     context = rclpy.Context()
-    rclpy.init(context=context, domain_id=23)
+    rclpy.init(context=context, domain_id=ros_domain.id)
     yield context
     rclpy.shutdown(context=context)
 

@@ -30,7 +30,7 @@ from feedforward_recon.config import from_dict
 from feedforward_recon.errors import InputError
 from feedforward_recon.node_config import NodeConfig
 from feedforward_recon.ros.causes import Cause, Transport, causes
-from feedforward_recon.ros.convert import conversion_paths, image_rgb
+from feedforward_recon.ros.convert import conversion_paths, depth_metres, image_rgb
 from feedforward_recon.ros.diagnostics import report
 from feedforward_recon.ros.frames import Frames
 from feedforward_recon.ros.health import Health
@@ -42,6 +42,7 @@ NAME = 'feedforward_recon_doctor'
 LOOK_S, ANSWER_S = 0.5, 3.0
 TOPICS = ('image', 'camera_info', 'depth', 'odom')
 LIBRARIES = ('numpy', 'cv2', 'torch', 'scipy')
+MISSING = 'missing'
 VARIABLES = ('ROS_DISTRO', 'ROS_DOMAIN_ID', 'ROS_AUTOMATIC_DISCOVERY_RANGE',
              'ROS_LOCALHOST_ONLY', 'FASTDDS_DEFAULT_PROFILES_FILE',
              'FASTRTPS_DEFAULT_PROFILES_FILE', 'CYCLONEDDS_URI')
@@ -98,12 +99,15 @@ class Examination:
         self.health.frames += 1
         self.camera_frame = arrival.frame_id
         try:
-            self.health.pictures.look(image_rgb(arrival.image))
+            depth = None if arrival.depth is None else depth_metres(
+                arrival.depth, self.health.inputs['depth'].topic)
+            self.health.pictures.look(
+                image_rgb(arrival.image, self.health.inputs['image'].topic), depth)
         except InputError as error:
             self.health.warn('IMAGE_REFUSED', str(error), self.now_ns)
 
     def found(self, transport: Transport, seconds: float) -> list[Cause]:
-        """Everything that is wrong, most likely cause first."""
+        """What is wrong with the graph and the inputs, most likely cause first."""
         frames = Frames(self.config, self.transforms)
         self.health.tf_mode = frames.mode(self.camera_frame)
         self.health.tf_missing = frames.missing(self.camera_frame)
@@ -152,11 +156,25 @@ def _about_graph(node: Node) -> Iterator[Cause]:
 def environment(transport: Transport) -> dict[str, str]:
     """What this machine and this terminal bring along."""
     known = {'middleware': transport.rmw, 'Python': sys.version.split()[0]}
-    known |= {name: importlib.import_module(name).__version__ for name in LIBRARIES}
+    known |= {name: _version(name) for name in LIBRARIES}
     if transport.rmem_max is not None:
         known['net.core.rmem_max'] = f'{transport.rmem_max} bytes'
     known |= {name: os.environ[name] for name in VARIABLES if name in os.environ}
     return known
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.import_module(library).__version__
+    except ImportError as error:
+        return f'{MISSING}: {error}'
+
+
+def _about_libraries(environment_: dict[str, str]) -> Iterator[Cause]:
+    for library in LIBRARIES:
+        if environment_[library].startswith(MISSING):
+            yield Cause('LIBRARY_MISSING', f'Python cannot import {library} '
+                        f'({environment_[library]}); install it for {sys.executable}', True)
 
 
 Seconds = Annotated[float, typer.Option('--seconds', min=1.0, max=600.0,
@@ -222,14 +240,15 @@ def examine(context: rclpy.Context, config: NodeConfig, remaps: dict[str, str], 
     finally:
         examination.close()
         node.destroy_node()
+    machine = environment(transport)
     health = replace(examination.health, conversions=conversion_paths())
-    told = report(health, found, examination.now_ns)
+    told = report(health, [*_about_libraries(machine), *found], examination.now_ns)
     kept = ('level', 'causes', 'inputs', 'camera_info', 'tf_mode', 'conversions', 'use_sim_time')
     findings = {key: told[key] for key in kept}
     for name, theirs in nodes.items():
         findings['causes'] += [{**cause, 'sentence': f'{name}: {cause["sentence"]}'}
                                for cause in theirs.get('causes', [])]
-    return {**findings, 'environment': environment(transport), 'nodes': nodes}
+    return {**findings, 'environment': machine, 'nodes': nodes}
 
 
 def _print(findings: dict[str, Any]) -> None:
