@@ -304,10 +304,13 @@ def test_covariance_comes_out_symmetric_positive_definite(rng, kind):
     assert np.abs((found - C) / np.outer(sigma, sigma)).max() < 1.01 if kind == 'zero' else 1e-6
 
 
-@pytest.mark.parametrize('damage', ['negative', 'indefinite', 'asymmetric', 'nan', 'shape'])
+@pytest.mark.parametrize('damage', ['negative', 'coupled', 'indefinite', 'asymmetric', 'nan',
+                                    'shape'])
 def test_what_is_no_covariance_is_refused(rng, damage):
     C = random_covariance(rng)
     if damage == 'negative':
+        C = np.diag([1.0, 1, 1, 1, -1e-6, 1])
+    elif damage == 'coupled':
         C[4, 4] = -1e-6
     elif damage == 'indefinite':
         C[0, 1] = C[1, 0] = 2 * np.sqrt(C[0, 0] * C[1, 1])
@@ -583,21 +586,25 @@ def test_a_wrong_cloud_reader_is_never_used(monkeypatch, rng, reader, words):
     np.testing.assert_array_equal(found.xyz, cloud.xyz)
 
 
-def quaternion_library(order):
-    """What tf_transformations promises, with its components in a given order."""
+W_LAST, W_FIRST = [0, 1, 2, 3], [3, 0, 1, 2]
+
+
+def quaternion_library(given, taken):
+    """What tf_transformations promises, with components given and taken in some order."""
     def to_matrix(q):
         T = np.eye(4)
-        T[:3, :3] = matrix_from_quat_xyzw(np.asarray(q)[np.argsort(order)])
+        T[:3, :3] = matrix_from_quat_xyzw(np.asarray(q)[np.argsort(taken)])
         return T
-    return {'quaternion_from_matrix': lambda T: quat_xyzw_from_matrix(T[:3, :3])[order],
+    return {'quaternion_from_matrix': lambda T: quat_xyzw_from_matrix(T[:3, :3])[given],
             'quaternion_matrix': to_matrix}
 
 
-@pytest.mark.parametrize(('order', 'path'), [
-    ([0, 1, 2, 3], 'tf_transformations'),
-    ([3, 0, 1, 2], 'own: tf_transformations failed the self-test (quaternion convention)')])
-def test_quaternions_are_used_only_with_w_last(monkeypatch, rng, order, path):
-    install(monkeypatch, 'tf_transformations', **quaternion_library(order))
+@pytest.mark.parametrize(('orders', 'path'), [
+    ((W_LAST, W_LAST), 'tf_transformations'),
+    *(((given, taken), 'own: tf_transformations failed the self-test (quaternion convention)')
+      for given, taken in ((W_FIRST, W_FIRST), (W_FIRST, W_LAST), (W_LAST, W_FIRST)))])
+def test_quaternions_are_used_only_with_w_last(monkeypatch, rng, orders, path):
+    install(monkeypatch, 'tf_transformations', **quaternion_library(*orders))
     assert convert.conversion_paths()['tf_transformations'] == path
     T = se3_exp(rng.normal(size=6))
     pose = convert.pose_msg(T)
