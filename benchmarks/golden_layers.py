@@ -1,13 +1,12 @@
 """Reference outputs of single layers: what ours say under the names of those files.
 
-`benchmarks.golden` compares; each function here takes the arrays of a file and a dtype and
-returns the same arrays as computed by this package.
+`benchmarks.golden` compares; each function here takes the arrays of a file, the rule that gives
+parameters their values, and a dtype, and returns the same arrays as computed by this package.
 """
 
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -23,10 +22,12 @@ from feedforward_recon.model.fp8 import FakeFp8Linear
 
 File = dict[str, np.ndarray]
 Arrays = dict[str, torch.Tensor]
+Rule = Callable[[str, tuple[int, ...]], np.ndarray]
 
 
-def ttt_layer(file: File, dtype: torch.dtype = torch.float32) -> Arrays:
-    """Fast weights after one and two steps (`ttt_layer.npz`)."""
+def ttt_layer(file: File, rule: Rule, dtype: torch.dtype = torch.float32) -> Arrays:
+    """Fast weights after one and two steps (`ttt_layer.npz`, which holds its own weights)."""
+    del rule
     given = {name: torch.from_numpy(file[name]).to(dtype)
              for name in ('w0', 'w1', 'w2', 'q', 'k', 'v', 'lr0', 'lr1', 'lr2')}
     initial = weights = fw.Fast(given['w0'], given['w1'], given['w2'])
@@ -40,27 +41,27 @@ def ttt_layer(file: File, dtype: torch.dtype = torch.float32) -> Arrays:
     return found
 
 
-def sla_fp8(file: File, dtype: torch.dtype = torch.float32) -> Arrays:
+def sla_fp8(file: File, rule: Rule, dtype: torch.dtype = torch.float32) -> Arrays:
     """Lite3R's attention in its training form, and its eight-bit layer (`sla_fp8.npz`)."""
     x = torch.from_numpy(file['x']).to(dtype)
     options = SparseLinearOptions(keep_ratio=0.3)
     layer = global_attention(AttentionConfig(64, 4, 'sparse_linear', 0, sparse_linear=options))
     rounded = FakeFp8Linear(64, 48)
     for module, prefix in ((layer, 'sla.'), (rounded, 'fp8.')):
-        filled(module, prefix).to(dtype)
+        filled(module, prefix, rule).to(dtype)
     out, _ = layer(x, layer.empty_state(1), positions=None, frames=1,
                    tokens_per_frame=x.shape[1], write=True)
     plain = nn.functional.linear(x, rounded.weight, rounded.bias)
     return {'sla_out': out, 'fp8_out': rounded(x), 'linear_out': plain}
 
 
-def speed3r(file: File, dtype: torch.dtype = torch.float64) -> Arrays:
+def speed3r(file: File, rule: Rule, dtype: torch.dtype = torch.float64) -> Arrays:
     """Speed3R's layer on a large and on a tiny scene (`speed3r_reference.npz`)."""
     config = json.loads(str(file['config']))
     found: Arrays = {}
     for name, repeat, suffix in (('a', False, ''), ('b', False, '_clamped'),
                                  ('b', True, '_padded')):
-        layer = _speed3r_layer(config, repeat_last=repeat).to(dtype)
+        layer = _speed3r_layer(config, rule, repeat_last=repeat).to(dtype)
         generator = np.random.Generator(np.random.PCG64(config[name]['x_seed']))
         x = torch.from_numpy(generator.standard_normal(config[name]['x_shape'], np.float32))
         found |= {f'{name}_{key}{suffix if key in ("out", "o_sel", "topk_index") else ""}': value
@@ -69,11 +70,11 @@ def speed3r(file: File, dtype: torch.dtype = torch.float64) -> Arrays:
     return {key: value for key, value in found.items() if key in file}
 
 
-def _speed3r_layer(config: dict, *, repeat_last: bool) -> SparseAttention:
+def _speed3r_layer(config: dict, rule: Rule, *, repeat_last: bool) -> SparseAttention:
     options = SparseOptions(kept=config['topk'], repeat_last=repeat_last)
     layer = SparseAttention(AttentionConfig(config['dim'], config['heads'], 'sparse', 0,
                                             sparse=options))
-    filled(layer, 'speed3r.')
+    filled(layer, 'speed3r.', rule)
     return layer
 
 
@@ -94,17 +95,12 @@ def _speed3r_arrays(layer: SparseAttention, x: torch.Tensor, case: dict, file: F
             'block_pos': blocks.positions.repeat(case['frames'], 1)}
 
 
-def filled(module: nn.Module, prefix: str) -> nn.Module:
-    """The module with every parameter given its values by the rule of the reference files."""
+def filled(module: nn.Module, prefix: str, rule: Rule) -> nn.Module:
+    """The module with every parameter given its values; single numbers stay as they are."""
     with torch.no_grad():
         for key, tensor in module.state_dict().items():
-            generator = np.random.Generator(np.random.PCG64(zlib.crc32((prefix + key).encode())))
-            x = generator.standard_normal(tuple(tensor.shape), dtype=np.float32)
-            if x.ndim == 1:
-                x = (1 + 0.1 * x) if key.endswith('.weight') else 0.05 * x
-            elif x.ndim > 1:
-                x = x / np.sqrt(x.size / x.shape[0])
-            tensor.copy_(torch.from_numpy(np.asarray(x, np.float32)))
+            if tensor.ndim:
+                tensor.copy_(torch.from_numpy(rule(prefix + key, tuple(tensor.shape))))
     return module
 
 

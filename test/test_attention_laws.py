@@ -356,6 +356,31 @@ def test_hybrid_without_its_gate_is_ttt_and_keeps_the_best_anchors():
     torch.testing.assert_close(state.scores, rates.topk(7, -1).values)
 
 
+@pytest.mark.parametrize('name', ['softmax', 'sparse', 'sparse_linear', 'latent'])
+def test_patches_may_come_in_any_order_with_their_positions(name):
+    layer, x = make(name), by_frame(tokens(3))
+    patches = torch.randperm(TOKENS - SPECIAL, generator=torch.Generator().manual_seed(0))
+    order = torch.cat((torch.arange(SPECIAL), SPECIAL + patches))
+    out, _ = call(layer, x.flatten(1, 2))
+    with torch.no_grad():
+        shuffled, _ = layer(x[:, :, order].flatten(1, 2), layer.empty_state(2), frames=3,
+                            positions=POSITIONS[order], tokens_per_frame=TOKENS, write=True)
+    torch.testing.assert_close(by_frame(shuffled), by_frame(out)[:, :, order])
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_half_precision_stays_close(name):
+    layer, x = make(name, torch.float32), tokens(4, dtype=torch.float32)
+    exact, _ = call(layer, x)
+    with torch.autocast('cpu', torch.bfloat16):
+        rounded, state = call(layer, x)
+        again, _ = call(layer, x, state, write=False)
+    assert torch.equal(rounded, again)
+    assert (rounded - exact).norm() < 0.1 * exact.norm()
+    if name == 'ttt':
+        assert state.g0.dtype == torch.float32
+
+
 def test_blocks_cover_each_token_once_and_stay_within_the_window():
     for grid in ((4, 8), (5, 7), (1, 9), (37, 28)):
         layout = Layout(patch_positions(grid, 5), 5 + grid[0] * grid[1])
