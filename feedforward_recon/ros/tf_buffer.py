@@ -67,10 +67,10 @@ class _Edge:
         """T_parent_child at a stamp. Raises TransformError outside the samples."""
         if self.static:
             return self.transforms[0]
-        for kind, gap_ns in (('future', stamp_ns - self.stamps_ns[-1]),
-                             ('past', self.stamps_ns[0] - stamp_ns)):
-            if gap_ns > 0:
-                raise self._outside(kind, gap_ns, child)
+        if stamp_ns > self.stamps_ns[-1]:
+            raise self._outside('future', stamp_ns - self.stamps_ns[-1], child)
+        if stamp_ns < self.stamps_ns[0]:
+            raise self._outside('past', self.stamps_ns[0] - stamp_ns, child)
         after = bisect_left(self.stamps_ns, stamp_ns)
         if self.stamps_ns[after] == stamp_ns:
             return self.transforms[after]
