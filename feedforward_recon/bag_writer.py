@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
-from feedforward_recon.decode import COMPRESSED_DEPTH_HEADER, MILLIMETRES_PER_METRE
+from feedforward_recon import encode
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import quat_xyzw_from_matrix
@@ -19,7 +18,6 @@ from feedforward_recon.readers.source import SECOND_NS
 from feedforward_recon.types import FloatArray, Frame
 from feedforward_recon.writers import not_writable
 
-JPEG_QUALITY = 95
 STORAGES = ('sqlite3', 'mcap')
 _ROS_MODELS = {'plumb_bob': 'plumb_bob', 'rational': 'rational_polynomial',
                'fisheye': 'equidistant'}
@@ -108,22 +106,15 @@ class _Bag:
             self._add(self._topics.depth, frame.stamp_ns, self._image(header, depth, '32FC1'))
 
     def _write_compressed(self, frame: Frame, header: Any) -> None:
-        bgr = cv2.cvtColor(frame.image, cv2.COLOR_RGB2BGR)
-        jpeg = cv2.imencode('.jpg', bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
         self._add(f'{self._topics.image}/compressed', frame.stamp_ns,
                   self._make('sensor_msgs/msg/CompressedImage', header=header,
-                             format='rgb8; jpeg compressed bgr8', data=jpeg.ravel()))
+                             format=encode.JPEG_FORMAT, data=encode.jpeg(frame.image)))
         if frame.depth is None:
             return
-        limit = np.iinfo(np.uint16).max
-        millimetres = np.rint(frame.depth * MILLIMETRES_PER_METRE)
-        # What 16 bits cannot hold is no measurement, as in depth_image_proc.
-        stored = np.where(millimetres > limit, 0, millimetres).astype(np.uint16)
-        png = COMPRESSED_DEPTH_HEADER.pack(0, 0.0, 0.0) + cv2.imencode('.png', stored)[1].tobytes()
         self._add(f'{self._topics.depth}/compressedDepth', frame.stamp_ns,
                   self._make('sensor_msgs/msg/CompressedImage', header=header,
-                             format='16UC1; compressedDepth png',
-                             data=np.frombuffer(png, np.uint8)))
+                             format=encode.DEPTH_FORMAT,
+                             data=encode.compressed_depth(frame.depth)))
 
     def _add(self, topic: str, stamp_ns: int, message: Any) -> None:
         msgtype = message.__msgtype__

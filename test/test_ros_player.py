@@ -1,0 +1,145 @@
+"""player_node over DDS: everything arrives, with equal stamps, in time; then it ends."""
+
+import json
+
+import numpy as np
+import pytest
+
+from feedforward_recon.playback import PlayerConfig, SyntheticConfig, open_playback
+
+FRAMES, FPS = 6, 20.0
+ROOM = {'synthetic.width': 320, 'synthetic.height': 240, 'synthetic.frames': FRAMES,
+        'synthetic.fps': FPS, 'start_delay_s': 0.5}
+
+
+@pytest.fixture
+def play(start_node):
+    def start(source='synthetic:3', parameters=None, **options):
+        return start_node('player_node', parameters={**ROOM, **(parameters or {}),
+                                                     'source': source}, **options)
+    return start
+
+
+def truth():
+    return list(open_playback(PlayerConfig(source='synthetic:3', synthetic=SyntheticConfig(
+        width=320, height=240, frames=FRAMES, fps=FPS))))
+
+
+def stamps(messages):
+    from feedforward_recon.ros.convert import stamp_ns
+
+    return [stamp_ns(message) for message in messages]
+
+
+@pytest.mark.parametrize('reliable', [True, False])
+def test_every_frame_arrives_as_it_was_rendered(play, probe, reliable):
+    from geometry_msgs.msg import PoseStamped
+    from sensor_msgs.msg import CameraInfo, Image
+
+    from feedforward_recon.ros.convert import (
+        camera_from_info,
+        depth_metres,
+        image_rgb,
+        matrix_from_pose,
+    )
+
+    images, depths = (probe.collect(Image, name, reliable=reliable)
+                      for name in ('image', 'depth'))
+    infos = probe.collect(CameraInfo, 'camera_info', reliable=reliable)
+    poses = probe.collect(PoseStamped, 'ground_truth')
+    player = play(parameters={'reliable': reliable})
+    assert probe.spin_until(lambda: not player.is_running(), 30), player.output
+    assert player.wait(1) == 0
+    probe.spin_until(lambda: len(images) == FRAMES, 1.0)
+    frames = truth()
+    expected = [frame.stamp_ns for frame in frames]
+    assert all(stamps(messages) == expected for messages in (images, depths, infos, poses))
+    for frame, image, depth, info, pose in zip(frames, images, depths, infos, poses, strict=True):
+        assert image.header.frame_id == info.header.frame_id == 'camera_optical_frame'
+        np.testing.assert_array_equal(image_rgb(image), frame.image)
+        np.testing.assert_allclose(depth_metres(depth), frame.depth, atol=5.1e-4)
+        assert camera_from_info(info) == frame.camera
+        np.testing.assert_allclose(matrix_from_pose(pose.pose), frame.T_map_cam, atol=1e-12)
+
+
+def test_compressed_images_and_depth_follow_a_remapping(play, probe):
+    from sensor_msgs.msg import CompressedImage
+
+    from feedforward_recon.ros.convert import depth_metres, image_rgb
+
+    images = probe.collect(CompressedImage, 'front/color/compressed')
+    depths = probe.collect(CompressedImage, 'front/depth/compressedDepth')
+    player = play(parameters={'image_transport': 'compressed'},
+                  remap={'image': '/front/color', 'depth': '/front/depth'})
+    assert probe.spin_until(lambda: len(images) == len(depths) == FRAMES, 30), player.output
+    frame = truth()[0]
+    error = np.abs(image_rgb(images[0]).astype(int) - frame.image)
+    assert error.mean() < 3
+    np.testing.assert_allclose(depth_metres(depths[0]), frame.depth, atol=5.1e-4)
+
+
+def test_a_clock_leads_through_the_recording(play, probe):
+    """Simulated time passes between images too, and never runs ahead of the next one."""
+    from rosgraph_msgs.msg import Clock
+    from sensor_msgs.msg import Image
+
+    events = []
+    probe.node.create_subscription(Clock, '/clock', lambda m: events.append(m.clock), 100)
+    images = probe.collect(Image, 'image')
+    player = play(parameters={'publish_clock': True, 'rate': 0.5})
+    assert probe.spin_until(lambda: not player.is_running(), 30), player.output
+    assert probe.spin_until(lambda: len(images) == FRAMES, 2)
+    times = stamps(events)
+    assert times == sorted(times)
+    assert len(times) > 2 * FRAMES
+    assert times[-1] == stamps(images)[-1]
+
+
+def test_as_fast_as_it_is_taken_loses_nothing(play, probe):
+    from sensor_msgs.msg import Image
+
+    images = probe.collect(Image, 'image', depth=5)
+    player = play(parameters={'rate': 0.0, 'synthetic.frames': 40, 'use_depth': False})
+    assert probe.spin_until(lambda: not player.is_running(), 30), player.output
+    probe.spin_until(lambda: len(images) == 40, 1.0)
+    assert stamps(images) == [round(i * 1e9 / FPS) for i in range(40)]
+
+
+def test_stamps_of_now_and_no_end_until_interrupted(play, probe):
+    from sensor_msgs.msg import CameraInfo, Image
+
+    images, infos = probe.collect(Image, 'image'), probe.collect(CameraInfo, 'camera_info')
+    before_ns = probe.node.get_clock().now().nanoseconds
+    player = play(parameters={'stamps': 'now', 'loop': True})
+    assert probe.spin_until(lambda: len(images) > FRAMES + 2, 30), player.output
+    player.interrupt()
+    assert player.wait(5) == 0
+    found = stamps(images)
+    assert found[0] >= before_ns and found == sorted(set(found))
+    assert found[:FRAMES] == stamps(infos)[:FRAMES]
+
+
+def test_a_folder_without_calibration_plays_without_camera_info(play, probe, walk_folder,
+                                                                tmp_path):
+    from sensor_msgs.msg import Image
+
+    folder = tmp_path / 'bare'
+    folder.mkdir()
+    frames = json.loads((walk_folder / 'cameras.json').read_text())['frames'][:3]
+    for frame in frames:
+        name = frame['file']
+        (folder / name.rsplit('/')[-1]).write_bytes((walk_folder / name).read_bytes())
+    images = probe.collect(Image, 'image')
+    player = play(str(folder))
+    assert probe.spin_until(lambda: len(images) == 3, 30), player.output
+    assert 'no calibration' in player.output
+    assert not probe.node.get_publishers_info_by_topic('/camera_info')
+
+
+@pytest.mark.parametrize(('source', 'reason'), [('', 'set the parameter source'),
+                                                ('/no/such/walk', 'found nothing')])
+def test_a_bad_source_ends_with_one_sentence(play, source, reason):
+    player = play(source)
+    assert player.wait(20) == 1
+    assert reason in player.output
+    assert 'Traceback' not in player.output
