@@ -8,15 +8,38 @@ import torch.distributed as dist
 from test_attention_laws import ALL, POSITIONS, TOKENS, TttOptions, call, make, tokens
 
 from feedforward_recon.errors import ConfigError
+from feedforward_recon.model.attention import attention_factory
+from feedforward_recon.model.backbone import SPECIAL, BackboneConfig
 from feedforward_recon.model.distributed import (
     AcrossProcesses,
     gather_frames,
     own_frames,
+    reconstruct,
     sequence_parallel,
 )
+from feedforward_recon.model.dpt import DptConfig
+from feedforward_recon.model.network import Vggt, VggtConfig
+from feedforward_recon.model.vit import VitConfig
 
 FRAMES = 5  # an odd number: the shares differ
 CASES = [(name, 1) for name in ALL] + [('ttt', 2)]
+
+
+NETWORK = VggtConfig(BackboneConfig(VitConfig(32, 2, 2, grid=3), 4, (0, 1, 2, 3)),
+                     DptConfig(64, 16, (8, 8, 16, 16)))
+
+
+def network_of(name):
+    torch.manual_seed(3)
+    network = Vggt(NETWORK, attention_factory(name, special=SPECIAL)).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return network
+
+
+def images():
+    return torch.rand(1, FRAMES, 3, 28, 42, generator=torch.Generator().manual_seed(4))
 
 
 def layer_of(name, steps):
@@ -36,6 +59,13 @@ def share_of_a_process(rank, port, results):
             out, state = layer(own, layer.empty_state(2), positions=POSITIONS,
                                frames=own.shape[1] // TOKENS, tokens_per_frame=TOKENS, write=True)
         found[name, steps] = gather_frames(out, 1), state.tensors()
+    for name in ALL:
+        with torch.no_grad():
+            answer, memory = reconstruct(network_of(name), own_frames(images()))
+        found[name] = {'pose_encodings': gather_frames(answer.pose_encodings, 2),
+                       'depth': gather_frames(answer.depth),
+                       'points': gather_frames(answer.points),
+                       'camera_tokens': memory.camera_tokens}
     if rank == 0:
         torch.save(found, results)
     dist.destroy_process_group()
@@ -58,6 +88,16 @@ def test_two_processes_equal_one(two_processes, name, steps):
     torch.testing.assert_close(found, expected)
     for key, tensor in state.tensors().items():
         torch.testing.assert_close(tensors[key], tensor, msg=key)
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_whole_networks_on_two_processes_equal_one(two_processes, name):
+    with torch.no_grad():
+        answer, memory = network_of(name)(images())
+    expected = {**vars(answer), 'camera_tokens': memory.camera_tokens}
+    for key, found in two_processes[name].items():
+        error = (found - expected[key]).abs().max() / expected[key].abs().max()
+        assert error <= 1e-5, key
 
 
 def test_without_a_process_group_the_sentence_says_what_to_do():

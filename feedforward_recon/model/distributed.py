@@ -3,8 +3,9 @@
 Frames meet only in global attention, and every variant writes through an `Exchange`
 (`attention/base.py`): `ttt` adds up its gradient sums (786 432 numbers per layer and step at
 the size of VGGT-1B, whatever the number of frames), the others pass on what they remember.
-Everything else is local to a frame, except the camera head, which needs the camera tokens of
-all frames (`gather_frames`). The result equals that of one process.
+Everything else is local to a frame, except VGGT's camera head, which needs the camera tokens of
+all frames: `reconstruct` gathers them, so that poses are global. (pi3 has no such head: inside
+`sequence_parallel` an ordinary call will do.) The result equals that of one process.
 
 Run under torchrun; `gloo` on CPU, `nccl` on GPU. Inference only: gradients of a loss do not
 flow between processes.
@@ -21,6 +22,7 @@ from torch import nn
 
 from feedforward_recon.errors import ConfigError
 from feedforward_recon.model.attention.base import QkvAttention
+from feedforward_recon.model.network import Reconstruction, TransformerMemory, Vggt
 
 
 class AcrossProcesses:
@@ -51,6 +53,28 @@ class AcrossProcesses:
         dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part.narrow(dim, 0, int(length))
                           for part, length in zip(parts, sizes, strict=True)], dim)
+
+
+def reconstruct(model: Vggt, images: torch.Tensor, group: dist.ProcessGroup | None = None,
+                ) -> tuple[Reconstruction, TransformerMemory]:
+    """One scene whose frames are spread over the processes of a group, in order of rank.
+
+    images: the frames of this process, [B, N, 3, H, W]; rank 0 has the first of the scene.
+    Returns what they show, in the world of the first frame of all, and the memory of the whole
+    scene, the same on every process.
+    """
+    exchange, rank = AcrossProcesses(group), dist.get_rank(group)
+    empty = model.empty_memory(len(images))
+    with sequence_parallel(model, group):
+        tokens, states = model.aggregator(images, empty.states, write=True,
+                                          has_first=rank == 0)
+    own = images.shape[1]
+    counts = exchange.concatenate(torch.tensor([own], device=images.device), 0)
+    start = int(counts[:rank].sum())
+    with torch.autocast(images.device.type, enabled=False):
+        cameras = exchange.concatenate(tokens.camera.float(), 1)
+        encodings = model.camera_head(cameras)[:, :, start:start + own]
+        return model.read_out(tokens, encodings), TransformerMemory(states, cameras)
 
 
 def own_frames(frames: torch.Tensor, dim: int = 1,

@@ -99,10 +99,11 @@ class Vggt(nn.Module):
                                          has_first=not known)
         with torch.autocast(images.device.type, enabled=False):
             cameras = torch.cat((memory.camera_tokens, tokens.camera.float()), 1)
-            answer = self._read_out(tokens, self.camera_head(cameras)[:, :, known:])
+            answer = self.read_out(tokens, self.camera_head(cameras)[:, :, known:])
         return answer, TransformerMemory(states, cameras) if write else memory
 
-    def _read_out(self, tokens: Tokens, encodings: torch.Tensor) -> Reconstruction:
+    def read_out(self, tokens: Tokens, encodings: torch.Tensor) -> Reconstruction:
+        """The dense heads of the frames of ``tokens``, and their cameras [passes, B, N, 9]."""
         shape = encodings.shape[1:3]
         depth = self.depth_head(tokens.patches, tokens.grid_hw).unflatten(0, shape)
         points = self.point_head(tokens.patches, tokens.grid_hw).unflatten(0, shape)
