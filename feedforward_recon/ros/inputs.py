@@ -117,7 +117,7 @@ class Inputs:
         self._held: deque[tuple[Any, Any | None, int]] = deque(maxlen=WAITING_IMAGES)
         self._cameras: dict[str, Camera] = {}
         self._subscriptions: dict[str, Any] = {}
-        self._started_ns = self._now_ns()
+        self._first_ns: int | None = None  # steady clock when the first image came
         for kind, (topic, _, needed) in self._wanted().items():
             health.inputs[kind] = InputHealth(topic, kind, needed, reliable=self._reliable(topic))
             self._subscribe(kind)
@@ -219,6 +219,7 @@ class Inputs:
         if fault in REFUSED:
             return
         arrived_ns = time.monotonic_ns()
+        self._first_ns = self._first_ns or arrived_ns
         if self._depth_is_expected():
             self._pass_on(self._pairing.add_image(stamp_ns(message.header),
                                                   (message, arrived_ns)))
@@ -237,10 +238,15 @@ class Inputs:
         depth = self._health.inputs.get('depth')
         if depth is None:
             return False
-        since_ns = self._started_ns if depth.arrived_ns is None else depth.arrived_ns
-        if self._now_ns() - since_ns >= self._config.silence_s * SECOND:
+        silent_s = self._waited_s() if depth.arrived_ns is None \
+            else (self._now_ns() - depth.arrived_ns) / SECOND
+        if silent_s >= self._config.silence_s:
             return False
         return bool(depth.messages or self._node.count_publishers(depth.topic))
+
+    def _waited_s(self) -> float:
+        """Steady seconds since the first image: the driver may start long after the node."""
+        return 0.0 if self._first_ns is None else (time.monotonic_ns() - self._first_ns) / SECOND
 
     def _pass_on(self, pairs: list[tuple[Any, Any | None]]) -> None:
         for (image, arrived_ns), depth in pairs:
@@ -295,7 +301,7 @@ class Inputs:
         """No calibration yet, and we have not waited long for one."""
         return (self.camera(image.header.frame_id) is None
                 and self._health.camera_info is InfoState.UNKNOWN
-                and self._now_ns() - self._started_ns < self._config.info_wait_s * SECOND)
+                and self._waited_s() < self._config.info_wait_s)
 
     def _camera_of(self, image: Image | CompressedImage) -> tuple[bool, Camera | None]:
         """May the image be used, and with which camera? None is guessed."""
