@@ -135,6 +135,7 @@ class CameraNode(LifecycleNode):
                              lambda *answer: self._on_answer(generation, *answer))
         self.worker.start()
         self.outputs = Outputs(self, config)
+        self.new_map(session.info)
         self.parameters.locked = True
         self._enter('inactive')
         return DONE
@@ -260,6 +261,12 @@ class CameraNode(LifecycleNode):
         health.mode, health.keyframes = info.mode, info.keyframes
         health.memory_bytes = info.memory_bytes
         health.scale_source, health.camera_source = info.scale_source, info.camera_source
+
+    def new_map(self, info: SessionInfo) -> None:
+        """Another map than before: what was known of the old one is void."""
+        self.health.keyframes, self.health.mode = info.keyframes, info.mode
+        self.health.status, self.health.reason = 'INITIALISING', ''
+        self.positioning.new_map()
 
     def posed(self, arrival: Arrival) -> None:
         """A pose went out: count it and how long it took since the image came."""

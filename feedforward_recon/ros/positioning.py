@@ -20,6 +20,7 @@ from rclpy.clock import Clock, ClockType
 from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
 from sensor_msgs.msg import Imu
 
+from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.transforms import inverse
 from feedforward_recon.live import SessionInfo
 from feedforward_recon.node_config import NodeConfig
@@ -116,15 +117,19 @@ class Positioning:
         """Everything but what hangs below the map: that is for us to say."""
         others = [t for t in message.transforms
                   if t.header.frame_id.lstrip('/') != self.frames.config.map_frame]
-        self.buffer.take(SimpleNamespace(transforms=others), static)
+        for sentence in self.buffer.take(SimpleNamespace(transforms=others), static):
+            self._node.notice('TF_REFUSED', sentence)
         self._flush()
 
     def take_odometry(self, message: Odometry, stamp: int) -> None:
         """Odometry is one more edge of the tree."""
         config = self.frames.config
-        self.buffer.set(message.header.frame_id or config.odom_frame,
-                        message.child_frame_id or config.base_frame,
-                        matrix_from_pose(message.pose.pose), stamp)
+        try:
+            self.buffer.set(message.header.frame_id or config.odom_frame,
+                            message.child_frame_id or config.base_frame,
+                            matrix_from_pose(message.pose.pose), stamp)
+        except InputError as error:
+            self._node.notice('ODOMETRY_REFUSED', str(error))
 
     def _take_imu(self, message: Imu) -> None:
         force = message.linear_acceleration
@@ -150,8 +155,6 @@ class Positioning:
     def first_pose(self, arrival: Arrival) -> np.ndarray | None:
         """T_map_cam if this image should start the map; None while TF may still tell more."""
         self._camera_frame = arrival.frame_id
-        if self._node.health.keyframes:
-            return np.eye(4)
         if self._tf_may_come(arrival.frame_id):
             return None
         T_map_cam, source = self.frames.first_pose(arrival.frame_id, arrival.stamp_ns,

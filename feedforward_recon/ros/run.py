@@ -8,6 +8,7 @@ import sys
 
 import rclpy
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.logging import get_logger
 
 from feedforward_recon.errors import ReconError
 from feedforward_recon.ros.node import CameraNode
@@ -19,7 +20,7 @@ def run_camera_node(name: str, mode: str) -> None:
     try:
         node = CameraNode(name, mode)
     except ReconError as error:
-        print(f'{name}: {error}', file=sys.stderr)
+        get_logger(name).fatal(str(error))
         rclpy.try_shutdown()
         raise SystemExit(1) from None
     executor = SingleThreadedExecutor()

@@ -173,7 +173,7 @@ class Services:
         session, worker = self._working()
         path = self._node.config.map
         saved: SavedMap = await self._ask(worker, lambda: session.load(path))
-        self._new_map(session.info)
+        self._node.new_map(session.info)
         return True, (f'loaded {saved.path.resolve()}: {saved.info.keyframes} keyframes; '
                       'localising in it')
 
@@ -183,14 +183,8 @@ class Services:
     async def _forget(self) -> tuple[bool, str]:
         session, worker = self._working()
         text, info = await self._ask(worker, lambda: (session.reset(), session.info))
-        self._new_map(info)
+        self._node.new_map(info)
         return True, text
-
-    def _new_map(self, info: SessionInfo) -> None:
-        health = self._node.health
-        health.keyframes, health.mode = info.keyframes, info.mode
-        health.status, health.reason = 'INITIALISING', ''
-        self._node.positioning.new_map()
 
     # -- modes -----------------------------------------------------------------------------
 
