@@ -7,10 +7,12 @@ from torch import nn
 
 from feedforward_recon.model.fp8 import (
     FakeFp8Linear,
+    StoredFp8Linear,
     fake_quantise,
     fake_quantised,
     full_precision,
     linear_rows,
+    stored_in_fp8,
 )
 
 
@@ -53,7 +55,23 @@ def test_a_network_is_quantised_and_restored_with_the_same_parameters():
     assert torch.equal(full_precision(network)(samples()), plain)
 
 
+def test_stored_weights_take_a_quarter_and_answer_the_same():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 8))
+    rounded = copy.deepcopy(network)
+    with torch.no_grad():
+        for layer in (rounded[0], rounded[2]):
+            layer.weight.copy_(fake_quantise(layer.weight))
+    expected = rounded(samples())
+    stored = stored_in_fp8(network)
+    torch.testing.assert_close(stored(samples()), expected)
+    assert stored[0].weight.element_size() == 1
+    again = stored_in_fp8(nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 8)))
+    again.load_state_dict(stored.state_dict())
+    assert torch.equal(again(samples()), stored(samples()))
+
+
 def test_some_rows_are_those_rows():
-    for linear in (nn.Linear(64, 12), FakeFp8Linear(64, 12)):
+    for linear in (nn.Linear(64, 12), FakeFp8Linear(64, 12), StoredFp8Linear(nn.Linear(64, 12))):
         torch.testing.assert_close(linear_rows(linear, samples(), slice(4, 8)),
                                    linear(samples())[:, 4:8])

@@ -17,6 +17,9 @@ from feedforward_recon.model.attention.config import (
     SparseOptions,
     TttOptions,
 )
+from feedforward_recon.model.attention.sparse_linear import replace_local
+from feedforward_recon.model.configs import build
+from feedforward_recon.model.layers import Block, BlockConfig
 from feedforward_recon.model.rope import patch_positions
 
 DIM, HEADS, SPECIAL, GRID = 32, 2, 2, (5, 6)
@@ -330,6 +333,25 @@ def test_sparse_linear_is_its_oracle():
         linear = oracle.linear(q, k, v) @ layer.proj_lin.weight.detach().numpy().T
         out.append(oracle.blockwise(q, k, v, scores, labels, 3) + linear)
     torch.testing.assert_close(call(layer, x)[0][0], merged(layer, out))
+
+
+def test_sparse_linear_replaces_every_attention_of_a_network():
+    network = replace_local(build('vggt-1b', 'sparse_linear', 'meta'), SparseLinearOptions())
+    kinds = [type(m).__name__ for m in network.modules() if hasattr(m, 'qkv')]
+    assert sorted(set(kinds)) == ['LocalSparseLinear', 'SparseLinearAttention']
+    learned = [p.numel() for key, p in network.named_parameters() if 'proj_lin' in key]
+    assert (len(learned), sum(learned)) == (76, 360_448)  # as published (arXiv 2605.11354)
+
+
+@pytest.mark.parametrize('positions', [POSITIONS, None])
+def test_local_sparse_linear_is_the_attention_it_replaced_when_it_keeps_all(positions):
+    torch.manual_seed(0)
+    block = Block(BlockConfig(DIM, HEADS, qk_norm=positions is not None)).double()
+    x = tokens(1)
+    expected = block(x, positions)
+    replace_local(block, SparseLinearOptions(window=2, kept=1000), SPECIAL).double()
+    torch.nn.init.zeros_(block.attn.proj_lin.weight)
+    torch.testing.assert_close(block(x, positions), expected)
 
 
 def test_latent_with_an_identity_among_latents_attends_to_frame_means():

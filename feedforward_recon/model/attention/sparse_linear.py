@@ -10,7 +10,8 @@ exact branch. (`lam` is in the checkpoints and unused.)
 Two ways to keep keys. `keep_ratio`: each token keeps a share of all tokens, with all N^2 scores
 computed; this is the published training form, and saves nothing. Otherwise each block of tokens
 keeps a *fixed number* of blocks, ranked by their mean keys, and nothing else is computed.
-Every attention of a network can be replaced this way (`replaced`), as Lite3R does.
+Every attention of a network can be replaced this way, as Lite3R does: the global ones by their
+name in the configuration, those within images by `replace_local`.
 Cost with blocks of b tokens, k kept: N (k b + 2 d) pairs, and N^2 / b^2 for the ranking, which
 stays below the rest until N = k b^3. State: keys and values, and d (d + 1) numbers per head.
 """
@@ -32,7 +33,8 @@ from feedforward_recon.model.attention.base import (
     require_written,
 )
 from feedforward_recon.model.attention.blocks import Blocks, cut, read_blocks
-from feedforward_recon.model.attention.config import AttentionConfig
+from feedforward_recon.model.attention.config import AttentionConfig, SparseLinearOptions
+from feedforward_recon.model.layers import Attention
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,10 @@ class SparseLinearAttention(QkvAttention):
 
 
 class LocalSparseLinear(SparseLinearAttention):
-    """The same within single images or sequences: a drop-in for `model.layers.Attention`."""
+    """The same within single images or sequences: a drop-in for `model.layers.Attention`.
+
+    Without positions (the encoder, the camera head) blocks are runs of tokens.
+    """
 
     def forward(self, x: torch.Tensor,  # type: ignore[override]
                 positions: torch.Tensor | None = None) -> torch.Tensor:
@@ -139,6 +144,29 @@ class LocalSparseLinear(SparseLinearAttention):
         out, _ = super().forward(x, self.empty_state(len(x)), positions=positions, frames=1,
                                  tokens_per_frame=x.shape[1], write=True)
         return out
+
+    def _blocks(self, layout: Layout) -> Blocks:
+        special = 0 if layout.positions is None else self.config.special
+        return cut(layout, special, self.config.sparse_linear.window)
+
+
+def replace_local(model: nn.Module, options: SparseLinearOptions, special: int = 5) -> nn.Module:
+    """Put a `LocalSparseLinear` with the same weights in the place of each `Attention`.
+
+    special: tokens in front of the patches where patches have positions. Returns the model.
+    """
+    for path, old in list(model.named_modules()):
+        if type(old) is Attention:
+            config = AttentionConfig(old.config.dim, old.config.heads, 'sparse_linear', special,
+                                     qk_norm=old.config.qk_norm, round_qk=old.config.round_qk,
+                                     sparse_linear=options)
+            with old.qkv.weight.device:
+                new = LocalSparseLinear(config)
+            for name, part in old.named_children():
+                setattr(new, name, part)
+            parent, _, name = path.rpartition('.')
+            setattr(model.get_submodule(parent), name, new.train(old.training))
+    return model
 
 
 def features(x: torch.Tensor) -> torch.Tensor:
