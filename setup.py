@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 NAME = 'feedforward_recon'
 SHARE = f'share/{NAME}'
+NODES = ('mapping_node', 'localization_node', 'player_node', 'bag_mapper', 'doctor')
 
 setup(
     name=NAME,
@@ -49,6 +50,7 @@ setup(
         'console_scripts': [
             'ffrecon = feedforward_recon.cli:main',
             'ffrecon-train = feedforward_recon.training.cli:main',
+            *(f'{node} = {NAME}.ros.{node}:main' for node in NODES),
         ],
     },
     zip_safe=False,

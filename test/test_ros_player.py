@@ -28,7 +28,7 @@ def truth():
 def stamps(messages):
     from feedforward_recon.ros.convert import stamp_ns
 
-    return [stamp_ns(message) for message in messages]
+    return [stamp_ns(getattr(message, 'header', message)) for message in messages]
 
 
 @pytest.mark.parametrize('reliable', [True, False])

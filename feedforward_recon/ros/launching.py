@@ -1,0 +1,110 @@
+"""What the launch files share: arguments with nav2's names, and a node made from them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from launch.action import Action
+from launch.actions import DeclareLaunchArgument, OpaqueFunction, SetEnvironmentVariable
+from launch.conditions import IfCondition
+from launch.launch_context import LaunchContext
+from launch.substitution import Substitution
+from launch.substitutions import LaunchConfiguration
+from launch_ros.actions import Node
+from launch_ros.parameter_descriptions import ParameterFile, ParameterValue
+from launch_ros.substitutions import FindPackageShare
+
+PACKAGE = 'feedforward_recon'
+# Relative, so that each robot's namespace holds its own tree; without one, /tf as ever.
+TF = [('/tf', 'tf'), ('/tf_static', 'tf_static')]
+# Left empty, these keep what params_file says.
+SETTINGS = ('map', 'model', 'device')
+RESPAWN_DELAY_S = 2.0
+
+
+def config_file(*name: str | Substitution) -> list[str | Substitution]:
+    """A file of the installed folder config; the parts of its name are joined."""
+    return [FindPackageShare(PACKAGE), '/config/', *name]
+
+
+def arguments(mode: str | Substitution, use_sim_time: str = 'false') -> list[Action]:
+    """The arguments of every launch file; mode: mapping or localization."""
+    truth = ['true', 'false', 'True', 'False']
+    return [
+        DeclareLaunchArgument('namespace', default_value='',
+                              description='namespace of the node and of its relative topics'),
+        DeclareLaunchArgument('use_sim_time', default_value=use_sim_time, choices=truth,
+                              description='take the time from /clock'),
+        DeclareLaunchArgument('params_file', default_value=config_file(mode, '.yaml'),
+                              description='YAML file with the parameters of the node'),
+        DeclareLaunchArgument('autostart', default_value='true', choices=truth,
+                              description='configure and activate the node without being asked'),
+        DeclareLaunchArgument('use_respawn', default_value='false', choices=truth,
+                              description='start the node again when it dies'),
+        DeclareLaunchArgument('log_level', default_value='info',
+                              choices=['debug', 'info', 'warn', 'error', 'fatal'],
+                              description='least severe message that is shown'),
+        DeclareLaunchArgument('use_rviz', default_value='false', choices=truth,
+                              description='show map, pose and image in RViz'),
+        DeclareLaunchArgument('rviz_config', default_value=config_file(mode, '.rviz'),
+                              description='RViz configuration'),
+        DeclareLaunchArgument('image_topic', default_value='camera/image_raw',
+                              description='images; compressed ones are found beside it'),
+        DeclareLaunchArgument('camera_info_topic', default_value='camera/camera_info',
+                              description='calibration of the camera'),
+        DeclareLaunchArgument('depth_topic', default_value='camera/depth/image_raw',
+                              description='depth registered to the images, where there is any'),
+        DeclareLaunchArgument('odom_topic', default_value='odom',
+                              description='odometry of the robot, where there is any'),
+        DeclareLaunchArgument('map', default_value='',
+                              description='folder of the map; empty: as in params_file'),
+        DeclareLaunchArgument('model', default_value='',
+                              description='network; empty: as in params_file'),
+        DeclareLaunchArgument('device', default_value='',
+                              description='where the network runs; empty: as in params_file'),
+    ]
+
+
+def environment() -> list[Action]:
+    """Shared memory for whole images, unless the user brings a profile of their own."""
+    actions: list[Action] = [SetEnvironmentVariable('RCUTILS_LOGGING_BUFFERED_STREAM', '1')]
+    names = ('FASTDDS_DEFAULT_PROFILES_FILE', 'FASTRTPS_DEFAULT_PROFILES_FILE')
+    if not any(name in os.environ for name in names):
+        # Fast DDS 3 (Kilted and later) renamed the variable and warns of the old one.
+        old = os.environ.get('ROS_DISTRO') in ('humble', 'jazzy')
+        actions.append(SetEnvironmentVariable(names[old], config_file('fastdds.xml')))
+    return actions
+
+
+def camera_node(mode: str | Substitution) -> list[Action]:
+    """mapping_node or localization_node, and RViz if wanted."""
+    name = [mode, '_node']
+    return [OpaqueFunction(function=_node, args=[name]), _rviz()]
+
+
+def _node(context: LaunchContext, name: list[str | Substitution]) -> list[Action]:
+    given = {setting: context.launch_configurations[setting] for setting in SETTINGS
+             if context.launch_configurations[setting]}
+    if 'map' in given:  # the node may run in another folder
+        given['map'] = str(Path(given['map']).expanduser().absolute())
+    flags = {flag: ParameterValue(LaunchConfiguration(flag), value_type=bool)
+             for flag in ('use_sim_time', 'autostart')}
+    texts = {setting: ParameterValue(value, value_type=str) for setting, value in given.items()}
+    return [Node(
+        package=PACKAGE, executable=name, name=name,
+        namespace=LaunchConfiguration('namespace'), output='screen', emulate_tty=True,
+        respawn=LaunchConfiguration('use_respawn'), respawn_delay=RESPAWN_DELAY_S,
+        parameters=[ParameterFile(LaunchConfiguration('params_file'), allow_substs=True),
+                    {**flags, **texts}],
+        arguments=['--ros-args', '--log-level', LaunchConfiguration('log_level')],
+        remappings=[*TF, *((topic, LaunchConfiguration(f'{topic}_topic'))
+                           for topic in ('image', 'camera_info', 'depth', 'odom'))])]
+
+
+def _rviz() -> Action:
+    use_sim_time = ParameterValue(LaunchConfiguration('use_sim_time'), value_type=bool)
+    return Node(package='rviz2', executable='rviz2', namespace=LaunchConfiguration('namespace'),
+                condition=IfCondition(LaunchConfiguration('use_rviz')), output='screen',
+                arguments=['-d', LaunchConfiguration('rviz_config')],
+                parameters=[{'use_sim_time': use_sim_time}], remappings=TF)
