@@ -39,11 +39,11 @@ deactivate, clean up, set, configure, activate.
 """
 
 
-def mapper_settings(file: Path) -> dict[str, Any]:
-    """Nested settings of the mapper in a YAML file, with or without the head of ROS files.
+def mapper_settings(file: Path, cls: type[MapperConfig] = MapperConfig) -> dict[str, Any]:
+    """Nested settings in a YAML file, with or without the head of ROS files.
 
-    Settings of a node are checked and left out. Raises ConfigError for an unreadable file,
-    unknown names, wrong types and values out of range.
+    Settings of a node that ``cls`` does not have are checked and left out. Raises ConfigError
+    for an unreadable file, unknown names, wrong types and values out of range.
     """
     try:
         document = yaml.safe_load(file.read_text(encoding='utf-8'))
@@ -54,8 +54,8 @@ def mapper_settings(file: Path) -> dict[str, Any]:
         from_dict(NodeConfig, values)
     except ConfigError as error:
         raise ConfigError(f'{file}: {error}') from error
-    groups = {spec.name for spec in dataclasses.fields(MapperConfig)}
-    return {name: value for name, value in values.items() if name in groups}
+    known = {spec.name for spec in dataclasses.fields(cls)}
+    return {name: value for name, value in values.items() if name in known}
 
 
 def _beneath_head(document: Any) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def map_command(source: Source, out: Out, options: SourceOptions, mono: Mono = F
     from feedforward_recon.model.compact import CompactEncoder
 
     chosen = settings(MapperConfig(), config, set_)
-    _check_out(out, overwrite)
+    check_out(out, overwrite)
     frames = open_source(source, _for_mapping(options, mono))
     _check_source(frames, poses)
     network = CompactEncoder.load(encoder, chosen.encoder)
@@ -80,7 +80,11 @@ def _for_mapping(options: SourceOptions, mono: bool) -> SourceOptions:
     return replace(options, use_depth=options.use_depth and not mono)
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
+def check_out(out: Path, overwrite: bool) -> None:
+    """Refuse, before any work, an output that cannot be written or would replace a map.
+
+    Raises InputError.
+    """
     check_map_output(out)
     if not overwrite and (out / MAP_MARKER).exists():
         raise InputError(f'{out}: expected no map yet, found one; choose another --out or add '

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 import yaml
@@ -16,6 +16,7 @@ from feedforward_recon.config_files import mapper_settings
 from feedforward_recon.errors import ConfigError
 from feedforward_recon.readers import SourceOptions
 
+C = TypeVar('C', bound=MapperConfig)
 SOURCE_HELP = 'Folder of images, image, video file or ROS 2 bag.'
 Source = Annotated[Path, typer.Argument(help=SOURCE_HELP, metavar='SOURCE', show_default=False)]
 MapFolder = Annotated[Path, typer.Argument(help='Folder that `ffrecon map --out` wrote.',
@@ -72,6 +73,8 @@ SOURCE_FLAGS = {
                         metavar='TOPIC'),
     'camera_info_topic': Flag('--camera-info-topic', 'Bag topic; default: the one beside the '
                               'images.', 'Source', metavar='TOPIC'),
+    'rectified': Flag('--rectified', 'Bag images are rectified: the projection matrix P of '
+                      'CameraInfo holds, its distortion does not.', 'Source'),
     'depth_units_per_metre': Flag('--depth-units', 'Stored depth per metre (1000: millimetres); '
                                   'default: as the format says.', 'Source', metavar='NUMBER'),
     'step': Flag('--step', 'Use every STEP-th image.', 'Source', metavar='STEP'),
@@ -129,18 +132,17 @@ def _parameter(field: dataclasses.Field, type_: Any, flag: Flag) -> inspect.Para
 takes_source_options = takes(SourceOptions, 'options', SOURCE_FLAGS)
 
 
-def settings(base: MapperConfig, file: Path | None, assignments: list[str] | None
-             ) -> MapperConfig:
+def settings(base: C, file: Path | None, assignments: list[str] | None) -> C:
     """``base``, changed by a YAML file (a ROS parameter file too) and then by NAME=VALUE.
 
     Raises ConfigError for an unreadable file, an unknown name or a value out of range.
     """
     values = to_dict(base)
     if file is not None:
-        _merge(values, mapper_settings(file))
+        _merge(values, mapper_settings(file, type(base)))
     for assignment in assignments or ():
         _merge(values, _nested(assignment))
-    return from_dict(MapperConfig, values)
+    return from_dict(type(base), values)
 
 
 def _nested(assignment: str) -> dict[str, Any]:

@@ -114,6 +114,28 @@ class BagSource(Source):
         topics = [t for t in (self.image_topic, self.depth_topic, self.camera_info_topic) if t]
         return f'{super().describe()} ({", ".join(topics)})'
 
+    @property
+    def frame_id(self) -> str:
+        """TF frame of the first image."""
+        with self._reader() as reader:
+            _, _, raw = next(self._raw(reader, {self.image_topic}))
+        return self._message(raw, self._types[self.image_topic]).header.frame_id
+
+    def topics_of(self, msgtype: str) -> list[str]:
+        """Topics of a type, such as nav_msgs/msg/Odometry."""
+        return sorted(topic for topic, found in self._types.items() if found == msgtype)
+
+    def messages(self, topics: set[str]) -> Iterator[tuple[str, Any]]:
+        """Topic and content of the messages on other topics than the images', as recorded.
+
+        Raises InputError for a damaged bag.
+        """
+        if not topics:  # to rosbags no connections mean all of them
+            return
+        with self._reader() as reader:
+            for topic, _, raw in self._raw(reader, topics):
+                yield topic, self._message(raw, self._types[topic])
+
     @contextmanager
     def _reader(self) -> Iterator[Any]:
         """An open rosbags reader; whatever a damaged bag makes it raise becomes InputError."""
@@ -154,7 +176,8 @@ class BagSource(Source):
         """Append the calibration when it differs from the last one."""
         message = self._message(raw, CAMERA_INFO)
         camera = camera_from_calibration(_calibration(message), self.camera_info_topic,
-                                         _is_rectified(self.image_topic))
+                                         self.options.rectified
+                                         or _is_rectified(self.image_topic))
         if camera is not None and (not infos or infos[-1][1] != camera):
             infos.append((stamp_ns, camera))
 

@@ -38,6 +38,7 @@ class SourceOptions:
     calibration: path of a camera_calibration YAML file, instead of fx.
     camera: which camera of a stereo set, as its cameras.json names it.
     image_topic, depth_topic, camera_info_topic: bag topics; '' finds the only candidate.
+    rectified: images of a bag are rectified, whatever their topic is called.
     use_depth: False leaves depth unread.
     depth_units_per_metre: what stored depth counts; None is the format's own convention.
     mixed_sizes: True allows images of different sizes (photos to be localised one by one).
@@ -56,6 +57,7 @@ class SourceOptions:
     image_topic: str = ''
     depth_topic: str = ''
     camera_info_topic: str = ''
+    rectified: bool = False
     use_depth: bool = True
     depth_units_per_metre: float | None = None
     mixed_sizes: bool = False
