@@ -46,7 +46,7 @@ def rule(key: str, shape: tuple[int, ...]) -> np.ndarray:
         return (1 + np.float32(0.1) * x) if last == 'weight' else np.float32(0.05) * x
     if 'token' in last or 'pos_embed' in key:
         return np.float32(0.05) * x
-    return x / np.float32(np.sqrt(x.size / shape[0]))
+    return np.asarray(x / np.float32(np.sqrt(np.size(x) / shape[0]) if shape else 1))
 
 
 def fill(model: nn.Module) -> None:
@@ -163,10 +163,22 @@ def errors(found: Arrays, file: dict[str, np.ndarray]) -> dict[str, float]:
     return result
 
 
+def _layers() -> dict[str, Callable[..., Arrays]]:
+    """Single layers with reference outputs of their own, by the name of the attention."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from benchmarks.golden_layers import LAYERS
+    return LAYERS
+
+
 def compare(path: Path, name: str) -> tuple[dict[str, float], list[str]]:
     """Errors by array, and the arrays of the file that nothing was compared with."""
     with np.load(path) as archive:
         file = {key: archive[key] for key in archive.files}
+    layers = _layers()
+    if name in layers:
+        with torch.inference_mode():
+            found = layers[name](file, rule)
+        return errors(found, file), sorted(file.keys() - found.keys() - INPUTS)
     missing = {'image_seed', 'image_shape'} - file.keys()
     if missing:
         raise InputError(f'expected image_seed and image_shape in {path}, found no '
@@ -184,7 +196,8 @@ def main() -> int:
     """Compare one file; prints one line, returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('file', type=Path)
-    parser.add_argument('--model', required=True, help='name of the architecture')
+    parser.add_argument('--model', required=True, help='name of the architecture, '
+                        'or of an attention whose layer the file describes')
     parser.add_argument('--tolerance', type=float, default=1e-5)
     parser.add_argument('--verbose', action='store_true', help='a line for every array')
     options = parser.parse_args()

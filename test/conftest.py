@@ -28,6 +28,15 @@ def data_dir():
 
 
 @pytest.fixture(scope='session')
+def golden_dir():
+    """Folder of the reference outputs: FFRECON_GOLDEN, or shared/golden beside the repository."""
+    folder = Path(os.environ.get('FFRECON_GOLDEN', REPOSITORY.parent / 'shared' / 'golden'))
+    if not folder.is_dir():
+        pytest.skip(f'golden: no reference outputs at {folder}; set FFRECON_GOLDEN')
+    return folder
+
+
+@pytest.fixture(scope='session')
 def room_camera():
     """A small camera for synthetic views."""
     return Camera.from_fov(70.0, (160, 120))

@@ -98,16 +98,17 @@ def match_keys(model: nn.Module, shapes: Mapping[str, Shape]) -> KeyReport:
     Parameters that are one tensor under several names (DA3 shares a norm) need one of them.
     """
     rules, wanted = key_rules(model), model.state_dict(keep_vars=True)
-    sources, unexpected, ignored, misshapen = {}, [], [], []
+    sources: dict[str, str] = {}
+    unexpected: list[str] = []
+    ignored: list[str] = []
     for key in shapes:
         name = _own_name(key, rules)
         if name in wanted:
             sources[name] = key
         else:
             (ignored if _matches(key, rules.ignored) else unexpected).append(key)
-    for name, key in sources.items():
-        if shapes[key] != tuple(wanted[name].shape):
-            misshapen.append((key, tuple(wanted[name].shape), shapes[key]))
+    misshapen = [(key, tuple(wanted[name].shape), shapes[key]) for name, key in sources.items()
+                 if shapes[key] != tuple(wanted[name].shape)]
     found = {id(wanted[name]) for name in sources}
     missing = [rules.prefix + name for name, tensor in wanted.items()
                if id(tensor) not in found and not _matches(name, rules.optional)]

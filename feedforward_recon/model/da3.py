@@ -22,7 +22,7 @@ from feedforward_recon.model.backbone import AttentionFactory
 from feedforward_recon.model.checkpoints import KeyRules
 from feedforward_recon.model.dpt import DptConfig
 from feedforward_recon.model.dual_dpt import DualDptHead
-from feedforward_recon.model.layers import Block, BlockConfig, GlobalBlock, Mlp
+from feedforward_recon.model.layers import Block, BlockConfig, GlobalBlock, Mlp, empty_states
 from feedforward_recon.model.pose_encoding import decode_cameras, encode_cameras, inverse
 from feedforward_recon.model.reference_view import choose, order_from, reordered
 from feedforward_recon.model.rope import patch_positions
@@ -199,8 +199,7 @@ class Da3(nn.Module):
 
     def empty_memory(self, batch: int = 1) -> tuple[Any, ...]:
         """The states of a scene that nobody has seen, one per global block."""
-        return tuple(block.attn.empty_state(batch) for block in self.vit.blocks
-                     if isinstance(block, GlobalBlock))
+        return empty_states(self.vit.blocks, batch)
 
     def forward(self, images: torch.Tensor, memory: Sequence[Any] | None = None, *,
                 write: bool = True, reference: str = 'saddle_balanced',

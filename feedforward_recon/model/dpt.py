@@ -70,10 +70,25 @@ class FusionBlock(nn.Module):
         return self.out_conv(enlarged(self.resConfUnit2(x), size_hw))
 
 
-class DptHead(nn.Module):
-    """Tokens of four layers -> ``outputs`` channels per pixel."""
+class Scratch(nn.Module):
+    """The fusion part, under the names of the original implementation."""
 
-    def __init__(self, config: DptConfig, outputs: int, frames_per_chunk: int = 8) -> None:
+    def __init__(self, config: DptConfig, outputs: int) -> None:
+        super().__init__()
+        for level, channels in enumerate(config.channels, 1):
+            self.add_module(f'layer{level}_rn',
+                            nn.Conv2d(channels, config.features, 3, padding=1, bias=False))
+            self.add_module(f'refinenet{level}', FusionBlock(config, level < 4))
+        half = config.features // 2
+        self.output_conv1 = nn.Conv2d(config.features, half, 3, padding=1)
+        self.output_conv2 = nn.Sequential(nn.Conv2d(half, TAIL, 3, padding=1), nn.ReLU(),
+                                          nn.Conv2d(TAIL, outputs, 1))
+
+
+class DptHead(nn.Module):
+    """Tokens of four layers -> as many channels per pixel as ``scratch`` puts out."""
+
+    def __init__(self, config: DptConfig, scratch: Scratch, frames_per_chunk: int = 8) -> None:
         super().__init__()
         self.config, self.frames_per_chunk = config, frames_per_chunk
         self.norm = nn.LayerNorm(config.dim_in)
@@ -82,19 +97,7 @@ class DptHead(nn.Module):
         self.resize_layers = nn.ModuleList([
             nn.ConvTranspose2d(c0, c0, 4, 4), nn.ConvTranspose2d(c1, c1, 2, 2), nn.Identity(),
             nn.Conv2d(c3, c3, 3, 2, 1)])
-        self.scratch = self._scratch(outputs)
-
-    def _scratch(self, outputs: int) -> nn.Module:
-        """The fusion part, under the names of the original implementation."""
-        scratch, features = nn.Module(), self.config.features
-        for level, channels in enumerate(self.config.channels, 1):
-            scratch.add_module(f'layer{level}_rn',
-                               nn.Conv2d(channels, features, 3, padding=1, bias=False))
-            scratch.add_module(f'refinenet{level}', FusionBlock(self.config, level < 4))
-        scratch.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
-        scratch.output_conv2 = nn.Sequential(nn.Conv2d(features // 2, TAIL, 3, padding=1),
-                                             nn.ReLU(), nn.Conv2d(TAIL, outputs, 1))
-        return scratch
+        self.scratch = scratch
 
     def forward(self, levels: Sequence[torch.Tensor], grid_hw: tuple[int, int]) -> torch.Tensor:
         """Patch tokens of four layers, each [B, h * w, C] -> float32 [B, H, W, outputs]."""

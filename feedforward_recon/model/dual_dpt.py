@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from feedforward_recon.model.dpt import TAIL, DptConfig, DptHead, FusionBlock, with_directions
+from feedforward_recon.model.dpt import (
+    TAIL,
+    DptConfig,
+    DptHead,
+    FusionBlock,
+    Scratch,
+    with_directions,
+)
 
 RAY = 7
 LEVELS = 4
@@ -25,22 +32,27 @@ class Permute(nn.Module):
         return x.permute(self.order)
 
 
-class DualDptHead(DptHead):
-    """Depth and confidence per pixel; rays and their confidence on a coarser grid.
+class DualScratch(Scratch):
+    """Two fusions. The four read-outs of rays share one LayerNorm; only the last is used."""
 
-    The published network has read-outs of rays for all four levels and uses the last; the
-    others are kept because they are in its files. All four share one LayerNorm.
-    """
+    def __init__(self, config: DptConfig) -> None:
+        super().__init__(config, outputs=2)
+        norm = nn.LayerNorm(TAIL)
+        for level in range(1, LEVELS + 1):
+            self.add_module(f'refinenet{level}_aux', FusionBlock(config, level < LEVELS))
+        self.output_conv1_aux = nn.ModuleList(
+            [_five_convolutions(config.features) for _ in range(LEVELS)])
+        self.output_conv2_aux = nn.ModuleList(
+            [_ray_tail(config.features // 2, norm) for _ in range(LEVELS)])
+
+
+class DualDptHead(DptHead):
+    """Depth and confidence per pixel; rays and their confidence on a coarser grid."""
+
+    scratch: DualScratch
 
     def __init__(self, config: DptConfig, frames_per_chunk: int = 8) -> None:
-        super().__init__(config, outputs=2, frames_per_chunk=frames_per_chunk)
-        features, norm = config.features, nn.LayerNorm(TAIL)
-        for level in range(LEVELS):
-            self.scratch.add_module(f'refinenet{level + 1}_aux', FusionBlock(config, level < 3))
-        self.scratch.output_conv1_aux = nn.ModuleList(
-            [_five_convolutions(features) for _ in range(LEVELS)])
-        self.scratch.output_conv2_aux = nn.ModuleList(
-            [_ray_tail(features // 2, norm) for _ in range(LEVELS)])
+        super().__init__(config, DualScratch(config), frames_per_chunk)
 
     def forward(self, levels: Sequence[torch.Tensor],  # type: ignore[override]
                 grid_hw: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:

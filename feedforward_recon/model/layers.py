@@ -6,6 +6,7 @@ Parameter names are those of the official checkpoints (`qkv`, `proj`, `q_norm`, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +119,8 @@ class Block(nn.Module):
 class GlobalBlock(Block):
     """A block whose attention joins all frames, and so reads and writes the scene's state."""
 
+    attn: Any  # a `model.attention.GlobalAttention`
+
     def forward(self, x: torch.Tensor, state: Any, *,  # type: ignore[override]
                 positions: torch.Tensor, frames: int, write: bool) -> tuple[torch.Tensor, Any]:
         """Tokens [B, frames * P, C] and a state -> tokens of the same shape and the state.
@@ -128,6 +131,12 @@ class GlobalBlock(Block):
                                 tokens_per_frame=len(positions), write=write)
         x = x + self.ls1(seen)
         return x + self.ls2(self.mlp(self.norm2(x))), state
+
+
+def empty_states(blocks: Iterable[nn.Module], batch: int) -> tuple[Any, ...]:
+    """One state per global block among ``blocks``, of scenes that nobody has seen."""
+    return tuple(block.attn.empty_state(batch) for block in blocks
+                 if isinstance(block, GlobalBlock))
 
 
 def _layer_scale(config: BlockConfig) -> nn.Module:

@@ -16,8 +16,9 @@ from torch import nn
 from feedforward_recon.errors import InputError
 from feedforward_recon.model.backbone import Aggregator, AttentionFactory, BackboneConfig, Tokens
 from feedforward_recon.model.checkpoints import KeyRules
-from feedforward_recon.model.dpt import DptConfig, DptHead
+from feedforward_recon.model.dpt import DptConfig, DptHead, Scratch
 from feedforward_recon.model.heads import CameraHead
+from feedforward_recon.model.layers import empty_states
 from feedforward_recon.model.pose_encoding import decode_cameras
 
 
@@ -75,13 +76,13 @@ class Vggt(nn.Module):
         self.config, dim = config, 2 * config.backbone.vit.dim
         self.aggregator = Aggregator(config.backbone, global_attention)
         self.camera_head = CameraHead(dim)
-        self.depth_head = DptHead(config.dpt, outputs=2)
-        self.point_head = DptHead(config.dpt, outputs=4)
+        self.depth_head = DptHead(config.dpt, Scratch(config.dpt, outputs=2))
+        self.point_head = DptHead(config.dpt, Scratch(config.dpt, outputs=4))
 
     def empty_memory(self, batch: int = 1) -> TransformerMemory:
         """The memory of a scene that nobody has seen."""
         token = self.aggregator.camera_token
-        states = tuple(block.attn.empty_state(batch) for block in self.aggregator.global_blocks)
+        states = empty_states(self.aggregator.global_blocks, batch)
         return TransformerMemory(states, token.new_zeros(batch, 0, 2 * token.shape[-1]).float())
 
     def forward(self, images: torch.Tensor, memory: TransformerMemory | None = None, *,

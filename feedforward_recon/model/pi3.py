@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from feedforward_recon.model.backbone import AttentionFactory
 from feedforward_recon.model.checkpoints import KeyRules
-from feedforward_recon.model.layers import Block, BlockConfig, GlobalBlock
+from feedforward_recon.model.layers import Block, BlockConfig, GlobalBlock, empty_states
 from feedforward_recon.model.pose_encoding import homogeneous
 from feedforward_recon.model.rope import patch_positions
 from feedforward_recon.model.vit import (
@@ -167,8 +167,7 @@ class Pi3(nn.Module):
 
     def empty_memory(self, batch: int = 1) -> tuple[Any, ...]:
         """The states of a scene that nobody has seen, one per global block."""
-        return tuple(block.attn.empty_state(batch) for block in self.decoder
-                     if isinstance(block, GlobalBlock))
+        return empty_states(self.decoder, batch)
 
     def forward(self, images: torch.Tensor, memory: Sequence[Any] | None = None, *,
                 write: bool = True) -> tuple[Pi3Reconstruction, tuple[Any, ...]]:

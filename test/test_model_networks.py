@@ -1,0 +1,222 @@
+"""The networks as a whole: reference outputs, names and sizes, memory, what they refuse."""
+
+import functools
+import json
+import math
+
+import pytest
+import torch
+
+from benchmarks import golden
+from feedforward_recon.errors import ConfigError, InputError
+from feedforward_recon.model.attention import attention_factory
+from feedforward_recon.model.backbone import BackboneConfig
+from feedforward_recon.model.checkpoints import expected_tensors
+from feedforward_recon.model.configs import CONFIGS, build
+from feedforward_recon.model.da3 import Da3, Da3Config
+from feedforward_recon.model.dpt import DptConfig
+from feedforward_recon.model.network import Vggt, VggtConfig
+from feedforward_recon.model.pi3 import Pi3, Pi3Config
+from feedforward_recon.model.vit import VitConfig
+
+TOLERANCE = 1e-5
+VIT = VitConfig(32, 2, 2, grid=3)
+DPT = DptConfig(64, 16, (8, 8, 8, 8))
+
+
+@functools.cache
+def vggt(attention='softmax'):
+    config = VggtConfig(BackboneConfig(VIT, 4, (0, 1, 2, 3)), DPT)
+    return filled(Vggt(config, attention_factory(attention)))
+
+
+@functools.cache
+def pi3():
+    return filled(Pi3(Pi3Config(VIT, 4), attention_factory('softmax')))
+
+
+@functools.cache
+def da3():
+    vit = VitConfig(32, 2, 8, grid=3, registers=0)
+    config = Da3Config(vit, 4, (4, 5, 6, 7), DptConfig(64, 16, (8, 8, 8, 8), rectify_skip=False))
+    return filled(Da3(config, attention_factory('softmax', special=1)))
+
+
+def filled(network):
+    """Weights of the golden rule: initial ones nearly switch the blocks off."""
+    golden.fill(network)
+    return network.eval()
+
+
+def images(count=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(1, count, 3, 28, 42, generator=generator)
+
+
+def difference(a, b):
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize('name', ['vggt-small', 'da3-small', 'pi3-small'])
+def test_reference_outputs_are_reproduced(golden_dir, name):
+    found, skipped = golden.compare(golden_dir / f'{name.replace("-", "_")}.npz', name)
+    assert skipped == []
+    assert len(found) >= 10
+    assert max(found.values()) <= TOLERANCE, found
+
+
+@pytest.mark.parametrize(('name', 'without'), [
+    ('vggt-small', {'aggregator.patch_embed.mask_token'}), ('da3-small', set()),
+    ('pi3-small', set()), ('pi3', set())])
+def test_names_and_shapes_are_the_published_ones(golden_dir, name, without):
+    file = {'pi3': 'pi3_full'}.get(name, name.replace('-', '_'))
+    published = json.loads((golden_dir / f'{file}_keys.json').read_text(encoding='utf-8'))
+    expected = {key: tuple(shape) for key, shape in published.items() if key not in without}
+    assert expected_tensors(build(name, device='meta')) == expected
+
+
+# VGGT-1B without the 394 tensors of the track head and the unused mask token.
+@pytest.mark.parametrize(('name', 'tensors', 'numbers'), [
+    ('vggt-1b', 1797 - 394 - 1, 1_256_537_516 - 65_941_396 - 1024),
+    ('vgg-t3', 1450, 1_210_865_304),
+    ('da3-large', 643, 410_941_767 + 6 * 32)])
+def test_sizes_are_the_published_ones(name, tensors, numbers):
+    shapes = expected_tensors(build(name, device='meta'))
+    assert len(shapes) == tensors
+    assert sum(map(math.prod, shapes.values())) == numbers
+
+
+@pytest.mark.parametrize(('pattern', 'shape'), [
+    ('aggregator.camera_token', (1, 2, 1, 1024)),
+    ('aggregator.register_token', (1, 2, 4, 1024)),
+    ('aggregator.patch_embed.pos_embed', (1, 1370, 1024)),
+    ('aggregator.frame_blocks.23.attn.k_norm.bias', (64,)),
+    ('aggregator.global_blocks.0.attn.qkv.weight', (3072, 1024)),
+    ('camera_head.poseLN_modulation.1.weight', (6144, 2048)),
+    ('camera_head.trunk.3.mlp.fc1.weight', (8192, 2048)),
+    ('camera_head.pose_branch.fc2.weight', (9, 1024)),
+    ('depth_head.resize_layers.0.weight', (256, 256, 4, 4)),
+    ('depth_head.scratch.refinenet4.resConfUnit2.conv1.weight', (256, 256, 3, 3)),
+    ('point_head.scratch.output_conv2.2.weight', (4, 32, 1, 1))])
+def test_full_size_of_vggt(pattern, shape):
+    assert expected_tensors(build('vggt-1b', device='meta'))[pattern] == shape
+
+
+def test_full_size_of_vgg_t3():
+    shapes = expected_tensors(build('vgg-t3', device='meta'))
+    prefix = 'aggregator.global_blocks.23.attn.'
+    assert {key.removeprefix(prefix): shape for key, shape in shapes.items()
+            if key.startswith(prefix)} == {
+        'qkv.weight': (3072, 1024), 'qkv.bias': (3072,), 'proj.weight': (1024, 1024),
+        'proj.bias': (1024,), 'lr_fc.weight': (48, 1024), 'lr_fc.bias': (48,),
+        'w0': (16, 64, 256), 'w1': (16, 256, 64), 'w2': (16, 64, 256),
+        'short_conv_qkv.2.conv.weight': (1024, 1, 3, 3)}
+
+
+@pytest.mark.parametrize('attention', ['softmax', 'ttt'])
+@torch.inference_mode()
+def test_localising_neither_changes_the_memory_nor_depends_on_other_queries(attention):
+    network = vggt(attention)
+    _, memory = network(images(3))
+    kept = [tensor.clone() for state in memory.states for tensor in state.tensors().values()]
+    queries = images(2, seed=1)
+    answer, after = network(queries, memory, write=False)
+    assert after is memory
+    assert all(torch.equal(a, b) for a, b in zip(
+        kept, [t for s in memory.states for t in s.tensors().values()], strict=True))
+    alone, _ = network(queries[:, :1], memory, write=False)
+    assert difference(alone.depth, answer.depth[:, :1]) < TOLERANCE
+    elsewhere, _ = network(queries[:, :1], network(images(3, seed=2))[1], write=False)
+    assert not torch.equal(elsewhere.depth, alone.depth)
+
+
+@torch.inference_mode()
+def test_a_mapped_image_is_found_as_it_was():
+    network = vggt()
+    mapped, memory = network(images(4))
+    again, _ = network(images(4)[:, 2:3], memory, write=False)
+    assert difference(again.depth, mapped.depth[:, 2:3]) < TOLERANCE
+    assert difference(again.points, mapped.points[:, 2:3]) < TOLERANCE
+
+
+@torch.inference_mode()
+def test_only_the_first_image_is_special_to_vggt():
+    network, order, swap = vggt(), [0, 3, 1, 2], [1, 0, 2, 3]
+    straight, _ = network(images(4))
+    mixed, _ = network(images(4)[:, order])
+    for name in ('depth', 'points', 'T_cam_world'):  # K is infinite where the view is 0 wide
+        assert difference(getattr(mixed, name), getattr(straight, name)[:, order]) < TOLERANCE
+    swapped, _ = network(images(4)[:, swap])
+    assert difference(swapped.depth, straight.depth[:, swap]) > 100 * TOLERANCE
+
+
+@torch.inference_mode()
+def test_no_image_is_special_to_pi3():
+    network, order = pi3(), [2, 0, 3, 1]
+    straight, _ = network(images(4))
+    mixed, _ = network(images(4)[:, order])
+    for name in type(straight).__dataclass_fields__:
+        assert difference(getattr(mixed, name), getattr(straight, name)[:, order]) < TOLERANCE
+    other, _ = network(torch.cat((images(3), images(1, seed=1)), 1))
+    assert difference(other.points[:, 0], straight.points[:, 0]) > 100 * TOLERANCE
+
+
+@torch.inference_mode()
+def test_da3_chooses_its_reference_whatever_the_order():
+    network, order = da3(), [2, 0, 3, 1]
+    straight, _ = network(images(4))
+    mixed, _ = network(images(4)[:, order])
+    assert difference(mixed.depth, straight.depth[:, order]) < TOLERANCE
+    first, _ = network(images(4)[:, order], reference='first')
+    assert difference(first.depth, mixed.depth) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize('make', [vggt, pi3, da3])
+@torch.inference_mode()
+def test_scenes_of_a_batch_do_not_mix(make):
+    network = make()
+    pair = torch.cat((images(3), images(3, seed=1)))
+    together, _ = network(pair)
+    alone, _ = network(pair[1:])
+    for name in type(alone).__dataclass_fields__:
+        if name not in ('pose_encodings', 'K'):
+            assert difference(getattr(together, name)[1:], getattr(alone, name)) < TOLERANCE
+
+
+@pytest.mark.parametrize('make', [vggt, pi3, da3])
+@torch.inference_mode()
+def test_half_precision_leaves_answers_in_float32_and_close(make):
+    network = make()
+    exact, _ = network(images(2))
+    with torch.autocast('cpu', torch.bfloat16):
+        rounded, _ = network(images(2))
+    for name in type(exact).__dataclass_fields__:
+        assert getattr(rounded, name).dtype == torch.float32
+    field = 'confidence_logit' if make is pi3 else 'depth'
+    a, b = getattr(rounded, field), getattr(exact, field)
+    assert TOLERANCE < (a - b).norm() / b.norm() < 0.1
+
+
+@pytest.mark.parametrize('attention', ['ttt', 'sparse', 'sparse_linear', 'latent', 'hybrid'])
+@torch.inference_mode()
+def test_every_attention_fits_into_the_network(attention):
+    answer, memory = vggt(attention)(images(2))
+    assert torch.isfinite(answer.depth).all()
+    assert len(memory.states) == 4
+    assert memory.camera_tokens.shape == (1, 2, 64)
+
+
+def test_unknown_models_are_refused_with_a_suggestion():
+    with pytest.raises(ConfigError, match='did you mean vgg-t3'):
+        build('vgg-t33')
+
+
+def test_every_name_can_be_built_without_memory():
+    assert all(next(build(name, device='meta').parameters()).is_meta for name in CONFIGS)
+
+
+@pytest.mark.parametrize('bad', [torch.zeros(1, 2, 3, 13, 28), torch.zeros(2, 3, 28, 28),
+                                 torch.zeros(1, 2, 3, 28, 28, dtype=torch.uint8)])
+def test_wrong_images_are_refused(bad):
+    with pytest.raises(InputError, match='expected'):
+        vggt()(bad)
