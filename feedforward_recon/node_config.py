@@ -44,7 +44,8 @@ class NodeConfig(MapperConfig):
                              'CameraInfo holds, its distortion does not')
     depth_slop_ms: float = option(20.0, 'largest difference between the stamps of an image and '
                                   'its depth', low=0.0, high=1000.0, unit='ms', live=True)
-    info_wait_s: float = option(2.0, 'images wait this long for the first CameraInfo; then '
+    # Fast DDS repairs a lost first message of a reliable publisher after 3 s at the latest.
+    info_wait_s: float = option(4.0, 'images wait this long for the first CameraInfo; then '
                                 'mapping starts uncalibrated', low=0.0, high=60.0, unit='s')
 
     map_frame: str = option('map', 'TF frame of the map')
