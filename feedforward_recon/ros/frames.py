@@ -164,8 +164,14 @@ class Frames:
 
     def camera_pose(self, T_map_body: np.ndarray, camera_frame: str, stamp_ns: int,
                     metres_per_unit: float | None) -> np.ndarray:
-        """T_map_cam in map units of a body pose in metres: a hint from outside."""
-        T_map_cam = T_map_body @ self.body_of_camera(camera_frame, stamp_ns)
+        """T_map_cam in map units of a body pose in metres: a hint from outside.
+
+        While the unit of the map is unknown, poses and hints are of the camera's centre.
+        """
+        T_body_cam = self.body_of_camera(camera_frame, stamp_ns)
+        if metres_per_unit is None:
+            T_body_cam = make_transform(T_body_cam[:3, :3], np.zeros(3))
+        T_map_cam = T_map_body @ T_body_cam
         T_map_cam[:3, 3] /= metres_per_unit or 1.0
         return T_map_cam
 
@@ -178,6 +184,7 @@ class OdometryScale:
     """
 
     BASELINE_M = 0.2
+    STEP_M = BASELINE_M / 5  # a robot that stands would repeat its last displacement
     CERTAIN = 0.03
     FEWEST = 15
 
@@ -189,6 +196,8 @@ class OdometryScale:
 
     def add(self, position_map: np.ndarray, position_odom: np.ndarray) -> bool:
         """Camera positions [3] of one moment, map units and metres; True once it is certain."""
+        if self._path and np.linalg.norm(position_odom - self._path[-1][1]) < self.STEP_M:
+            return False
         self._path.append((position_map, position_odom))
         for old_map, old_odom in reversed(self._path):
             metres = float(np.linalg.norm(position_odom - old_odom))

@@ -58,7 +58,8 @@ class DepthPairing:
     """Brings images and depth of one moment together; both must come in order.
 
     Images wait for their depth until a later depth image shows that there is none, and never
-    more than a few of them. Stamps are nanoseconds.
+    more than a few of them. Each depth image serves one image, the nearest that waits: frames
+    may follow each other faster than the slop. Stamps are nanoseconds.
     """
 
     def __init__(self, slop_ns: int) -> None:
@@ -87,9 +88,11 @@ class DepthPairing:
         ready = []
         while self._images:
             stamp, image = self._images[0]
-            near = min(self._depths, key=lambda depth: abs(depth[0] - stamp), default=None)
-            if near is not None and abs(near[0] - stamp) <= self.slop_ns:
+            near = self._nearest(stamp)
+            if near is not None:
                 ready.append((image, near[1]))
+                while self._depths.popleft() is not near:
+                    pass
             elif len(self._images) > WAITING_IMAGES \
                     or (self._depths and self._depths[-1][0] > stamp + self.slop_ns):
                 ready.append((image, None))
@@ -97,6 +100,14 @@ class DepthPairing:
                 break
             self._images.popleft()
         return ready
+
+    def _nearest(self, stamp: int) -> tuple[int, Any] | None:
+        """The depth for the oldest image, unless a younger one has the better claim to it."""
+        near = min(self._depths, key=lambda depth: abs(depth[0] - stamp), default=None)
+        if near is None:
+            return None
+        gap_ns = min(abs(near[0] - waiting) for waiting, _ in self._images)
+        return near if abs(near[0] - stamp) == gap_ns <= self.slop_ns else None
 
 
 class Inputs:

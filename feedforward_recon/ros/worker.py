@@ -16,6 +16,8 @@ from typing import Any
 
 from rclpy.node import Node
 
+from feedforward_recon.errors import ReconError
+
 
 class Mailbox:
     """Calls that other threads ask the executor's thread to make, in order."""
@@ -136,16 +138,25 @@ class Worker(threading.Thread):
         while True:
             self._work.acquire()
             if self._stopping:
+                self._refuse()
                 return
             self.busy = True
             self._step()
             self.busy = False
 
+    def _refuse(self) -> None:
+        """Answer everybody who waits: a service that is never answered hangs its caller."""
+        error = ReconError('the node was told to stop; ask again when it is active')
+        while self._jobs:
+            self._answer(self._jobs.popleft(), None, error)
+
+    def _answer(self, job: Job, result: Any, error: Exception | None) -> None:
+        self._mailbox.post(lambda: job.done(result, error))
+
     def _step(self) -> None:
         if self._jobs:
             job = self._jobs.popleft()
-            result, error = _attempt(job.run)
-            self._mailbox.post(lambda: job.done(result, error))
+            self._answer(job, *_attempt(job.run))
             return
         frame = self._frames.take() if self._frames is not None else None
         if frame is None or self._on_frame is None:

@@ -1,0 +1,158 @@
+"""Parts of the nodes without DDS: pairing of depth, queues and threads."""
+
+import threading
+
+import pytest
+from ros_support.harness import missing_ros
+
+if missing_ros():
+    pytest.skip(missing_ros(), allow_module_level=True)
+
+from feedforward_recon.errors import ReconError
+from feedforward_recon.ros.inputs import DepthPairing
+from feedforward_recon.ros.worker import FrameQueue, Job, Worker
+
+MS = 1_000_000
+
+# -- pairing of depth ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize('depth_first', [True, False])
+@pytest.mark.parametrize('period_ms', [100, 33, 16])
+def test_images_get_the_depth_of_their_own_moment(depth_first, period_ms):
+    """Also where the frames follow each other faster than the slop."""
+    pairing, pairs = DepthPairing(20 * MS), []
+    for index in range(20):
+        stamp = index * period_ms * MS
+        adds = [(pairing.add_depth, f'depth {index}'), (pairing.add_image, index)]
+        for add, message in adds if depth_first else adds[::-1]:
+            pairs += add(stamp, message)
+    assert pairs == [(index, f'depth {index}') for index in range(20)]
+
+
+def test_depth_that_lags_by_frames_still_meets_its_image():
+    pairing, pairs = DepthPairing(5 * MS), []
+    for index in range(20):
+        pairs += pairing.add_image(index * 33 * MS, index)
+        if index >= 3:
+            pairs += pairing.add_depth((index - 3) * 33 * MS + 2 * MS, index - 3)
+    assert pairs == [(index, index) for index in range(17)]
+
+
+def test_a_slower_depth_camera_leaves_the_images_between_without():
+    pairing, pairs = DepthPairing(5 * MS), []
+    for index in range(20):
+        pairs += pairing.add_image(index * 33 * MS, index)
+        if index % 2 == 0:
+            pairs += pairing.add_depth(index * 33 * MS, index)
+    assert pairs == [(index, index if index % 2 == 0 else None) for index in range(19)]
+
+
+@pytest.mark.parametrize(('gap_ms', 'pairs'), [(20, True), (21, False), (-20, True),
+                                               (-21, False)])
+def test_depth_within_the_slop_is_of_the_same_moment(gap_ms, pairs):
+    pairing = DepthPairing(20 * MS)
+    pairing.add_image(100 * MS, 'image')
+    ready = pairing.add_depth((100 + gap_ms) * MS, 'depth')
+    ready += pairing.add_depth(200 * MS, 'later') if not ready else []
+    assert ready == [('image', 'depth' if pairs else None)]
+
+
+def test_images_without_depth_wait_in_bounded_number_and_in_order():
+    pairing = DepthPairing(5 * MS)
+    ready = [pair for index in range(50)
+             for pair in pairing.add_image(index * 33 * MS, index)]
+    assert ready == [(index, None) for index in range(len(ready))]
+    assert 0 < 50 - len(ready) <= 10
+
+
+def test_after_the_time_went_back_nothing_of_the_future_is_paired():
+    pairing = DepthPairing(20 * MS)
+    pairing.add_depth(10_000 * MS, 'old depth')
+    pairing.add_image(10_040 * MS, 'old image')
+    pairing.forget_after(100 * MS)
+    assert pairing.add_image(100 * MS, 'image') == []
+    assert pairing.add_depth(100 * MS, 'depth') == [('image', 'depth')]
+
+
+# -- threads ------------------------------------------------------------------------------------
+
+def test_a_live_queue_keeps_the_newest_and_counts_the_rest():
+    queue = FrameQueue('live', 3)
+    for frame in range(10):
+        queue.put(frame)
+    assert (len(queue), queue.dropped) == (3, 7)
+    assert [queue.take() for _ in range(4)] == [7, 8, 9, None]
+
+
+def test_an_offline_queue_makes_the_sender_wait_and_loses_nothing():
+    queue, taken = FrameQueue('offline', 2), []
+    sender = threading.Thread(target=lambda: [queue.put(i) for i in range(200)], daemon=True)
+    sender.start()
+    while sender.is_alive() or len(queue):
+        assert len(queue) <= 2
+        if (frame := queue.take()) is not None:
+            taken.append(frame)
+    assert taken == list(range(200)) and queue.dropped == 0
+
+
+@pytest.mark.parametrize('release', [FrameQueue.close, FrameQueue.clear, FrameQueue.take])
+def test_a_waiting_sender_is_let_go(release):
+    queue = FrameQueue('offline', 1)
+    queue.put(0)
+    sender = threading.Thread(target=queue.put, args=(1,), daemon=True)
+    sender.start()
+    release(queue)
+    sender.join(5)
+    assert not sender.is_alive()
+
+
+class Letters:
+    """A mailbox that is read when the test says so."""
+
+    def __init__(self):
+        self.calls, self.came = [], threading.Semaphore(0)
+
+    def post(self, call):
+        self.calls.append(call)
+        self.came.release()
+
+    def read(self, count):
+        """Wait for as many calls and make them."""
+        for _ in range(count):
+            assert self.came.acquire(timeout=5), 'no answer'
+            self.calls.pop(0)()
+
+
+def test_a_worker_survives_what_it_is_asked_and_says_what_went_wrong():
+    letters, said = Letters(), []
+
+    def fail(*_):
+        raise ZeroDivisionError('no')
+
+    worker = Worker('w', letters, FrameQueue('live', 5), fail,
+                    lambda frame, answer, error: said.append((frame, answer, type(error))))
+    worker.ask(Job(fail, lambda result, error: said.append((result, type(error)))))
+    worker.offer('frame')
+    worker.ask(Job(lambda: 7, lambda result, error: said.append((result, error))))
+    worker.start()
+    letters.read(3)
+    assert said == [(None, ZeroDivisionError), (7, None), ('frame', None, ZeroDivisionError)]
+    assert worker.stop(5)
+
+
+def test_a_worker_that_stops_answers_everybody_who_waits():
+    letters, said, hold, started = Letters(), [], threading.Event(), threading.Event()
+    worker = Worker('w', letters, FrameQueue('live', 5))
+
+    def slow():
+        started.set()
+        hold.wait(5)
+        return 'done'
+
+    worker.ask(Job(slow, lambda result, error: said.append(result)))
+    worker.ask(Job(lambda: 'never', lambda result, error: said.append(error)))
+    worker.start()
+    assert started.wait(5) and not worker.stop(0.0)
+    hold.set()
+    letters.read(2)
+    assert said[0] == 'done' and isinstance(said[1], ReconError)
