@@ -12,6 +12,7 @@ from feedforward_recon.readers import Source, SourceOptions, open_source
 from feedforward_recon.types import Frame
 
 SYNTHETIC = 'synthetic:'
+SECOND_NS = 1_000_000_000
 UNKNOWN_STEP_NS = 100_000_000
 
 
@@ -52,7 +53,8 @@ class PlayerConfig:
                                  choices=('16UC1', '32FC1'), fixed=True)
     frame_id: str = option('camera_optical_frame', 'TF frame of the images', fixed=True)
     world_frame: str = option('world', 'TF frame of ground_truth', fixed=True)
-    stamps: str = option('recorded', 'stamps of the recording, or of the moment of sending',
+    stamps: str = option('recorded', 'stamps of the recording (from 1 s where they '
+                         'start at 0), or of the moment of sending',
                          choices=('recorded', 'now'), fixed=True)
     publish_clock: bool = option(False, 'send /clock, for nodes with use_sim_time', fixed=True)
     step: int = option(1, 'play every so many images', low=1, high=100_000, fixed=True)
@@ -121,14 +123,20 @@ def open_playback(config: PlayerConfig) -> Source:
 
 
 def rounds(source: Source, loop: bool) -> Iterator[Frame]:
-    """The frames once or for ever; later rounds continue the stamps of the one before."""
-    offset_ns = 0
+    """The frames once or for ever; later rounds continue the stamps of the one before.
+
+    Stamps that count from zero (videos, plain images) count from one second instead: in ROS a
+    zero stamp means that nobody set it, and TF reads it as "the newest".
+    """
+    offset_ns: int | None = None
     while True:
         stamps_ns: list[int] = []
         for frame in source:
+            if offset_ns is None:
+                offset_ns = 0 if frame.stamp_ns > 0 else SECOND_NS - frame.stamp_ns
             stamps_ns = [*stamps_ns[:1], frame.stamp_ns]
             yield replace(frame, stamp_ns=frame.stamp_ns + offset_ns)
-        if not loop or not stamps_ns:
+        if not loop or offset_ns is None:
             return
         length_ns = stamps_ns[-1] - stamps_ns[0]
         offset_ns += length_ns + (length_ns // max(len(source) - 1, 1) or UNKNOWN_STEP_NS)

@@ -1,5 +1,7 @@
 """What the player plays, and when."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from feedforward_recon.decode import decode_compressed, decode_compressed_depth
 from feedforward_recon.encode import DEPTH_FORMAT, compressed_depth, jpeg
 from feedforward_recon.errors import ConfigError, InputError
 from feedforward_recon.playback import (
+    SECOND_NS,
     PlayerConfig,
     SyntheticConfig,
     Timeline,
@@ -21,9 +24,14 @@ def synthetic(**options):
     return open_playback(PlayerConfig(source='synthetic:3', synthetic=SMALL, **options))
 
 
-def test_a_synthetic_room_is_the_same_every_time():
-    first, second = list(synthetic()), list(synthetic())
-    assert len(first) == len(synthetic()) == 4
+@pytest.fixture(scope='module')
+def room():
+    return synthetic()
+
+
+def test_a_synthetic_room_is_the_same_every_time(room):
+    first, second = list(room), list(synthetic())
+    assert len(first) == len(room) == 4
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a.image, b.image)
         np.testing.assert_array_equal(a.T_map_cam, b.T_map_cam)
@@ -69,14 +77,26 @@ def test_a_clock_needs_recorded_stamps():
         PlayerConfig(publish_clock=True, stamps='now')
 
 
-def test_rounds_keep_stamps_rising_in_even_steps():
-    frames = rounds(synthetic(), loop=True)
+def test_rounds_keep_stamps_rising_in_even_steps(room):
+    frames = rounds(room, loop=True)
     stamps = [next(frames).stamp_ns for _ in range(11)]
     assert set(np.diff(stamps)) == {100_000_000}
 
 
-def test_one_round_ends():
-    assert len(list(rounds(synthetic(), loop=False))) == 4
+def test_one_round_ends(room):
+    assert len(list(rounds(room, loop=False))) == 4
+
+
+def test_no_stamp_is_zero(room):
+    """In ROS that means that nobody set it."""
+    assert [frame.stamp_ns for frame in rounds(room, loop=False)] == [
+        SECOND_NS + frame.stamp_ns for frame in room]
+
+
+def test_stamps_of_a_recording_stay(walk_folder):
+    source = open_playback(PlayerConfig(source=str(walk_folder), step=10))
+    later = [replace(frame, stamp_ns=frame.stamp_ns + 5) for frame in source]
+    assert [f.stamp_ns for f in rounds(later, loop=False)] == [f.stamp_ns for f in later]
 
 
 @pytest.mark.parametrize(('rate', 'due_s'), [(1.0, 12.5), (2.0, 11.25), (0.5, 15.0)])

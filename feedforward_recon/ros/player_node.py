@@ -7,7 +7,6 @@ any, depth and ground_truth, with equal stamps. It ends by itself with exit code
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Iterator
 
@@ -178,8 +177,7 @@ def main() -> None:
             node = PlayerNode()
             node.get_logger().info(f'{node.play()} frames sent')
     except ReconError as error:
-        print(f'player_node: {error}', file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(f'player_node: {error}') from None
     finally:
         rclpy.try_shutdown()
 
