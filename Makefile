@@ -35,14 +35,14 @@ demo-ros: $(PACKAGE) ros
 	$(BIN)/python -m feedforward_recon.ros.demo
 
 test: lint ros
-	$(BIN)/python -m pytest -rs -m 'not slow' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
 
 lint: $(PACKAGE)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 
 slow: $(PACKAGE) ros
-	$(BIN)/python -m pytest -rs -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 ros: $(ROS_WHEELS) $(TF2_MSGS)
 
