@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import golden
 from feedforward_recon.errors import ConfigError, InputError
+from feedforward_recon.model import layers
 from feedforward_recon.model.attention import attention_factory
 from feedforward_recon.model.backbone import BackboneConfig
 from feedforward_recon.model.checkpoints import expected_tensors
@@ -195,6 +196,25 @@ def test_half_precision_leaves_answers_in_float32_and_close(make):
     field = 'confidence_logit' if make is pi3 else 'depth'
     a, b = getattr(rounded, field), getattr(exact, field)
     assert TOLERANCE < (a - b).norm() / b.norm() < 0.1
+
+
+@pytest.mark.parametrize('make', [vggt, pi3, da3])
+@torch.inference_mode()
+def test_work_in_small_pieces_gives_the_same(make, monkeypatch):
+    network = make()
+    whole, _ = network(images(5))
+    monkeypatch.setattr(layers, 'CHUNK_TOKENS', 12)
+    pieces, _ = network(images(5))
+    for name in type(whole).__dataclass_fields__:
+        if name != 'K':
+            assert difference(getattr(pieces, name), getattr(whole, name)) < TOLERANCE
+
+
+@torch.inference_mode()
+def test_offloading_changes_nothing_but_the_place():
+    plain, _ = vggt()(images(3))
+    offloaded, memory = vggt()(images(3), offload=True)
+    assert torch.equal(plain.depth, offloaded.depth) and memory.camera_tokens.shape[1] == 3
 
 
 @pytest.mark.parametrize('attention', ['ttt', 'sparse', 'sparse_linear', 'latent', 'hybrid'])

@@ -80,11 +80,12 @@ class Aggregator(nn.Module):
             for index in range(config.depth)])
 
     def forward(self, images: torch.Tensor, states: Sequence[Any], *, write: bool,
-                has_first: bool) -> tuple[Tokens, tuple[Any, ...]]:
+                has_first: bool, offload: bool = False) -> tuple[Tokens, tuple[Any, ...]]:
         """Images [B, N, 3, H, W] in 0..1 and one state per global block -> tokens, states.
 
         has_first: frame 0 of these images is the first of the scene, whose camera is the
             world; queries and later chunks of a scene have none.
+        offload: put what the heads will read into main memory.
         """
         batch, frames = images.shape[:2]
         grid_hw = grid_of(images)
@@ -99,7 +100,8 @@ class Aggregator(nn.Module):
             x = x.reshape(batch * frames, len(positions), -1)
             after.append(state)
             if index in self.config.levels:
-                levels.append(torch.cat((seen_alone, x), -1).unflatten(0, (batch, frames)))
+                level = torch.cat((seen_alone, x), -1).unflatten(0, (batch, frames))
+                levels.append(level.cpu() if offload else level)
         return Tokens(tuple(levels), grid_hw), tuple(after)
 
     def _embed(self, images: torch.Tensor, has_first: bool) -> torch.Tensor:

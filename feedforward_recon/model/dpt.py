@@ -100,13 +100,18 @@ class DptHead(nn.Module):
         self.scratch = scratch
 
     def forward(self, levels: Sequence[torch.Tensor], grid_hw: tuple[int, int]) -> torch.Tensor:
-        """Patch tokens of four layers, each [B, h * w, C] -> float32 [B, H, W, outputs]."""
-        return torch.cat([self._predict(chunk, grid_hw) for chunk in self._chunks(levels)])
+        """Patch tokens of four layers, each [B, h * w, C] -> float32 [B, H, W, outputs].
+
+        The tokens may lie elsewhere than the head (in main memory); the answer joins them.
+        """
+        return torch.cat([self._predict(chunk, grid_hw).to(levels[0].device)
+                          for chunk in self._chunks(levels)])
 
     def _chunks(self, levels: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-        """The same levels, a few frames at a time."""
+        """The same levels on the head's device, a few frames at a time."""
+        device = self.norm.weight.device
         for start in range(0, len(levels[0]), self.frames_per_chunk):
-            yield [level[start:start + self.frames_per_chunk] for level in levels]
+            yield [level[start:start + self.frames_per_chunk].to(device) for level in levels]
 
     def _predict(self, levels: Sequence[torch.Tensor],
                  grid_hw: tuple[int, int]) -> torch.Tensor:

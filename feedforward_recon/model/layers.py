@@ -2,11 +2,14 @@
 
 Parameter names are those of the official checkpoints (`qkv`, `proj`, `q_norm`, `ls1.gamma`,
 `fc1`, ...), so a state dict needs no translation. All biases are on, GELU is the exact one.
+
+Sequences of a batch do not know of each other, so a block takes a few at a time: beyond its
+input and output its memory does not grow with the number of frames.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from feedforward_recon.model.rope import rotate
+
+CHUNK_TOKENS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,13 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Tokens [B, T, C] -> [B, T, C]."""
-        x = x + self.ls1(self.attn(self.norm1(x), positions))
+        return in_chunks(lambda part: self._both_steps(part, positions), x)
+
+    def _both_steps(self, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        return self.refined(x + self.ls1(self.attn(self.norm1(x), positions)))
+
+    def refined(self, x: torch.Tensor) -> torch.Tensor:
+        """The second step: each token by itself, [B, T, C] -> [B, T, C]."""
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -129,8 +140,17 @@ class GlobalBlock(Block):
         """
         seen, state = self.attn(self.norm1(x), state, positions=positions, frames=frames,
                                 tokens_per_frame=len(positions), write=write)
-        x = x + self.ls1(seen)
-        return x + self.ls2(self.mlp(self.norm2(x))), state
+        x = (x + self.ls1(seen)).unflatten(1, (frames, -1)).flatten(0, 1)  # [B * frames, P, C]
+        return in_chunks(self.refined, x).reshape(seen.shape), state
+
+
+def in_chunks(function: Callable[[torch.Tensor], torch.Tensor],
+              x: torch.Tensor) -> torch.Tensor:
+    """``function`` of x [B, T, C], where rows are independent, a few rows at a time."""
+    rows = max(1, CHUNK_TOKENS // x.shape[1])
+    if len(x) <= rows:
+        return function(x)
+    return torch.cat([function(part) for part in x.split(rows)])
 
 
 def empty_states(blocks: Iterable[nn.Module], batch: int) -> tuple[Any, ...]:

@@ -86,20 +86,24 @@ class Vggt(nn.Module):
         return TransformerMemory(states, token.new_zeros(batch, 0, 2 * token.shape[-1]).float())
 
     def forward(self, images: torch.Tensor, memory: TransformerMemory | None = None, *,
-                write: bool = True) -> tuple[Reconstruction, TransformerMemory]:
+                write: bool = True, offload: bool = False,
+                ) -> tuple[Reconstruction, TransformerMemory]:
         """Images [B, N, 3, H, W] in 0..1 -> what they show and the memory after them.
 
         With ``write=False`` the memory given is returned as it is. An empty memory makes the
-        first image the world. Autocast, if any, is the caller's; the heads always run in
-        float32. Raises InputError for images whose sides are not multiples of 14 px.
+        first image the world. With ``offload`` depth, points and all tokens that wait for the
+        dense heads lie in main memory, so that a GPU holds little more than one layer's tokens.
+        Autocast, if any, is the caller's; the heads always run in float32. Raises InputError
+        for images whose sides are not multiples of 14 px.
         """
         _check_images(images)
         memory = self.empty_memory(len(images)) if memory is None else memory
         known = memory.camera_tokens.shape[1]
         tokens, states = self.aggregator(images, memory.states, write=write,
-                                         has_first=not known)
+                                         has_first=not known, offload=offload)
         with torch.autocast(images.device.type, enabled=False):
-            cameras = torch.cat((memory.camera_tokens, tokens.camera.float()), 1)
+            cameras = torch.cat((memory.camera_tokens,
+                                 tokens.camera.to(memory.camera_tokens)), 1)
             answer = self.read_out(tokens, self.camera_head(cameras)[:, :, known:])
         return answer, TransformerMemory(states, cameras) if write else memory
 

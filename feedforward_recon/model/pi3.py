@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from feedforward_recon.model.backbone import AttentionFactory
 from feedforward_recon.model.checkpoints import KeyRules
-from feedforward_recon.model.layers import Block, BlockConfig, GlobalBlock, empty_states
+from feedforward_recon.model.layers import Block, BlockConfig, GlobalBlock, empty_states, in_chunks
 from feedforward_recon.model.pose_encoding import homogeneous
 from feedforward_recon.model.rope import patch_positions
 from feedforward_recon.model.vit import (
@@ -87,10 +87,12 @@ class FrameDecoder(nn.Module):
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Tokens [B * N, P, dim_in] -> [B * N, P, dim_out]."""
-        x = self.projects(tokens)
-        for block in self.blocks:
-            x = block(x, positions)
-        return self.linear_out(x)
+        def decoded(x: torch.Tensor) -> torch.Tensor:
+            x = self.projects(x)
+            for block in self.blocks:
+                x = block(x, positions)
+            return self.linear_out(x)
+        return in_chunks(decoded, tokens)
 
 
 class PixelHead(nn.Module):

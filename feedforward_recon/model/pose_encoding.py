@@ -75,6 +75,23 @@ def encode_cameras(pose: torch.Tensor, K: torch.Tensor,
     return torch.cat((pose[..., :3, 3], quat_from_matrix(pose[..., :3, :3]), fov_hw), -1)
 
 
+def unprojected(depth: torch.Tensor, T_cam_world: torch.Tensor,
+                K: torch.Tensor) -> torch.Tensor:
+    """World points [..., H, W, 3] of z-depths [..., H, W], at integer pixel coordinates.
+
+    VGGT's authors find these usually better than the points of its point head.
+    """
+    height, width = depth.shape[-2:]
+    v, u = torch.meshgrid(torch.arange(height).to(depth), torch.arange(width).to(depth),
+                          indexing='ij')
+    pixels = torch.stack((u, v), -1)
+    centre, focal = K[..., :2, 2], K.diagonal(dim1=-2, dim2=-1)[..., :2]
+    rays = (pixels - centre[..., None, None, :]) / focal[..., None, None, :]
+    points_cam = torch.cat((rays, torch.ones_like(rays[..., :1])), -1) * depth[..., None]
+    R, t = T_cam_world[..., None, None, :3, :3], T_cam_world[..., None, None, :3, 3]
+    return ((points_cam - t)[..., None, :] @ R)[..., 0, :]  # R^T (x - t)
+
+
 def homogeneous(R: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """Transforms [..., 4, 4] from rotations [..., 3, 3] and translations [..., 3]."""
     top = torch.cat((R, t[..., None]), -1)
