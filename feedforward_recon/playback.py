@@ -37,7 +37,7 @@ class PlayerConfig:
     source: str = option('', 'folder, video or bag to play, or synthetic:SEED for a rendered '
                          'room', fixed=True)
     rate: float = option(1.0, 'speed relative to the recording; 0 sends as fast as subscribers '
-                         'take it', low=0.0, high=1000.0, fixed=True)
+                         'acknowledge it', low=0.0, high=1000.0, fixed=True)
     loop: bool = option(False, 'start again at the end; stamps go on rising', fixed=True)
     wait_for_subscribers: bool = option(True, 'send nothing before somebody listens to the '
                                         'images', fixed=True)
@@ -65,10 +65,13 @@ class PlayerConfig:
                                        metadata={'doc': 'The rendered room.'})
 
     def __post_init__(self) -> None:
-        """Refuse a clock that would not agree with the stamps.
+        """Refuse a clock that would not agree with the stamps, and a speed that nothing limits.
 
         Raises ConfigError.
         """
+        if not self.rate and not self.reliable:
+            raise ConfigError('expected reliable sending with rate 0, which waits for '
+                              'acknowledgements, found reliable=false; set a rate')
         if self.publish_clock and self.stamps == 'now':
             raise ConfigError('expected recorded stamps with publish_clock, found stamps=now; '
                               'leave one of them out')

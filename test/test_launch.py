@@ -18,7 +18,8 @@ FILES = sorted((ROOT / 'launch').glob('*.launch.py'))
 SHARED = ROOT / 'feedforward_recon' / 'ros' / 'launching.py'
 NAV2 = {'namespace', 'use_sim_time', 'params_file', 'autostart', 'use_respawn', 'log_level',
         'use_rviz', 'rviz_config'}
-OWN = {'image_topic', 'camera_info_topic', 'depth_topic', 'odom_topic', 'map', 'model', 'device'}
+OWN = {'image_topic', 'camera_info_topic', 'depth_topic', 'odom_topic', 'imu_topic', 'map',
+       'model', 'device'}
 REPLAY = {'source', 'bag', 'rate', 'loop', 'mode'}
 
 
@@ -162,13 +163,13 @@ def test_arguments_reach_the_node(launched, tmp_path, monkeypatch):
     _, started = launched(
         'localization', namespace='robot1', use_sim_time='true', autostart='false',
         image_topic='/front/image', camera_info_topic='/front/info', depth_topic='/front/depth',
-        odom_topic='/odometry/filtered', map='maps/home', model='compact', device='cpu',
-        log_level='debug')
+        odom_topic='/odometry/filtered', imu_topic='/imu/data', map='maps/home',
+        model='compact', device='cpu', log_level='debug')
     node = started['localization_node']
     assert node.rules == {
         '__node': 'localization_node', '__ns': '/robot1', '/tf': 'tf', '/tf_static': 'tf_static',
         'image': '/front/image', 'camera_info': '/front/info', 'depth': '/front/depth',
-        'odom': '/odometry/filtered'}
+        'odom': '/odometry/filtered', 'imu': '/imu/data'}
     expected = {'use_sim_time': True, 'autostart': False, 'map': str(tmp_path / 'maps' / 'home'),
                 'model': 'compact', 'device': 'cpu'}
     assert {name: node.parameters[name] for name in expected} == expected

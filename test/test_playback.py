@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from feedforward_recon.config import from_dict
 from feedforward_recon.decode import decode_compressed, decode_compressed_depth
 from feedforward_recon.encode import DEPTH_FORMAT, compressed_depth, jpeg
 from feedforward_recon.errors import ConfigError, InputError
@@ -72,9 +73,11 @@ def test_a_path_that_is_not_there_is_refused():
         open_playback(PlayerConfig(source='/no/such/walk'))
 
 
-def test_a_clock_needs_recorded_stamps():
-    with pytest.raises(ConfigError, match='publish_clock'):
-        PlayerConfig(publish_clock=True, stamps='now')
+@pytest.mark.parametrize('settings', [{'publish_clock': True, 'stamps': 'now'},
+                                      {'rate': 0.0, 'reliable': False}, {'rate': -1.0}])
+def test_settings_that_contradict_each_other_are_refused(settings):
+    with pytest.raises(ConfigError, match='expected'):
+        from_dict(PlayerConfig, settings)
 
 
 def test_rounds_keep_stamps_rising_in_even_steps(room):

@@ -18,6 +18,7 @@ from launch_ros.substitutions import FindPackageShare
 PACKAGE = 'feedforward_recon'
 # Relative, so that each robot's namespace holds its own tree; without one, /tf as ever.
 TF = [('/tf', 'tf'), ('/tf_static', 'tf_static')]
+INPUTS = ('image', 'camera_info', 'depth', 'odom', 'imu')
 # Left empty, these keep what params_file says.
 SETTINGS = ('map', 'model', 'device')
 RESPAWN_DELAY_S = 2.0
@@ -57,6 +58,8 @@ def arguments(mode: str | Substitution, use_sim_time: str = 'false') -> list[Act
                               description='depth registered to the images, where there is any'),
         DeclareLaunchArgument('odom_topic', default_value='odom',
                               description='odometry of the robot, where there is any'),
+        DeclareLaunchArgument('imu_topic', default_value='imu',
+                              description='IMU, which tells where up is, where there is any'),
         DeclareLaunchArgument('map', default_value='',
                               description='folder of the map; empty: as in params_file'),
         DeclareLaunchArgument('model', default_value='',
@@ -99,7 +102,7 @@ def _node(context: LaunchContext, name: list[str | Substitution]) -> list[Action
                     {**flags, **texts}],
         arguments=['--ros-args', '--log-level', LaunchConfiguration('log_level')],
         remappings=[*TF, *((topic, LaunchConfiguration(f'{topic}_topic'))
-                           for topic in ('image', 'camera_info', 'depth', 'odom'))])]
+                           for topic in INPUTS)])]
 
 
 def _rviz() -> Action:
