@@ -79,10 +79,12 @@ class LiveSession:
 
     # -- images ----------------------------------------------------------------------------
 
-    def process(self, frame: Frame, T_map_first: np.ndarray | None = None) -> Estimate:
+    def process(self, frame: Frame, T_map_first: np.ndarray | None = None, *,
+                settle: bool = True) -> Estimate:
         """One frame of the stream, in the present mode.
 
         T_map_first: pose of the camera if this frame starts a map (see OnlineReconstructor).
+        settle: finish what a keyframe is followed by; else ``work`` does it between frames.
         Raises InputError for an image that cannot be used.
         """
         if self.mode == 'localization':
@@ -94,7 +96,11 @@ class LiveSession:
             self._mapper = OnlineReconstructor(self.config, self.encoder, self._writer,
                                                relocalise=self._ask_memory,
                                                T_map_first=T_map_first)
-        return self._mapper.process(frame)
+        return self._mapper.process(frame) if settle else self._mapper.track(frame)
+
+    def work(self) -> bool:
+        """One piece of what was put off by ``settle=False``; False when nothing is left."""
+        return self._mapper is not None and self._mapper.work()
 
     def locate(self, frame: Frame, T_map_cam_hint: np.ndarray | None = None) -> Estimate:
         """Find one image in the memory; nothing is written.

@@ -263,3 +263,16 @@ def test_the_cloud_is_fused_and_capped(rgbd):
     assert len(np.unique(cells, axis=0)) > 0.9 * len(scene.cloud)
     capped = voxel_fused(scene.cloud.xyz, scene.cloud.rgb, voxel, 500)
     assert len(capped) == 500 and capped.xyz.dtype == np.float32
+
+
+def test_work_may_be_put_off_between_frames(frames, encoder):
+    """A live node tracks on while a keyframe is followed up, piece by piece."""
+    memory = Notes()
+    mapper = OnlineReconstructor(MapperConfig(), encoder, memory)
+    for frame in frames:
+        mapper.track(frame)
+        mapper.work()
+    scene = mapper.finish()
+    assert posed_share(mapper) == 1.0
+    assert ate(mapper, frames, with_scale=False) < 0.01
+    assert [k.id for k in memory.written] == list(range(len(scene.keyframes)))

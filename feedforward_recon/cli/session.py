@@ -13,8 +13,8 @@ from feedforward_recon.cli.terminal import progress_bar
 from feedforward_recon.config import MapperConfig
 from feedforward_recon.evaluation import TrajectoryError, absolute_trajectory_error
 from feedforward_recon.mapping.localizer import Localizer
-from feedforward_recon.mapping.online import OnlineReconstructor, Stats
-from feedforward_recon.mapping.scene_map import SceneMap
+from feedforward_recon.mapping.online import OnlineReconstructor
+from feedforward_recon.mapping.scene_map import SceneMap, Stats
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.model import Encoder
 from feedforward_recon.types import Estimate, Frame, Trajectory

@@ -10,10 +10,10 @@ its first landmarks is one unit, and ``metres_per_unit`` is None.
 
 from __future__ import annotations
 
-import logging
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -30,12 +30,11 @@ from feedforward_recon.mapping.loops import correct, find_loop
 from feedforward_recon.mapping.matching import Tracks
 from feedforward_recon.mapping.preparation import Preparation
 from feedforward_recon.mapping.relocalisation import relocalise, settle
-from feedforward_recon.mapping.scene_map import SceneMap
+from feedforward_recon.mapping.scene_map import SceneMap, Stats
 from feedforward_recon.mapping.tracking import Tracked, Tracker, exact_fit
 from feedforward_recon.model import Encoder
 from feedforward_recon.types import Estimate, Frame, Keyframe, PointCloud, Status, Trajectory
 
-log = logging.getLogger(__name__)
 FOCAL_ROUNDS = (6, 12, 24, 48)  # keyframes after which a guessed focal length is refined
 
 
@@ -47,19 +46,6 @@ class Memory(Protocol):
 
     def reanchor(self, poses: dict[int, np.ndarray]) -> None:
         """Keyframes {id: T_map_cam} have moved."""
-
-
-@dataclass
-class Stats:
-    """Counts of a run; restarts: monocular maps given up before they had depth."""
-
-    frames: int = 0
-    keyframes: int = 0
-    lost: int = 0
-    relocalised: int = 0
-    loops: int = 0
-    corrections: int = 0
-    restarts: int = 0
 
 
 class OnlineReconstructor:
@@ -77,23 +63,19 @@ class OnlineReconstructor:
                  poses: Literal['estimated', 'given'] = 'estimated',
                  relocalise: Callable[[Frame], Estimate] | None = None,
                  T_map_first: np.ndarray | None = None) -> None:
-        self.config = config
-        self.encoder = encoder
-        self.memory = memory
-        self.poses = poses
-        self.relocalise = relocalise
+        self.config, self.encoder, self.memory = config, encoder, memory
+        self.poses, self.relocalise = poses, relocalise
         self.T_map_first = np.eye(4) if T_map_first is None else T_map_first
-        self.status = Status.INITIALISING
-        self.stats = Stats()
+        self.status, self.stats = Status.INITIALISING, Stats()
         self._preparation = Preparation(config.tracking)
-        self._policy = KeyframePolicy(config.keyframes)
-        self._journal = Journal()
+        self._policy, self._journal = KeyframePolicy(config.keyframes), Journal()
         self._start_map()
 
     def _start_map(self) -> None:
         self._map = GrowingMap(self.config, self.encoder.dim)
         self._tracker = Tracker(self.config.tracking)
         self._bootstrap: Bootstrap | None = None
+        self._due: deque[Callable[[], None]] = deque()
         self._written = 0
 
     # -- the loop --------------------------------------------------------------------------
@@ -103,18 +85,47 @@ class OnlineReconstructor:
 
         Raises InputError for an image that cannot be used; losing track is a status.
         """
+        estimate = self.track(frame)
+        self._work_off()
+        return estimate
+
+    def track(self, frame: Frame) -> Estimate:
+        """The part of ``process`` that a pose waits for; ``work`` does the rest in pieces.
+
+        Other frames may be tracked between pieces; a new keyframe first ends all of them.
+        """
         started = time.perf_counter()
         view = self._preparation.view(frame, len(self._journal))
         tracked = self._track(view, frame)
         novel = tracked is not None and self._is_novel(view, tracked)
         if tracked is not None and novel:
-            tracked = self._extend(view, tracked)
-            self._map.refine_window(poses_fixed=self.poses == 'given')
-            self._close_loops()
-            self._refine_focal()
-            self._write_memory()
-            tracked = self._settle(view, tracked)
+            tracked = self._extend(view, self._brought_up_to_date(tracked))
+            self._due.extend((self._refine_window, self._close_loops, self._refine_focal,
+                              self._write_memory))
         return self._record(view, tracked, novel, started)
+
+    def work(self) -> bool:
+        """One piece of what a keyframe is followed by; False when nothing is left."""
+        if not self._due:
+            return False
+        newest = len(self._map) - 1
+        T_map_before = self._map.T_map_cam[newest].copy()
+        self._due.popleft()()
+        # Not the transpose: rounding in a rotation would be fed back, and doubled each time.
+        T_new_old = self._map.T_map_cam[newest] @ np.linalg.inv(T_map_before)
+        self._tracker.carried(self._map, T_new_old)
+        return True
+
+    def _work_off(self) -> None:
+        while self.work():
+            pass
+
+    def _brought_up_to_date(self, tracked: Tracked) -> Tracked:
+        """End the work on the last keyframe; the map has moved under the tracked frame."""
+        self._work_off()
+        tracks, T_map_cam = self._tracker.tracks, self._tracker.T_map_cam
+        assert tracks is not None
+        return replace(tracked, tracks=tracks, fit=replace(tracked.fit, T_map_cam=T_map_cam))
 
     # -- tracking --------------------------------------------------------------------------
 
@@ -203,7 +214,13 @@ class OnlineReconstructor:
         keyframe = self._map.keyframes[newest]
         keyframe.cloud_cam, keyframe.cloud_rgb = sampled_depth(view, self.config.cloud.stride_px)
         self.stats.keyframes += 1
-        return replace(tracked, tracks=tracks)
+        T_map_cam = self._map.T_map_cam[newest].copy()
+        self._policy.kept(view, tracks)
+        self._tracker.corrected(tracks, T_map_cam)
+        return replace(tracked, tracks=tracks, fit=replace(tracked.fit, T_map_cam=T_map_cam))
+
+    def _refine_window(self) -> None:
+        self._map.refine_window(poses_fixed=self.poses == 'given')
 
     def _complete_start(self, tracks: Tracks) -> None:
         """Enter and leave the phase in which a monocular map has no depth yet."""
@@ -259,14 +276,6 @@ class OnlineReconstructor:
         if self.memory is not None and self._written:
             self.memory.reanchor(dict(enumerate(self._map.T_map_cam[:self._written].copy())))
 
-    def _settle(self, view: View, tracked: Tracked) -> Tracked:
-        """Take over what refinement changed; motion is now counted from this keyframe."""
-        tracks = self._map.current(tracked.tracks)
-        T_map_cam = self._map.T_map_cam[-1]
-        self._policy.kept(view, tracks)
-        self._tracker.corrected(tracks, T_map_cam)
-        return replace(tracked, tracks=tracks, fit=replace(tracked.fit, T_map_cam=T_map_cam))
-
     # -- results ---------------------------------------------------------------------------
 
     def _record(self, view: View, tracked: Tracked | None, novel: bool,
@@ -305,22 +314,23 @@ class OnlineReconstructor:
 
     def finish(self) -> SceneMap:
         """Refine the whole map, write the rest of the memory, and return the result."""
+        self._work_off()
         if self.poses == 'estimated' and len(self._map) > 1:
             self._refine_all(refine_focal=self._preparation.camera_source != 'given')
         self._write_memory(everything=True)
         return self.scene_map()
 
     def revisit(self, index: int, frame: Frame) -> Estimate:
-        """Look up frame ``index``, which had no pose, in the map as it is now; writes nothing."""
+        """Look up frame ``index``, which had no pose, in the present map; writes nothing."""
         started = time.perf_counter()
         view = self._preparation.view(frame, index)
         features = self.encoder.encode(view.image)
-        tracked = relocalise(view, features, self._map, self.config.tracking) \
-            if len(self._map) else None
+        if not len(self._map):
+            return self.estimates[index]
+        tracked = relocalise(view, features, self._map, self.config.tracking)
         if tracked is None:
             return self.estimates[index]
-        latency_ms = (time.perf_counter() - started) * 1e3
-        estimate = self._measured(view, tracked.fit, False, latency_ms)
+        estimate = self._measured(view, tracked.fit, False, (time.perf_counter() - started) * 1e3)
         depth = self._map.typical_depth(len(self._map) - 1)
         nearest = int(self._map.neighbours(tracked.fit.T_map_cam, depth)[0])
         self._journal.note(estimate, nearest, self._map.T_map_cam[nearest], index)
@@ -345,7 +355,7 @@ class OnlineReconstructor:
 
     @property
     def camera(self) -> Camera | None:
-        """The camera in use: given, guessed or refined; None before the first frame."""
+        """The camera in use; None before the first frame."""
         return self._preparation.camera
 
     @property

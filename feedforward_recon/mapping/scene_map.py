@@ -28,3 +28,16 @@ class SceneMap:
     scale_source: str = 'unknown'
     camera_source: str = 'given'
     frame: str = 'first camera'
+
+
+@dataclass
+class Stats:
+    """Counts of a run; restarts: monocular maps given up before they had depth."""
+
+    frames: int = 0
+    keyframes: int = 0
+    lost: int = 0
+    relocalised: int = 0
+    loops: int = 0
+    corrections: int = 0
+    restarts: int = 0

@@ -55,6 +55,12 @@ class Tracker:
         """The map moved: the same frame now has another pose and its tracks other names."""
         self.tracks, self.T_map_cam = tracks, T_map_cam
 
+    def carried(self, map_: GrowingMap, T_new_old: np.ndarray) -> None:
+        """The map around the camera moved as a whole, and some landmarks have other names."""
+        assert self.tracks is not None
+        self.tracks = map_.current(self.tracks)
+        self.T_map_cam = T_new_old @ self.T_map_cam
+
     def predict(self, stamp_ns: int) -> np.ndarray:
         """Pose at a stamp by constant velocity; across a long pause the camera stays."""
         interval = stamp_ns - self._stamp_ns

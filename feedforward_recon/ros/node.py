@@ -132,7 +132,8 @@ class CameraNode(LifecycleNode):
         self._generation += 1
         generation = self._generation
         self.worker = Worker('worker', self.mailbox, self.queue, self._use,
-                             lambda *answer: self._on_answer(generation, *answer))
+                             lambda *answer: self._on_answer(generation, *answer),
+                             session.work)
         self.worker.start()
         self.outputs = Outputs(self, config)
         self.new_map(session.info)
@@ -229,18 +230,20 @@ class CameraNode(LifecycleNode):
         arrival, T_map_first = item
         session = self.session
         assert session is not None
-        estimate = session.process(self.decode(arrival), T_map_first)
+        estimate = session.process(self.decode(arrival), T_map_first,
+                                   settle=self.config.queue == 'offline')
         keyframes = session.keyframe_poses() if estimate.is_keyframe else None
         return Answer(estimate, session.info, keyframes)
 
-    def _on_answer(self, generation: int, item: tuple[Arrival, Any], answer: Answer | None,
+    def _on_answer(self, generation: int, item: tuple[Arrival, Any] | None,
+                   answer: Answer | None,
                    error: Exception | None) -> None:
         if generation != self._generation or self.outputs is None:
             return
-        arrival = item[0]
-        if error is not None or answer is None:
+        if error is not None or answer is None or item is None:
             self._refused(error)
             return
+        arrival = item[0]
         self._take_over(answer.info, answer.estimate)
         self.health.frames += 1
         if answer.estimate.T_map_cam is not None:

@@ -97,16 +97,18 @@ class Job:
 class Worker(threading.Thread):
     """Runs jobs one after another, and ``on_frame`` for queued frames in between.
 
-    Both answer through the mailbox; an exception is an answer like any other, because a node
-    survives whatever its input does to the algorithm.
+    ``on_idle`` is called while nothing waits, until it returns False. Jobs and frames answer
+    through the mailbox; an exception is an answer like any other, because a node survives
+    whatever its input does to the algorithm.
     """
 
     def __init__(self, name: str, mailbox: Mailbox, frames: FrameQueue | None = None,
                  on_frame: Callable[[Any], Any] | None = None,
-                 on_answer: Callable[[Any, Any, Exception | None], None] | None = None) -> None:
+                 on_answer: Callable[[Any, Any, Exception | None], None] | None = None,
+                 on_idle: Callable[[], bool] | None = None) -> None:
         super().__init__(name=name, daemon=True)
         self._mailbox, self._frames = mailbox, frames
-        self._on_frame, self._on_answer = on_frame, on_answer
+        self._on_frame, self._on_answer, self._on_idle = on_frame, on_answer, on_idle
         self._jobs: deque[Job] = deque()
         self._work = threading.Semaphore(0)
         self._stopping = False
@@ -136,13 +138,26 @@ class Worker(threading.Thread):
     def run(self) -> None:
         """Take work until told to stop."""
         while True:
-            self._work.acquire()
+            if not self._work.acquire(blocking=False):
+                if self._idle():
+                    continue
+                self._work.acquire()
             if self._stopping:
                 self._refuse()
                 return
             self.busy = True
             self._step()
             self.busy = False
+
+    def _idle(self) -> bool:
+        """Nobody waits: a piece of the work that was put off; False when there is none."""
+        if self._on_idle is None:
+            return False
+        more, error = _attempt(self._on_idle)
+        on_answer = self._on_answer
+        if error is not None and on_answer is not None:
+            self._mailbox.post(lambda: on_answer(None, None, error))
+        return bool(more)
 
     def _refuse(self) -> None:
         """Answer everybody who waits: a service that is never answered hangs its caller."""
