@@ -6,17 +6,18 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks import golden
 from feedforward_recon.errors import ConfigError, InputError
 from feedforward_recon.model import layers
-from feedforward_recon.model.attention import attention_factory
+from feedforward_recon.model.attention import ATTENTION, attention_factory
 from feedforward_recon.model.backbone import BackboneConfig
 from feedforward_recon.model.checkpoints import expected_tensors
 from feedforward_recon.model.configs import CONFIGS, build
 from feedforward_recon.model.da3 import Da3, Da3Config
 from feedforward_recon.model.dpt import DptConfig
-from feedforward_recon.model.network import Vggt, VggtConfig
+from feedforward_recon.model.network import TransformerMemory, Vggt, VggtConfig
 from feedforward_recon.model.pi3 import Pi3, Pi3Config
 from feedforward_recon.model.vit import VitConfig
 
@@ -140,6 +141,38 @@ def test_a_mapped_image_is_found_as_it_was():
     assert difference(again.points, mapped.points[:, 2:3]) < TOLERANCE
 
 
+@pytest.mark.parametrize('attention', ATTENTION)
+@torch.inference_mode()
+def test_a_saved_memory_answers_as_before(attention, tmp_path):
+    network = vggt(attention)
+    _, memory = network(images(3))
+    tensors = {name: tensor.contiguous() for name, tensor in memory.tensors().items()}
+    save_file(tensors, tmp_path / 'memory.safetensors')
+    loaded = network.memory_from(load_file(tmp_path / 'memory.safetensors'))
+    assert loaded.nbytes == memory.nbytes
+    query = images(1, seed=1)
+    before, _ = network(query, memory, write=False)
+    after, _ = network(query, loaded, write=False)
+    assert torch.equal(before.depth, after.depth)
+    assert torch.equal(before.pose_encodings, after.pose_encodings)
+
+
+@torch.inference_mode()
+def test_the_memory_of_another_network_is_refused():
+    _, memory = vggt('ttt')(images(2))
+    with pytest.raises(InputError, match='memory of softmax attention'):
+        vggt().memory_from(memory.tensors())
+
+
+def test_few_camera_tokens_span_the_scene():
+    line = torch.tensor([0., 1, 2, 3, 9, 10]).view(1, 6, 1)
+    memory = TransformerMemory((), line)
+    assert memory.with_few_camera_tokens(3).camera_tokens.flatten().tolist() == [0, 3, 10]
+    assert memory.with_few_camera_tokens(6) is memory
+    fewer = memory.with_few_camera_tokens(4).with_few_camera_tokens(2)
+    assert fewer.camera_tokens.flatten().tolist() == [0, 10]
+
+
 @torch.inference_mode()
 def test_only_the_first_image_is_special_to_vggt():
     network, order, swap = vggt(), [0, 3, 1, 2], [1, 0, 2, 3]
@@ -217,7 +250,7 @@ def test_offloading_changes_nothing_but_the_place():
     assert torch.equal(plain.depth, offloaded.depth) and memory.camera_tokens.shape[1] == 3
 
 
-@pytest.mark.parametrize('attention', ['ttt', 'sparse', 'sparse_linear', 'latent', 'hybrid'])
+@pytest.mark.parametrize('attention', ATTENTION)
 @torch.inference_mode()
 def test_every_attention_fits_into_the_network(attention):
     answer, memory = vggt(attention)(images(2))

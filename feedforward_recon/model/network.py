@@ -7,8 +7,9 @@ modules keep nothing of a scene.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from feedforward_recon.model.backbone import Aggregator, AttentionFactory, Backb
 from feedforward_recon.model.checkpoints import KeyRules
 from feedforward_recon.model.dpt import DptConfig, DptHead, Scratch
 from feedforward_recon.model.heads import CameraHead
-from feedforward_recon.model.layers import empty_states
+from feedforward_recon.model.layers import GlobalBlock, empty_states
 from feedforward_recon.model.pose_encoding import decode_cameras
 
 
@@ -41,6 +42,28 @@ class TransformerMemory:
 
     states: tuple[Any, ...]
     camera_tokens: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is remembered."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The memory as named tensors, for saving."""
+        named = {f'{index}.{name}': tensor for index, state in enumerate(self.states)
+                 for name, tensor in state.tensors().items()}
+        return {'camera_tokens': self.camera_tokens, **named}
+
+    def with_few_camera_tokens(self, limit: int) -> TransformerMemory:
+        """The same memory with at most ``limit`` camera tokens per scene.
+
+        Kept are the first, whose camera is the world, and then always the one that differs
+        most from those already kept (Gonzalez 1985): the views that span the scene.
+        """
+        if self.camera_tokens.shape[1] <= limit:
+            return self
+        kept = torch.stack([scene[_spread_out(scene, limit)] for scene in self.camera_tokens])
+        return replace(self, camera_tokens=kept)
 
 
 @dataclass(frozen=True)
@@ -85,6 +108,23 @@ class Vggt(nn.Module):
         states = empty_states(self.aggregator.global_blocks, batch)
         return TransformerMemory(states, token.new_zeros(batch, 0, 2 * token.shape[-1]).float())
 
+    def memory_from(self, tensors: Mapping[str, torch.Tensor]) -> TransformerMemory:
+        """The memory that ``tensors`` were taken from (`TransformerMemory.tensors`).
+
+        Raises InputError when they belong to another network.
+        """
+        states = []
+        for index, block in enumerate(self.aggregator.global_blocks):
+            kind = cast(GlobalBlock, block).attn.state_type
+            names = [field.name for field in fields(kind)]
+            missing = [name for name in names if f'{index}.{name}' not in tensors]
+            if missing or 'camera_tokens' not in tensors:
+                raise InputError(f'expected the memory of {self.config.attention} attention in '
+                                 f'{len(self.aggregator.global_blocks)} blocks, found none of '
+                                 f'block {index}; map again with this model')
+            states.append(kind.from_tensors({n: tensors[f'{index}.{n}'] for n in names}))
+        return TransformerMemory(tuple(states), tensors['camera_tokens'])
+
     def forward(self, images: torch.Tensor, memory: TransformerMemory | None = None, *,
                 write: bool = True, offload: bool = False,
                 ) -> tuple[Reconstruction, TransformerMemory]:
@@ -117,6 +157,16 @@ class Vggt(nn.Module):
         return Reconstruction(
             encodings, T_cam_world, K, depth[..., 0].exp(), 1 + depth[..., 1].exp(),
             _signed_expm1(points[..., :3]), 1 + points[..., 3].exp())
+
+
+def _spread_out(points: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices, in ascending order, of ``count`` points [S, C] far from each other."""
+    chosen = [0]
+    distance = (points - points[0]).norm(dim=-1)
+    while len(chosen) < count:
+        chosen.append(int(distance.argmax()))
+        distance = torch.minimum(distance, (points - points[chosen[-1]]).norm(dim=-1))
+    return torch.tensor(sorted(chosen), device=points.device)
 
 
 def _signed_expm1(x: torch.Tensor) -> torch.Tensor:
