@@ -28,7 +28,7 @@ from feedforward_recon.mapping.localizer import Localizer
 from feedforward_recon.mapping.online import OnlineReconstructor
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.model import Encoder
-from feedforward_recon.types import Estimate, Frame, Keyframe, Status, Trajectory
+from feedforward_recon.types import Estimate, Frame, Status, Trajectory
 
 Mode = Literal['mapping', 'localization']
 NO_MAP = 'NO_MAP'
@@ -266,8 +266,3 @@ class LiveSession:
             return CloudSource((cloud.xyz,), (cloud.rgb,), (np.eye(4),),
                                self.config.cloud.voxel_m, self.config.cloud.max_points)
         return None if self._mapper is None else self._mapper.cloud_source(newest_only)
-
-    def newest_keyframe(self) -> Keyframe | None:
-        """The keyframe that was added last."""
-        return self._mapper.keyframes[-1] if self._mapper and self._mapper.stats.keyframes \
-            else None

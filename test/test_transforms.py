@@ -9,7 +9,6 @@ from feedforward_recon.geometry.transforms import (
     inverse,
     make_transform,
     matrix_from_quat_xyzw,
-    orthonormalised,
     pose_error,
     quat_xyzw_from_matrix,
     rotation_angle_rad,
@@ -156,22 +155,6 @@ def test_pose_error_is_symmetric_and_sees_both_parts(batch):
         assert distance.shape == angle_deg.shape == batch
         np.testing.assert_allclose(distance, 5)
         np.testing.assert_allclose(angle_deg, np.rad2deg(0.3))
-
-
-def test_orthonormalised_is_a_projection_onto_rotations():
-    R = so3_exp(tangents((6,))[:, 3:])
-    noisy = R + rng().normal(size=R.shape) * 1e-3
-    nearest = orthonormalised(noisy)
-    assert_same(nearest @ np.swapaxes(nearest, -1, -2), np.broadcast_to(np.eye(3), R.shape))
-    np.testing.assert_allclose(np.linalg.det(nearest), 1)
-    assert_same(orthonormalised(nearest), nearest)
-    assert np.all(np.linalg.norm(nearest - noisy, axis=(1, 2))
-                  <= np.linalg.norm(R - noisy, axis=(1, 2)))
-
-
-def test_orthonormalised_never_returns_a_mirror():
-    mirror = np.diag([1.0, 1.0, -1.0])
-    assert np.linalg.det(orthonormalised(mirror)) == pytest.approx(1)
 
 
 def test_make_transform_broadcasts_one_rotation_over_many_positions():

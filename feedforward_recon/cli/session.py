@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +13,7 @@ from feedforward_recon.cli.terminal import progress_bar
 from feedforward_recon.config import MapperConfig
 from feedforward_recon.evaluation import TrajectoryError, absolute_trajectory_error
 from feedforward_recon.mapping.localizer import Localizer
+from feedforward_recon.mapping.offline import second_look
 from feedforward_recon.mapping.online import OnlineReconstructor
 from feedforward_recon.mapping.scene_map import SceneMap, Stats
 from feedforward_recon.memory import MemoryWriter
@@ -55,7 +56,7 @@ class Run:
 
 def map_frames(frames: Iterable[Frame], total: int, encoder: Encoder, config: MapperConfig,
                poses: Poses = 'estimated') -> Run:
-    """Map frames, refine, and polish the memory; bars on stderr.
+    """Map frames, refine, place what was missed, and polish the memory; bars on stderr.
 
     Raises InputError for a frame that cannot be used.
     """
@@ -79,6 +80,9 @@ def map_frames(frames: Iterable[Frame], total: int, encoder: Encoder, config: Ma
     reading_s = time.perf_counter() - started - mapping_s
     before = time.perf_counter()
     scene = mapper.finish()
+    if poses == 'estimated' and not isinstance(frames, Iterator):  # it can be read again
+        second_look(mapper, frames)
+        scene = mapper.scene_map()
     mapping_s += time.perf_counter() - before
     polish_s = _polish(writer)
     return Run(scene, writer, mapper.stats, _trajectory(truth), mapping_s, reading_s, polish_s)

@@ -105,15 +105,6 @@ def pose_error(T_a: np.ndarray, T_b: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return distance, np.rad2deg(rotation_angle_rad(R_delta))
 
 
-def orthonormalised(R: np.ndarray) -> np.ndarray:
-    """The rotations nearest to matrices [..., 3, 3] in the Frobenius norm (by SVD)."""
-    U, _, Vt = np.linalg.svd(R)
-    D = np.zeros_like(R)
-    D[..., 0, 0] = D[..., 1, 1] = 1.0
-    D[..., 2, 2] = np.linalg.det(U @ Vt)
-    return U @ D @ Vt
-
-
 def quat_xyzw_from_matrix(R: np.ndarray) -> np.ndarray:
     """Unit quaternions [..., 4] (x, y, z, w) of rotations [..., 3, 3] (Shepperd's method)."""
     R = np.asarray(R, float)

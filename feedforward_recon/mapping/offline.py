@@ -6,7 +6,7 @@ track) are looked up in the finished map, which has seen what came later.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from feedforward_recon.config import MapperConfig
 from feedforward_recon.mapping.online import Memory, OnlineReconstructor
@@ -25,7 +25,19 @@ def reconstruct(frames: Sequence[Frame], config: MapperConfig, encoder: Encoder,
     for frame in frames:
         mapper.process(frame)
     mapper.finish()
-    for index, estimate in enumerate(mapper.estimates):
-        if not estimate.status.has_pose:
-            mapper.revisit(index, frames[index])
+    second_look(mapper, frames)
     return mapper.scene_map()
+
+
+def second_look(mapper: OnlineReconstructor, frames: Iterable[Frame]) -> int:
+    """Place the frames that a finished mapper missed; ``frames`` are all, in the same order.
+
+    Returns how many were found.
+    """
+    found = 0
+    missed = {index for index, estimate in enumerate(mapper.estimates)
+              if not estimate.status.has_pose}
+    for index, frame in enumerate(frames if missed else ()):
+        if index in missed:
+            found += mapper.revisit(index, frame).status.has_pose
+    return found

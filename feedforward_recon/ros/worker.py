@@ -112,7 +112,6 @@ class Worker(threading.Thread):
         self._jobs: deque[Job] = deque()
         self._work = threading.Semaphore(0)
         self._stopping = False
-        self.busy = False
 
     def ask(self, job: Job) -> None:
         """Run a job before any waiting frame."""
@@ -145,9 +144,7 @@ class Worker(threading.Thread):
             if self._stopping:
                 self._refuse()
                 return
-            self.busy = True
             self._step()
-            self.busy = False
 
     def _idle(self) -> bool:
         """Nobody waits: a piece of the work that was put off; False when there is none."""
