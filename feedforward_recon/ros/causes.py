@@ -94,7 +94,8 @@ def causes(health: Health, now_ns: int, *, silence_s: float = 3.0,
         return []
     look = _Look(health, now_ns, int(silence_s * SECOND), transport or Transport())
     found = [cause for rule in RULES for cause in rule(look)]
-    return sorted(found, key=lambda cause: not cause.blocking) or list(_tracking(look))
+    found.sort(key=lambda cause: not cause.blocking)
+    return found if found and found[0].blocking else [*found, *_tracking(look)]
 
 
 def _clock(look: _Look) -> Iterator[Cause]:

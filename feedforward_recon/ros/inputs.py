@@ -128,7 +128,8 @@ class Inputs:
         self._held: deque[tuple[Any, Any | None, int]] = deque(maxlen=WAITING_IMAGES)
         self._cameras: dict[str, Camera] = {}
         self._subscriptions: dict[str, Any] = {}
-        self._first_ns: int | None = None  # steady clock when the first image came
+        self._began_ns: int | None = None  # steady clock when images came, or came again
+        health.camera_info, health.info_wh = InfoState.UNKNOWN, None
         for kind, (topic, _, needed) in self._wanted().items():
             health.inputs[kind] = InputHealth(topic, kind, needed, reliable=self._reliable(topic))
             self._subscribe(kind)
@@ -222,6 +223,7 @@ class Inputs:
             frame_id=message.header.frame_id, jump_ns=int(self._config.jump_s * SECOND))
 
     def _image(self, message: Image | CompressedImage) -> None:
+        began = not self._comes('image')
         fault = self._received('image', message)
         if fault is StampFault.JUMP_BACK:
             self._pairing.forget_after(stamp_ns(message.header))
@@ -230,7 +232,7 @@ class Inputs:
         if fault in REFUSED:
             return
         arrived_ns = time.monotonic_ns()
-        self._first_ns = self._first_ns or arrived_ns
+        self._began_ns = arrived_ns if began else self._began_ns
         if self._depth_is_expected():
             self._pass_on(self._pairing.add_image(stamp_ns(message.header),
                                                   (message, arrived_ns)))
@@ -249,15 +251,23 @@ class Inputs:
         depth = self._health.inputs.get('depth')
         if depth is None:
             return False
-        silent_s = self._waited_s() if depth.arrived_ns is None \
-            else (self._now_ns() - depth.arrived_ns) / SECOND
-        if silent_s >= self._config.silence_s:
+        if not self._comes('depth') and self._waited_s() >= self._config.silence_s:
             return False
         return bool(depth.messages or self._node.count_publishers(depth.topic))
 
+    def _comes(self, kind: str) -> bool:
+        """Something has arrived lately."""
+        arrived_ns = self._health.inputs[kind].arrived_ns
+        return arrived_ns is not None \
+            and self._now_ns() - arrived_ns < self._config.silence_s * SECOND
+
     def _waited_s(self) -> float:
-        """Steady seconds since the first image: the driver may start long after the node."""
-        return 0.0 if self._first_ns is None else (time.monotonic_ns() - self._first_ns) / SECOND
+        """Steady seconds since images came, or came again after a silence.
+
+        The driver may start long after the node, and start again: an image that arrives before
+        its calibration or depth does not mean that there is none.
+        """
+        return 0.0 if self._began_ns is None else (time.monotonic_ns() - self._began_ns) / SECOND
 
     def _pass_on(self, pairs: list[tuple[Any, Any | None]]) -> None:
         for (image, arrived_ns), depth in pairs:

@@ -221,7 +221,6 @@ class CameraNode(LifecycleNode):
         """The frame of a message; called on the worker. Raises InputError."""
         image = image_rgb(arrival.image)
         depth = None if arrival.depth is None else depth_metres(arrival.depth)
-        self.health.pictures.look(image, depth)
         topic = self.health.inputs['image'].topic if 'image' in self.health.inputs else 'image'
         return Frame(arrival.stamp_ns, image, depth, arrival.camera, topic)
 
@@ -230,7 +229,9 @@ class CameraNode(LifecycleNode):
         arrival, T_map_first = item
         session = self.session
         assert session is not None
-        estimate = session.process(self.decode(arrival), T_map_first,
+        frame = self.decode(arrival)
+        self.health.pictures.look(frame.image, frame.depth)
+        estimate = session.process(frame, T_map_first,
                                    settle=self.config.queue == 'offline')
         keyframes = session.keyframe_poses() if estimate.is_keyframe else None
         return Answer(estimate, session.info, keyframes)

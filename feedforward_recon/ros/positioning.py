@@ -144,9 +144,13 @@ class Positioning:
         session, worker = node.session, node.worker
         if session is None or worker is None:
             return
-        T_map_cam = self.frames.camera_pose(
-            matrix_from_pose(message.pose.pose), self._camera_frame,
-            stamp_ns(message.header), self.metres_per_unit)
+        try:
+            T_map_cam = self.frames.camera_pose(
+                matrix_from_pose(message.pose.pose), self._camera_frame,
+                stamp_ns(message.header), self.metres_per_unit)
+        except InputError as error:
+            node.notice('INITIALPOSE_REFUSED', f'the initialpose was not used: {error}')
+            return
         worker.ask(Job(lambda: session.hint(T_map_cam), lambda *_: None))
         node.get_logger().info('initialpose: looking there first')
 
@@ -190,6 +194,8 @@ class Positioning:
                 if time.monotonic() < waiting.until_s:
                     return
                 self._node.notice('TF_LATE', f'a pose was not published: {error}')
+            except InputError as error:
+                self._node.notice('POSE_REFUSED', f'a pose was not published: {error}')
             if self._waiting:
                 self._waiting.popleft()
 

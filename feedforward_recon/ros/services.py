@@ -145,8 +145,10 @@ class Services:
         try:
             _, body, text = await self._locate(arrival)
         except ReconError as error:
-            text = json.dumps({'stamp_ns': arrival.stamp_ns, 'status': 'NOT_LOCALISED',
-                               'reason': str(error)})
+            text = _refusal(arrival, str(error))
+        except Exception as error:  # whatever an image does, its sender waits for an answer
+            self._node.notice('INTERNAL_ERROR', f'a query image failed: {error!r}')
+            text = _refusal(arrival, f'internal error: {error!r}')
         if self._node.outputs is not None:
             self._node.outputs.query(body, text)
 
@@ -213,6 +215,12 @@ class Services:
         response.success = not found
         response.message = report_json(node.health, found, node.now_ns())
         return response
+
+
+def _refusal(arrival: Arrival, reason: str) -> str:
+    """The answer to an image that could not be used, in the form of ``_as_json``."""
+    return json.dumps({'stamp_ns': arrival.stamp_ns, 'status': 'NOT_LOCALISED',
+                       'reason': reason, 'pose': None})
 
 
 def _as_json(estimate: Estimate, body: BodyPose | None, info: SessionInfo,
