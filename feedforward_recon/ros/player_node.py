@@ -39,7 +39,8 @@ from feedforward_recon.types import Frame
 
 CLOCK_STEP_S = 0.02
 ACK_TIMEOUT_S, ACK_STEP_S = 10.0, 0.5
-QUEUE = 10
+QUEUE = 20
+IN_FLIGHT_BYTES = 4 << 20  # fits the shared memory of config/fastdds.xml, with depth
 
 
 class PlayerNode(Node):
@@ -87,7 +88,9 @@ class PlayerNode(Node):
                 break
             self._send(frame)
             sent += 1
-        self._settle()
+            if not self.config.rate:
+                self._pace(sent, frame.image.nbytes)
+        self._settle(tuple(self._topics))
         return sent
 
     # -- time ------------------------------------------------------------------------------
@@ -106,8 +109,6 @@ class PlayerNode(Node):
         while rclpy.ok() and (left_s := due_s - time.monotonic()) > 0:
             self._tell_time(stamp_ns - round(left_s * self.config.rate * 1e9))
             self._spin_until(time.monotonic() + min(left_s, CLOCK_STEP_S))
-        if not self.config.rate:
-            self._settle()
         self._tell_time(stamp_ns)
 
     def _spin_until(self, end_s: float) -> None:
@@ -115,14 +116,24 @@ class PlayerNode(Node):
         while rclpy.ok() and (left_s := end_s - time.monotonic()) > 0:
             self._spinner.spin_once(timeout_sec=left_s)
 
-    def _settle(self) -> None:
-        """Until subscribers have everything that was sent reliably."""
+    def _pace(self, sent: int, image_bytes: int) -> None:
+        """At full speed: let subscribers catch up before a queue runs over.
+
+        Not after each frame, because Fast DDS acknowledges what fits into one packet (small
+        images, every camera_info) only with its periodic heartbeat, after up to 3 s.
+        """
+        if sent % min(max(IN_FLIGHT_BYTES // image_bytes, 1), QUEUE // 2) == 0:
+            self._settle(('image', 'depth'))
+
+    def _settle(self, names: tuple[str, ...]) -> None:
+        """Until subscribers have everything that was sent reliably on these topics."""
         if not self.config.reliable or not rclpy.ok():
             return
         end_s = time.monotonic() + ACK_TIMEOUT_S
         for name, publisher in self._topics.items():
             # In short steps, because nothing interrupts the wait.
-            while not publisher.wait_for_all_acked(Duration(seconds=ACK_STEP_S)) and rclpy.ok():
+            while name in names and rclpy.ok() \
+                    and not publisher.wait_for_all_acked(Duration(seconds=ACK_STEP_S)):
                 if time.monotonic() > end_s:
                     self.get_logger().warning(
                         f'{name}: expected an acknowledgement within {ACK_TIMEOUT_S:g} s, found '
