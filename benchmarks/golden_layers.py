@@ -84,9 +84,8 @@ def _speed3r_arrays(layer: SparseAttention, x: torch.Tensor, case: dict, file: F
     positions = torch.from_numpy(file[f'{name}_pos'][:tokens]).long()
     out, state = layer(x, layer.empty_state(1), positions=positions, frames=case['frames'],
                        tokens_per_frame=tokens, write=True)
-    layout = Layout(positions, tokens)
-    coarse, exact, chosen = layer.branches(x, layer.readable(state), layout)
-    blocks = layer.blocks(layout)
+    blocks = layer.prepared(Layout(positions, tokens))
+    coarse, exact, chosen = layer.branches(x, layer.readable(state), blocks)
     count = len(blocks.order) * case['frames']
     gate = layer.gate(x).sigmoid().unflatten(-1, (-1, 2)).transpose(1, 2)
     assert blocks.positions is not None

@@ -182,6 +182,24 @@ def test_wrong_calls_are_one_sentence(name):
             call(layer, x, write=False)
 
 
+@pytest.mark.parametrize('name', ['sparse', 'sparse_linear'])
+def test_images_of_another_size_are_one_sentence(name):
+    layer = make(name)
+    _, state = call(layer, tokens(2))
+    other = patch_positions((2, 2), SPECIAL)
+    with pytest.raises(InputError, match='expected frames as large as those of the scene'):
+        layer(tokens(1)[:, :6], state, positions=other, frames=1, tokens_per_frame=6, write=True)
+
+
+@pytest.mark.parametrize(('positions', 'reason'), [(None, 'found None'),
+                                                   (POSITIONS[:-1], 'found 29 in 5x6')])
+def test_ttt_needs_the_whole_grid(positions, reason):
+    layer = make('ttt')
+    with pytest.raises(InputError, match=reason):
+        layer(tokens(1)[:, :31], layer.empty_state(2), positions=positions, frames=1,
+              tokens_per_frame=31, write=True)
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ConfigError, match=r"softmax.*found 'flash'"):
         global_attention(AttentionConfig(8, 1, 'flash'))
@@ -199,6 +217,15 @@ def test_a_ttt_state_is_a_sum(dtype):
     assert_states_equal(call(layer, b, state_a)[1], joint, **limit)
     assert_states_equal(call(layer, a, state_b)[1], joint, **limit)
     assert_states_equal(joint - state_b, state_a, **limit)
+
+
+def test_hybrid_states_add_up_and_refuse_to_be_taken_apart():
+    layer, a, b = make('hybrid'), tokens(3, seed=3), tokens(2, seed=4)
+    state_a, state_b = call(layer, a)[1], call(layer, b)[1]
+    joint = call(layer, torch.cat((a, b), 1))[1]
+    assert_states_equal(state_a + state_b, joint)
+    with pytest.raises(InputError, match='cannot be taken away'):
+        joint - state_b
 
 
 def heads(layer, x):

@@ -77,8 +77,8 @@ class Alone:
 class QkvAttention(nn.Module):
     """Base of the variants: projections with the official names, and the order of a call.
 
-    A variant defines `empty_state`, `write`, `read`, and `readable` if something has to be
-    derived from the state once per call.
+    A variant defines `empty_state`, `write` and `read`; also `prepared` and `readable` if
+    something has to be derived from the layout or from the state once per call.
     """
 
     fixed_size: ClassVar[bool] = False
@@ -119,7 +119,7 @@ class QkvAttention(nn.Module):
         if x.shape[1] != frames * tokens_per_frame:
             raise InputError(f'expected {frames} frames of {tokens_per_frame} tokens, found '
                              f'{x.shape[1]} tokens; pass the counts that x was made with')
-        layout = Layout(positions, tokens_per_frame)
+        layout = self.prepared(Layout(positions, tokens_per_frame))
         chunks = self._chunks(x, tokens_per_frame)
         if write:
             state = self.write(chunks, state, layout)
@@ -136,7 +136,11 @@ class QkvAttention(nn.Module):
         """The state of ``batch`` scenes of which nothing is known."""
         raise NotImplementedError
 
-    def write(self, chunks: tuple[torch.Tensor, ...], state: Any, layout: Layout) -> State:
+    def prepared(self, layout: Layout) -> Any:
+        """What `write` and `read` need to know of a frame, worked out once per call."""
+        return layout
+
+    def write(self, chunks: tuple[torch.Tensor, ...], state: Any, layout: Any) -> State:
         """The state with the frames of all chunks added."""
         raise NotImplementedError
 
@@ -144,7 +148,7 @@ class QkvAttention(nn.Module):
         """What `read` needs; by default the state itself."""
         return state
 
-    def read(self, chunk: torch.Tensor, memory: Any, layout: Layout) -> torch.Tensor:
+    def read(self, chunk: torch.Tensor, memory: Any, layout: Any) -> torch.Tensor:
         """Outputs [B, heads, T, head_dim] of the tokens of one chunk."""
         raise NotImplementedError
 
@@ -179,7 +183,14 @@ def merge_heads(x: torch.Tensor) -> torch.Tensor:
 
 
 def append(old: torch.Tensor, new: torch.Tensor, dim: int) -> torch.Tensor:
-    """``new`` behind ``old``, in the dtype of the first that was written."""
+    """``new`` behind ``old``, in the dtype of the first that was written.
+
+    Raises InputError when frames of another size were written before.
+    """
+    if old.shape[dim] and old.shape[dim + 1:] != new.shape[dim + 1:]:
+        raise InputError(f'expected frames as large as those of the scene, found blocks of '
+                         f'{list(new.shape[dim + 1:])} instead of {list(old.shape[dim + 1:])}; '
+                         'resize all images of a scene alike')
     return torch.cat((old, new.to(old.dtype)), dim) if old.shape[dim] else new
 
 

@@ -19,29 +19,27 @@ from feedforward_recon.model.attention.base import Layout
 class Blocks:
     """The blocks of one frame.
 
-    order: index of the tokens of each block, [blocks, size]; places beyond the end of a short
-    block repeat its first token. valid: [blocks, size], False at those places. positions: mean
-    position of each block, rounded towards zero as in Speed3R, [blocks, 2] (None without).
-    special: number of leading blocks that hold special tokens (0 or 1).
+    tokens: those of the frame, as they lie. order: index of the tokens of each block, [blocks,
+    size]; places beyond the end of a short block repeat its first token. valid: [blocks, size],
+    False at those places. place: where in the blocks each token went, [tokens.tokens].
+    positions: mean position of each block, rounded towards zero as in Speed3R, [blocks, 2]
+    (None without).
     """
 
+    tokens: Layout
     order: torch.Tensor
     valid: torch.Tensor
+    place: torch.Tensor
     positions: torch.Tensor | None
-    special: int
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens of whole frames [B, h, F * P, d] -> blocks [B, h, F * blocks, size, d]."""
-        frames = x.unflatten(2, (-1, int(self.valid.sum())))
-        return frames[:, :, :, self.order].flatten(2, 3)
+        return x.unflatten(2, (-1, self.tokens.tokens))[:, :, :, self.order].flatten(2, 3)
 
     def joined(self, x: torch.Tensor) -> torch.Tensor:
         """Undo `split`."""
-        count, size = self.order.shape
-        place = torch.empty(int(self.valid.sum()), dtype=torch.long, device=x.device)
-        flat = torch.arange(count * size, device=x.device).view(count, size)
-        place[self.order[self.valid]] = flat[self.valid]
-        return x.unflatten(2, (-1, count)).flatten(3, 4)[:, :, :, place].flatten(2, 3)
+        frames = x.unflatten(2, (-1, len(self.order))).flatten(3, 4)
+        return frames[:, :, :, self.place].flatten(2, 3)
 
     def mean(self, blocks: torch.Tensor) -> torch.Tensor:
         """Means [B, h, F * blocks, d] over the tokens of blocks [B, h, F * blocks, size, d]."""
@@ -56,14 +54,17 @@ def cut(layout: Layout, special: int, side: int) -> Blocks:
     order = labels.argsort(stable=True)
     counts = labels.bincount()
     starts = counts.cumsum(0) - counts
-    place = torch.arange(int(counts.max()), device=labels.device).expand(len(counts), -1)
-    valid = place < counts[:, None]
-    order = order[starts[:, None] + place.where(valid, 0)]
+    size = int(counts.max())
+    rank = torch.arange(size, device=labels.device).expand(len(counts), -1)
+    valid = rank < counts[:, None]
+    table = order[starts[:, None] + rank.where(valid, 0)]
+    place = torch.empty_like(order)
+    place[order] = torch.arange(table.numel(), device=labels.device)[valid.flatten()]
     positions = None
     if layout.positions is not None:
-        total = (layout.positions[order] * valid[..., None]).sum(1)
+        total = (layout.positions[table] * valid[..., None]).sum(1)
         positions = torch.div(total, counts[:, None], rounding_mode='trunc')
-    return Blocks(order, valid, positions, min(special, 1))
+    return Blocks(layout, table, valid, place, positions)
 
 
 def _labels(layout: Layout, special: int, side: int) -> torch.Tensor:
@@ -82,15 +83,20 @@ def _labels(layout: Layout, special: int, side: int) -> torch.Tensor:
     return torch.cat((first, labels + min(special, 1)))
 
 
-def read_blocks(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor,
-                chosen: torch.Tensor) -> torch.Tensor:
+def padding(valid: torch.Tensor) -> torch.Tensor | None:
+    """The mask ``valid`` if it excludes anything, else None; asked once per call."""
+    return None if valid.all() else valid
+
+
+def read_blocks(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+                valid: torch.Tensor | None, chosen: torch.Tensor) -> torch.Tensor:
     """Each block of queries attends exactly to the tokens of the blocks chosen for it.
 
     Args:
         q: queries [B, h, n, size, d].
         keys: [B, h, M, size', d].
         values: [B, h, M, size', d].
-        valid: which places of the M blocks hold a token, [M, size'].
+        valid: which places of the M blocks hold a token, [M, size']; None: all of them.
         chosen: indices into the M blocks, [B, h, n, k].
 
     Returns:
@@ -105,7 +111,7 @@ def read_blocks(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, valid
         pairs.append(picked.view(*chosen.shape[:3], -1, q.shape[-1]))  # [B, h, n, k * size', d]
     k, v = pairs
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    if not valid.all():
+    if valid is not None:
         absent = ~valid[chosen].flatten(-2)[:, :, :, None]  # [B, h, n, 1, k * size']
         logits = logits.masked_fill(absent, -torch.inf)
     return logits.softmax(-1) @ v

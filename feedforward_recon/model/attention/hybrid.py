@@ -21,11 +21,18 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
+from feedforward_recon.errors import InputError
 from feedforward_recon.model.attention import fast_weights
-from feedforward_recon.model.attention.base import Layout, State
+from feedforward_recon.model.attention.base import State
 from feedforward_recon.model.attention.config import AttentionConfig
 from feedforward_recon.model.attention.fast_weights import Samples
-from feedforward_recon.model.attention.ttt import TttAttention, TttState, sum_dtype, unit
+from feedforward_recon.model.attention.ttt import (
+    PatchLayout,
+    TttAttention,
+    TttState,
+    sum_dtype,
+    unit,
+)
 
 
 class Anchors(NamedTuple):
@@ -34,6 +41,10 @@ class Anchors(NamedTuple):
     keys: torch.Tensor
     values: torch.Tensor
     scores: torch.Tensor
+
+    def joined(self, other: Anchors) -> Anchors:
+        """All places of both."""
+        return Anchors(*(torch.cat(pair, 2) for pair in zip(self, other, strict=True)))
 
     def best(self, count: int) -> Anchors:
         """The ``count`` places with the highest scores."""
@@ -55,6 +66,15 @@ class HybridState(TttState):
         """The anchors."""
         return Anchors(self.keys, self.values, self.scores)
 
+    def __add__(self, other: HybridState) -> HybridState:  # type: ignore[override]
+        sums = super().__add__(other)
+        anchors = self.anchors.joined(other.anchors).best(self.scores.shape[2])
+        return HybridState(sums.g0, sums.g1, sums.g2, *anchors)
+
+    def __sub__(self, other: TttState) -> TttState:
+        raise InputError('expected a state of sums alone, found anchors, which cannot be taken '
+                         'away; map again without those frames')
+
 
 class HybridAttention(TttAttention):
     """`ttt` plus anchors."""
@@ -75,28 +95,27 @@ class HybridAttention(TttAttention):
         return HybridState(sums.g0, sums.g1, sums.g2, nothing, nothing, free)
 
     def write(self, chunks: tuple[torch.Tensor, ...], state: HybridState,
-              layout: Layout) -> HybridState:
+              layout: PatchLayout) -> HybridState:
         """Add the gradient sums, and keep the best of old and new tokens as anchors."""
         count = self.config.hybrid.anchors
         candidates: list[Anchors] = []
 
         def samples() -> Iterator[Samples]:
             for chunk in chunks:
-                sample = self.samples(chunk, layout.positions)
+                sample = self.samples(chunk, layout)
                 candidates.append(_candidates(sample).best(count))
                 yield sample
         sums = self.learned(samples(), state)
         local = Anchors(*(torch.cat(column, 2) for column in zip(*candidates, strict=True)))
         new = Anchors(*(self.exchange.concatenate(t.contiguous(), 2) for t in local.best(count)))
-        union = Anchors(*(torch.cat(pair, 2) for pair in zip(state.anchors, new, strict=True)))
-        return HybridState(sums.g0, sums.g1, sums.g2, *union.best(count))
+        return HybridState(sums.g0, sums.g1, sums.g2, *state.anchors.joined(new).best(count))
 
     def readable(self, state: HybridState) -> Any:
         """Fast weights and anchors."""
         return super().readable(state), state.anchors
 
     def read(self, chunk: torch.Tensor, memory: Any,
-             layout: Layout) -> torch.Tensor:
+             layout: PatchLayout) -> torch.Tensor:
         """Apply the fast network, and add what the anchors say."""
         weights, anchors = memory
         q = unit(self.raw_queries(chunk), layout.positions)

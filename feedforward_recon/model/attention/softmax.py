@@ -46,7 +46,7 @@ class SoftmaxAttention(QkvAttention):
         """Append keys and values."""
         def keys_values(chunk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             k, v = self.raw_keys_values(chunk)
-            return self.turned(self.k_norm, k, layout.positions), v
+            return self.turned(self.k_norm, k, layout.positions).to(v.dtype), v
         keys, values = (self.exchange.concatenate(t, 2)
                         for t in join(map(keys_values, chunks), 2))
         return SoftmaxState(append(state.keys, keys, 2), append(state.values, values, 2))
@@ -60,5 +60,5 @@ class SoftmaxAttention(QkvAttention):
              layout: Layout) -> torch.Tensor:
         """Attend to every token."""
         q = self.turned(self.q_norm, self.raw_queries(chunk), layout.positions)
-        return F.scaled_dot_product_attention(q.to(memory.values.dtype),
-                                              memory.keys.to(memory.values.dtype), memory.values)
+        return F.scaled_dot_product_attention(q.to(memory.values.dtype), memory.keys,
+                                              memory.values)

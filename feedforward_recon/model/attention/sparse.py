@@ -32,7 +32,7 @@ from feedforward_recon.model.attention.base import (
     join,
     require_written,
 )
-from feedforward_recon.model.attention.blocks import Blocks, cut, read_blocks
+from feedforward_recon.model.attention.blocks import Blocks, cut, padding, read_blocks
 from feedforward_recon.model.attention.config import AttentionConfig
 
 
@@ -51,10 +51,14 @@ class SparseState(State):
 
 
 class SparseMemory(NamedTuple):
-    """The blocks, and keys and values [B, h, N, d] if special tokens have to read them all."""
+    """The blocks, which of their places hold a token (None: all), and what special tokens read.
+
+    tokens: keys and values [B, h, N, d], without padding if there are special tokens.
+    """
 
     blocks: SparseState
-    tokens: tuple[torch.Tensor, torch.Tensor] | None
+    valid: torch.Tensor | None
+    tokens: tuple[torch.Tensor, torch.Tensor]
 
 
 class SparseAttention(QkvAttention):
@@ -76,55 +80,50 @@ class SparseAttention(QkvAttention):
         blocks, pooled = self.no_tokens(batch, heads, 0, 0, d), self.no_tokens(batch, heads, 0, d)
         return SparseState(blocks, blocks, pooled, pooled, self.no_tokens(0, 0).bool())
 
-    def write(self, chunks: tuple[torch.Tensor, ...], state: SparseState,
-              layout: Layout) -> SparseState:
-        """Append the blocks of each frame."""
-        blocks = self.blocks(layout)
+    def prepared(self, layout: Layout) -> Blocks:
+        """How a frame is cut."""
+        return cut(layout, self.config.special, self.config.sparse.window)
 
+    def write(self, chunks: tuple[torch.Tensor, ...], state: SparseState,
+              blocks: Blocks) -> SparseState:
+        """Append the blocks of each frame."""
         def projected(chunk: torch.Tensor) -> tuple[torch.Tensor, ...]:
             k, v = self.raw_keys_values(chunk)
             pooled_k, pooled_v = (blocks.mean(blocks.split(t)) for t in (k, v))
-            return (blocks.split(self.turned(self.k_norm, k, layout.positions)),
-                    blocks.split(v), self.turned(self.k_norm, pooled_k, blocks.positions),
-                    pooled_v)
+            keys = self.turned(self.k_norm, k, blocks.tokens.positions).to(v.dtype)
+            pooled_keys = self.turned(self.k_norm, pooled_k, blocks.positions)
+            return blocks.split(keys), blocks.split(v), pooled_keys, pooled_v
         new = [self.exchange.concatenate(t, 2) for t in join(map(projected, chunks), 2)]
         old = state.keys, state.values, state.pooled_keys, state.pooled_values
         valid = blocks.valid.repeat(new[0].shape[2] // len(blocks.valid), 1)
         k, v, pooled_k, pooled_v = (append(a, b, 2) for a, b in zip(old, new, strict=True))
         return SparseState(k, v, pooled_k, pooled_v, append(state.valid, valid, 0))
 
-    def blocks(self, layout: Layout) -> Blocks:
-        """How a frame is cut."""
-        return cut(layout, self.config.special, self.config.sparse.window)
-
     def readable(self, state: SparseState) -> SparseMemory:
         """The state, and its tokens without padding for the queries that read them all."""
         require_written(len(state.valid))
-        tokens = None
-        if self.config.special:
-            places = state.valid.flatten()
-            keys, values = (t.flatten(2, 3) for t in (state.keys, state.values))
-            tokens = (keys, values) if places.all() else (keys[:, :, places],
-                                                          values[:, :, places])
-        return SparseMemory(state, tokens)
+        keys, values = state.keys.flatten(2, 3), state.values.flatten(2, 3)
+        valid = padding(state.valid)
+        if valid is not None and self.config.special:
+            keys, values = (t[:, :, valid.flatten()] for t in (keys, values))
+        return SparseMemory(state, valid, (keys, values))
 
-    def read(self, chunk: torch.Tensor, memory: SparseMemory, layout: Layout) -> torch.Tensor:
+    def read(self, chunk: torch.Tensor, memory: SparseMemory, blocks: Blocks) -> torch.Tensor:
         """Both branches, gated per token and head."""
-        coarse, exact, _ = self.branches(chunk, memory, layout)
+        coarse, exact, _ = self.branches(chunk, memory, blocks)
         gate = self.gate(chunk).sigmoid().unflatten(-1, (self.config.heads, 2)).transpose(1, 2)
         return gate[..., :1] * coarse + gate[..., 1:] * exact
 
-    def branches(self, chunk: torch.Tensor, memory: SparseMemory, layout: Layout,
+    def branches(self, chunk: torch.Tensor, memory: SparseMemory, blocks: Blocks,
                  ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Compression and selection [B, h, T, d], and the chosen blocks [B, h, blocks, k]."""
-        blocks = self.blocks(layout)
         raw = self.raw_queries(chunk)
         pooled = self.turned(self.q_norm, blocks.mean(blocks.split(raw)), blocks.positions)
         scores = pooled @ memory.blocks.pooled_keys.transpose(-1, -2)  # [B, h, n, M]
         coarse = (scores * pooled.shape[-1] ** -0.5).softmax(-1) @ memory.blocks.pooled_values
         coarse = coarse[..., None, :].expand(-1, -1, -1, blocks.order.shape[1], -1)
         chosen = self._chosen(scores)
-        q = blocks.split(self.turned(self.q_norm, raw, layout.positions))
+        q = blocks.split(self.turned(self.q_norm, raw, blocks.tokens.positions))
         exact = self._exact(q, memory, chosen, blocks)
         return blocks.joined(coarse), blocks.joined(exact), chosen
 
@@ -139,18 +138,15 @@ class SparseAttention(QkvAttention):
     def _exact(self, q: torch.Tensor, memory: SparseMemory, chosen: torch.Tensor,
                blocks: Blocks) -> torch.Tensor:
         """Selection for windows of patches, full attention for special tokens."""
-        q, chosen = (t.unflatten(2, (-1, len(blocks.order))) for t in (q, chosen))
-        state = memory.blocks
-        windows = read_blocks(q[:, :, :, blocks.special:].flatten(2, 3), state.keys,
-                              state.values, state.valid,
-                              chosen[:, :, :, blocks.special:].flatten(2, 3))
-        windows = windows.unflatten(2, (q.shape[2], -1))
-        if memory.tokens is None:
-            return windows.flatten(2, 3)
-        count = self.config.special
-        first = q[:, :, :, 0, :count].flatten(2, 3)  # [B, h, frames * count, d]
-        everything = F.scaled_dot_product_attention(first, *memory.tokens)
-        everything = F.pad(everything.unflatten(2, (q.shape[2], 1, count)),
-                           (0, 0, 0, q.shape[4] - count))
-        return torch.cat((everything, windows), 3).flatten(2, 3)
-
+        count, first = self.config.special, min(self.config.special, 1)
+        state, frames = memory.blocks, q.unflatten(2, (-1, len(blocks.order)))
+        windows = chosen.unflatten(2, (-1, len(blocks.order)))[:, :, :, first:].flatten(2, 3)
+        exact = read_blocks(frames[:, :, :, first:].flatten(2, 3), state.keys, state.values,
+                            memory.valid, windows)
+        if not count:
+            return exact
+        everything = F.scaled_dot_product_attention(frames[:, :, :, 0, :count].flatten(2, 3),
+                                                    *memory.tokens)
+        everything = F.pad(everything.unflatten(2, (frames.shape[2], 1, count)),
+                           (0, 0, 0, q.shape[3] - count))
+        return torch.cat((everything, exact.unflatten(2, (frames.shape[2], -1))), 3).flatten(2, 3)

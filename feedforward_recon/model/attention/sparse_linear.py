@@ -19,6 +19,7 @@ stays below the rest until N = k b^3. State: keys and values, and d (d + 1) numb
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ from feedforward_recon.model.attention.base import (
     join,
     require_written,
 )
-from feedforward_recon.model.attention.blocks import Blocks, cut, read_blocks
+from feedforward_recon.model.attention.blocks import Blocks, cut, padding, read_blocks
 from feedforward_recon.model.attention.config import AttentionConfig, SparseLinearOptions
 from feedforward_recon.model.layers import Attention
 
@@ -53,6 +54,13 @@ class SparseLinearState(State):
     total: torch.Tensor
 
 
+class SparseLinearMemory(NamedTuple):
+    """The state, and which places of its blocks hold a token (None: all)."""
+
+    state: SparseLinearState
+    valid: torch.Tensor | None
+
+
 class SparseLinearAttention(QkvAttention):
     """Kept blocks plus linear attention."""
 
@@ -71,17 +79,20 @@ class SparseLinearAttention(QkvAttention):
         sums = [self.no_tokens(batch, heads, rows, d) for rows in (d, 1)]
         return SparseLinearState(blocks, blocks, pooled, self.no_tokens(0, 0).bool(), *sums)
 
+    def prepared(self, layout: Layout) -> Blocks:
+        """How a frame is cut."""
+        return cut(layout, self.config.special, self.config.sparse_linear.window)
+
     def write(self, chunks: tuple[torch.Tensor, ...], state: SparseLinearState,
-              layout: Layout) -> SparseLinearState:
+              blocks: Blocks) -> SparseLinearState:
         """Append blocks and add to the sums."""
-        blocks = self._blocks(layout)
         outer, total = torch.zeros_like(state.outer), torch.zeros_like(state.total)
         pieces = []
         for chunk in chunks:
             k, v = self.raw_keys_values(chunk)
-            k = self.turned(self.k_norm, k, layout.positions)
+            k = self.turned(self.k_norm, k, blocks.tokens.positions)
             split = blocks.split(k)
-            pieces.append((split, blocks.split(v), blocks.mean(split)))
+            pieces.append((split.to(v.dtype), blocks.split(v), blocks.mean(split)))
             part = features(k)
             outer = outer + part.transpose(-1, -2) @ v
             total = total + part.sum(2, keepdim=True)
@@ -93,39 +104,37 @@ class SparseLinearAttention(QkvAttention):
                                  state.outer + self.exchange.sum(outer),
                                  state.total + self.exchange.sum(total))
 
-    def readable(self, state: SparseLinearState) -> SparseLinearState:
+    def readable(self, state: SparseLinearState) -> SparseLinearMemory:
         """The state, unless it is empty."""
         require_written(len(state.valid))
-        return state
+        return SparseLinearMemory(state, padding(state.valid))
 
-    def read(self, chunk: torch.Tensor, memory: SparseLinearState,
-             layout: Layout) -> torch.Tensor:
+    def read(self, chunk: torch.Tensor, memory: SparseLinearMemory,
+             blocks: Blocks) -> torch.Tensor:
         """Exact branch plus projected linear branch."""
-        q = self.turned(self.q_norm, self.raw_queries(chunk), layout.positions)
+        q = self.turned(self.q_norm, self.raw_queries(chunk), blocks.tokens.positions)
+        state = memory.state
         if self.config.sparse_linear.keep_ratio is not None:
-            kept = self._kept_tokens(q, memory, self.config.sparse_linear.keep_ratio)
+            kept = self._kept_tokens(q, state, self.config.sparse_linear.keep_ratio)
         else:
-            kept = self._kept_blocks(q, memory, self._blocks(layout))
+            kept = self._kept_blocks(q, memory, blocks)
         mapped = features(q)
-        linear = (mapped @ memory.outer) / (mapped @ memory.total.transpose(-1, -2) + 1e-6)
+        linear = (mapped @ state.outer) / (mapped @ state.total.transpose(-1, -2) + 1e-6)
         return kept + self.proj_lin(linear)
 
-    def _blocks(self, layout: Layout) -> Blocks:
-        return cut(layout, self.config.special, self.config.sparse_linear.window)
-
-    def _kept_blocks(self, q: torch.Tensor, memory: SparseLinearState,
+    def _kept_blocks(self, q: torch.Tensor, memory: SparseLinearMemory,
                      blocks: Blocks) -> torch.Tensor:
         """Each block reads the blocks whose mean key fits its mean query best."""
-        split = blocks.split(q)
-        scores = blocks.mean(split) @ memory.pooled_keys.transpose(-1, -2)  # [B, h, n, M]
+        split, state = blocks.split(q), memory.state
+        scores = blocks.mean(split) @ state.pooled_keys.transpose(-1, -2)  # [B, h, n, M]
         chosen = scores.topk(min(self.config.sparse_linear.kept, scores.shape[-1]), -1).indices
-        return blocks.joined(read_blocks(split, memory.keys, memory.values, memory.valid, chosen))
+        return blocks.joined(read_blocks(split, state.keys, state.values, memory.valid, chosen))
 
     @staticmethod
-    def _kept_tokens(q: torch.Tensor, memory: SparseLinearState, ratio: float) -> torch.Tensor:
+    def _kept_tokens(q: torch.Tensor, state: SparseLinearState, ratio: float) -> torch.Tensor:
         """Each token reads the tokens that fit it best: all scores, then a mask."""
-        keys, values = (t.flatten(2, 3)[:, :, memory.valid.flatten()]
-                        for t in (memory.keys, memory.values))
+        keys, values = (t.flatten(2, 3)[:, :, state.valid.flatten()]
+                        for t in (state.keys, state.values))
         scores = q @ keys.transpose(-1, -2) * q.shape[-1] ** -0.5
         best, chosen = scores.topk(max(1, int(ratio * keys.shape[2])), -1)
         share = torch.zeros_like(scores).scatter(-1, chosen, best.softmax(-1))
@@ -145,7 +154,8 @@ class LocalSparseLinear(SparseLinearAttention):
                                  tokens_per_frame=x.shape[1], write=True)
         return out
 
-    def _blocks(self, layout: Layout) -> Blocks:
+    def prepared(self, layout: Layout) -> Blocks:
+        """How a sequence is cut."""
         special = 0 if layout.positions is None else self.config.special
         return cut(layout, special, self.config.sparse_linear.window)
 

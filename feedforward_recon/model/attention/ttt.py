@@ -14,8 +14,8 @@ gradient of *all* frames at the weights between: possible only for one write int
 state, whose further sums no longer add up with those of other states.
 
 Left out: the frames' MLP branch in chunks (the backbone's business), momentum (unused there).
-Cost: linear. Per token about 4 * 3 d m multiplications per head and step (m = 4 d); state
-3 d m numbers per head and step.
+Cost: linear. Per token and head 6 d m multiplications to write in each step, 3 d m to read
+(m = 4 d); state 3 d m numbers per head and step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from feedforward_recon.errors import InputError
 from feedforward_recon.model.attention import fast_weights
-from feedforward_recon.model.attention.base import Layout, QkvAttention, State
+from feedforward_recon.model.attention.base import Layout, QkvAttention, State, merge_heads
 from feedforward_recon.model.attention.config import AttentionConfig
 from feedforward_recon.model.attention.fast_weights import Fast, Samples
 from feedforward_recon.model.rope import rotate
@@ -69,6 +69,13 @@ class TttState(State):
 
     def _additive(self) -> Fast:
         return Fast(self.g0[:1], self.g1[:1], self.g2[:1])
+
+
+class PatchLayout(NamedTuple):
+    """Positions (y, x) of the tokens of a frame, [tokens, 2], and rows and columns of patches."""
+
+    positions: torch.Tensor
+    grid_hw: tuple[int, int]
 
 
 class ShortConv(nn.Module):
@@ -110,10 +117,16 @@ class TttAttention(QkvAttention):
         weights = Fast(self.w0, self.w1, self.w2)
         return TttState(*(w.new_zeros(1, batch, *w.shape, dtype=sum_dtype(w)) for w in weights))
 
-    def write(self, chunks: tuple[torch.Tensor, ...], state: Any,
-              layout: Layout) -> Any:
+    def prepared(self, layout: Layout) -> PatchLayout:
+        """Raises InputError without positions, or when the patches do not fill a rectangle."""
+        if layout.positions is None:
+            raise InputError('expected positions of the patches for the convolution of values, '
+                             'found None; pass those of one frame')
+        return PatchLayout(layout.positions, grid_of(layout.positions, self.config.special))
+
+    def write(self, chunks: tuple[torch.Tensor, ...], state: Any, layout: PatchLayout) -> Any:
         """Add the gradient sums of all chunks."""
-        return self.learned((self.samples(chunk, layout.positions) for chunk in chunks), state)
+        return self.learned((self.samples(chunk, layout) for chunk in chunks), state)
 
     def learned(self, chunks: Iterable[Samples], state: TttState) -> TttState:
         """The state with the samples added.
@@ -146,15 +159,15 @@ class TttAttention(QkvAttention):
         return weights
 
     def read(self, chunk: torch.Tensor, memory: Any,
-             layout: Layout) -> torch.Tensor:
+             layout: PatchLayout) -> torch.Tensor:
         """Apply the fast network to the queries."""
         q = unit(self.raw_queries(chunk), layout.positions)
         return fast_weights.apply(memory, q).to(chunk.dtype)
 
-    def samples(self, chunk: torch.Tensor, positions: torch.Tensor | None) -> Samples:
+    def samples(self, chunk: torch.Tensor, layout: PatchLayout) -> Samples:
         """What the tokens of a chunk teach: keys, values and rates."""
         k, v = self.raw_keys_values(chunk)
-        return Samples(unit(k, positions), F.silu(self._convolved(v, positions)),
+        return Samples(unit(k, layout.positions), F.silu(self._convolved(v, layout)),
                        self.rates(chunk))
 
     def rates(self, chunk: torch.Tensor) -> torch.Tensor:
@@ -163,15 +176,11 @@ class TttAttention(QkvAttention):
         logits = logits.to(sum_dtype(logits)).unflatten(-1, (3, self.config.heads))
         return F.softplus(logits + RATE_OFFSET).permute(2, 0, 3, 1)[..., None]
 
-    def _convolved(self, v: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    def _convolved(self, v: torch.Tensor, layout: PatchLayout) -> torch.Tensor:
         """Values [B, h, T, d] after the short convolution, frame by frame."""
-        if positions is None:
-            raise InputError('expected positions of the patches for the convolution of values, '
-                             'found None; pass those of one frame')
-        grid = grid_of(positions, self.config.special)
-        tokens = v.transpose(1, 2).flatten(2)  # [B, T, C]
-        frames = tokens.reshape(-1, len(positions), tokens.shape[-1])
-        mixed = self.short_conv_qkv[2](frames, grid).reshape(tokens.shape)
+        tokens = merge_heads(v)
+        frames = tokens.reshape(-1, len(layout.positions), tokens.shape[-1])
+        mixed = self.short_conv_qkv[2](frames, layout.grid_hw).reshape(tokens.shape)
         return self._heads(mixed)
 
     def _advanced(self, weights: Fast, gradient: Fast) -> Fast:
@@ -179,10 +188,9 @@ class TttAttention(QkvAttention):
         return fast_weights.advanced(weights, gradient, initial, self.config.ttt.newton_schulz)
 
 
-def unit(x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+def unit(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Raw queries or keys after SiLU, rotation and L2 normalisation, in float32 or wider."""
-    y = F.silu(x)
-    y = y if positions is None else rotate(y, positions)
+    y = rotate(F.silu(x), positions)
     y = y.to(sum_dtype(y))
     return y / (torch.linalg.vector_norm(y, dim=-1, keepdim=True) + 1e-5)
 
