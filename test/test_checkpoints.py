@@ -157,6 +157,17 @@ def test_the_report_is_exact(tmp_path):
         '1 missing', gone, '1 unexpected', 'extra', 'camera_token [1, 2, 1, 8] instead'))
 
 
+@pytest.mark.parametrize(('key', 'shape'), [
+    ('camera_head.extra', (3,)), ('aggregator.camera_token', (1, 2, 1, 8)),
+    ('camera_head.trunk_norm.bias', None)])
+def test_one_wrong_tensor_is_enough_to_refuse(tmp_path, key, shape):
+    stored = {**weights(vggt()), key: torch.zeros(shape or 1)}
+    if shape is None:
+        del stored[key]
+    with pytest.raises(CheckpointError, match=key):
+        load_weights(vggt(), save(stored, tmp_path / 'w.safetensors'))
+
+
 def test_a_refused_file_leaves_the_network_untouched(tmp_path):
     stored, model = weights(vggt()), vggt(device='cpu')
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}

@@ -139,6 +139,10 @@ def test_a_mapped_image_is_found_as_it_was():
     again, _ = network(images(4)[:, 2:3], memory, write=False)
     assert difference(again.depth, mapped.depth[:, 2:3]) < TOLERANCE
     assert difference(again.points, mapped.points[:, 2:3]) < TOLERANCE
+    # Its camera token is one of those remembered, and equal tokens get equal cameras.
+    tokens = torch.cat((memory.camera_tokens, memory.camera_tokens[:, 2:3]), 1)
+    expected = network.camera_head(tokens)[:, :, 2:3]
+    assert difference(again.pose_encodings, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize('attention', ATTENTION)
