@@ -137,6 +137,9 @@ def load_weights(model: nn.Module, path: str | Path, *, sha256: str = '',
     for name, key in report.sources.items():
         tensor = _read(read, key, file)
         put_tensor(model, name, tensor.to(device, torch.float32))
+    for name, tensor in model.state_dict().items():
+        if name not in report.sources and _matches(name, key_rules(model).optional):
+            put_tensor(model, name, tensor.to(device))
     log.info('loaded %d tensors from %s; left out %d that this network does not use',
              len(report.sources), file, len(report.ignored))
     return report

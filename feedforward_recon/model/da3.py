@@ -220,7 +220,8 @@ class Da3(nn.Module):
         levels, states = self.vit(images, states, write=write, has_first=memory is None,
                                   reference=reference, camera_tokens=known)
         with torch.autocast(images.device.type, enabled=False):
-            return self._read_out([level.float() for level in levels], size_hw), states
+            dtype = self.vit.norm.weight.dtype
+            return self._read_out([level.to(dtype) for level in levels], size_hw), states
 
     def head_inputs(self, levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Patch tokens [B, N, h * w, 2 C]; only what came from the block itself is normed."""

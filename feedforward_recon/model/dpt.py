@@ -123,7 +123,7 @@ class DptHead(nn.Module):
         """Four maps of ``features`` channels, fine to coarse."""
         maps = []
         for index, level in enumerate(levels):
-            x = self.norm(level.float()).transpose(1, 2).unflatten(2, grid_hw)
+            x = self.norm(level.to(self.norm.weight.dtype)).transpose(1, 2).unflatten(2, grid_hw)
             x = with_directions(self.projects[index](x), grid_hw)
             x = self.resize_layers[index](x)
             maps.append(self.scratch.get_submodule(f'layer{index + 1}_rn')(x))

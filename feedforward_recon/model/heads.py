@@ -31,7 +31,7 @@ class CameraHead(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Camera tokens [B, N, C] -> encodings [4, B, N, 9], one per pass; use the last."""
-        tokens = self.token_norm(tokens.float())
+        tokens = self.token_norm(tokens.to(self.token_norm.weight.dtype))
         raw, passes = None, []
         for _ in range(PASSES):
             delta = self._correction(tokens, raw)

@@ -104,9 +104,9 @@ class Vggt(nn.Module):
 
     def empty_memory(self, batch: int = 1) -> TransformerMemory:
         """The memory of a scene that nobody has seen."""
-        token = self.aggregator.camera_token
         states = empty_states(self.aggregator.global_blocks, batch)
-        return TransformerMemory(states, token.new_zeros(batch, 0, 2 * token.shape[-1]).float())
+        weight = self.camera_head.token_norm.weight
+        return TransformerMemory(states, weight.new_zeros(batch, 0, len(weight)))
 
     def memory_from(self, tensors: Mapping[str, torch.Tensor]) -> TransformerMemory:
         """The memory that ``tensors`` were taken from (`TransformerMemory.tensors`).

@@ -180,10 +180,9 @@ class Pi3(nn.Module):
         positions = patch_positions(grid_hw, self.config.registers, images.device,
                                     first=1 if self.config.registers else 0)
         tokens, states = self._decode(self._embed(flat), states, positions, shape, write)
-        device = images.device.type
-        decoded = [decoder(tokens, positions)[:, self.config.registers:].float() for decoder in
-                   (self.point_decoder, self.conf_decoder, self.camera_decoder)]
-        with torch.autocast(device, enabled=False):
+        decoded = [decoder(tokens, positions)[:, self.config.registers:].to(flat.dtype)
+                   for decoder in (self.point_decoder, self.conf_decoder, self.camera_decoder)]
+        with torch.autocast(images.device.type, enabled=False):
             return self._read_out(decoded, grid_hw, shape), states
 
     def _embed(self, images: torch.Tensor) -> torch.Tensor:
