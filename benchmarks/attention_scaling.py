@@ -96,13 +96,13 @@ def plot(points: dict[str, list[Row]], path: Path = PLOT) -> None:
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout='constrained')
-    for axis, key, label in zip(axes, ('ms_per_view', 'peak_mb'),
-                                ('CPU ms per view', 'peak memory beyond the model, MB'),
-                                strict=True):
+    for axis, key, label, ticks in (
+            (axes[0], 'ms_per_view', 'CPU ms per view', (25, 50, 100, 200, 400)),
+            (axes[1], 'peak_mb', 'peak memory beyond the model, MB', (100, 300, 1000, 3000))):
         for name, own in points.items():
             axis.plot(VIEWS, [row[key] for row in own], 'o-', label=name)
         axis.set(xscale='log', yscale='log', xlabel='views', ylabel=label, xticks=VIEWS,
-                 xticklabels=VIEWS)
+                 xticklabels=VIEWS, yticks=ticks, yticklabels=ticks)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)

@@ -19,6 +19,8 @@ ENTRIES = {
     'localisation': ('localisation', 'run'),
     'wrong_places': ('localisation', 'run_wrong_places'),
     'memory_law': ('memory_law', 'run'),
+    'attention_scaling': ('attention_scaling', 'run'),
+    'live': ('live', 'run'),
     'peers_mapping': ('colmap_peer', 'run'),
     'peers_localisation': ('sift_peer', 'run'),
 }

@@ -105,6 +105,11 @@ LOCALISATION: dict[str, Callable[[Row], str]] = {
        for index, (metres, degrees) in enumerate(RECALL_THRESHOLDS)},
     'map MB': number('nbytes', 2, 1e-6), 'ms per query': number('query_ms', 0),
     'CPU ms': number('query_cpu_ms', 0)}
+ATTENTION: dict[str, Callable[[Row], str]] = {
+    'CPU ms per view': number('ms_per_view', 1), 'peak MB': number('peak_mb', 0),
+    'state MB': number('state_mb', 2), 'exponent': number('exponent', 2),
+    'of the last doubling': number('last_exponent', 2),
+    'faster than softmax': number('speed_up', 1)}
 SECTIONS = (
     ('Mapping', ('mapping', 'peers_mapping'), MAPPING,
      'ATE: root mean square distance of camera centres after one alignment. Straight line: what '
@@ -122,6 +127,22 @@ SECTIONS = (
       'CPU s per keyframe': number('cpu_seconds_per_keyframe', 3),
       'worst of 25': number('cpu_seconds_worst', 3)},
      'Every frame of the kitchen as a keyframe, the whole loop.'),
+    ('Live', ('live',),
+     {'images': number('images', 0), 'poses': number('poses', 0),
+      'dropped': number('dropped', 0), 'p50 ms': number('p50_ms', 0),
+      'p95 ms': number('p95_ms', 0), 'p99 ms': number('p99_ms', 0),
+      'longest ms': number('max_ms', 0), 'waiting': number('waiting', 0),
+      'MB': number('rss_mb', 0), 'MB per minute': number('rss_mb_per_minute', 1),
+      'same trajectory': lambda row: {None: '-', True: 'yes', False: 'NO'}[row.get('same')]},
+     'player_node, mapping_node and a listener in three processes over DDS: the walk, 640x480 at '
+     '15 Hz, in a loop for 60 s. Latency: from the stamp that the player gives an image to the '
+     'arrival of its pose. Waiting: most images that were sent and not answered when a pose '
+     'came. MB: resident memory of mapping_node at the end, and its slope over the last 40 s.'),
+    ('Growth of the global attentions', ('attention_scaling',), ATTENTION,
+     'Backbone of `tiny` with initial weights, random images of 140x112 px (85 tokens per view) '
+     'mapped in one call, one process per point. Peak: memory beyond the model. Exponent p: best '
+     'fit of CPU time = c views^p over all points; faster: at the largest number of views.\n\n'
+     '![CPU time per view and peak memory over the number of views](attention_scaling.png)'),
 )
 
 
