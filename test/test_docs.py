@@ -176,6 +176,28 @@ def test_parameters_named_in_the_guide_exist():
     assert named - others <= known
 
 
+def test_every_skip_is_explained():
+    explained = rows(section('# What is tested'))
+    for path in (ROOT / 'test').rglob('*.py'):
+        for name, call in calls(path):
+            for reason in skip_reasons(name, call):
+                assert any(words in reason for words in explained), f'{path.name}: {reason}'
+
+
+def skip_reasons(name: str, call: ast.Call) -> list[str]:
+    """What a call of pytest says when it skips; {} stands for what is filled in."""
+    given = [keyword.value for keyword in call.keywords if keyword.arg == 'reason']
+    if name == 'skip' and getattr(getattr(call.func, 'value', None), 'id', '') == 'pytest':
+        given = call.args[:1]
+    elif name == 'importorskip':
+        given = given or [ast.Constant('could not import')]
+    elif name != 'skipif':
+        return []
+    parts = [value.values if isinstance(value, ast.JoinedStr) else [value] for value in given
+             if isinstance(value, (ast.JoinedStr, ast.Constant))]
+    return [''.join(constant(part) or '{}' for part in found) for found in parts]
+
+
 # -- all documents ------------------------------------------------------------------------------
 
 def test_make_targets_in_documents_exist():
