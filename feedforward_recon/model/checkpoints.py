@@ -115,6 +115,23 @@ def match_keys(model: nn.Module, shapes: Mapping[str, Shape]) -> KeyReport:
     return KeyReport(sources, missing, unexpected, misshapen, ignored)
 
 
+def tensor_shapes(file: Path) -> dict[str, Shape]:
+    """Name and shape of every tensor in a file; values are not read.
+
+    Raises CheckpointError for a damaged file or one that holds other things than tensors.
+    """
+    return _open(file)[0]
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open('rb') as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def load_weights(model: nn.Module, path: str | Path, *, sha256: str = '',
                  device: str | torch.device = 'cpu') -> KeyReport:
     """Put the weights of a file into a network as float32 on ``device``.
@@ -194,13 +211,10 @@ def _damaged(file: Path, error: Exception) -> CheckpointError:
 
 
 def _check_hash(file: Path, sha256: str) -> None:
-    digest = hashlib.sha256()
-    with file.open('rb') as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    if digest.hexdigest() != sha256.lower():
+    found = file_sha256(file)
+    if found != sha256.lower():
         raise CheckpointError(f'expected {file} to have SHA-256 {sha256[:16]}…, found '
-                              f'{digest.hexdigest()[:16]}…; fetch it again')
+                              f'{found[:16]}…; fetch it again')
 
 
 def _own_name(key: str, rules: KeyRules) -> str:
