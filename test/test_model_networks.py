@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -261,6 +262,20 @@ def test_every_attention_fits_into_the_network(attention):
     assert torch.isfinite(answer.depth).all()
     assert len(memory.states) == 4
     assert memory.camera_tokens.shape == (1, 2, 64)
+
+
+@pytest.mark.parametrize('make', [vggt, pi3, da3])
+def test_every_parameter_learns(make):
+    """All but the parts that the published network has and does not use."""
+    with torch.inference_mode(False):
+        network = make.__wrapped__().train()
+        answer, _ = network(images(3))
+        sum(getattr(answer, name).square().mean() for name in type(answer).__dataclass_fields__
+            if name != 'K').backward()
+    idle = {name for name, parameter in network.named_parameters()
+            if parameter.grad is None or not parameter.grad.abs().sum() > 0}
+    unused = r'cam_enc\..*|head\.scratch\.output_conv._aux\.[012]\..*'
+    assert {name for name in idle if not re.fullmatch(unused, name)} == set()
 
 
 def test_unknown_models_are_refused_with_a_suggestion():
