@@ -198,8 +198,8 @@ class LiveSession:
             self._started().finish()
         if not on and self._saved is not None:
             raise MapError(f'expected a map made here, found the one loaded from '
-                           f'{self._saved.path}, which is not extended; reset it with ~/cleanup '
-                           'and configure in mapping mode')
+                           f'{self._saved.path}, which is not extended; clean the node up '
+                           'and configure it in mapping mode')
         self.mode = 'localization' if on else 'mapping'
         return f'mode is {self.mode}'
 
