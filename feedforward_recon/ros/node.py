@@ -77,7 +77,7 @@ class CameraNode(LifecycleNode):
         self._answering = Services(self)
         self._transport = Transport.here(get_rmw_implementation_identifier())
         self._generation = 0
-        self._cloud_due_ns = 0
+        self._cloud_due_s = 0.0
         self._cloud_running = False
         self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', 10)
         self.create_timer(1.0, self._report, clock=STEADY)
@@ -328,15 +328,13 @@ class CameraNode(LifecycleNode):
 
     def _publish_cloud_map(self) -> None:
         """The whole cloud, at its period, and only for somebody who listens."""
-        now_ns = self.now_ns()
-        due = not self._cloud_running and (now_ns >= self._cloud_due_ns
-                                           or now_ns < self._cloud_due_ns - 1e12)
+        due = not self._cloud_running and time.monotonic() >= self._cloud_due_s
         if self.outputs is None or self.session is None or not due \
                 or not self.outputs.wants('cloud_map'):
             return
         self._cloud_running = True
-        self._cloud_due_ns = now_ns + int(self.config.cloud_period_s * 1e9)
-        stamp = self.newest.stamp_ns if self.newest else now_ns
+        self._cloud_due_s = time.monotonic() + self.config.cloud_period_s
+        stamp = self.newest.stamp_ns if self.newest else self.now_ns()
         self._fuse(stamp, self.positioning.metres_per_unit, whole=True)
 
     # -- diagnostics -----------------------------------------------------------------------
