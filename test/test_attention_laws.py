@@ -293,8 +293,9 @@ def test_closed_form_gradients_are_those_of_the_objective():
 
 def test_several_steps_need_all_frames_at_once():
     layer = make('ttt', ttt=TttOptions(steps=2))
-    _, state = call(layer, tokens(2))
+    written, state = call(layer, tokens(2))
     assert state.steps == 2
+    assert torch.equal(call(layer, tokens(2), state, write=False)[0], written)
     with pytest.raises(InputError, match='empty state for 2 update steps'):
         call(layer, tokens(1), state)
     assert (state + state).steps == 1
