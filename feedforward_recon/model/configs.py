@@ -36,7 +36,7 @@ CONFIGS: dict[str, Config] = {
                            DptConfig(768, 64, (48, 96, 192, 384), rectify_skip=False)),
     # Shipped with the package: small enough for every machine.
     'tiny': VggtConfig(BackboneConfig(VitConfig(192, 3, 6, grid=16), 6, (1, 2, 4, 5)),
-                       DptConfig(384, 64, (32, 64, 96, 128))),
+                       DptConfig(384, 64, (32, 64, 96, 128)), camera_depth=1),
     # Sizes of the reference outputs that every part is checked against.
     'vggt-small': VggtConfig(
         BackboneConfig(VitConfig(384, 6, 12, grid=5), 4, (0, 1, 2, 3)),

@@ -25,10 +25,14 @@ from feedforward_recon.model.pose_encoding import decode_cameras
 
 @dataclass(frozen=True)
 class VggtConfig:
-    """Shape of the whole network; ``attention`` names the variant in the global blocks."""
+    """Shape of the whole network.
+
+    camera_depth: blocks of the camera head. attention: the variant in the global blocks.
+    """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     dpt: DptConfig = field(default_factory=DptConfig)
+    camera_depth: int = 4
     attention: str = 'softmax'
 
 
@@ -98,7 +102,7 @@ class Vggt(nn.Module):
         super().__init__()
         self.config, dim = config, 2 * config.backbone.vit.dim
         self.aggregator = Aggregator(config.backbone, global_attention)
-        self.camera_head = CameraHead(dim)
+        self.camera_head = CameraHead(dim, depth=config.camera_depth)
         self.depth_head = DptHead(config.dpt, Scratch(config.dpt, outputs=2))
         self.point_head = DptHead(config.dpt, Scratch(config.dpt, outputs=4))
 
