@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from feedforward_recon.errors import CheckpointError
+from feedforward_recon.errors import CheckpointError, ConfigError
 from feedforward_recon.model.attention import attention_factory
 from feedforward_recon.model.backbone import BackboneConfig
 from feedforward_recon.model.checkpoints import expected_tensors, load_weights, match_keys
-from feedforward_recon.model.configs import build
+from feedforward_recon.model.configs import build, load
 from feedforward_recon.model.da3 import Da3, Da3Config
 from feedforward_recon.model.dpt import DptConfig
 from feedforward_recon.model.network import Vggt, VggtConfig
@@ -89,6 +89,23 @@ def test_parts_that_we_do_not_have_are_left_out(tmp_path):
     stored['aggregator.patch_embed.mask_token'] = torch.zeros(1, 16)
     report = load_weights(vggt(), save(stored, tmp_path / 'w.safetensors'))
     assert len(report.ignored) == 2
+
+
+def test_a_network_is_loaded_by_name(tmp_path):
+    stored = weights(build('tiny', attention='ttt', device='meta'))
+    path = save(stored, tmp_path / 'w.safetensors')
+    network = load('tiny', path, attention='ttt')
+    assert not network.training
+    assert all(torch.equal(t, stored[key]) for key, t in network.state_dict().items())
+    with pytest.raises(CheckpointError, match='missing'):
+        load('tiny', path)
+
+
+@pytest.mark.parametrize('device', ['cuda:99', 'warp'])
+def test_devices_that_are_not_there_are_refused(tmp_path, device):
+    with pytest.raises(ConfigError) as caught:
+        load('tiny', tmp_path / 'w.safetensors', device=device)
+    assert device in sentence(caught)
 
 
 @pytest.mark.parametrize('name', ['conv', 'conf'])

@@ -1,13 +1,13 @@
 """Every architecture by name, in the sizes of the published checkpoints.
 
-``build`` makes a network; under ``device='meta'`` it costs no memory, and
-``checkpoints.load_weights`` then puts the weights of a file in its place without a copy.
+``build`` makes a network with initial weights, ``load`` one with the weights of a file.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import torch
 from feedforward_recon.errors import ConfigError
 from feedforward_recon.model.attention import attention_factory
 from feedforward_recon.model.backbone import SPECIAL, BackboneConfig
+from feedforward_recon.model.checkpoints import load_weights
 from feedforward_recon.model.da3 import Da3, Da3Config
 from feedforward_recon.model.dpt import DptConfig
 from feedforward_recon.model.network import Vggt, VggtConfig
@@ -75,6 +76,34 @@ def build(name: str, attention: str | None = None, device: str | torch.device = 
         if isinstance(config, Da3Config):
             return Da3(config, factory).eval()
         return Vggt(config, factory).eval()
+
+
+def load(name: str, path: str | Path, *, attention: str | None = None, sha256: str = '',
+         device: str | torch.device = 'cpu', **options: Any) -> Network:
+    """A network with the weights of a file, on ``device``; nothing exists twice on the way.
+
+    Raises ConfigError for an unknown name or a device that is not there, CheckpointError for
+    weights that do not fit (`checkpoints.load_weights`).
+    """
+    place = device_of(device)
+    network = build(name, attention, 'meta', **options)
+    load_weights(network, path, sha256=sha256, device=place)
+    return network
+
+
+def device_of(name: str | torch.device) -> torch.device:
+    """The device of that name, after making sure that it works.
+
+    Raises ConfigError when it does not.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f'expected a device that works, found {str(name)!r} ({reason}); '
+                          'use cpu') from error
+    return device
 
 
 def _special(config: Config) -> int:
