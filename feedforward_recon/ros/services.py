@@ -184,6 +184,8 @@ class Services:
 
     async def _forget(self) -> tuple[bool, str]:
         session, worker = self._working()
+        if self._node.queue is not None:
+            self._node.queue.clear()  # images from before are not the start of the new map
         text, info = await self._ask(worker, lambda: (session.reset(), session.info))
         self._node.new_map(info)
         return True, text
