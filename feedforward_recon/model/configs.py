@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from feedforward_recon.model.network import Vggt, VggtConfig
 from feedforward_recon.model.pi3 import Pi3, Pi3Config
 from feedforward_recon.model.vit import VitConfig
 
+log = logging.getLogger(__name__)
 Config = VggtConfig | Pi3Config | Da3Config
 Network = Vggt | Pi3 | Da3
 
@@ -100,9 +102,9 @@ def device_of(name: str | torch.device) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f'expected a device that works, found {str(name)!r} ({reason}); '
-                          'use cpu') from error
+        log.debug('device %s: %s', name, error)
+        raise ConfigError(f'expected a device that this torch can use, found {str(name)!r}, '
+                          'which it cannot; use cpu, or install torch for it') from error
     return device
 
 
