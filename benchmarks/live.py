@@ -1,0 +1,159 @@
+"""A camera at 15 Hz into mapping_node over DDS: how late poses are, and what is left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import KITCHEN, REPOSITORY, data_root
+from feedforward_recon.bag_writer import write_bag
+from feedforward_recon.errors import InputError
+from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.readers import SourceOptions, open_source
+from feedforward_recon.synthetic import Room, render_walk
+
+sys.path.insert(0, str(REPOSITORY / 'test'))  # processes in a ROS domain of their own
+
+SECONDS, RATE_HZ, START_S = 60.0, 15.0, 60.0
+REPEATED = 150  # images of the bag that is mapped twice
+SETTLED = 1 / 3  # share of the run after which memory should no longer grow
+
+
+@dataclass
+class Watch:
+    """What a bystander sees of a run.
+
+    sent_ns, poses_ns: stamps, in the order of arrival. latency_ms: one for each pose.
+    waiting: images that had been sent and not answered when a pose came. rss: (s, MB).
+    """
+
+    sent_ns: list[int] = field(default_factory=list)
+    poses_ns: list[int] = field(default_factory=list)
+    latency_ms: list[float] = field(default_factory=list)
+    waiting: list[int] = field(default_factory=list)
+    rss: list[tuple[float, float]] = field(default_factory=list)
+
+    def image(self, stamp_ns: int) -> None:
+        """An image was sent."""
+        self.sent_ns.append(stamp_ns)
+
+    def pose(self, stamp_ns: int) -> None:
+        """Its pose came."""
+        self.latency_ms.append((time.time_ns() - stamp_ns) / 1e6)
+        self.waiting.append(len(self.sent_ns) - bisect_right(self.sent_ns, stamp_ns))
+        self.poses_ns.append(stamp_ns)
+
+
+def run() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row of the live table; nothing without a ROS."""
+    from ros_support.harness import missing_ros
+
+    if missing_ros():
+        raise InputError(missing_ros())
+    with tempfile.TemporaryDirectory() as folder:
+        name, source = _source(Path(folder))
+        yield f'{name} | mapping_node', live(source, Path(folder))
+        yield f'{name} | bag_mapper twice', repeated(source, Path(folder))
+
+
+def _source(folder: Path) -> tuple[str, Path]:
+    """The real walk, or else a rendered one, 640x480 at 15 Hz with depth."""
+    try:
+        return f'{KITCHEN} RGB-D', data_root() / KITCHEN
+    except InputError:
+        room = Room.generate(5)
+        steps = room.walk(450, seed=0, fps=RATE_HZ)
+        frames = render_walk(room, Camera.from_fov(62.0, (640, 480)), steps, fps=RATE_HZ)
+        write_bag(folder / 'room', frames, 'mcap', compressed=True)
+        return 'synthetic room RGB-D', folder / 'room'
+
+
+def live(source: Path, folder: Path) -> dict[str, Any]:
+    """Play the walk in a loop, each in its own process: camera, node, and this one."""
+    from ros_support.harness import NodeProcess, own_domain
+
+    with own_domain('live') as domain:
+        os.environ.update(domain.environment)
+        node = NodeProcess(domain, folder / 'node.log', 'mapping_node')
+        player = NodeProcess(domain, folder / 'player.log', 'player_node', parameters={
+            'source': source, 'stamps': 'now', 'loop': True})
+        try:
+            watch, reports = _watched(domain, node)
+        except AssertionError as error:
+            raise InputError(f'{error}: {node.output}{player.output}') from error
+        finally:
+            for process in (player, node):
+                process.kill()
+    return _row(watch, reports[-1])
+
+
+def _watched(domain: Any, node: Any) -> tuple[Watch, list[dict[str, str]]]:
+    """Listen for the length of the run; the diagnostics as {key: value}."""
+    from diagnostic_msgs.msg import DiagnosticArray
+    from geometry_msgs.msg import PoseWithCovarianceStamped
+    from ros_support.probe import Probe, profile
+    from sensor_msgs.msg import CameraInfo
+
+    from feedforward_recon.ros.convert import stamp_ns
+
+    watch, reports, probe = Watch(), [], Probe(domain)
+    subscribe = probe.node.create_subscription
+    subscribe(CameraInfo, '/camera_info', lambda m: watch.image(stamp_ns(m.header)), profile())
+    subscribe(PoseWithCovarianceStamped, '/pose', lambda m: watch.pose(stamp_ns(m.header)),
+              profile())
+    subscribe(DiagnosticArray, '/diagnostics', lambda m: reports.append(
+        {pair.key: pair.value for pair in m.status[0].values}), profile())
+    try:
+        assert probe.spin_until(lambda: watch.poses_ns, START_S), 'no pose came'
+        started = time.monotonic()
+        while (passed := time.monotonic() - started) < SECONDS:
+            watch.rss.append((passed, _rss_mb(node.pid)))
+            probe.spin_for(1.0)
+        return watch, reports
+    finally:
+        probe.close()
+
+
+def _rss_mb(pid: int) -> float:
+    pages = int(Path(f'/proc/{pid}/statm').read_text(encoding='utf-8').split()[1])
+    return pages * resource.getpagesize() / 1e6
+
+
+def _row(watch: Watch, report: dict[str, str]) -> dict[str, Any]:
+    seconds, rss = np.array(watch.rss).T
+    settled = seconds > SETTLED * SECONDS
+    p50, p95, p99 = np.percentile(watch.latency_ms, (50, 95, 99))
+    return {'seconds': SECONDS, 'images': len(watch.sent_ns), 'poses': len(watch.poses_ns),
+            'dropped': int(report['dropped']), 'p50_ms': p50, 'p95_ms': p95, 'p99_ms': p99,
+            'max_ms': max(watch.latency_ms), 'waiting': max(watch.waiting),
+            'keyframes': int(report['keyframes']), 'rss_mb': rss[-1],
+            'rss_mb_per_minute': 60 * np.polyfit(seconds[settled], rss[settled], 1)[0]}
+
+
+def repeated(source: Path, folder: Path) -> dict[str, Any]:
+    """Map a bag of the walk twice, in two processes, and compare the trajectories."""
+    bag = folder / 'bag'
+    frames = open_source(source, SourceOptions(max_frames=REPEATED))
+    write_bag(bag, frames, 'mcap', compressed=True)
+    hashes = [_bag_mapper(bag, folder / f'map_{index}')['trajectory_sha256']
+              for index in range(2)]
+    return {'images': len(frames), 'trajectory_sha256': hashes, 'same': hashes[0] == hashes[1]}
+
+
+def _bag_mapper(bag: Path, out: Path) -> dict[str, Any]:
+    words = [sys.executable, '-m', 'feedforward_recon.ros.bag_mapper', '--bag', str(bag),
+             '--map', str(out), '--json', '--set', 'memory.polish_steps=0']
+    result = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    return json.loads(result.stdout)
