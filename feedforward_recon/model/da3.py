@@ -104,33 +104,29 @@ class AlternatingVit(nn.Module):
         normed yet. camera_tokens [B, N, C]: what is known of the cameras; the order of the
         views is then left alone.
         """
-        (batch, frames), grid_hw = images.shape[:2], grid_of(images)
-        positions = patch_positions(grid_hw, 1, images.device)
-        # Global blocks know no place in the image, only the camera token from the patches.
-        where = {False: positions, True: positions.clamp(max=1)}
-        x, levels, after, order = self._embed(images), [], list(states), None
-        alone = x
+        frames, start = images.shape[1], self.config.alt_start
+        positions = patch_positions(grid_of(images), 1, images.device)
         chooses = camera_tokens is None and has_first and frames > 2
+        x = alone = self._embed(images)  # [B, N, P, C]
+        order = torch.arange(frames, device=x.device).expand(len(x), -1)
+        levels, after = [], list(states)
         for index, block in enumerate(self.blocks):
-            if index == self.config.alt_start - 1 and chooses:
+            if index == start - 1 and chooses:
                 order = order_from(choose(x[:, :, 0], reference), frames)
                 x = reordered(x, order)
-            if index == self.config.alt_start:
-                first = self._slots(batch, frames, has_first) if camera_tokens is None \
-                    else camera_tokens
-                x = torch.cat((first[:, :, None].to(x.dtype), x[:, :, 1:]), 2)
+            if index == start:
+                x = self._with_cameras(x, camera_tokens, has_first)
             if isinstance(block, GlobalBlock):
-                number = (index - self.config.alt_start) // 2
-                joined, after[number] = block(
-                    x.flatten(1, 2), states[number], positions=where[True], frames=frames,
-                    write=write)
+                # It knows no place in the image, only the camera token from the patches.
+                number = (index - start) // 2
+                joined, after[number] = block(x.flatten(1, 2), states[number], frames=frames,
+                                              positions=positions.clamp(max=1), write=write)
                 x = joined.unflatten(1, (frames, -1))
             else:
-                turned = where[False] if index >= self.config.alt_start else None
-                x = alone = block(x.flatten(0, 1), turned).unflatten(0, (batch, frames))
+                turned = positions if index >= start else None
+                x = alone = block(x.flatten(0, 1), turned).unflatten(0, images.shape[:2])
             if index in self.config.levels:
-                level = torch.cat((alone, x), -1)
-                levels.append(level if order is None else reordered(level, order.argsort(-1)))
+                levels.append(reordered(torch.cat((alone, x), -1), order.argsort(-1)))
         return levels, tuple(after)
 
     def _embed(self, images: torch.Tensor) -> torch.Tensor:
@@ -139,12 +135,18 @@ class AlternatingVit(nn.Module):
         table = resampled_positions_by_factor(self.pos_embed, grid_of(images))
         return (x + table.to(x.dtype)).unflatten(0, images.shape[:2])
 
-    def _slots(self, batch: int, frames: int, has_first: bool) -> torch.Tensor:
-        """Learned camera tokens [B, N, C]: one for the first view, one for all others."""
-        slots = torch.ones(frames, dtype=torch.long, device=self.camera_token.device)
-        if has_first:
-            slots[0] = 0
-        return self.camera_token[:, slots].expand(batch, -1, -1)
+    def _with_cameras(self, x: torch.Tensor, camera_tokens: torch.Tensor | None,
+                      has_first: bool) -> torch.Tensor:
+        """The class token of each view gives way to what is known of its camera.
+
+        By default that is a learned token, one for the first view and one for all others.
+        """
+        if camera_tokens is None:
+            slots = torch.ones(x.shape[1], dtype=torch.long, device=x.device)
+            if has_first:
+                slots[0] = 0
+            camera_tokens = self.camera_token[:, slots].expand(len(x), -1, -1)
+        return torch.cat((camera_tokens[:, :, None].to(x.dtype), x[:, :, 1:]), 2)
 
 
 class CameraDecoder(nn.Module):
