@@ -119,10 +119,10 @@ class SparseAttention(QkvAttention):
         """Compression and selection [B, h, T, d], and the chosen blocks [B, h, blocks, k]."""
         raw = self.raw_queries(chunk)
         pooled = self.turned(self.q_norm, blocks.mean(blocks.split(raw)), blocks.positions)
-        scores = pooled @ memory.blocks.pooled_keys.transpose(-1, -2)  # [B, h, n, M]
-        coarse = (scores * pooled.shape[-1] ** -0.5).softmax(-1) @ memory.blocks.pooled_values
+        coarse = F.scaled_dot_product_attention(pooled, memory.blocks.pooled_keys,
+                                                memory.blocks.pooled_values)
         coarse = coarse[..., None, :].expand(-1, -1, -1, blocks.order.shape[1], -1)
-        chosen = self._chosen(scores)
+        chosen = self._chosen(pooled @ memory.blocks.pooled_keys.transpose(-1, -2))
         q = blocks.split(self.turned(self.q_norm, raw, blocks.tokens.positions))
         exact = self._exact(q, memory, chosen, blocks)
         return blocks.joined(coarse), blocks.joined(exact), chosen
