@@ -78,6 +78,24 @@ class Features:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """What a feed-forward network says about N images, in a frame and a unit of its own.
+
+    T_world_cam: float64 [N, 4, 4]. K: float64 [N, 3, 3], pixels of the images as given.
+    depth: float32 [N, H, W] z-depth at the size of the images, 0 where nothing is said.
+    confidence: float32 [N, H, W], at least 1 where there is depth; only ratios mean something.
+    """
+
+    T_world_cam: FloatArray
+    K: FloatArray
+    depth: NDArray[np.float32]
+    confidence: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.T_world_cam)
+
+
+@dataclass(frozen=True)
 class Keyframe:
     """A frame that was kept: features and, where known, camera-frame points.
 

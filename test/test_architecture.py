@@ -78,7 +78,7 @@ def test_geometry_knows_no_network():
 
 
 def test_mapping_knows_only_the_protocol_of_a_network():
-    allowed = {f'{NAME}.model', f'{NAME}.model.Encoder'}
+    allowed = {f'{NAME}.model', f'{NAME}.model.Encoder', f'{NAME}.model.Predictor'}
     assert offenders(lambda m: within(m, {f'{NAME}.mapping', f'{NAME}.memory'}),
                      lambda name: within(name, {f'{NAME}.model'}) and name not in allowed) == []
 

@@ -1,13 +1,14 @@
-"""Networks. Mapping knows only the protocol below; which network answers is a detail."""
+"""Networks. Mapping knows only the protocols below; which network answers is a detail."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from feedforward_recon.types import Features
+from feedforward_recon.types import Features, Prediction
 
 
 class Encoder(Protocol):
@@ -23,4 +24,22 @@ class Encoder(Protocol):
 
     def encode(self, image: NDArray[np.uint8], max_keypoints: int | None = None) -> Features:
         """Describe an RGB image uint8 [H, W, 3]; keypoints are in pixels of that image."""
+        ...
+
+
+class Predictor(Protocol):
+    """A feed-forward network: some images in; cameras, depth and a memory of the scene out.
+
+    The memory is a value: None before anything was seen. With ``write`` the images are added
+    to what is returned; without, they are looked at in the light of the memory, which comes
+    back as it was.
+    """
+
+    def predict(self, images: Sequence[NDArray[np.uint8]], memory: Any = None, *,
+                write: bool = True) -> tuple[Prediction, Any]:
+        """What RGB images uint8 [H, W, 3] of one size show together.
+
+        Raises InputError for images that cannot be used, MemoryError when they are too many
+        for the device.
+        """
         ...

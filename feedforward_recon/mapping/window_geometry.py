@@ -1,0 +1,175 @@
+"""What several predictions of one place say about each other: overlap, alignment, scale.
+
+All of it rests on a coarse grid of pixels, the same in every image: a few hundred points per
+image with the network's confidence as their weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+from scipy import sparse
+
+from feedforward_recon.geometry.align import Alignment, align_points_robust
+from feedforward_recon.geometry.transforms import inverse, pose_error, transform_points
+from feedforward_recon.types import FloatArray, Prediction
+
+GRID = 20  # samples along the longer side of an image
+SAME_DEPTH = 0.1  # two depths of one point differ by less than this share
+MIN_SHARED = 0.15  # share of an image that another one must show as well
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A grid of M pixels in each of N images.
+
+    px: int [M, 2] as (u, v). depth: [N, M]. points_world: [N, M, 3].
+    weight: [N, M], the confidence, 0 where there is no depth.
+    """
+
+    px: np.ndarray
+    depth: np.ndarray
+    points_world: np.ndarray
+    weight: np.ndarray
+
+
+def samples(prediction: Prediction) -> Samples:
+    """Points of a grid of pixels of every image."""
+    height, width = prediction.depth.shape[1:]
+    step = max(1, round(max(height, width) / GRID))
+    v, u = np.mgrid[step // 2:height:step, step // 2:width:step].reshape(2, -1)
+    depth = prediction.depth[:, v, u].astype(float)
+    known = np.isfinite(depth) & (depth > 0)
+    depth = np.where(known, depth, 0.0)
+    pixels = np.stack([u, v, np.ones_like(u)], 1).astype(float)
+    rays = pixels @ np.swapaxes(np.linalg.inv(prediction.K), -1, -2)  # [N, M, 3]
+    points = transform_points(prediction.T_world_cam, rays * depth[..., None])
+    weight = np.where(known, prediction.confidence[:, v, u], 0.0)
+    return Samples(pixels[:, :2].astype(int), depth, points, weight)
+
+
+def selected(prediction: Prediction, index: np.ndarray | slice) -> Prediction:
+    """The part of a prediction that belongs to some of its images."""
+    return Prediction(prediction.T_world_cam[index], prediction.K[index],
+                      prediction.depth[index], prediction.confidence[index])
+
+
+def joined(first: Prediction, second: Prediction) -> Prediction:
+    """Two predictions in one frame and unit, one behind the other."""
+    return Prediction(*(np.concatenate([getattr(part, field.name) for part in (first, second)])
+                        for field in fields(Prediction)))
+
+
+def moved(prediction: Prediction, fit: Alignment) -> Prediction:
+    """The prediction in the frame and the unit that ``fit`` leads to."""
+    return replace(prediction, T_world_cam=fit.apply_to_poses(prediction.T_world_cam),
+                   depth=prediction.depth * np.float32(fit.scale))
+
+
+def aligned(source: Prediction, target: Prediction, *, with_scale: bool) -> Alignment:
+    """The transform that brings ``source`` onto ``target``: two predictions of the same images.
+
+    Raises DegenerateError when their points do not determine it.
+    """
+    a, b = samples(source), samples(target)
+    weight = np.sqrt(a.weight * b.weight).ravel()
+    both = weight > 0
+    return align_points_robust(a.points_world.reshape(-1, 3)[both],
+                               b.points_world.reshape(-1, 3)[both], weight[both],
+                               with_scale=with_scale)
+
+
+def misfit(fit: Alignment, target: Prediction) -> float:
+    """Median distance after an alignment, as a share of the median depth of its target."""
+    return float(np.median(fit.residuals) / typical_depth(target))
+
+
+def typical_depth(prediction: Prediction) -> float:
+    """Median z-depth of all samples (1 if there are none)."""
+    grid = samples(prediction)
+    known = grid.weight > 0
+    return float(np.median(grid.depth[known])) if known.any() else 1.0
+
+
+def pose_spread(a: Prediction, b: Prediction) -> tuple[float, float]:
+    """How far two predictions of the same cameras lie apart: rms distance and angle (rad)."""
+    metres, degrees = pose_error(a.T_world_cam, b.T_world_cam)
+    return float(np.sqrt(np.mean(metres**2))), float(np.deg2rad(np.sqrt(np.mean(degrees**2))))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well N images of one prediction explain each other.
+
+    shared: [N, N] share of the points of image i that image j shows at the same depth.
+    right: [N, N] the same as a share of those that fall into image j.
+    error: [N] median relative difference of the depths that agree, 0 without any.
+    """
+
+    shared: np.ndarray
+    right: np.ndarray
+    error: np.ndarray
+
+    @property
+    def groups(self) -> np.ndarray:
+        """Label [N] of the group of images, tied by overlap, that each image belongs to."""
+        tied = (self.shared >= MIN_SHARED) & (self.right >= 0.5)
+        graph = sparse.csr_matrix(tied | tied.T)
+        return sparse.csgraph.connected_components(graph, directed=False)[1]
+
+    @property
+    def score(self) -> np.ndarray:
+        """Share [N] of an image's points that the image that overlaps it most confirms."""
+        if len(self.shared) == 1:
+            return np.ones(1)
+        others = self.shared.copy()
+        np.fill_diagonal(others, -1)
+        return self.right[np.arange(len(others)), others.argmax(1)]
+
+
+def agreement(prediction: Prediction) -> Agreement:
+    """Project the points of every image into every other and compare the depths there."""
+    grid, count = samples(prediction), len(prediction)
+    shared, right, error = np.zeros((count, count)), np.zeros((count, count)), np.zeros(count)
+    T_cam_world = inverse(prediction.T_world_cam)
+    for i in range(count):
+        points = grid.points_world[i, grid.weight[i] > 0]
+        if not len(points):
+            continue
+        in_cams = transform_points(T_cam_world, points[None])  # [N, M, 3]
+        inside, difference = _differences(prediction, in_cams)
+        same = inside & (difference < SAME_DEPTH)
+        shared[i] = same.sum(1) / len(points)
+        right[i] = same.sum(1) / np.maximum(inside.sum(1), 1)
+        same[i] = False
+        error[i] = np.median(difference[same]) if same.any() else 0.0
+    return Agreement(shared, right, error)
+
+
+def _differences(prediction: Prediction, in_cams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where points [N, M, 3], given in each camera, fall into its image, and |z / depth - 1|."""
+    height, width = prediction.depth.shape[1:]
+    z = in_cams[..., 2]
+    front = z > 0
+    rays = in_cams / np.where(front, z, np.inf)[..., None]
+    px = np.rint((rays @ np.swapaxes(prediction.K, -1, -2))[..., :2])
+    inside = front & (px >= 0).all(-1) & (px < (width, height)).all(-1)
+    u, v = np.where(inside[..., None], px, 0).astype(int).transpose(2, 0, 1)
+    depth = prediction.depth[np.arange(len(prediction))[:, None], v, u]
+    inside &= depth > 0
+    return inside, np.abs(z / np.where(inside, depth, np.inf) - 1)
+
+
+def depth_ratio(prediction: Prediction, sensor: list[FloatArray | None]) -> float | None:
+    """Metres per unit of a prediction, from sensor depth [H, W] of its images where known."""
+    ratios: list[np.ndarray] = []
+    grid = samples(prediction)
+    u, v = grid.px.T
+    for index, image in enumerate(sensor):
+        if image is not None:
+            measured = np.nan_to_num(image[v, u])
+            good = (measured > 0) & (grid.weight[index] > 0)
+            ratios.append(measured[good] / grid.depth[index, good])
+    found = np.concatenate(ratios) if ratios else np.zeros(0)
+    return float(np.median(found)) if len(found) else None

@@ -1,0 +1,200 @@
+"""The networks of this package behind one protocol: images in; cameras and depth out.
+
+Each architecture is given images in the way it was trained, and what it says is brought back
+to the pixels of the images as they were, to poses T_world_cam and to confidences above one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from feedforward_recon.errors import CheckpointError, ConfigError, InputError
+from feedforward_recon.model.checkpoints import load_weights
+from feedforward_recon.model.configs import Network, build
+from feedforward_recon.model.da3 import Da3
+from feedforward_recon.model.pi3 import Pi3, shared_intrinsics
+from feedforward_recon.model.pose_encoding import inverse
+from feedforward_recon.model.preprocess import (
+    Placed,
+    crop,
+    longest_side,
+    match_pixels,
+    stacked,
+)
+from feedforward_recon.model.vit import PATCH, normalised
+from feedforward_recon.types import Prediction
+
+log = logging.getLogger(__name__)
+OUT_OF_MEMORY = ('out of memory', 'not enough memory', "can't allocate memory",
+                 'failed to allocate')
+LONGEST_SIDE = 504
+PIXELS = 255_000
+Prepare = Callable[[Sequence[NDArray]], list[Placed]]
+Answer = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class NetworkPredictor:
+    """A network as a ``Predictor``."""
+
+    def __init__(self, network: Network, device: str | torch.device = 'cpu') -> None:
+        self.network, self.device = network, torch.device(device)
+        self._prepare = preparation(network)
+
+    def predict(self, images: Sequence[NDArray[np.uint8]], memory: Any = None, *,
+                write: bool = True) -> tuple[Prediction, Any]:
+        """What images of one size show together (see ``model.Predictor``)."""
+        check_images(images)
+        placed = self._prepare(images)
+        try:
+            answer, memory = self._run(stacked(placed), memory, write)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            answer = None
+        if answer is None:  # outside the handler, whose traceback holds the tensors
+            if self.device.type == 'cuda':
+                torch.cuda.empty_cache()
+            raise MemoryError(f'{len(images)} images at once are too many for {self.device}')
+        return as_prediction(answer, placed, images[0].shape[:2]), memory
+
+    @torch.inference_mode()
+    def _run(self, images: torch.Tensor, memory: Any, write: bool) -> tuple[Answer, Any]:
+        images = images.to(self.device)
+        if isinstance(self.network, Da3):
+            images = normalised(images)
+        half = self.device.type == 'cuda' and torch.cuda.is_bf16_supported()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            said, memory = self.network(images, memory, write=write)
+        return tuple(x[0].float().cpu() for x in read(said)), memory  # type: ignore[return-value]
+
+
+def load_predictor(name: str, attention: str | None = None, device: str = 'cpu',
+                   weights: str | Path | None = None) -> NetworkPredictor:
+    """The network of a name, with its weights, on a device.
+
+    weights: a file; without, the ones shipped with the package. Raises ConfigError for a name
+    or a device that is not there, CheckpointError for weights that are missing or do not fit.
+    """
+    place = checked_device(device)
+    network = build(name, attention, device='meta')
+    file = Path(weights) if weights is not None else shipped_weights(name)
+    load_weights(network, file, device=place)
+    return NetworkPredictor(network.to(place), place)
+
+
+def shipped_weights(name: str) -> Path:
+    """Weights that come with the package. Raises CheckpointError where there are none."""
+    file = Path(str(resources.files('feedforward_recon') / 'weights' / f'{name}.safetensors'))
+    if not file.is_file():
+        raise CheckpointError(f'expected weights for {name}, found none in the package; give '
+                              'the file of its checkpoint with --weights')
+    return file
+
+
+def checked_device(name: str) -> torch.device:
+    """The device of a name such as cpu, cuda or cuda:1. Raises ConfigError if it is not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f'expected a device such as cpu, cuda or cuda:1, found {name!r}; '
+                          'choose one of those') from None
+    if device.type == 'cpu':
+        return device
+    count = torch.cuda.device_count() if device.type == 'cuda' else 0
+    if (device.index or 0) >= count:
+        raise ConfigError(f'expected the device {name}, found {count} usable GPUs; use --device '
+                          'cpu or install a driver and a PyTorch that fit')
+    return device
+
+
+def preparation(network: Network) -> Prepare:
+    """How images are brought to the size that a network was trained with."""
+    if isinstance(network, Pi3):
+        return partial(match_pixels, pixels=PIXELS)
+    if isinstance(network, Da3):
+        return partial(longest_side, size=LONGEST_SIDE)
+    return partial(crop, size=PATCH * network.config.backbone.vit.grid)
+
+
+def check_images(images: Sequence[NDArray]) -> None:
+    """Raises InputError for images of several sizes or of less than one patch."""
+    sizes = sorted({(image.shape[1], image.shape[0]) for image in images})
+    if len(sizes) != 1:
+        found = ', '.join(f'{width}x{height}' for width, height in sizes[:4]) or 'none'
+        raise InputError(f'expected images of one size, found {found}; use the images of one '
+                         'camera')
+    if min(sizes[0]) < PATCH:
+        raise InputError(f'expected images of at least {PATCH}x{PATCH} pixels, the patch of the '
+                         f'network, found {sizes[0][0]}x{sizes[0][1]}; use larger images')
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for the many ways in which allocating a tensor fails."""
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(text in str(error).lower()
+                                                for text in OUT_OF_MEMORY))
+
+
+def read(said: Any) -> Answer:
+    """T_world_cam [B, N, 4, 4], K, depth and confidence [B, N, H, W] of any network's answer."""
+    if hasattr(said, 'points_cam'):  # pi3 says points and a logit
+        return (said.T_world_cam, shared_intrinsics(said.points_cam), said.points_cam[..., 2],
+                1 + said.confidence_logit.exp())
+    return inverse(said.T_cam_world), said.K, said.depth, said.depth_confidence
+
+
+def as_prediction(answer: Answer, placed: Sequence[Placed], size_hw: Sequence[int]) -> Prediction:
+    """The answer about prepared images as one about the originals of height and width size_hw.
+
+    Raises CheckpointError when the network does not describe cameras at all.
+    """
+    T, K, depth, confidence = (x.numpy() for x in answer)
+    if not (np.isfinite(T).all() and np.isfinite(K).all() and (K[:, [0, 1], [0, 1]] > 0).all()):
+        raise CheckpointError('expected cameras from the network, found values that are not '
+                              'finite or no focal lengths; check that the weights belong to it')
+    original_K = np.stack([image.original_K(k) for image, k in zip(placed, K, strict=True)])
+    maps = [_back(image, d, c, size_hw)
+            for image, d, c in zip(placed, depth, confidence, strict=True)]
+    return Prediction(orthonormal(T.astype(float)), original_K,
+                      np.stack([d for d, _ in maps]), np.stack([c for _, c in maps]))
+
+
+def orthonormal(T: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Poses [N, 4, 4] whose rotations are exact in float64, not only in float32."""
+    U, _, Vt = np.linalg.svd(T[:, :3, :3])
+    out = np.array(T, float)
+    out[:, :3, :3] = U @ Vt
+    return out
+
+
+def _back(image: Placed, depth: NDArray, confidence: NDArray, size_hw: Sequence[int]
+          ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Depth and confidence [h, w] at the size of the original, 0 where it was cut off."""
+    good = np.isfinite(depth) & np.isfinite(confidence) & (depth > 0)
+    (sx, sy), (left, top) = image.scale_xy, image.offset_xy
+    to_prepared = np.array([[sx, 0, 0.5 * sx - 0.5 + left], [0, sy, 0.5 * sy - 0.5 + top]])
+    size_wh = (int(size_hw[1]), int(size_hw[0]))
+
+    def warped(values: NDArray, method: int) -> NDArray[np.float32]:
+        return np.asarray(cv2.warpAffine(values, to_prepared, size_wh, flags=method |
+                                         cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE),
+                          np.float32)
+
+    u, v = np.meshgrid(np.arange(size_wh[0]), np.arange(size_wh[1]))
+    x, y = u * sx + to_prepared[0, 2], v * sy + to_prepared[1, 2]
+    known = (x > -1) & (y > -1) & (x < depth.shape[1]) & (y < depth.shape[0])
+    known &= warped(good.astype(np.float32), cv2.INTER_LINEAR) > 0.999
+    filled = np.where(good, depth, 0).astype(np.float32)
+    sure = np.where(good, confidence, 0).astype(np.float32)
+    return (np.where(known, warped(filled, cv2.INTER_LINEAR), 0).astype(np.float32),
+            np.where(known, warped(sure, cv2.INTER_LINEAR), 0).astype(np.float32))

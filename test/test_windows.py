@@ -1,0 +1,208 @@
+"""Windows of a feed-forward network, tied to one map: laws that hold whatever it predicts."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from feedforward_recon.config import MapperConfig
+from feedforward_recon.errors import ConfigError, InputError
+from feedforward_recon.evaluation import absolute_trajectory_error
+from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.geometry.transforms import make_transform, so3_exp
+from feedforward_recon.mapping.windows import WindowConfig, WindowedReconstructor
+from feedforward_recon.model.compact import CompactEncoder
+from feedforward_recon.synthetic import Room, render_walk
+from feedforward_recon.types import Prediction, Status, Trajectory
+
+CAMERA = Camera.from_fov(68.0, (160, 120))
+FPS = 6.0
+
+
+class Oracle:
+    """Exact poses and depth of known images, in a random frame and unit per call.
+
+    noise: relative error of depth, constant over an image; turn: of poses, in radians and
+    metres. limit: images that fit into memory.
+    """
+
+    def __init__(self, frames, seed=0, noise=0.0, turn=0.0, limit=1000):
+        self.known = {frame.image.tobytes(): frame for frame in frames}
+        self.rng = np.random.default_rng(seed)
+        self.noise, self.turn, self.limit = noise, turn, limit
+        self.sizes = []
+
+    def predict(self, images, memory=None, *, write=True):
+        if len(images) > self.limit:
+            raise MemoryError(f'{len(images)} images')
+        self.sizes.append(len(images))
+        rng, count = self.rng, len(images)
+        frames = [self.known[image.tobytes()] for image in images]
+        scale, gauge = rng.uniform(0.2, 5), self.gauge()
+        T = np.stack([frame.T_map_cam for frame in frames])
+        T = T @ make_transform(so3_exp(self.turn * rng.normal(size=(count, 3))),
+                               self.turn * rng.normal(size=(count, 3)))
+        T[:, :3, 3] *= scale
+        error = 1 + self.noise * rng.normal(size=(count, 1, 1))
+        depth = np.stack([frame.depth for frame in frames]) * scale * error
+        return Prediction(gauge @ T, np.repeat(CAMERA.K[None], count, 0),
+                          depth.astype(np.float32), np.full_like(depth, 2, np.float32)), memory
+
+    def gauge(self):
+        return make_transform(so3_exp(self.rng.normal(size=3)), 10 * self.rng.normal(size=3))
+
+
+class Notes:
+    """A memory that only remembers what it was told."""
+
+    def __init__(self):
+        self.written = []
+
+    def write(self, keyframe):
+        self.written.append(keyframe)
+
+    def reanchor(self, poses):
+        pass
+
+
+@pytest.fixture(scope='module')
+def encoder():
+    return CompactEncoder.load()
+
+
+@pytest.fixture(scope='module')
+def frames():
+    """Thirty frames of a walk with camera, true depth and true poses."""
+    room = Room.generate(7)
+    return list(render_walk(room, CAMERA, room.walk(90, seed=0, fps=FPS)[:30], fps=FPS))
+
+
+@pytest.fixture(scope='module')
+def elsewhere():
+    room = Room.generate(11)
+    return list(render_walk(room, CAMERA, room.walk(90, seed=0, fps=FPS)[:8], fps=FPS))
+
+
+def without(frames, **changes):
+    return [replace(frame, **changes) for frame in frames]
+
+
+def mapped(frames, encoder, oracle, size=10, anchors=3, memory=None, depth=False, **options):
+    """A finished reconstruction; truth stays with the oracle."""
+    shown = without(frames, T_map_cam=None, **({} if depth else {'depth': None}))
+    mapper = WindowedReconstructor(MapperConfig(), oracle, encoder, memory,
+                                   windows=WindowConfig(size, anchors), **options)
+    for frame in shown:
+        mapper.add(frame)
+    return mapper.finish()
+
+
+def error(scene, frames, alignment='sim3'):
+    truth = Trajectory(np.array([frame.stamp_ns for frame in frames]),
+                       np.stack([frame.T_map_cam for frame in frames]))
+    return absolute_trajectory_error(scene.trajectory, truth, alignment)
+
+
+@pytest.mark.parametrize('refine', [False, True])
+def test_an_exact_predictor_gives_the_walk_up_to_one_similarity(frames, encoder, refine):
+    scene = mapped(frames, encoder, Oracle(frames), refine=refine)
+    result = error(scene, frames)
+    assert len(scene.trajectory) == len(frames)
+    assert result.rmse < (5e-3 if refine else 1e-5) and result.path_length > 1
+    assert result.rotation_median_deg < (0.2 if refine else 1e-3)
+
+
+def test_the_frame_and_unit_of_a_window_change_nothing(frames, encoder):
+    a, b = (mapped(frames, encoder, Oracle(frames, seed), refine=False) for seed in (1, 2))
+    np.testing.assert_allclose(a.trajectory.T_map_cam, b.trajectory.T_map_cam, atol=1e-6)
+
+
+def test_the_map_starts_at_the_first_camera_and_has_no_metres(frames, encoder):
+    memory = Notes()
+    scene = mapped(frames, encoder, Oracle(frames), memory=memory)
+    np.testing.assert_allclose(scene.trajectory.T_map_cam[0], np.eye(4), atol=1e-9)
+    assert (scene.metres_per_unit, scene.scale_source) == (None, 'unknown')
+    assert (scene.frame, scene.camera_source) == ('first camera', 'given')
+    assert len(memory.written) == len(scene.keyframes) > 3
+    assert all(keyframe.has_point.sum() > 50 for keyframe in memory.written)
+    assert len(scene.cloud) > 1000
+    assert np.median(np.linalg.norm(scene.cloud.xyz, axis=1)) == pytest.approx(1, rel=0.6)
+
+
+def test_sensor_depth_gives_metres(frames, encoder):
+    scene = mapped(frames, encoder, Oracle(frames), depth=True)
+    assert (scene.metres_per_unit, scene.scale_source) == (1.0, 'depth')
+    assert error(scene, frames, 'se3').rmse < 5e-3
+
+
+def test_a_camera_without_intrinsics_is_the_one_the_network_sees(frames, encoder):
+    scene = mapped(without(frames, camera=None), encoder, Oracle(frames))
+    assert scene.camera_source == 'predicted'
+    assert scene.keyframes[0].camera.fx == pytest.approx(CAMERA.fx)
+
+
+def test_noise_stays_small_for_every_size_of_window(frames, encoder):
+    rmse = [error(mapped(frames, encoder, Oracle(frames, 3, noise=0.01, turn=0.003), size,
+                         refine=False), frames).rmse for size in (6, 12, 40)]
+    assert max(rmse) < 0.06
+
+
+def test_refinement_does_not_spoil_a_noisy_walk(frames, encoder):
+    raw, refined = (error(mapped(frames, encoder, Oracle(frames, 3, noise=0.01, turn=0.01), 12,
+                                 refine=refine), frames) for refine in (False, True))
+    assert refined.rmse < raw.rmse
+
+
+def test_covariances_cover_the_errors(frames, encoder):
+    scene = mapped(frames, encoder, Oracle(frames, 5, noise=0.01, turn=0.005), refine=False)
+    fit = error(scene, frames)
+    sigma = np.array([np.sqrt(e.covariance[0, 0]) for e in scene.estimates]) * fit.scale
+    assert np.all(np.diff(sigma) >= 0)
+    assert fit.rmse < 3 * sigma.mean() and sigma.mean() < 0.3
+
+
+@pytest.mark.parametrize('limit', [9, 5, 2])
+def test_out_of_memory_means_smaller_windows_and_the_same_map(frames, encoder, limit, caplog):
+    oracle = Oracle(frames, limit=limit)
+    scene = mapped(frames, encoder, oracle, size=16, refine=False)
+    assert max(oracle.sizes) <= limit and 'out of memory' in caplog.text
+    assert len(scene.trajectory) == len(frames)
+    assert error(scene, frames).rmse < 1e-5
+
+
+def test_no_room_for_two_images_is_said(frames, encoder):
+    with pytest.raises(InputError, match='enough memory for two images'):
+        mapped(frames, encoder, Oracle(frames, limit=1))
+
+
+def test_frames_from_elsewhere_are_lost_and_what_follows_is_not(frames, elsewhere, encoder):
+    walk = frames[:12] + [replace(f, stamp_ns=f.stamp_ns + 10**12) for f in elsewhere] \
+        + [replace(f, stamp_ns=f.stamp_ns + 10**13) for f in frames[12:]]
+    apart = np.diag([1.0, 1, 1, 1])
+    apart[0, 3] = 100
+    known = Oracle(frames + [replace(f, T_map_cam=apart @ f.T_map_cam) for f in elsewhere])
+    scene = mapped(walk, encoder, known, size=10, refine=False)
+    status = [estimate.status for estimate in scene.estimates]
+    assert status[12:20] == [Status.LOST] * 8
+    assert scene.estimates[12].reason == 'no overlap with the map'
+    assert all(s.has_pose for s in status[:12] + status[20:])
+
+
+def test_images_that_share_nothing_start_no_map(frames, encoder):
+    apart = [replace(f, T_map_cam=make_transform(np.eye(3), [100.0 * i, 0, 0]))
+             for i, f in enumerate(frames[:4])]
+    scene = mapped(apart, encoder, Oracle(apart), size=4)
+    assert not scene.keyframes and not len(scene.trajectory)
+    assert [e.status for e in scene.estimates] == [Status.INITIALISING] * 4
+
+
+def test_images_of_two_sizes_are_refused(frames, encoder):
+    odd = replace(frames[1], image=frames[1].image[:100])
+    with pytest.raises(InputError, match='expected images of 160x120'):
+        mapped([frames[0], odd], encoder, Oracle(frames))
+
+
+@pytest.mark.parametrize(('size', 'anchors'), [(1, 1), (4, 4), (4, 0)])
+def test_windows_without_anchors_or_news_are_refused(size, anchors):
+    with pytest.raises(ConfigError, match='expected windows'):
+        WindowConfig(size, anchors)
