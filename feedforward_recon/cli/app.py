@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from feedforward_recon import __version__
+from feedforward_recon.cli import weights
 from feedforward_recon.cli.demo import demo_command
 from feedforward_recon.cli.evaluate import bench_command, eval_command
 from feedforward_recon.cli.localize import localize_command
@@ -48,5 +49,9 @@ app.callback(invoke_without_command=True, help=taught(root))(root)
 COMMANDS: dict[str, Callable[..., int | None]] = {
     'demo': demo_command, 'map': map_command, 'localize': localize_command, 'info': info_command,
     'eval': eval_command, 'export': export_command, 'bench': bench_command}
-for _name, _command in COMMANDS.items():
-    app.command(_name, help=taught(_command))(_command)
+weights_app = typer.Typer()
+weights_app.callback(invoke_without_command=True, help=taught(weights.root))(weights.root)
+app.add_typer(weights_app, name='weights')
+for _app, _commands in ((app, COMMANDS), (weights_app, weights.COMMANDS)):
+    for _name, _command in _commands.items():
+        _app.command(_name, help=taught(_command))(_command)
