@@ -64,6 +64,7 @@ class LiveSession:
         self.mode: Mode = mode
         self._mapper: OnlineReconstructor | None = None
         self._writer = MemoryWriter(config.memory, encoder.dim)
+        self.memory_bytes = self._writer.snapshot().nbytes  # fixed from the start
         self._saved: SavedMap | None = None
         self._localizer: Localizer | None = None
         self._frozen_at = -1  # keyframes in the memory that the localizer reads
@@ -241,16 +242,13 @@ class LiveSession:
                                known.frame)
         mapper = self._mapper
         if mapper is None:
-            return SessionInfo(self.mode, False, 0, 0, None, 'unknown', 'given', 'first camera')
+            return SessionInfo(self.mode, False, 0, self.memory_bytes, None, 'unknown', 'given',
+                               'first camera')
         metric = mapper.scale_source != 'unknown'
         scale = 1.0 if metric else self._odometry_scale
         source = 'unknown' if scale is None else mapper.scale_source if metric else 'odometry'
         return SessionInfo(self.mode, mapper.stats.keyframes > 0, mapper.stats.keyframes,
-                           self._memory_bytes, scale, source, mapper.camera_source, mapper.frame)
-
-    @property
-    def _memory_bytes(self) -> int:
-        return 0 if self._localizer is None else self._localizer.memory.nbytes
+                           self.memory_bytes, scale, source, mapper.camera_source, mapper.frame)
 
     def keyframe_poses(self) -> Trajectory:
         """Keyframes of the map that is being made, as it knows them now."""

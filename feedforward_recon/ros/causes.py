@@ -91,7 +91,8 @@ def causes(health: Health, now_ns: int, *, silence_s: float = 3.0,
            transport: Transport | None = None) -> list[Cause]:
     """Likely causes of trouble now, most likely first; empty when all is well or not active."""
     if health.state != 'active':
-        return []
+        failed = health.state == 'unconfigured' and health.reason
+        return [Cause('CONFIGURE_FAILED', health.reason, True)] if failed else []
     look = _Look(health, now_ns, int(silence_s * SECOND), transport or Transport())
     found = [cause for rule in RULES for cause in rule(look)]
     found.sort(key=lambda cause: not cause.blocking)
@@ -248,7 +249,7 @@ def _tracking(look: _Look) -> Iterator[Cause]:
     status = look.health.status
     reason = f' ({look.health.reason})' if look.health.reason else ''
     if look.health.frames and look.waited_long and status in TRACKING:
-        yield Cause(status, TRACKING[status].format(reason), status != 'UNCERTAIN')
+        yield Cause(status, TRACKING[status].format(reason), True)
 
 
 TRACKING = {

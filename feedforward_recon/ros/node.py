@@ -104,8 +104,6 @@ class CameraNode(LifecycleNode):
         self.health.conversions = conversion_paths()
         for library, path in self.health.conversions.items():
             self.get_logger().info(f'{library}: {path}')
-        if TFMessage is None:
-            self.get_logger().error(NO_TF)
 
     # -- life cycle ------------------------------------------------------------------------
 
@@ -126,6 +124,7 @@ class CameraNode(LifecycleNode):
                 session.load(config.map)
         except ReconError as error:
             self.get_logger().error(str(error))
+            self.health.reason = str(error)
             return FAILED
         self.session = session
         self.queue = FrameQueue(config.queue, config.queue_size)
@@ -161,6 +160,7 @@ class CameraNode(LifecycleNode):
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Forget the map; save it before with ~/save_map."""
         self._drop()
+        self.health.reason = ''
         self._enter('unconfigured')
         return DONE
 
@@ -347,6 +347,8 @@ class CameraNode(LifecycleNode):
         if self.queue is not None:
             health.dropped = self.queue.dropped
         health.tf_mode, health.tf_missing = self.positioning.state()
+        if TFMessage is None:
+            self.notice('NO_TF2_MSGS', NO_TF)
         self._publish_cloud_map()
         now_ns = self.now_ns()
         message = DiagnosticArray(status=[diagnostic_status(health, self.causes(), now_ns)])

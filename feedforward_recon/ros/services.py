@@ -96,7 +96,11 @@ class Services:
 
     async def _localize(self, _: Trigger.Request, response: Trigger.Response
                         ) -> Trigger.Response:
-        return await self._answer(response, self._localize_newest)
+        await self._answer(response, self._localize_newest)
+        if not response.message.startswith('{'):  # a refusal before anybody looked
+            newest = self._node.newest
+            response.message = _refusal(newest.stamp_ns if newest else 0, response.message)
+        return response
 
     async def _localize_newest(self) -> tuple[bool, str]:
         arrival = self._node.newest
@@ -145,10 +149,10 @@ class Services:
         try:
             _, body, text = await self._locate(arrival)
         except ReconError as error:
-            text = _refusal(arrival, str(error))
+            text = _refusal(arrival.stamp_ns, str(error))
         except Exception as error:  # whatever an image does, its sender waits for an answer
             self._node.notice('INTERNAL_ERROR', f'a query image failed: {error!r}')
-            text = _refusal(arrival, f'internal error: {error!r}')
+            text = _refusal(arrival.stamp_ns, f'internal error: {error!r}')
         if self._node.outputs is not None:
             self._node.outputs.query(body, text)
 
@@ -219,9 +223,9 @@ class Services:
         return response
 
 
-def _refusal(arrival: Arrival, reason: str) -> str:
-    """The answer to an image that could not be used, in the form of ``_as_json``."""
-    return json.dumps({'stamp_ns': arrival.stamp_ns, 'status': 'NOT_LOCALISED',
+def _refusal(stamp: int, reason: str) -> str:
+    """The answer where nothing could be asked of the memory, in the form of ``_as_json``."""
+    return json.dumps({'stamp_ns': stamp, 'status': 'NOT_LOCALISED',
                        'reason': reason, 'pose': None})
 
 
