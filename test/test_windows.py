@@ -103,17 +103,16 @@ def error(scene, frames, alignment='sim3'):
     return absolute_trajectory_error(scene.trajectory, truth, alignment)
 
 
-@pytest.mark.parametrize('refine', [False, True])
-def test_an_exact_predictor_gives_the_walk_up_to_one_similarity(frames, encoder, refine):
-    scene = mapped(frames, encoder, Oracle(frames), refine=refine)
+def test_an_exact_predictor_gives_the_walk_up_to_one_similarity(frames, encoder):
+    scene = mapped(frames, encoder, Oracle(frames))
     result = error(scene, frames)
     assert len(scene.trajectory) == len(frames)
-    assert result.rmse < (5e-3 if refine else 1e-5) and result.path_length > 1
-    assert result.rotation_median_deg < (0.2 if refine else 1e-3)
+    assert result.rmse < 1e-5 and result.path_length > 1
+    assert result.rotation_median_deg < 1e-3
 
 
 def test_the_frame_and_unit_of_a_window_change_nothing(frames, encoder):
-    a, b = (mapped(frames, encoder, Oracle(frames, seed), refine=False) for seed in (1, 2))
+    a, b = (mapped(frames, encoder, Oracle(frames, seed)) for seed in (1, 2))
     np.testing.assert_allclose(a.trajectory.T_map_cam, b.trajectory.T_map_cam, atol=1e-6)
 
 
@@ -132,7 +131,7 @@ def test_the_map_starts_at_the_first_camera_and_has_no_metres(frames, encoder):
 def test_sensor_depth_gives_metres(frames, encoder):
     scene = mapped(frames, encoder, Oracle(frames), depth=True)
     assert (scene.metres_per_unit, scene.scale_source) == (1.0, 'depth')
-    assert error(scene, frames, 'se3').rmse < 5e-3
+    assert error(scene, frames, 'se3').rmse < 1e-4
 
 
 def test_a_camera_without_intrinsics_is_the_one_the_network_sees(frames, encoder):
@@ -142,19 +141,19 @@ def test_a_camera_without_intrinsics_is_the_one_the_network_sees(frames, encoder
 
 
 def test_noise_stays_small_for_every_size_of_window(frames, encoder):
-    rmse = [error(mapped(frames, encoder, Oracle(frames, 3, noise=0.01, turn=0.003), size,
-                         refine=False), frames).rmse for size in (6, 12, 40)]
+    rmse = [error(mapped(frames, encoder, Oracle(frames, 3, noise=0.01, turn=0.003), size),
+                  frames).rmse for size in (6, 12, 40)]
     assert max(rmse) < 0.06
 
 
-def test_refinement_does_not_spoil_a_noisy_walk(frames, encoder):
-    raw, refined = (error(mapped(frames, encoder, Oracle(frames, 3, noise=0.01, turn=0.01), 12,
+def test_refinement_helps_where_the_network_is_far_off(frames, encoder):
+    raw, refined = (error(mapped(frames, encoder, Oracle(frames, 3, noise=0.05, turn=0.02), 12,
                                  refine=refine), frames) for refine in (False, True))
     assert refined.rmse < raw.rmse
 
 
 def test_covariances_cover_the_errors(frames, encoder):
-    scene = mapped(frames, encoder, Oracle(frames, 5, noise=0.01, turn=0.005), refine=False)
+    scene = mapped(frames, encoder, Oracle(frames, 5, noise=0.01, turn=0.005))
     fit = error(scene, frames)
     sigma = np.array([np.sqrt(e.covariance[0, 0]) for e in scene.estimates]) * fit.scale
     assert np.all(np.diff(sigma) >= 0)
@@ -164,7 +163,7 @@ def test_covariances_cover_the_errors(frames, encoder):
 @pytest.mark.parametrize('limit', [9, 5, 2])
 def test_out_of_memory_means_smaller_windows_and_the_same_map(frames, encoder, limit, caplog):
     oracle = Oracle(frames, limit=limit)
-    scene = mapped(frames, encoder, oracle, size=16, refine=False)
+    scene = mapped(frames, encoder, oracle, size=16)
     assert max(oracle.sizes) <= limit and 'out of memory' in caplog.text
     assert len(scene.trajectory) == len(frames)
     assert error(scene, frames).rmse < 1e-5
@@ -181,7 +180,7 @@ def test_frames_from_elsewhere_are_lost_and_what_follows_is_not(frames, elsewher
     apart = np.diag([1.0, 1, 1, 1])
     apart[0, 3] = 100
     known = Oracle(frames + [replace(f, T_map_cam=apart @ f.T_map_cam) for f in elsewhere])
-    scene = mapped(walk, encoder, known, size=10, refine=False)
+    scene = mapped(walk, encoder, known, size=10)
     status = [estimate.status for estimate in scene.estimates]
     assert status[12:20] == [Status.LOST] * 8
     assert scene.estimates[12].reason == 'no overlap with the map'

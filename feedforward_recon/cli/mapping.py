@@ -11,17 +11,20 @@ import typer
 from feedforward_recon.cli.options import (
     Config,
     Json,
+    ModelOptions,
     Set,
     Source,
     Weights,
     settings,
+    takes_model_options,
     takes_source_options,
 )
-from feedforward_recon.cli.session import Run, map_frames
+from feedforward_recon.cli.session import Run, map_frames, map_windows
 from feedforward_recon.cli.terminal import bytes_text, note, print_json, print_table
 from feedforward_recon.config import MapperConfig
-from feedforward_recon.errors import DegenerateError, InputError
+from feedforward_recon.errors import ConfigError, DegenerateError, InputError
 from feedforward_recon.map_folder import MEMORY, RESERVOIR, SavedMap, check_map_output, save_map
+from feedforward_recon.model import Encoder
 from feedforward_recon.readers import SourceOptions, open_source, require_cameras
 from feedforward_recon.readers.source import Source as FrameSource
 from feedforward_recon.writers import MAP_MARKER
@@ -44,9 +47,11 @@ PosesOption = Annotated[Poses, typer.Option('--poses', help='given: take the pos
                                             'with the source as they are, and map only.')]
 
 
+@takes_model_options
 @takes_source_options
-def map_command(source: Source, out: Out, options: SourceOptions, mono: Mono = False,
-                poses: PosesOption = Poses.ESTIMATED, overwrite: Overwrite = False,
+def map_command(source: Source, out: Out, options: SourceOptions, network: ModelOptions,
+                mono: Mono = False, poses: PosesOption = Poses.ESTIMATED,
+                overwrite: Overwrite = False,
                 json_: Json = False, config: Config = None, set_: Set = None,
                 encoder: Weights = None) -> None:
     """Map a camera walk into a folder whose memory has a fixed size.
@@ -56,11 +61,15 @@ def map_command(source: Source, out: Out, options: SourceOptions, mono: Mono = F
     without intrinsics is guessed and refined. If the source carries poses, they are used to
     measure the error, never to map (unless --poses given).
 
+    A feed-forward network (--model) maps windows of images at once and ties them together. Its
+    maps are like all others: views are found in them by the shipped encoder.
+
     Examples:
       ffrecon map walk/ --out maps/kitchen
       ffrecon map walk.mp4 --fov 70 --out maps/hall
       ffrecon map drive.mcap --image-topic /camera/image_raw --out maps/yard
       ffrecon map walk/ --mono --set memory.slots=8000 --out maps/small
+      ffrecon map walk/ --model vggt --device cuda --out maps/atrium
     """
     from feedforward_recon.model.compact import CompactEncoder
 
@@ -68,10 +77,28 @@ def map_command(source: Source, out: Out, options: SourceOptions, mono: Mono = F
     check_out(out, overwrite)
     frames = open_source(source, _for_mapping(options, mono))
     _check_source(frames, poses)
-    network = CompactEncoder.load(encoder, chosen.encoder)
-    run = map_frames(frames, len(frames), network, chosen, poses.value)
-    saved = save_map(out, run.scene, run.writer, network, chosen)
+    describing = CompactEncoder.load(encoder, chosen.encoder)
+    if network.feeds_forward:
+        run = _map_windows(frames, network, poses, describing, chosen)
+    else:
+        run = map_frames(frames, len(frames), describing, chosen, poses.value)
+    saved = save_map(out, run.scene, run.writer, describing, chosen)
     _report(run, saved, json_)
+
+
+def _map_windows(frames: FrameSource, network: ModelOptions, poses: Poses, encoder: Encoder,
+                 config: MapperConfig) -> Run:
+    from feedforward_recon.mapping.windows import WindowConfig
+    from feedforward_recon.model.predictor import load_predictor
+
+    if poses is Poses.GIVEN:
+        raise ConfigError(f'expected poses that {network.model} may find, found --poses given; '
+                          'leave one of --poses and --model out')
+    windows = WindowConfig(network.window, network.anchors)
+    predictor = load_predictor(network.model, network.attention or None, network.device,
+                               network.weights or None)
+    return map_windows(frames, len(frames), predictor, encoder, config, windows,
+                       refine=network.refine)
 
 
 def _for_mapping(options: SourceOptions, mono: bool) -> SourceOptions:

@@ -132,6 +132,59 @@ def _parameter(field: dataclasses.Field, type_: Any, flag: Flag) -> inspect.Para
 takes_source_options = takes(SourceOptions, 'options', SOURCE_FLAGS)
 
 
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """Which network maps, and how; ``compact`` is the encoder with closed-form geometry.
+
+    attention: of the global blocks; '' is that of the model. weights: file or name; '' is the
+    checkpoint named like the model. window, anchors, refine: see ``mapping.windows``.
+    """
+
+    model: str = 'compact'
+    attention: str = ''
+    device: str = 'cpu'
+    weights: str = ''
+    window: int = 32
+    anchors: int = 4
+    refine: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what only a feed-forward network has."""
+        plain = ModelOptions.__dataclass_fields__
+        changed = [SPELLED[name] for name in SPELLED
+                   if getattr(self, name) != plain[name].default]
+        if self.model == 'compact' and changed:
+            raise ConfigError(f'expected {", ".join(changed)} beside a feed-forward network, '
+                              'found --model compact; add --model with vggt, vgg-t3, pi3, '
+                              'speed3r, da3 or tiny')
+
+    @property
+    def feeds_forward(self) -> bool:
+        """True for the networks that predict many images at once."""
+        return self.model != 'compact'
+
+
+MODEL_FLAGS = {
+    'model': Flag('--model', 'compact, or a feed-forward network: vggt, vgg-t3, pi3, speed3r, '
+                  'da3, tiny.', 'Network', metavar='NAME'),
+    'attention': Flag('--attention', 'Global attention of the network: softmax, ttt, sparse, '
+                      'sparse_linear, latent, hybrid; default: its own.', 'Network',
+                      metavar='NAME'),
+    'device': Flag('--device', 'Where the network runs: cpu, cuda, cuda:1.', 'Network',
+                   metavar='NAME'),
+    'weights': Flag('--weights', 'File of weights, or a name of `ffrecon weights list`; default: '
+                    'the name of the model.', 'Network', metavar='FILE|NAME'),
+    'window': Flag('--window', 'Images predicted together; halved when memory runs out.',
+                   'Network', metavar='COUNT'),
+    'anchors': Flag('--anchors', 'How many of them are mapped already and tie the window to the '
+                    'map.', 'Network', metavar='COUNT'),
+    'refine': Flag('--refine', 'Bundle adjustment at the end: helps where the network is off by '
+                   'degrees, costs accuracy where it is better.', 'Network'),
+}
+SPELLED = {name: flag.name for name, flag in MODEL_FLAGS.items() if name != 'model'}
+takes_model_options = takes(ModelOptions, 'network', MODEL_FLAGS)
+
+
 def settings(base: C, file: Path | None, assignments: list[str] | None) -> C:
     """``base``, changed by a YAML file (a ROS parameter file too) and then by NAME=VALUE.
 

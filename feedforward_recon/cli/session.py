@@ -16,8 +16,9 @@ from feedforward_recon.mapping.localizer import Localizer
 from feedforward_recon.mapping.offline import second_look
 from feedforward_recon.mapping.online import OnlineReconstructor
 from feedforward_recon.mapping.scene_map import SceneMap, Stats
+from feedforward_recon.mapping.windows import WindowConfig, WindowedReconstructor
 from feedforward_recon.memory import MemoryWriter
-from feedforward_recon.model import Encoder
+from feedforward_recon.model import Encoder, Predictor
 from feedforward_recon.types import Estimate, Frame, Trajectory
 
 Poses = Literal['estimated', 'given']
@@ -83,6 +84,33 @@ def map_frames(frames: Iterable[Frame], total: int, encoder: Encoder, config: Ma
     if poses == 'estimated' and not isinstance(frames, Iterator):  # it can be read again
         second_look(mapper, frames)
         scene = mapper.scene_map()
+    mapping_s += time.perf_counter() - before
+    polish_s = _polish(writer)
+    return Run(scene, writer, mapper.stats, _trajectory(truth), mapping_s, reading_s, polish_s)
+
+
+def map_windows(frames: Iterable[Frame], total: int, predictor: Predictor, encoder: Encoder,
+                config: MapperConfig, windows: WindowConfig, *, refine: bool = False) -> Run:
+    """Map frames window by window with a feed-forward network, and polish the memory.
+
+    Raises InputError for a frame that cannot be used.
+    """
+    writer = MemoryWriter(config.memory, encoder.dim)
+    mapper = WindowedReconstructor(config, predictor, encoder, writer, windows=windows,
+                                   refine=refine)
+    truth: list[tuple[int, np.ndarray]] = []
+    started, mapping_s = time.perf_counter(), 0.0
+    with progress_bar('mapping', total) as bar:
+        for frame in frames:
+            before = time.perf_counter()
+            mapper.add(frame)
+            mapping_s += time.perf_counter() - before
+            if frame.T_map_cam is not None:
+                truth.append((frame.stamp_ns, frame.T_map_cam))
+            bar.advance()
+    reading_s = time.perf_counter() - started - mapping_s
+    before = time.perf_counter()
+    scene = mapper.finish()
     mapping_s += time.perf_counter() - before
     polish_s = _polish(writer)
     return Run(scene, writer, mapper.stats, _trajectory(truth), mapping_s, reading_s, polish_s)

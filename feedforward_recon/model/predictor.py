@@ -6,10 +6,8 @@ to the pixels of the images as they were, to poses T_world_cam and to confidence
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from numpy.typing import NDArray
 
 from feedforward_recon.errors import CheckpointError, ConfigError, InputError
 from feedforward_recon.model.checkpoints import load_weights
-from feedforward_recon.model.configs import Network, build
+from feedforward_recon.model.configs import ALIASES, Network, build
 from feedforward_recon.model.da3 import Da3
 from feedforward_recon.model.pi3 import Pi3, shared_intrinsics
 from feedforward_recon.model.pose_encoding import inverse
@@ -33,8 +31,8 @@ from feedforward_recon.model.preprocess import (
 )
 from feedforward_recon.model.vit import PATCH, normalised
 from feedforward_recon.types import Prediction
+from feedforward_recon.weights_registry import find_weights
 
-log = logging.getLogger(__name__)
 OUT_OF_MEMORY = ('out of memory', 'not enough memory', "can't allocate memory",
                  'failed to allocate')
 LONGEST_SIDE = 504
@@ -82,23 +80,14 @@ def load_predictor(name: str, attention: str | None = None, device: str = 'cpu',
                    weights: str | Path | None = None) -> NetworkPredictor:
     """The network of a name, with its weights, on a device.
 
-    weights: a file; without, the ones shipped with the package. Raises ConfigError for a name
-    or a device that is not there, CheckpointError for weights that are missing or do not fit.
+    weights: a file or a name that `ffrecon weights list` shows; without, the checkpoint that
+    is named like the network. Raises ConfigError for a network or a device that is not there,
+    CheckpointError for weights that are missing or do not fit.
     """
     place = checked_device(device)
     network = build(name, attention, device='meta')
-    file = Path(weights) if weights is not None else shipped_weights(name)
-    load_weights(network, file, device=place)
+    load_weights(network, find_weights(weights or ALIASES.get(name, name)), device=place)
     return NetworkPredictor(network.to(place), place)
-
-
-def shipped_weights(name: str) -> Path:
-    """Weights that come with the package. Raises CheckpointError where there are none."""
-    file = Path(str(resources.files('feedforward_recon') / 'weights' / f'{name}.safetensors'))
-    if not file.is_file():
-        raise CheckpointError(f'expected weights for {name}, found none in the package; give '
-                              'the file of its checkpoint with --weights')
-    return file
 
 
 def checked_device(name: str) -> torch.device:

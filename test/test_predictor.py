@@ -1,0 +1,225 @@
+"""Networks behind the protocol of a predictor: pixels of the original, poses, refusals."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from feedforward_recon.cli import main
+from feedforward_recon.errors import CheckpointError, ConfigError, InputError
+from feedforward_recon.model import predictor as module
+from feedforward_recon.model.backbone import BackboneConfig
+from feedforward_recon.model.checkpoints import expected_tensors
+from feedforward_recon.model.configs import build
+from feedforward_recon.model.dpt import DptConfig
+from feedforward_recon.model.network import VggtConfig
+from feedforward_recon.model.predictor import (
+    NetworkPredictor,
+    as_prediction,
+    check_images,
+    checked_device,
+    is_out_of_memory,
+    load_predictor,
+)
+from feedforward_recon.model.preprocess import crop, longest_side, match_pixels, pad
+from feedforward_recon.model.vit import PATCH, VitConfig
+
+SMALL = VggtConfig(BackboneConfig(VitConfig(48, 2, 3, grid=4), 4, (0, 1, 2, 3)),
+                   DptConfig(96, 16, (8, 16, 24, 32)))
+
+
+@pytest.fixture
+def images():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 255, (60, 80, 3)).astype(np.uint8) for _ in range(3)]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A network of a few layers with random weights, under the name `tiny`."""
+    monkeypatch.setitem(module.build.__globals__['CONFIGS'], 'tiny', SMALL)
+    torch.manual_seed(0)
+    network = build('tiny')
+    with torch.no_grad():  # depth about 1, fields of view about one radian, hardly any motion
+        network.camera_head.pose_branch.fc2.weight.mul_(0.01)
+        network.camera_head.pose_branch.fc2.bias.copy_(torch.tensor([0.0] * 6 + [0.25] * 3))
+    return network
+
+
+@pytest.fixture
+def weights(small, tmp_path):
+    """The small network's weights in a file."""
+    file = tmp_path / 'tiny.safetensors'
+    save_file({name: tensor.clone() for name, tensor in small.state_dict().items()}, file)
+    assert set(expected_tensors(small)) == set(small.state_dict())
+    return file
+
+
+def same(a, b):
+    return all(np.array_equal(getattr(a, name), getattr(b, name))
+               for name in ('T_world_cam', 'K', 'depth', 'confidence'))
+
+
+def test_answers_are_about_the_images_as_given_and_repeat(small, images):
+    predictor = NetworkPredictor(small)
+    first, memory = predictor.predict(images)
+    again, _ = predictor.predict(images)
+    assert same(first, again) and memory is not None
+    assert first.depth.shape == first.confidence.shape == (3, 60, 80)
+    assert first.T_world_cam.shape == (3, 4, 4) and first.T_world_cam.dtype == np.float64
+    R = first.T_world_cam[:, :3, :3]
+    np.testing.assert_allclose(R @ R.transpose(0, 2, 1), np.eye(3)[None].repeat(3, 0), atol=1e-12)
+    assert (first.depth > 0).all() and (first.confidence >= 1).all()
+    # VGGT's principal point is half the width of its input, where ours is (width - 1) / 2.
+    np.testing.assert_allclose(first.K[:, 0, 2], 39.5 + 0.5 * 80 / 56, atol=1e-4)
+
+
+def test_looking_without_writing_leaves_the_memory_alone(small, images):
+    predictor = NetworkPredictor(small)
+    _, memory = predictor.predict(images)
+    before = {name: tensor.clone() for name, tensor in memory.tensors().items()}
+    answer, after = predictor.predict(images[:1], memory, write=False)
+    assert len(answer) == 1
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.tensors().items())
+
+
+@pytest.mark.parametrize('size_hw', [(60, 80), (97, 61), (400, 300)])
+@pytest.mark.parametrize('prepare', [crop, pad, match_pixels, longest_side])
+def test_depth_comes_back_to_the_pixels_it_belongs_to(prepare, size_hw):
+    """A ramp over the image: what the network sees at a place is said of that place."""
+    height, width = size_hw
+    placed = prepare([np.zeros((height, width, 3), np.uint8)])
+    rows, columns = placed[0].image.shape[:2]
+    v, u = np.mgrid[:rows, :columns]
+    (sx, sy), (left, top) = placed[0].scale_xy, placed[0].offset_xy
+    x, y = (u - left + 0.5) / sx - 0.5, (v - top + 0.5) / sy - 0.5
+    depth = torch.from_numpy((1000 + x + 3 * y).astype(np.float32))[None]
+    K = torch.tensor([[50.0, 0, columns / 2], [0, 50, rows / 2], [0, 0, 1]])[None]
+    answer = (torch.eye(4)[None], K, depth, torch.ones_like(depth))
+    prediction = as_prediction(answer, placed, size_hw)
+    v, u = np.mgrid[:height, :width]
+    known = prediction.depth[0] > 0
+    inner = np.s_[10:-10, 10:-10] if prepare is not crop else np.s_[height // 2:height // 2 + 1]
+    assert known[inner].all()
+    inside = known.copy()
+    inside[[0, -1]] = inside[:, [0, -1]] = False
+    np.testing.assert_allclose(prediction.depth[0][inside], (1000 + u + 3 * v)[inside], atol=2.1)
+    assert prediction.K[0, 0, 0] == pytest.approx(50 / sx)
+
+
+def test_every_kind_of_network_says_the_same_things(images):
+    for name in ('pi3', 'da3'):
+        answer = module.read(said_by(name))
+        assert [tuple(x.shape) for x in answer] == [(1, 2, 4, 4), (1, 2, 3, 3), (1, 2, 28, 42),
+                                                    (1, 2, 28, 42)]
+        assert (answer[3] >= 1).all()
+
+
+def said_by(name):
+    from feedforward_recon.model.da3 import Da3Reconstruction
+    from feedforward_recon.model.pi3 import Pi3Reconstruction
+
+    torch.manual_seed(0)
+    eye = torch.eye(4).expand(1, 2, 4, 4)
+    depth = torch.rand(1, 2, 28, 42) + 1
+    if name == 'da3':
+        K = torch.eye(3).expand(1, 2, 3, 3)
+        return Da3Reconstruction(torch.zeros(1, 2, 9), eye, K, depth, depth, depth, depth)
+    v, u = torch.meshgrid(torch.arange(28.0), torch.arange(42.0), indexing='ij')
+    rays = torch.stack([(u - 21) / 30, (v - 14) / 30, torch.ones_like(u)], -1)
+    points = rays * depth[..., None]
+    return Pi3Reconstruction(points, points, torch.randn(1, 2, 28, 42), eye)
+
+
+def test_pi3_intrinsics_are_those_of_its_points():
+    np.testing.assert_allclose(module.read(said_by('pi3'))[1][0, 0],
+                               [[30, 0, 21], [0, 30, 14], [0, 0, 1]], atol=1e-3)
+
+
+@pytest.mark.parametrize(('error', 'expected'), [
+    (MemoryError(), True), (torch.cuda.OutOfMemoryError('CUDA out of memory.'), True),
+    (RuntimeError('[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory: '
+                  'you tried to allocate 8 bytes.'), True),
+    (RuntimeError('shapes cannot be multiplied'), False), (ValueError('out of memory'), False)])
+def test_out_of_memory_is_told_from_other_errors(error, expected):
+    assert is_out_of_memory(error) is expected
+
+
+def test_a_full_device_is_a_memory_error_and_a_bug_is_a_bug(small, images, monkeypatch):
+    predictor = NetworkPredictor(small)
+    for error, raised in ((RuntimeError('CUDA out of memory'), MemoryError),
+                          (RuntimeError('shapes differ'), RuntimeError)):
+        def fail(*_, error=error, **__):
+            raise error
+        monkeypatch.setattr(predictor, '_run', fail)
+        with pytest.raises(raised, match=r'too many for cpu|shapes differ'):
+            predictor.predict(images)
+
+
+@pytest.mark.parametrize('name', ['cuda:99', 'gpu', 'cuda:x', 'mps:9'])
+def test_a_device_that_is_not_there_is_one_sentence(name):
+    with pytest.raises(ConfigError, match=r'expected (the|a) device'):
+        checked_device(name)
+
+
+def test_images_that_do_not_fit_are_refused(images):
+    with pytest.raises(InputError, match='one size, found 80x50, 80x60'):
+        check_images([images[0], images[1][:50]])
+    with pytest.raises(InputError, match=f'at least {PATCH}x{PATCH} pixels'):
+        check_images([images[0][:13]])
+    with pytest.raises(InputError, match='found none'):
+        check_images([])
+
+
+def test_a_network_that_describes_no_camera_is_refused():
+    placed = crop([np.zeros((60, 80, 3), np.uint8)])
+    maps = torch.ones(1, *placed[0].image.shape[:2])
+    for bad in (torch.full((1, 3, 3), np.nan), -torch.eye(3)[None]):
+        with pytest.raises(CheckpointError, match='expected cameras'):
+            as_prediction((torch.eye(4)[None], bad, maps, maps), placed, (60, 80))
+
+
+def test_weights_load_from_a_file_as_they_were(small, weights, images):
+    loaded = load_predictor('tiny', weights=str(weights))
+    got, expected = (p.predict(images)[0] for p in (loaded, NetworkPredictor(small)))
+    # Another alignment in memory may choose another kernel.
+    np.testing.assert_allclose(got.depth, expected.depth, rtol=1e-5)
+    np.testing.assert_allclose(got.T_world_cam, expected.T_world_cam, atol=1e-6)
+
+
+def test_other_weights_are_refused(weights):
+    with pytest.raises(CheckpointError, match='expected weights of Vggt'):
+        load_predictor('tiny', 'ttt', weights=str(weights))
+
+
+def map_command(walk, out, *extra):
+    return main(['map', str(walk), '--out', str(out), '--set', 'memory.polish_steps=20',
+                 '--step', '5', *map(str, extra)])
+
+
+def test_the_command_maps_with_a_network(weights, walk_folder, tmp_path, capsys):
+    """With random weights the map is nonsense, but it is a map, and honest about its scale."""
+    code = map_command(walk_folder, tmp_path / 'm', '--model', 'tiny', '--weights', weights,
+                       '--window', 4, '--anchors', 1, '--mono', '--json')
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    summary = json.loads(out)
+    assert summary['metres_per_unit'] is None and summary['frames'] == 6
+    assert (tmp_path / 'm' / 'memory.safetensors').is_file()
+    assert len(json.loads((tmp_path / 'm' / 'poses.json').read_text())) == 6
+
+
+@pytest.mark.parametrize(('options', 'sentence'), [
+    (('--model', 'tiny', '--device', 'cuda:99'), 'expected the device cuda:99'),
+    (('--model', 'vgt'), 'did you mean vggt'),
+    (('--attention', 'ttt'), 'expected --attention beside a feed-forward network'),
+    (('--model', 'tiny', '--attention', 'magic'), 'expected attention to be one of'),
+    (('--model', 'tiny', '--weights', 'no/such.pt'), 'expected weights at no/such.pt'),
+    (('--model', 'tiny', '--anchors', 9, '--window', 9), 'expected windows'),
+    (('--model', 'tiny', '--poses', 'given'), 'leave one of --poses and --model out')])
+def test_the_command_refuses_in_one_sentence(options, sentence, walk_folder, tmp_path, capsys):
+    assert map_command(walk_folder, tmp_path / 'm', *options) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and sentence in error[0]
