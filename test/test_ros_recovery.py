@@ -200,7 +200,8 @@ def test_a_camera_that_was_silent_for_half_a_minute_goes_on_in_its_map(robot, fr
     assert len(robot.poses) == count, 'a pose without an image'
     assert robot.walk(frames[6:]) == len(frames) - 6
     assert robot.errors().max() < 0.02
-    assert 'SILENT' not in robot.codes()
+    assert robot.probe.spin_until(lambda: 'SILENT' not in robot.codes(), 4.0), \
+        robot.report()['causes']
 
 
 @pytest.mark.parametrize(('shift_s', 'code'), [(-10, 'STAMPS_JUMP_BACK'),
