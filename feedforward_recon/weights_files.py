@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from torch import nn
 
@@ -58,7 +59,7 @@ class WeightsReport:
 def fetch_weights(name: str, *, accept_licence: bool = False, offline: bool = False) -> Path:
     """The file of a checkpoint, downloaded if it is not here yet.
 
-    It goes to $FEEDFORWARD_RECON_WEIGHTS, or into the Hugging Face cache without that.
+    It goes to $FEEDFORWARD_RECON_WEIGHTS, or into a folder of the user's cache without that.
     accept_licence: the user has agreed to the licence; nothing is downloaded otherwise.
     offline: never touch the network, as with HF_HUB_OFFLINE=1.
     Raises CheckpointError, in one sentence, and leaves nothing behind that could be mistaken
@@ -67,7 +68,7 @@ def fetch_weights(name: str, *, accept_licence: bool = False, offline: bool = Fa
     checkpoint = checkpoint_of(name)
     file = located(checkpoint)
     if file is not None:
-        _check_bytes(file, checkpoint, f'remove {file} and fetch it again')
+        _check_bytes(file, checkpoint, f'remove {file} and fetch it again', _recorded(file))
         return file
     if not checkpoint.repo or offline or is_offline():
         raise missing(checkpoint, offline=True)
@@ -92,7 +93,7 @@ def check_weights(name_or_path: str | Path, model: str | None = None) -> Weights
     if checkpoint is None:
         sha256 = file_sha256(file)
     else:
-        sha256 = _check_bytes(file, checkpoint, f'fetch {checkpoint.name} again')
+        sha256 = _check_bytes(file, checkpoint, f'fetch {checkpoint.name} again', _recorded(file))
         against = 'published' if checkpoint.sha256 else 'first download' if _recorded(file) else ''
     shapes = tensor_shapes(file)
     architecture = model or (checkpoint.model if checkpoint else '')
@@ -117,77 +118,79 @@ def _network(model: str, file: Path) -> nn.Module:
 
 
 def _download(checkpoint: Checkpoint) -> Path:
-    folder = weights_folder()
-    if folder is None:
-        file = _from_hub(checkpoint, None)
-        try:
-            sha256 = _check_download(file, checkpoint)
-        except CheckpointError:
-            _forget_cached(file)
-            raise
-        _record(file, sha256)
-        return file
-    # Kept when the connection breaks, so that the next try goes on from there.
-    unfinished = folder / f'.{checkpoint.name}.part'
-    file = _from_hub(checkpoint, unfinished)
-    target = folder / checkpoint.local_file
+    target = weights_folder() / checkpoint.local_file
+    _make_folder(target.parent)
+    part, published = _from_hub(checkpoint, target.parent)
     try:
-        sha256 = _check_download(file, checkpoint)
-        os.replace(file, target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        sha256 = _check_bytes(part, checkpoint, 'it was removed, fetch it again', published)
+        tensor_shapes(part)
+    except CheckpointError:
+        part.unlink()
+        raise
+    os.replace(part, target)
     _record(target, sha256)
+    for old in target.parent.glob(f'.{checkpoint.name}.*.part*'):
+        old.unlink()
     return target
 
 
-def _from_hub(checkpoint: Checkpoint, folder: Path | None) -> Path:
+def _from_hub(checkpoint: Checkpoint, folder: Path) -> tuple[Path, str]:
+    """Download into a hidden file; returns it and the hash that the hub tells, if it is one.
+
+    The library's own `hf_hub_download` starts anew after an interruption (since its version 1).
+    """
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils import build_hf_headers
     except ImportError as error:
-        raise CheckpointError('expected huggingface_hub for downloads, found it missing; pip '
+        raise CheckpointError(f'expected huggingface_hub for downloads, found {error}; pip '
                               f'install huggingface_hub, or {by_hand(checkpoint)}') from error
-    _check_writable(folder)
     try:
-        return Path(hf_hub_download(checkpoint.repo, checkpoint.file, local_dir=folder,
-                                    revision=checkpoint.revision))
-    except Exception as error:  # requests, httpx and xet fail with classes of their own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        access = (f', after asking for access at {checkpoint.url} and `hf auth login`'
-                  if checkpoint.gated else '; it goes on where it stopped')
-        raise CheckpointError(f'expected {checkpoint.file} of {checkpoint.repo} from the network, '
-                              f'found {reason}; try again{access}') from error
+        url = hf_hub_url(checkpoint.repo, checkpoint.file, revision=checkpoint.revision)
+        about = get_hf_file_metadata(url)
+        tag = re.sub(r'\W', '', about.etag or 'untagged')
+        part = folder / f'.{checkpoint.name}.{tag[:16]}.part{Path(checkpoint.file).suffix}'
+        # The token of the user is for the hub alone, not for where it stores files.
+        same = urlsplit(about.location).netloc == urlsplit(url).netloc
+        with part.open('ab') as stream:
+            if stream.tell() != about.size:
+                http_get(about.location, stream, resume_size=stream.tell(),
+                         expected_size=about.size, displayed_filename=checkpoint.local_file,
+                         headers=build_hf_headers() if same else {})
+        return part, tag.lower() if re.fullmatch('[0-9a-fA-F]{64}', tag) else ''
+    except Exception as error:  # requests, httpx and the disk fail with classes of their own
+        raise _interrupted(checkpoint, error) from error
 
 
-def _check_writable(folder: Path | None) -> None:
+def _interrupted(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip('.;')
+    remedy = (f'ask for access at {checkpoint.url}, run `hf auth login` and try again'
+              if checkpoint.gated else 'try again, it goes on where it stopped')
+    return CheckpointError(f'expected {checkpoint.file} of {checkpoint.repo} from the network, '
+                           f'found {reason}; {remedy}')
+
+
+def _make_folder(folder: Path) -> None:
     try:
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f'expected a folder to write to at {folder}, found '
                               f'{error.strerror}; set {FOLDER_VARIABLE} to another') from error
 
 
-def _check_download(file: Path, checkpoint: Checkpoint) -> str:
-    """The hash of a file that has just come; raises CheckpointError unless it is whole."""
-    remedy = 'it was removed, fetch it again'
-    sha256 = _check_bytes(file, checkpoint, remedy, recorded=False)
-    tensor_shapes(file)
-    return sha256
-
-
-def _check_bytes(file: Path, checkpoint: Checkpoint, remedy: str, recorded: bool = True) -> str:
+def _check_bytes(file: Path, checkpoint: Checkpoint, remedy: str, recorded: str) -> str:
     """The hash of a file; raises CheckpointError when it is known to be another.
 
-    remedy: what to do then. recorded: whether the hash beside the file counts.
+    remedy: what to do then. recorded: the hash that counts when none is registered.
     """
     size = file.stat().st_size
     if checkpoint.sha256 and size != checkpoint.size:
-        raise CheckpointError(f'expected {checkpoint.size} bytes in {file.name} of '
+        raise CheckpointError(f'expected {checkpoint.size} bytes in {checkpoint.file} of '
                               f'{checkpoint.name}, found {size}; {remedy}')
-    sha256 = file_sha256(file)
-    known = checkpoint.sha256 or (_recorded(file) if recorded else '')
+    sha256, known = file_sha256(file), checkpoint.sha256 or recorded
     if known and sha256 != known:
-        raise CheckpointError(f'expected SHA-256 {known[:16]}… for {file.name} of '
+        raise CheckpointError(f'expected SHA-256 {known[:16]}… for {checkpoint.file} of '
                               f'{checkpoint.name}, found {sha256[:16]}…; {remedy}')
     return sha256
 
@@ -210,10 +213,3 @@ def _record(file: Path, sha256: str) -> None:
     unfinished.write_text(f'{sha256}  {file.name}\n', encoding='ascii')
     os.replace(unfinished, record)
     log.info('%s has SHA-256 %s', file, sha256)
-
-
-def _forget_cached(file: Path) -> None:
-    """Remove a file from the Hugging Face cache, where its name is a link to its contents."""
-    contents = file.resolve()
-    file.unlink()
-    contents.unlink(missing_ok=True)

@@ -137,9 +137,9 @@ def is_path(name_or_path: str | Path) -> bool:
 def find_weights(name_or_path: str | Path) -> Path:
     """The file of a checkpoint, by name or by path, without touching the network.
 
-    A name is looked for in the folder $FEEDFORWARD_RECON_WEIGHTS, in the Hugging Face cache and
-    in the package's own weights, in this order. A text with a slash or the ending of a weights
-    file is a path.
+    A name is looked for in the folder $FEEDFORWARD_RECON_WEIGHTS (by default one in the user's
+    cache), in the Hugging Face cache and in the package's own weights, in this order. A text
+    with a slash or the ending of a weights file is a path.
     Raises CheckpointError that says what was expected, where it was looked for and what to run.
     """
     if not is_path(name_or_path):
@@ -159,26 +159,27 @@ def find_weights(name_or_path: str | Path) -> Path:
 
 def located(checkpoint: Checkpoint) -> Path | None:
     """The file of a checkpoint on this machine, the first in the order of `find_weights`."""
-    folder = weights_folder()
-    if folder and (folder / checkpoint.local_file).is_file():
-        return folder / checkpoint.local_file
+    ours = weights_folder() / checkpoint.local_file
+    if ours.is_file():
+        return ours
     if checkpoint.repo and (cached := _in_hub_cache(checkpoint)):
         return cached
     shipped = package_folder() / checkpoint.local_file
     return shipped if shipped.is_file() else None
 
 
-def weights_folder() -> Path | None:
-    """The user's own folder of weights; None without $FEEDFORWARD_RECON_WEIGHTS.
+def weights_folder() -> Path:
+    """The user's folder of weights: $FEEDFORWARD_RECON_WEIGHTS, or one in the user's cache.
 
     Raises CheckpointError when the variable names something else than a folder.
     """
-    text = os.environ.get(FOLDER_VARIABLE, '')
+    cache = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+    text = os.environ.get(FOLDER_VARIABLE) or f'{cache}/feedforward_recon/weights'
     folder = Path(text).expanduser()
-    if text and folder.exists() and not folder.is_dir():
-        raise CheckpointError(f'expected a folder in {FOLDER_VARIABLE}, found the file {folder}; '
-                              'set it to the folder of the weights')
-    return folder if text else None
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f'expected a folder for weights at {folder}, found a file; set '
+                              f'{FOLDER_VARIABLE} to a folder')
+    return folder
 
 
 def package_folder() -> Path:
@@ -192,28 +193,25 @@ def is_offline() -> bool:
 
 
 def missing(checkpoint: Checkpoint, offline: bool = False) -> CheckpointError:
-    """The error for weights that are nowhere: expected what, looked where, do what."""
-    name, folder = checkpoint.name, weights_folder()
-    ours = f'{folder / checkpoint.local_file}' if folder else f'${FOLDER_VARIABLE} (not set)'
-    searched = [ours, *(['the Hugging Face cache'] if checkpoint.repo else []),
-                str(package_folder())]
+    """The error for weights that are nowhere: expected what, looked where, do what.
+
+    offline: without network; then it says what to put where.
+    """
+    name, ours = checkpoint.name, weights_folder() / checkpoint.local_file
     if not checkpoint.repo:
         return CheckpointError(f'expected {checkpoint.local_file}, which ships with the package, '
-                               f'found none in {", ".join(searched)}; reinstall the package')
-    what = f'{checkpoint.file} of {checkpoint.repo}'
+                               f'found none at {ours} or in {package_folder()}; reinstall the '
+                               'package')
     remedy = by_hand(checkpoint) if offline else f'run `ffrecon weights get {name}`'
-    return CheckpointError(f'expected weights of {name} ({what}), found none in '
-                           f'{", ".join(searched)}; {remedy}')
+    return CheckpointError(f'expected weights of {name} ({checkpoint.file} of {checkpoint.repo}), '
+                           f'found none at {ours}, in the Hugging Face cache or in '
+                           f'{package_folder()}; {remedy}')
 
 
 def by_hand(checkpoint: Checkpoint) -> str:
     """What to put where on a machine without network, as the end of a sentence."""
-    folder = weights_folder()
-    place = f'put it at {folder / checkpoint.local_file}' if folder else (
-        f'put it into a folder as {checkpoint.local_file} and set {FOLDER_VARIABLE} to that '
-        'folder')
     return (f'download {checkpoint.file} from {checkpoint.url}/tree/{checkpoint.revision} '
-            f'elsewhere and {place}')
+            f'elsewhere and put it at {weights_folder() / checkpoint.local_file}')
 
 
 def _in_hub_cache(checkpoint: Checkpoint) -> Path | None:

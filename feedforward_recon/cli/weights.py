@@ -63,7 +63,7 @@ def list_command(json_: Json = False) -> None:
 def get_command(name: Name, accept_licence: Accept = False, offline: Offline = False) -> None:
     """Download a checkpoint, once its licence is accepted; prints the file.
 
-    It goes to $FEEDFORWARD_RECON_WEIGHTS, or into the Hugging Face cache without that.
+    It goes to $FEEDFORWARD_RECON_WEIGHTS, or to ~/.cache/feedforward_recon/weights.
 
     Examples:
       ffrecon weights get da3-small --accept-licence
