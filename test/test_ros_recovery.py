@@ -68,11 +68,16 @@ class Robot:
         self.clock = probe.publisher(Clock, '/clock')
         self.now_ns = START_NS
         self.camera = FakeCamera(probe)
-        self.sent, self.count = {}, 0
+        self.sent, self.count = {}, {'image': 0, 'depth': 0}
         assert self.camera.ready(), node.output
         assert probe.spin_until(lambda: self._is_heard(info)), node.output
         probe.spin_for(0.2)
-        self.count = self.report()['inputs']['image']['messages']
+        self.count = self.heard()
+
+    def heard(self):
+        """How many images and depth images the node has received."""
+        inputs = self.report()['inputs']
+        return {kind: inputs[kind]['messages'] for kind in ('image', 'depth')}
 
     def _is_heard(self, info):
         """Send a black frame: a matched publisher may still lose its first messages."""
@@ -91,8 +96,8 @@ class Robot:
     def begin(self):
         """A new map, and old complaints are past."""
         self.wait(30)
-        self.probe.spin_until(
-            lambda: self.report()['inputs']['image']['messages'] >= self.count, 2.0)
+        self.probe.spin_until(  # what is on its way would start the new map
+            lambda: all(self.heard()[kind] >= self.count[kind] for kind in self.count), 2.0)
         assert self.call('reset').success
         self.sent = {}
 
@@ -106,7 +111,8 @@ class Robot:
             camera.depth.publish(depth_msg(frame.depth, frame_id, stamp))
         camera.image.publish(image_msg(frame.image, frame_id, stamp))
         self.sent[stamp] = frame
-        self.count += 1
+        self.count['image'] += 1
+        self.count['depth'] += depth
         return stamp
 
     def walk(self, frames, timeout_s=2.0, **how):
