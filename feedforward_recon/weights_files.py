@@ -154,6 +154,9 @@ def _from_hub(checkpoint: Checkpoint, folder: Path) -> tuple[Path, str]:
         # The token of the user is for the hub alone, not for where it stores files.
         same = urlsplit(about.location).netloc == urlsplit(url).netloc
         with part.open('ab') as stream:
+            if about.size and stream.tell() > about.size:  # two wrote to it at once
+                stream.seek(0)
+                stream.truncate()
             if stream.tell() != about.size:
                 http_get(about.location, stream, resume_size=stream.tell(),
                          expected_size=about.size, displayed_filename=checkpoint.local_file,

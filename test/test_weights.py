@@ -349,6 +349,28 @@ def test_parts_of_an_older_file_are_not_continued(hub, ours):
     assert files_in(ours) == ['micro.safetensors', 'micro.safetensors.sha256']
 
 
+@pytest.mark.parametrize(('more', 'starts'), [(b'', []), (b'twice', [0])])
+def test_parts_that_are_whole_or_too_long(hub, ours, more, starts):
+    """Whole: stopped just before the end; too long: two downloads wrote at once."""
+    ours.mkdir()
+    part = ours / f'.micro.{hashlib.sha256(hub.content).hexdigest()[:16]}.part.safetensors'
+    part.write_bytes(hub.content + more)
+    assert fetch_weights('micro', accept_licence=True).read_bytes() == hub.content
+    assert hub.starts == starts
+
+
+def test_no_record_overrules_a_registered_hash(hub, ours, monkeypatch):
+    register(monkeypatch, known(hub.content))
+    hub.content = changed(hub.content)
+    hub.etag = f'"{hashlib.sha256(hub.content).hexdigest()}"'
+    with pytest.raises(CheckpointError, match='SHA-256'):
+        fetch_weights('micro', accept_licence=True)
+    for name, content in (('', hub.content), ('.sha256', hub.etag[1:-1].encode())):
+        (ours / f'micro.safetensors{name}').write_bytes(content)
+    with pytest.raises(CheckpointError, match='SHA-256'):
+        check_weights('micro')
+
+
 def test_the_users_token_goes_to_the_hub_alone(hub, ours):
     fetch_weights('micro', accept_licence=True)
     (ours / 'micro.safetensors').unlink()
