@@ -81,11 +81,13 @@ class LiveSession:
     # -- images ----------------------------------------------------------------------------
 
     def process(self, frame: Frame, T_map_first: np.ndarray | None = None, *,
-                settle: bool = True) -> Estimate:
+                settle: bool = True,
+                on_pose: Callable[[Estimate], None] | None = None) -> Estimate:
         """One frame of the stream, in the present mode.
 
         T_map_first: pose of the camera if this frame starts a map (see OnlineReconstructor).
-        settle: finish what a keyframe is followed by; else ``work`` does it between frames.
+        settle: finish what a keyframe is followed by; else ``work`` does it between frames, and
+        on_pose is told the pose of a tracked frame before the frame becomes a keyframe.
         Raises InputError for an image that cannot be used.
         """
         if self.mode == 'localization':
@@ -97,7 +99,7 @@ class LiveSession:
             self._mapper = OnlineReconstructor(self.config, self.encoder, self._writer,
                                                relocalise=self._ask_memory,
                                                T_map_first=T_map_first)
-        return self._mapper.process(frame) if settle else self._mapper.track(frame)
+        return self._mapper.process(frame) if settle else self._mapper.track(frame, on_pose)
 
     def work(self) -> bool:
         """One piece of what was put off by ``settle=False``; False when nothing is left."""

@@ -276,3 +276,16 @@ def test_work_may_be_put_off_between_frames(frames, encoder):
     assert posed_share(mapper) == 1.0
     assert ate(mapper, frames, with_scale=False) < 0.01
     assert [k.id for k in memory.written] == list(range(len(scene.keyframes)))
+
+
+@pytest.mark.parametrize('depth', [True, False])
+def test_poses_told_early_are_those_of_the_map(frames, encoder, depth):
+    mapper, told = OnlineReconstructor(MapperConfig(), encoder), {}
+    for frame in frames if depth else without(frames, depth=None):
+        mapper.track(frame, lambda estimate: told.update({estimate.stamp_ns: estimate}))
+        mapper.work()
+    found = {e.stamp_ns: e for e in mapper.estimates if e.T_map_cam is not None}
+    assert len(told) > 0.8 * len(found)
+    apart = [np.linalg.norm(e.T_map_cam[:3, 3] - found[s].T_map_cam[:3, 3])
+             for s, e in told.items()]
+    assert np.median(apart) < 0.01 and max(apart) < 0.05

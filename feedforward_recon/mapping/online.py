@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
@@ -30,22 +30,13 @@ from feedforward_recon.mapping.loops import correct, find_loop
 from feedforward_recon.mapping.matching import Tracks
 from feedforward_recon.mapping.preparation import Preparation
 from feedforward_recon.mapping.relocalisation import relocalise, settle
-from feedforward_recon.mapping.scene_map import SceneMap, Stats
+from feedforward_recon.mapping.scene_map import Memory, SceneMap, Stats
 from feedforward_recon.mapping.tracking import Tracked, Tracker, exact_fit
 from feedforward_recon.model import Encoder
 from feedforward_recon.types import Estimate, Frame, Keyframe, PointCloud, Status, Trajectory
 
+EASY = 3  # times the fewest inliers: a camera that is tracked well
 FOCAL_ROUNDS = (6, 12, 24, 48)  # keyframes after which a guessed focal length is refined
-
-
-class Memory(Protocol):
-    """What the mapper needs of a scene memory."""
-
-    def write(self, keyframe: Keyframe) -> None:
-        """Take in a keyframe once it has left the sliding window."""
-
-    def reanchor(self, poses: dict[int, np.ndarray]) -> None:
-        """Keyframes {id: T_map_cam} have moved."""
 
 
 class OnlineReconstructor:
@@ -89,15 +80,20 @@ class OnlineReconstructor:
         self._work_off()
         return estimate
 
-    def track(self, frame: Frame) -> Estimate:
+    def track(self, frame: Frame, on_pose: Callable[[Estimate], None] | None = None
+              ) -> Estimate:
         """The part of ``process`` that a pose waits for; ``work`` does the rest in pieces.
 
         Other frames may be tracked between pieces; a new keyframe first ends all of them.
+        on_pose: told the pose in an established map before the frame becomes a keyframe.
         """
         started = time.perf_counter()
         view = self._preparation.view(frame, len(self._journal))
         tracked = self._track(view, frame)
         novel = tracked is not None and self._is_novel(view, tracked)
+        established = len(self._map) > 0 and self._bootstrap is None
+        if tracked is not None and on_pose is not None and established:
+            on_pose(self._measured(view, tracked.fit, novel, _ms_since(started)))
         if tracked is not None and novel:
             tracked = self._extend(view, self._brought_up_to_date(tracked))
             self._due.extend((self._refine_window, self._close_loops, self._refine_focal,
@@ -198,6 +194,9 @@ class OnlineReconstructor:
         # while the evidence is at hand.
         if self._bootstrap is not None or tracked.features is not None:
             return True
+        # A well tracked camera can wait until the last keyframe is followed up.
+        if self._due and tracked.fit.count >= EASY * self.config.tracking.min_inliers:
+            return False
         return self._policy.wants(view, tracked.tracks, sharp)
 
     # -- mapping ---------------------------------------------------------------------------
@@ -280,7 +279,7 @@ class OnlineReconstructor:
 
     def _record(self, view: View, tracked: Tracked | None, novel: bool,
                 started: float) -> Estimate:
-        latency_ms = (time.perf_counter() - started) * 1e3
+        latency_ms = _ms_since(started)
         self.stats.frames += 1
         newest = len(self._map) - 1
         if tracked is not None:
@@ -325,12 +324,10 @@ class OnlineReconstructor:
         started = time.perf_counter()
         view = self._preparation.view(frame, index)
         features = self.encoder.encode(view.image)
-        if not len(self._map):
-            return self.estimates[index]
         tracked = relocalise(view, features, self._map, self.config.tracking)
         if tracked is None:
             return self.estimates[index]
-        estimate = self._measured(view, tracked.fit, False, (time.perf_counter() - started) * 1e3)
+        estimate = self._measured(view, tracked.fit, False, _ms_since(started))
         depth = self._map.typical_depth(len(self._map) - 1)
         nearest = int(self._map.neighbours(tracked.fit.T_map_cam, depth)[0])
         self._journal.note(estimate, nearest, self._map.T_map_cam[nearest], index)
@@ -396,3 +393,7 @@ class OnlineReconstructor:
         """Stamps and present poses of the keyframes."""
         stamps = np.array([k.stamp_ns for k in self._map.keyframes], np.int64)
         return Trajectory(stamps, self._map.T_map_cam[:len(stamps)].copy())
+
+
+def _ms_since(started: float) -> float:
+    return (time.perf_counter() - started) * 1e3

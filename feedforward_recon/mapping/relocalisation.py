@@ -27,6 +27,8 @@ MIN_SCORE = 0.5
 def relocalise(view: View, features: Features, map_: GrowingMap,
                config: TrackingConfig) -> Tracked | None:
     """Pose and tracks of a view that continues nothing; None if no place agrees with it."""
+    if not len(map_):
+        return None
     fits = [_against(view, features, map_, id_, config) for id_ in _similar(features, map_)]
     found = sorted((f for f in fits if f is not None and f.count >= MIN_FIRST_INLIERS),
                    key=lambda f: -f.count)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
 
 from feedforward_recon.types import Estimate, Keyframe, PointCloud, Trajectory
 
@@ -41,3 +44,13 @@ class Stats:
     loops: int = 0
     corrections: int = 0
     restarts: int = 0
+
+
+class Memory(Protocol):
+    """What the mapper needs of a scene memory."""
+
+    def write(self, keyframe: Keyframe) -> None:
+        """Take in a keyframe once it has left the sliding window."""
+
+    def reanchor(self, poses: dict[int, np.ndarray]) -> None:
+        """Keyframes {id: T_map_cam} have moved."""

@@ -15,7 +15,7 @@ unit, and ``metres_per_unit`` is None.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,6 +48,7 @@ UNSURE_SHARE = 0.2  # of the depth of an image, the least certain, that is not u
 # An image's depths are wrong together: a few hundred of them say hardly more than one.
 DEPTH_NOISE_FACTOR = 20
 DEPTH_NOISE_FLOOR = 0.004
+WIDE = 5.0
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,26 @@ class Placement:
     reason: str = ''
 
 
+class PosedMapper(OnlineReconstructor):
+    """The online mapper for poses that come from a network and may move in the end."""
+
+    def release(self, exact: MapperConfig) -> None:
+        """Refine all keyframes with wide gates; from now on the settings are ``exact``.
+
+        Errors of degrees are many pixels: gates that suit tracking would take the evidence for
+        outliers.
+        """
+        self.poses = 'estimated'
+        self._refine_all(refine_focal=False)
+        self.config = self._map.config = exact
+
+
 class WindowedReconstructor:
     """Maps frames with a predictor of many images.
 
     memory: gets the keyframes as in ``OnlineReconstructor``, so that a map is localised against
-    in the same way whatever made it. refine: bundle adjustment of the finished map. On walks
-    through synthetic rooms it helps where a network's poses are off by about two degrees and
-    its depth by 5 % (4.6 -> 4.2 cm) and does harm below (0.6 -> 0.8 cm), so it is asked for.
+    in the same way whatever made it. refine: bundle adjustment of the finished map, for
+    networks that are off by degrees: REFINEMENT_FIGURES
     """
 
     def __init__(self, config: MapperConfig, predictor: Predictor, encoder: Encoder,
@@ -128,7 +142,8 @@ class WindowedReconstructor:
         self._mapped: Mapped | None = None
         self._camera: Camera | None = None
         self._size_hw: tuple[int, ...] | None = None
-        self._mapper: OnlineReconstructor | None = None
+        self._depth_noise = 0.0
+        self._mapper: PosedMapper | None = None
 
     def add(self, frame: Frame) -> None:
         """Take in a frame; a full window is mapped at once.
@@ -150,11 +165,37 @@ class WindowedReconstructor:
         self._advance(everything=True)
         mapper = self._mapper
         if mapper is None:
-            return SceneMap(estimates=tuple(self.estimates))
+            return self.scene_map()
         if self.refine:
-            mapper.poses = 'estimated'  # from here on they may move
-        scene = mapper.finish()
-        return replace(scene, estimates=tuple(self.estimates),
+            mapper.release(self._settings(wide=False))
+        mapper.finish()
+        return self.scene_map()
+
+    def look_again(self, frames: Iterable[Frame]) -> SceneMap:
+        """Place frames by their features in the finished map: those that were lost, and after
+        a refinement all that are no keyframes. ``frames`` are all, in the same order.
+        """
+        mapper, early = self._mapper, len(self._early)
+        if mapper is None:
+            return self.scene_map()
+        wanted = {early + index for index, estimate in enumerate(mapper.estimates)
+                  if not estimate.status.has_pose or (self.refine and not estimate.is_keyframe)}
+        for index, frame in enumerate(frames if wanted else ()):
+            if index in wanted:
+                depth = frame.depth if self.metric else None
+                camera = frame.camera or self._camera
+                before = mapper.estimates[index - early]
+                found = mapper.revisit(index - early, replace(frame, depth=depth, camera=camera))
+                if found is not before and found.T_map_cam is not None:
+                    self._placements[index - early] = Placement(
+                        found.T_map_cam, found.covariance, found.score)
+        return self.scene_map()
+
+    def scene_map(self) -> SceneMap:
+        """The result so far."""
+        if self._mapper is None:
+            return SceneMap(estimates=tuple(self.estimates))
+        return replace(self._mapper.scene_map(), estimates=tuple(self.estimates),
                        metres_per_unit=1.0 if self.metric else None,
                        scale_source='depth' if self.metric else 'unknown',
                        camera_source=self.camera_source, frame='first camera')
@@ -265,13 +306,20 @@ class WindowedReconstructor:
             self._camera = Camera.from_matrix(np.median(prediction.K, 0), size_wh)
             log.warning('no camera calibration: taking the focal length of %.0f px that the '
                         'network sees', self._camera.fx)
-        config = self.config
+        self._depth_noise = DEPTH_NOISE_FACTOR * max(noise, DEPTH_NOISE_FLOOR)
+        self._mapper = PosedMapper(self._settings(wide=self.refine), self.encoder, self.memory,
+                                   poses='given')
+
+    def _settings(self, *, wide: bool) -> MapperConfig:
+        """Settings of the mapper; wide: gates for poses that have yet to be refined."""
+        tracking, refine, cloud = self.config.tracking, self.config.refine, self.config.cloud
+        if wide:
+            tracking = replace(tracking, outlier_px=WIDE * tracking.outlier_px)
+            refine = replace(refine, robust_px=WIDE * refine.robust_px)
         if not self.metric:
-            tracking = replace(config.tracking, depth_noise=DEPTH_NOISE_FACTOR
-                               * max(noise, DEPTH_NOISE_FLOOR))
-            cloud = replace(config.cloud, voxel_m=config.cloud.voxel_m / 2)
-            config = replace(config, tracking=tracking, cloud=cloud)
-        self._mapper = OnlineReconstructor(config, self.encoder, self.memory, poses='given')
+            tracking = replace(tracking, depth_noise=self._depth_noise)
+            cloud = replace(cloud, voxel_m=cloud.voxel_m / 2)
+        return replace(self.config, tracking=tracking, refine=refine, cloud=cloud)
 
     def _place(self, anchors: Mapped | None, frames: list[Frame], prediction: Prediction,
                member: np.ndarray, score: np.ndarray, variance: tuple[float, float]) -> None:

@@ -47,11 +47,12 @@ DONE, FAILED = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILUR
 
 @dataclass(frozen=True)
 class Answer:
-    """What the worker made of one image."""
+    """What the worker made of one image; ``told``: its pose went out before."""
 
     estimate: Estimate
     info: SessionInfo
     keyframes: Trajectory | None
+    told: bool
 
 
 class CameraNode(LifecycleNode):
@@ -229,25 +230,37 @@ class CameraNode(LifecycleNode):
         arrival, T_map_first = item
         session = self.session
         assert session is not None
-        frame = self.decode(arrival)
+        frame, generation, told = self.decode(arrival), self._generation, []
         self.health.pictures.look(frame.image, frame.depth)
-        estimate = session.process(frame, T_map_first,
-                                   settle=self.config.queue == 'offline')
+
+        def tell(estimate: Estimate) -> None:
+            """The pose goes out now; making the frame a keyframe takes longer than tracking."""
+            told.append(estimate)
+            info = session.info
+            self.mailbox.post(lambda: self._tell(generation, arrival, estimate, info))
+
+        estimate = session.process(frame, T_map_first, settle=self.config.queue == 'offline',
+                                   on_pose=tell)
         keyframes = session.keyframe_poses() if estimate.is_keyframe else None
-        return Answer(estimate, session.info, keyframes)
+        return Answer(estimate, session.info, keyframes, bool(told))
+
+    def _tell(self, generation: int, arrival: Arrival, estimate: Estimate, info: SessionInfo
+              ) -> None:
+        if generation == self._generation and self.outputs is not None:
+            self._take_over(info, estimate)
+            self.positioning.measured(arrival, estimate, info)
 
     def _on_answer(self, generation: int, item: tuple[Arrival, Any] | None,
-                   answer: Answer | None,
-                   error: Exception | None) -> None:
+                   answer: Answer | None, error: Exception | None) -> None:
         if generation != self._generation or self.outputs is None:
             return
         if error is not None or answer is None or item is None:
             self._refused(error)
             return
         arrival = item[0]
-        self._take_over(answer.info, answer.estimate)
         self.health.frames += 1
-        if answer.estimate.T_map_cam is not None:
+        self._take_over(answer.info, answer.estimate)
+        if answer.estimate.T_map_cam is not None and not answer.told:
             self.positioning.measured(arrival, answer.estimate, answer.info)
         if answer.keyframes is not None:
             self._show_map(arrival, answer.keyframes, answer.info)
