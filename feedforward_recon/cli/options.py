@@ -146,7 +146,7 @@ class ModelOptions:
     weights: str = ''
     window: int = 32
     anchors: int = 4
-    refine: bool = False
+    refine: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what only a feed-forward network has."""
@@ -178,8 +178,8 @@ MODEL_FLAGS = {
                    'Network', metavar='COUNT'),
     'anchors': Flag('--anchors', 'How many of them are mapped already and tie the window to the '
                     'map.', 'Network', metavar='COUNT'),
-    'refine': Flag('--refine', 'Bundle adjustment at the end: helps where the network is off by '
-                   'degrees, costs accuracy where it is better.', 'Network'),
+    'refine': Flag('--refine/--no-refine', 'Bundle adjustment at the end, and a second look at '
+                   'each image.', 'Network'),
 }
 SPELLED = {name: flag.name for name, flag in MODEL_FLAGS.items() if name != 'model'}
 takes_model_options = takes(ModelOptions, 'network', MODEL_FLAGS)

@@ -90,7 +90,7 @@ def map_frames(frames: Iterable[Frame], total: int, encoder: Encoder, config: Ma
 
 
 def map_windows(frames: Iterable[Frame], total: int, predictor: Predictor, encoder: Encoder,
-                config: MapperConfig, windows: WindowConfig, *, refine: bool = False) -> Run:
+                config: MapperConfig, windows: WindowConfig, *, refine: bool = True) -> Run:
     """Map frames window by window with a feed-forward network, and polish the memory.
 
     Raises InputError for a frame that cannot be used.
@@ -111,6 +111,8 @@ def map_windows(frames: Iterable[Frame], total: int, predictor: Predictor, encod
     reading_s = time.perf_counter() - started - mapping_s
     before = time.perf_counter()
     scene = mapper.finish()
+    if not isinstance(frames, Iterator):  # it can be read again
+        scene = mapper.look_again(frames)
     mapping_s += time.perf_counter() - before
     polish_s = _polish(writer)
     return Run(scene, writer, mapper.stats, _trajectory(truth), mapping_s, reading_s, polish_s)

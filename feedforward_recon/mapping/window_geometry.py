@@ -67,6 +67,37 @@ def moved(prediction: Prediction, fit: Alignment) -> Prediction:
                    depth=prediction.depth * np.float32(fit.scale))
 
 
+@dataclass(frozen=True)
+class Mapped:
+    """Images whose place in the map is known, with the variances of their poses.
+
+    variance: of positions (map units squared) and of angles (rad squared).
+    """
+
+    images: tuple[np.ndarray, ...]
+    prediction: Prediction
+    variance: tuple[float, float]
+
+    def after(self, older: Mapped | None) -> Mapped:
+        """These images behind older ones; the variances are those of the newer."""
+        if older is None:
+            return self
+        return Mapped(older.images + self.images, joined(older.prediction, self.prediction),
+                      self.variance)
+
+    def chosen(self, count: int) -> Mapped:
+        """At most ``count`` images from the later half, the last among them."""
+        last = len(self.images) - 1
+        index = np.unique(np.linspace(last, last // 2, count).round().astype(int))
+        return Mapped(tuple(self.images[i] for i in index), selected(self.prediction, index),
+                      self.variance)
+
+
+def scaling(scale: float) -> Alignment:
+    """The alignment that changes nothing but the unit."""
+    return Alignment(np.eye(4), scale, np.ones(0), np.zeros(0))
+
+
 def aligned(source: Prediction, target: Prediction, *, with_scale: bool) -> Alignment:
     """The transform that brings ``source`` onto ``target``: two predictions of the same images.
 

@@ -25,16 +25,18 @@ from feedforward_recon.errors import ConfigError, DegenerateError, InputError
 from feedforward_recon.geometry.align import Alignment
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse
-from feedforward_recon.mapping.online import Memory, OnlineReconstructor
+from feedforward_recon.mapping.online import Memory
+from feedforward_recon.mapping.posed import PosedMapper
 from feedforward_recon.mapping.scene_map import SceneMap, Stats
 from feedforward_recon.mapping.window_geometry import (
+    Mapped,
     agreement,
     aligned,
     depth_ratio,
-    joined,
     misfit,
     moved,
     pose_spread,
+    scaling,
     selected,
     typical_depth,
 )
@@ -48,7 +50,7 @@ UNSURE_SHARE = 0.2  # of the depth of an image, the least certain, that is not u
 # An image's depths are wrong together: a few hundred of them say hardly more than one.
 DEPTH_NOISE_FACTOR = 20
 DEPTH_NOISE_FLOOR = 0.004
-WIDE = 5.0
+WIDE = 5.0  # gates before refinement, as a multiple of those of tracking
 
 
 @dataclass(frozen=True)
@@ -72,32 +74,6 @@ class WindowConfig:
 
 
 @dataclass(frozen=True)
-class Mapped:
-    """Images whose place in the map is known, with the variances of their poses.
-
-    variance: of positions (map units squared) and of angles (rad squared).
-    """
-
-    images: tuple[np.ndarray, ...]
-    prediction: Prediction
-    variance: tuple[float, float]
-
-    def after(self, older: Mapped | None) -> Mapped:
-        """These images behind older ones; the variances are those of the newer."""
-        if older is None:
-            return self
-        return Mapped(older.images + self.images, joined(older.prediction, self.prediction),
-                      self.variance)
-
-    def chosen(self, count: int) -> Mapped:
-        """At most ``count`` images from the later half, the last among them."""
-        last = len(self.images) - 1
-        index = np.unique(np.linspace(last, last // 2, count).round().astype(int))
-        return Mapped(tuple(self.images[i] for i in index), selected(self.prediction, index),
-                      self.variance)
-
-
-@dataclass(frozen=True)
 class Placement:
     """One frame as a window places it; T_map_cam is None when nothing ties it to the map."""
 
@@ -107,31 +83,19 @@ class Placement:
     reason: str = ''
 
 
-class PosedMapper(OnlineReconstructor):
-    """The online mapper for poses that come from a network and may move in the end."""
-
-    def release(self, exact: MapperConfig) -> None:
-        """Refine all keyframes with wide gates; from now on the settings are ``exact``.
-
-        Errors of degrees are many pixels: gates that suit tracking would take the evidence for
-        outliers.
-        """
-        self.poses = 'estimated'
-        self._refine_all(refine_focal=False)
-        self.config = self._map.config = exact
-
-
 class WindowedReconstructor:
     """Maps frames with a predictor of many images.
 
     memory: gets the keyframes as in ``OnlineReconstructor``, so that a map is localised against
-    in the same way whatever made it. refine: bundle adjustment of the finished map, for
-    networks that are off by degrees: REFINEMENT_FIGURES
+    in the same way whatever made it. refine: bundle adjustment of the finished map, which
+    needs ``look_again`` after it. On walks through synthetic rooms, poses that are off by 1 cm
+    and 0.6 degrees with 2 % of depth end within 0.9 cm instead of 2.0 cm, half as good ones
+    within 0.7 instead of 0.6 cm, exact ones also within 0.7 cm.
     """
 
     def __init__(self, config: MapperConfig, predictor: Predictor, encoder: Encoder,
                  memory: Memory | None = None, *, windows: WindowConfig | None = None,
-                 refine: bool = False) -> None:
+                 refine: bool = True) -> None:
         self.config, self.predictor, self.encoder, self.memory = (config, predictor, encoder,
                                                                   memory)
         self.windows, self.refine = windows or WindowConfig(), refine
@@ -172,8 +136,10 @@ class WindowedReconstructor:
         return self.scene_map()
 
     def look_again(self, frames: Iterable[Frame]) -> SceneMap:
-        """Place frames by their features in the finished map: those that were lost, and after
-        a refinement all that are no keyframes. ``frames`` are all, in the same order.
+        """Place frames in the finished map by their features; ``frames`` are all, in order.
+
+        Those that were lost, and after a refinement all that are no keyframes: the network's
+        poses of these have not been refined.
         """
         mapper, early = self._mapper, len(self._early)
         if mapper is None:
@@ -267,7 +233,7 @@ class WindowedReconstructor:
             return Alignment(T, scale, np.ones(0), np.zeros(0))
         again = selected(prediction, slice(0, len(anchors.images)))
         if metres is not None:
-            again = moved(again, _scaling(metres))
+            again = moved(again, scaling(metres))
         try:
             fit = aligned(again, anchors.prediction, with_scale=metres is None)
         except DegenerateError as problem:
@@ -392,7 +358,3 @@ def _largest(group: np.ndarray) -> np.ndarray:
     """Members [N] of the group with the most images; of one image only if it is alone."""
     sizes = np.bincount(group)
     return (group == sizes.argmax()) & (sizes.max() > min(1, len(group) - 1))
-
-
-def _scaling(scale: float) -> Alignment:
-    return Alignment(np.eye(4), scale, np.ones(0), np.zeros(0))
