@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray
 from sensor_msgs.msg import CameraInfo, Image
 
 from feedforward_recon.geometry.camera import Camera
@@ -39,15 +41,39 @@ class FakeCamera:
         """Advertise the topics."""
         self.probe, self.frame_id = probe, frame_id
         name = f'{namespace}/' if namespace else '/'
+        self.namespace = name
+        self.diagnostics = probe.collect(DiagnosticArray, '/diagnostics')
         self.image = probe.publisher(Image, f'{name}image', reliable=reliable)
         self.depth = probe.publisher(Image, f'{name}depth', reliable=reliable) if depth else None
         self.info = probe.publisher(CameraInfo, f'{name}camera_info', reliable=reliable) \
             if info else None
 
-    def ready(self, timeout_s: float = 20.0) -> bool:
-        """True once a node listens to everything that is published, as it is published."""
+    def ready(self, timeout_s: float = 30.0) -> bool:
+        """True once a node listens to everything that is published, as it is published.
+
+        A matched publisher may still lose its first messages: black frames go first, until the
+        node has counted some of each kind.
+        """
         topics = [t for t in (self.image, self.depth, self.info) if t is not None]
-        return self.probe.spin_until(lambda: all(map(self._is_heard, topics)), timeout_s)
+        if not self.probe.spin_until(lambda: all(map(self._is_heard, topics)), timeout_s):
+            return False
+        self.diagnostics.clear()
+        black = Frame(START_NS - 2 * 10**9, np.zeros((240, 320, 3), np.uint8),
+                      np.zeros((240, 320), np.float32), CAMERA)
+        for number in range(40):
+            self.send(replace(black, stamp_ns=black.stamp_ns + number * 10**7))
+            if self.probe.spin_until(self._has_counted, 0.5):
+                return True
+        return False
+
+    def _has_counted(self) -> bool:
+        """The newest diagnostics tell of messages of every kind."""
+        wanted = [f'inputs.{kind}.messages' for kind, topic in (
+            ('image', self.image), ('depth', self.depth), ('camera_info', self.info)) if topic]
+        told = [{pair.key: pair.value for pair in status.values} for message in self.diagnostics
+                for status in message.status
+                if status.name.startswith(self.namespace)]
+        return bool(told) and all(int(told[-1].get(key, 0)) > 0 for key in wanted)
 
     def _is_heard(self, publisher: Any) -> bool:
         listeners = self.probe.node.get_subscriptions_info_by_topic(publisher.topic_name)
