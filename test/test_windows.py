@@ -10,7 +10,9 @@ from feedforward_recon.errors import ConfigError, InputError
 from feedforward_recon.evaluation import absolute_trajectory_error
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import make_transform, so3_exp
+from feedforward_recon.map_folder import save_map
 from feedforward_recon.mapping.windows import WindowConfig, WindowedReconstructor
+from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Prediction, Status, Trajectory
@@ -213,3 +215,23 @@ def test_images_of_two_sizes_are_refused(frames, encoder):
 def test_windows_without_anchors_or_news_are_refused(size, anchors):
     with pytest.raises(ConfigError, match='expected windows'):
         WindowConfig(size, anchors)
+
+
+def test_views_are_found_in_a_windowed_map_as_in_any_other(frames, encoder, tmp_path):
+    """Every other frame maps, the others are looked for in what was saved."""
+    config = replace(MapperConfig(), memory=replace(MapperConfig().memory, polish_steps=300))
+    writer = MemoryWriter(config.memory, encoder.dim)
+    scene = mapped(frames[::2], encoder, Oracle(frames), memory=writer)
+    writer.polish()
+    saved = save_map(tmp_path / 'map', scene, writer, encoder, config)
+    assert saved.info.metres_per_unit is None
+    localizer = saved.localizer(encoder)
+    found = [localizer.localize(replace(frame, depth=None, T_map_cam=None))
+             for frame in frames[1::2]]
+    posed = [(e, f) for e, f in zip(found, frames[1::2], strict=True) if e.T_map_cam is not None]
+    assert len(posed) > 0.8 * len(found)
+    scale = error(scene, frames).scale
+    T_room_map = frames[0].T_map_cam
+    off = [np.linalg.norm(T_room_map[:3, :3] @ e.T_map_cam[:3, 3] * scale + T_room_map[:3, 3]
+                          - f.T_map_cam[:3, 3]) for e, f in posed]
+    assert np.median(off) < 0.03
