@@ -104,8 +104,10 @@ def test_depth_comes_back_to_the_pixels_it_belongs_to(prepare, size_hw):
     inner = np.s_[10:-10, 10:-10] if prepare is not crop else np.s_[height // 2:height // 2 + 1]
     assert known[inner].all()
     inside = known.copy()
-    inside[[0, -1]] = inside[:, [0, -1]] = False
-    np.testing.assert_allclose(prediction.depth[0][inside], (1000 + u + 3 * v)[inside], atol=2.1)
+    inside &= (np.minimum(u, width - 1 - u) > 5) & (np.minimum(v, height - 1 - v) > 5)
+    if prepare is crop:  # what was cut off ends in the middle of a pixel
+        inside &= np.roll(known, 5, 0) & np.roll(known, -5, 0)
+    np.testing.assert_allclose(prediction.depth[0][inside], (1000 + u + 3 * v)[inside], atol=0.3)
     assert prediction.K[0, 0, 0] == pytest.approx(50 / sx)
 
 
@@ -115,6 +117,9 @@ def test_every_kind_of_network_says_the_same_things(images):
         assert [tuple(x.shape) for x in answer] == [(1, 2, 4, 4), (1, 2, 3, 3), (1, 2, 28, 42),
                                                     (1, 2, 28, 42)]
         assert (answer[3] >= 1).all()
+        # DA3 says T_cam_world, pi3 T_world_cam.
+        sign = -1 if name == 'da3' else 1
+        assert answer[0][0, 0, :3, 3].tolist() == [sign, 2 * sign, 3 * sign]
 
 
 def said_by(name):
@@ -122,15 +127,17 @@ def said_by(name):
     from feedforward_recon.model.pi3 import Pi3Reconstruction
 
     torch.manual_seed(0)
-    eye = torch.eye(4).expand(1, 2, 4, 4)
+    pose = torch.eye(4)
+    pose[:3, 3] = torch.tensor([1.0, 2, 3])
+    T = pose.expand(1, 2, 4, 4)
     depth = torch.rand(1, 2, 28, 42) + 1
     if name == 'da3':
         K = torch.eye(3).expand(1, 2, 3, 3)
-        return Da3Reconstruction(torch.zeros(1, 2, 9), eye, K, depth, depth, depth, depth)
+        return Da3Reconstruction(torch.zeros(1, 2, 9), T, K, depth, depth, depth, depth)
     v, u = torch.meshgrid(torch.arange(28.0), torch.arange(42.0), indexing='ij')
     rays = torch.stack([(u - 21) / 30, (v - 14) / 30, torch.ones_like(u)], -1)
     points = rays * depth[..., None]
-    return Pi3Reconstruction(points, points, torch.randn(1, 2, 28, 42), eye)
+    return Pi3Reconstruction(points, points, torch.randn(1, 2, 28, 42), T)
 
 
 def test_pi3_intrinsics_are_those_of_its_points():

@@ -11,6 +11,7 @@ from feedforward_recon.evaluation import absolute_trajectory_error
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import make_transform, so3_exp
 from feedforward_recon.map_folder import save_map
+from feedforward_recon.mapping.window_geometry import agreement
 from feedforward_recon.mapping.windows import WindowConfig, WindowedReconstructor
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.model.compact import CompactEncoder
@@ -137,6 +138,23 @@ def test_sensor_depth_gives_metres(frames, encoder):
     assert error(scene, frames, 'se3').rmse < 1e-4
 
 
+def test_sensor_depth_is_kept_where_the_network_is_off(frames, encoder):
+    memory = Notes()
+    mapped(frames, encoder, Oracle(frames, noise=0.1), memory=memory, depth=True)
+    by_stamp = {frame.stamp_ns: frame.depth for frame in frames}
+    for keyframe in memory.written:
+        u, v = np.rint(keyframe.features.keypoints[keyframe.has_point]).astype(int).T
+        ratio = keyframe.points_cam[keyframe.has_point, 2] / by_stamp[keyframe.stamp_ns][v, u]
+        assert np.median(np.abs(ratio - 1)) < 0.01
+
+
+def test_an_image_that_no_other_confirms_has_a_low_score(frames):
+    prediction, _ = Oracle(frames).predict([frame.image for frame in frames[:4]])
+    assert agreement(prediction).score.min() > 0.9
+    prediction.depth[2] *= 1.4
+    assert agreement(prediction).score[2] < 0.2
+
+
 def test_a_camera_without_intrinsics_is_the_one_the_network_sees(frames, encoder):
     scene = mapped(without(frames, camera=None), encoder, Oracle(frames))
     assert scene.camera_source == 'predicted'
@@ -177,6 +195,11 @@ def test_out_of_memory_means_smaller_windows_and_the_same_map(frames, encoder, l
     assert max(oracle.sizes) <= limit and 'out of memory' in caplog.text
     assert len(scene.trajectory) == len(frames)
     assert error(scene, frames).rmse < 1e-5
+
+
+def test_half_a_window_has_half_the_anchors():
+    assert WindowConfig(16, 12).halved() == WindowConfig(8, 4)
+    assert WindowConfig(3, 2).halved() == WindowConfig(2, 1)
 
 
 def test_no_room_for_two_images_is_said(frames, encoder):

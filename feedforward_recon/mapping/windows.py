@@ -272,6 +272,9 @@ class WindowedReconstructor:
             self._camera = Camera.from_matrix(np.median(prediction.K, 0), size_wh)
             log.warning('no camera calibration: taking the focal length of %.0f px that the '
                         'network sees', self._camera.fx)
+        elif frame.camera.is_distorted:
+            log.warning('the network takes images for pinhole images, these are distorted: '
+                        'rectify them if poses are off near the borders')
         self._depth_noise = DEPTH_NOISE_FACTOR * max(noise, DEPTH_NOISE_FLOOR)
         self._mapper = PosedMapper(self._settings(wide=self.refine), self.encoder, self.memory,
                                    poses='given')
