@@ -369,6 +369,7 @@ class CameraNode(LifecycleNode):
         self._diagnostics.publish(message)
 
     def _watch(self) -> None:
+        self.mailbox.empty()
         if self.inputs is not None:
             self.inputs.watch()
 

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import signal
 import sys
+import threading
 
 import rclpy
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.executors import SingleThreadedExecutor
 from rclpy.logging import get_logger
+from rclpy.signals import SignalHandlerOptions
 
 from feedforward_recon.errors import ReconError
 from feedforward_recon.ros.node import CameraNode
 
+STOP_POLL_S = 0.1
+
 
 def run_camera_node(name: str, mode: str) -> None:
     """Spin a node until it is told to end; ends the process with 0, or 1 for bad settings."""
-    rclpy.init()
+    # Our own handlers: those of rclpy take the context away while it is being waited on.
+    rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
     try:
         node = CameraNode(name, mode)
     except ReconError as error:
@@ -25,8 +33,8 @@ def run_camera_node(name: str, mode: str) -> None:
         raise SystemExit(1) from None
     executor = SingleThreadedExecutor()
     executor.add_node(node)
-    with contextlib.suppress(KeyboardInterrupt, ExternalShutdownException):
-        executor.spin()
+    while not stop.is_set() and rclpy.ok():
+        executor.spin_once(timeout_sec=STOP_POLL_S)
     idle = node.close()
     executor.shutdown(timeout_sec=1.0)
     if not idle:

@@ -24,14 +24,15 @@ class Mailbox:
 
     def __init__(self, node: Node) -> None:
         self._calls: deque[Callable[[], None]] = deque()
-        self._bell = node.create_guard_condition(self._empty)
+        self._bell = node.create_guard_condition(self.empty)
 
     def post(self, call: Callable[[], None]) -> None:
         """Have ``call`` made by the executor's thread."""
         self._calls.append(call)
         self._bell.trigger()
 
-    def _empty(self) -> None:
+    def empty(self) -> None:
+        """Make the calls that were posted; also done on a timer, should a bell be missed."""
         while self._calls:
             self._calls.popleft()()
 
