@@ -12,6 +12,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+# Two processes, one thread each: many tests wait for nodes. The files stay whole.
+PARALLEL ?= --numprocesses 2 --dist loadfile
 # Small matrices gain nothing from many threads, and a fixed number makes timings comparable.
 export OMP_NUM_THREADS ?= 2
 export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)
@@ -35,7 +37,7 @@ demo-ros: $(PACKAGE) ros
 	$(BIN)/python -m feedforward_recon.ros.demo
 
 test: lint ros
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' $(PARALLEL) $(PYTEST_ARGS)
 
 lint: $(PACKAGE)
 	$(BIN)/ruff check $(SOURCES)

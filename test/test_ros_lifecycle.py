@@ -41,7 +41,7 @@ def test_every_transition_works_also_while_inferring(start_node, probe, frames):
     probe.spin_for(0.5)
     assert camera.image.get_subscription_count() == 0, 'an inactive node listens'
     assert probe.change_state(name, 'activate')
-    assert camera.ready(), node.output
+    assert camera.heard(), node.output
     assert camera.play(frames[:5], poses) == 5
     for frame in frames[5:12]:  # more than it can have used when told to stop
         camera.send(frame)
@@ -50,12 +50,12 @@ def test_every_transition_works_also_while_inferring(start_node, probe, frames):
     count = len(poses)
     probe.spin_for(0.5)
     assert len(poses) == count, 'an inactive node publishes'
-    assert probe.change_state(name, 'activate') and camera.ready()
+    assert probe.change_state(name, 'activate') and camera.heard()
     assert camera.play(frames[12:15], poses) == 3, 'the map did not survive a pause'
     assert probe.change_state(name, 'deactivate') and probe.change_state(name, 'cleanup')
     assert probe.state(name) == 'unconfigured'
     assert probe.change_state(name, 'configure') and probe.change_state(name, 'activate')
-    assert camera.ready()
+    assert camera.heard()
     count = len(poses)
     assert camera.play(frames[:3], poses) == 3
     first = matrix_from_pose(poses[count].pose.pose)
@@ -75,7 +75,7 @@ def test_two_robots_share_a_domain_and_nothing_else(start_node, probe, frames, n
         transforms.append(probe.collect(TFMessage, f'/{name}/tf'))
         cameras.append(FakeCamera(probe, f'/{name}'))
     shared = probe.collect(TFMessage, '/tf')
-    assert all(camera.ready() for camera in cameras), node.output
+    assert all(camera.heard() for camera in cameras), node.output
     for left, right in zip(frames[:6], frames[10:16], strict=True):
         cameras[0].send(left)
         cameras[1].send(right)
@@ -115,7 +115,7 @@ def test_with_odometry_only_map_to_odom_is_sent(start_node, probe, frames, needs
     poses = probe.collect(PoseWithCovarianceStamped, '/pose')
     transforms = probe.collect(TFMessage, '/tf')
     camera = FakeCamera(probe, depth=depth)
-    assert camera.ready() and probe.spin_until(robot.tf.get_subscription_count), node.output
+    assert camera.heard() and probe.spin_until(robot.tf.get_subscription_count), node.output
     for frame in frames:
         robot.send(frame.stamp_ns)
         count = len(poses)

@@ -57,7 +57,7 @@ def test_images_are_found_in_the_map_and_other_places_are_not(start_node, probe,
     answers = probe.collect(PoseWithCovarianceStamped, '/query_pose')
     results = probe.collect(String, '/query_result')
     camera = FakeCamera(probe, depth=False)
-    assert camera.ready(), node.output
+    assert camera.heard(), node.output
     between = frames[1:40:4]
     assert camera.play(between, poses) >= len(between) - 1, node.output
     truth = np.array([true_positions[s] for s in stamps(poses)])
@@ -113,7 +113,7 @@ def test_a_map_that_is_saved_and_loaded_gives_the_same_pose(start_node, probe, f
             assert not empty.success and "parameter 'map'" in empty.message
             set_parameter(probe, '/localization_node', 'map', str(saved.path))
             assert probe.call(Trigger, '/localization_node/load_map').success
-        assert camera.ready(), node.output
+        assert camera.heard(), node.output
         camera.send(frames[21])
         probe.spin_for(1.0)
         reply = probe.call(Trigger, '/localize')

@@ -55,7 +55,7 @@ def test_a_walk_becomes_poses_transforms_and_a_map(start_node, probe, needs_tf, 
     paths = probe.collect(Path, '/path', latched=True)
     markers = probe.collect(MarkerArray, '/markers', latched=True)
     camera = FakeCamera(probe)
-    assert camera.ready(), node.output
+    assert camera.heard(), node.output
     mapped = frames[::2]
     assert camera.play(mapped, poses) == len(mapped), node.output
 
@@ -147,7 +147,7 @@ def test_a_monocular_walk_is_right_up_to_scale(start_node, probe, frames):
     node = start_node('mapping_node', parameters=QUICK)
     poses = probe.collect(PoseWithCovarianceStamped, '/pose')
     camera = FakeCamera(probe, depth=False)
-    assert camera.ready(), node.output
+    assert camera.heard(), node.output
     camera.play(frames[:40], poses, timeout_s=0.7)
     assert len(poses) > 20, node.output
     true = {f.stamp_ns: T[:3, 3] for f, T in zip(frames, body_truth(frames), strict=True)}

@@ -48,14 +48,17 @@ class FakeCamera:
         self.info = probe.publisher(CameraInfo, f'{name}camera_info', reliable=reliable) \
             if info else None
 
-    def ready(self, timeout_s: float = 30.0) -> bool:
-        """True once a node listens to everything that is published, as it is published.
-
-        A matched publisher may still lose its first messages: black frames go first, until the
-        node has counted some of each kind.
-        """
+    def ready(self, timeout_s: float = 20.0) -> bool:
+        """True once a node listens to everything that is published, as it is published."""
         topics = [t for t in (self.image, self.depth, self.info) if t is not None]
-        if not self.probe.spin_until(lambda: all(map(self._is_heard, topics)), timeout_s):
+        return self.probe.spin_until(lambda: all(map(self._is_heard, topics)), timeout_s)
+
+    def heard(self) -> bool:
+        """True once the node has counted a message of every kind.
+
+        A matched publisher may still lose its first messages: black frames go first.
+        """
+        if not self.ready():
             return False
         self.diagnostics.clear()
         black = Frame(START_NS - 2 * 10**9, np.zeros((240, 320, 3), np.uint8),
