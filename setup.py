@@ -44,7 +44,8 @@ setup(
         'eval': ['evo>=1.28'],
         'viewer': ['rerun-sdk>=0.20'],
         'plot': ['matplotlib>=3.8'],
-        'dev': ['pytest>=8.0', 'pytest-xdist>=3.5', 'ruff>=0.8', 'mypy>=1.11', 'types-PyYAML>=6.0'],
+        'dev': ['pytest>=8.0', 'pytest-xdist>=3.5', 'ruff>=0.8', 'mypy>=1.11',
+                'types-PyYAML>=6.0'],
     },
     entry_points={
         'console_scripts': [
