@@ -69,7 +69,7 @@ def test_a_bag_becomes_a_map_and_a_new_process_finds_its_way_back(
     poses = play(bag, len(frames), **packed)
 
     # Every image of the bag has its pose, true to the centimetre, also on TF.
-    # The last image may be lost with its sender, which ends as soon as DDS has taken it.
+    # Now and then the last image has no pose; why is not known (docs/experiments.md).
     recorded = [f.stamp_ns for f in frames]
     assert stamps(poses) in (recorded, recorded[:-1]), node.output
     assert error_after_alignment(poses, frames) < 0.03
