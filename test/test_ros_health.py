@@ -169,6 +169,14 @@ def test_a_healthy_node_has_no_cause():
     assert codes(health, now) == []
 
 
+def test_a_paused_node_says_so_and_does_not_call_the_camera_lost():
+    health, now = healthy(90, status='LOST')
+    assert codes(health, now) == ['LOST']
+    health.paused = True
+    assert codes(health, now) == ['PAUSED']
+    assert codes(health, now + 30 * SECOND) == ['SILENT', 'PAUSED']
+
+
 @pytest.mark.parametrize('state', ['unconfigured', 'inactive', 'finalized'])
 def test_a_node_that_is_not_active_has_no_cause(state):
     health, now = healthy(state=state)

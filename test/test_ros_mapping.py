@@ -113,6 +113,8 @@ def test_a_walk_becomes_poses_transforms_and_a_map(start_node, probe, needs_tf, 
     camera.send(frames[31])
     probe.spin_for(0.5)
     assert len(poses) == count
+    doctor = json.loads(probe.call(Trigger, '/mapping_node/doctor').message)
+    assert doctor['paused'] and 'PAUSED' in [cause['code'] for cause in doctor['causes']]
     assert probe.call(SetBool, '/mapping_node/pause', SetBool.Request(data=False)).success
     mode = probe.call(SetBool, '/mapping_node/set_localization_mode', SetBool.Request(data=True))
     assert mode.success

@@ -99,6 +99,11 @@ def causes(health: Health, now_ns: int, *, silence_s: float = 3.0,
     return found if found and found[0].blocking else [*found, *_tracking(look)]
 
 
+def _pause(look: _Look) -> Iterator[Cause]:
+    if look.health.paused:
+        yield Cause('PAUSED', 'paused, images are not used; call ~/pause with false to go on')
+
+
 def _clock(look: _Look) -> Iterator[Cause]:
     if look.health.use_sim_time and not look.health.clock_running:
         yield Cause('NO_CLOCK', 'use_sim_time is true but nothing publishes /clock; start the '
@@ -248,7 +253,8 @@ def _tracking(look: _Look) -> Iterator[Cause]:
     """Last resort: the inputs are fine, and still there is no pose."""
     status = look.health.status
     reason = f' ({look.health.reason})' if look.health.reason else ''
-    if look.health.frames and look.waited_long and status in TRACKING:
+    if look.health.frames and look.waited_long and status in TRACKING \
+            and not look.health.paused:
         yield Cause(status, TRACKING[status].format(reason), True)
 
 
@@ -260,4 +266,4 @@ TRACKING = {
 }
 
 RULES: tuple[Callable[[_Look], Iterator[Cause]], ...] = (
-    _clock, _arrival, _stamps, _calibration, _transforms, _pictures, _sizes, _noticed)
+    _pause, _clock, _arrival, _stamps, _calibration, _transforms, _pictures, _sizes, _noticed)

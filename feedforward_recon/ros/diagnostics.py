@@ -37,8 +37,8 @@ def report(health: Health, found: Sequence[Cause], now_ns: int) -> dict[str, Any
         health.status if health.state == 'active' else health.state,
         'causes': [{'code': c.code, 'sentence': c.sentence, 'blocking': c.blocking}
                    for c in found],
-        'state': health.state, 'mode': health.mode, 'status': health.status,
-        'reason': health.reason,
+        'state': health.state, 'paused': health.paused, 'mode': health.mode,
+        'status': health.status, 'reason': health.reason,
         'frames': health.frames, 'dropped': health.dropped, 'refused': health.refused,
         'pose_rate_hz': round(health.poses.rate_hz(now_ns), 2),
         'latency_ms': dict(zip(('p50', 'p95', 'p99'), (round(v, 1) for v in latency),

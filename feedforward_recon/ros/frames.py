@@ -82,6 +82,17 @@ class Frames:
         """TF tells where the camera sits on the robot."""
         return self.buffer.can(self.config.base_frame, camera_frame)
 
+    def is_driven(self, child_frame: str, camera_frame: str) -> bool:
+        """Something below the child of the map moves the robot: its lengths are metres.
+
+        A mount that moves the camera on a robot is none of that.
+        """
+        if child_frame == self.config.odom_frame:
+            return True
+        body = self.config.base_frame if self.knows_base(camera_frame) else camera_frame
+        return self.buffer.can(child_frame, body) \
+            and self.buffer.latest_common(child_frame, body) is not None
+
     def missing(self, camera_frame: str) -> tuple[tuple[str, str], ...]:
         """Pairs of frames that the chosen mode needs connected and TF does not connect."""
         config = self.config
@@ -113,13 +124,17 @@ class Frames:
         return T_map_cam, source
 
     def body_of_camera(self, camera_frame: str, stamp_ns: int) -> np.ndarray:
-        """T_body_cam [4, 4]: from TF, or the one rotation between optical and body axes."""
+        """T_body_cam [4, 4]: from TF, or the one rotation between optical and body axes.
+
+        A mount that moves, and that TF does not know at the stamp, is taken as last told.
+        """
+        base = self.config.base_frame
         if not self.knows_base(camera_frame):
             return T_BODY_OPTICAL
         try:
-            return self.buffer.lookup(self.config.base_frame, camera_frame, stamp_ns)
+            return self.buffer.lookup(base, camera_frame, stamp_ns)
         except TransformError:
-            return T_BODY_OPTICAL
+            return self.buffer.lookup(base, camera_frame, None)
 
     def _levelled(self, camera_frame: str, stamp_ns: int, T_body_cam: np.ndarray
                   ) -> tuple[np.ndarray, str]:
@@ -155,7 +170,7 @@ class Frames:
             T_cam_body = make_transform(T_cam_body[:3, :3], np.zeros(3))
         child = self.child_frame(camera_frame)
         T_cam_child = self.buffer.lookup(camera_frame, child, stamp_ns) if child else np.eye(4)
-        if metres_per_unit is None and child != self.config.odom_frame:
+        if metres_per_unit is None and not self.is_driven(child, camera_frame):
             T_cam_child = make_transform(T_cam_child[:3, :3], np.zeros(3))
         return BodyPose(stamp_ns, T_map_cam @ T_cam_body,
                         _moved_covariance(covariance, T_map_cam, T_cam_body),

@@ -244,15 +244,17 @@ class Warned:
 class Health:
     """Everything that is known about a node now.
 
-    state: of its life cycle. mode, status, reason: as in ``types.Estimate``. frames, dropped,
-    refused: images used, given up in the queue, and not usable. latency: image stamp or arrival
-    to pose, milliseconds. info_wh: what CameraInfo describes. tf_missing: (parent, child)
-    frames that TF does not connect. conversions: what converts which message, as chosen at
-    start. clock_running: False while simulated time stands at 0.
+    state: of its life cycle. paused: somebody asked to leave images unused. mode, status,
+    reason: as in ``types.Estimate``. frames, dropped, refused: images used, given up in the
+    queue, and not usable. latency: image stamp or arrival to pose, milliseconds. info_wh: what
+    CameraInfo describes. tf_missing: (parent, child) frames that TF does not connect.
+    conversions: what converts which message, as chosen at start. clock_running: False while
+    simulated time stands at 0.
     """
 
     name: str
     state: str = 'unconfigured'
+    paused: bool = False
     mode: str = 'mapping'
     status: str = 'INITIALISING'
     reason: str = ''

@@ -67,7 +67,6 @@ class CameraNode(LifecycleNode):
         self.session: LiveSession | None = None
         self.inputs: Inputs | None = None
         self.outputs: Outputs | None = None
-        self.paused = False
         self.newest: Arrival | None = None
         self.mailbox = Mailbox(self)
         self.worker: Worker | None = None
@@ -212,7 +211,7 @@ class CameraNode(LifecycleNode):
 
     def _on_frame(self, arrival: Arrival) -> None:
         self.newest = arrival
-        if self.paused or self.worker is None:
+        if self.health.paused or self.worker is None:
             return
         first = self.positioning.first_pose(arrival)
         if first is not None:

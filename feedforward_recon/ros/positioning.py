@@ -208,7 +208,7 @@ class Positioning:
         body = self.body(arrival, waiting.estimate, waiting.info)
         outputs.pose(body)
         self._node.posed(arrival)
-        if body.child_frame and not self._scale_is_due(body.child_frame):
+        if body.child_frame and not self._scale_is_due(body.child_frame, arrival.frame_id):
             self._correction, self._corrected_s = body, time.monotonic()
             outputs.transforms([self._transform(body, body.stamp_ns),
                                 *outputs.own_body(body, arrival.frame_id)])
@@ -241,13 +241,15 @@ class Positioning:
                 f'uncertain by {100 * self._scale.uncertainty:.1f} %')
             worker.ask(Job(lambda: session.set_odometry_scale(metres), lambda *_: None))
 
-    def _scale_is_due(self, child_frame: str) -> bool:
+    def _scale_is_due(self, child_frame: str, camera_frame: str) -> bool:
         """Map -> odom mixes the map's unit with metres: it has to wait for the scale."""
-        due = child_frame == self.frames.config.odom_frame and self.metres_per_unit is None
+        config = self.frames.config
+        due = self.metres_per_unit is None and self.frames.is_driven(child_frame, camera_frame)
         if due:
-            self._node.notice('SCALE_UNKNOWN', f'no {self.frames.config.map_frame} -> '
-                              f'{child_frame} yet: the scale of a monocular map comes from '
-                              'odometry; drive some decimetres')
+            step = 'drive some decimetres' if child_frame == config.odom_frame \
+                else f'set odom_frame to {child_frame}'
+            self._node.notice('SCALE_UNKNOWN', f'no {config.map_frame} -> {child_frame} yet: the '
+                              f'scale of a monocular map comes from odometry; {step}')
         return due
 
     def _transform(self, body: BodyPose, stamp: int) -> Any:

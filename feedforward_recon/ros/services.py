@@ -198,7 +198,7 @@ class Services:
 
     async def _pause(self, request: SetBool.Request, response: SetBool.Response
                      ) -> SetBool.Response:
-        self._node.paused = request.data
+        self._node.health.paused = request.data
         response.success = True
         response.message = 'paused: images are not used' if request.data else 'running'
         return response
