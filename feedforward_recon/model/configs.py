@@ -15,6 +15,8 @@ import torch
 
 from feedforward_recon.errors import ConfigError
 from feedforward_recon.model.attention import attention_factory
+from feedforward_recon.model.attention.config import SparseLinearOptions, TttOptions
+from feedforward_recon.model.attention.sparse_linear import replace_local
 from feedforward_recon.model.backbone import SPECIAL, BackboneConfig
 from feedforward_recon.model.checkpoints import load_weights
 from feedforward_recon.model.da3 import Da3, Da3Config
@@ -27,6 +29,9 @@ log = logging.getLogger(__name__)
 Config = VggtConfig | Pi3Config | Da3Config
 Network = Vggt | Pi3 | Da3
 
+TINY = VggtConfig(BackboneConfig(VitConfig(128, 4, 3, grid=8), 6, (1, 2, 4, 5)),
+                  DptConfig(256, 32, (32, 48, 64, 96)), camera_depth=1,
+                  point_head=False)
 CONFIGS: dict[str, Config] = {
     'vggt-1b': VggtConfig(),
     'vgg-t3': VggtConfig(attention='ttt'),
@@ -37,9 +42,11 @@ CONFIGS: dict[str, Config] = {
                           DptConfig(1536, 128, (96, 192, 384, 768), rectify_skip=False)),
     'da3-small': Da3Config(VitConfig(384, 6, 12, registers=0), 4, (5, 7, 9, 11),
                            DptConfig(768, 64, (48, 96, 192, 384), rectify_skip=False)),
-    # Shipped with the package: small enough for every machine.
-    'tiny': VggtConfig(BackboneConfig(VitConfig(192, 3, 6, grid=16), 6, (1, 2, 4, 5)),
-                       DptConfig(384, 64, (32, 64, 96, 128)), camera_depth=1),
+    'lite3r-vggt': VggtConfig(attention='sparse_linear', point_head=False),
+    'lite3r-da3': Da3Config(attention='sparse_linear', normalised=False),
+    # Shipped with the package: small enough for every machine, for images 112 px wide.
+    'tiny': TINY,
+    'tiny-ttt': dataclasses.replace(TINY, attention='ttt'),
     # Sizes of the reference outputs that every part is checked against.
     'vggt-small': VggtConfig(
         BackboneConfig(VitConfig(384, 6, 12, grid=5), 4, (0, 1, 2, 3)),
@@ -47,6 +54,11 @@ CONFIGS: dict[str, Config] = {
     'pi3-small': Pi3Config(VitConfig(384, 6, 12), 24),
 }
 ALIASES = {'vggt': 'vggt-1b', 'da3': 'da3-large'}
+# What the attentions of a name do, where it is not their default. VGG-T3 was trained with one
+# step and evaluated with two, which its paper finds best at every number of images.
+OPTIONS: dict[str, dict[str, Any]] = {'vgg-t3': {'ttt': TttOptions(steps=2)}}
+# Networks whose attentions within images are of the sparse kind too, as Lite3R has them.
+SPARSE_EVERYWHERE = {'lite3r-vggt', 'lite3r-da3'}
 
 
 def config_of(name: str, attention: str | None = None) -> Config:
@@ -68,16 +80,27 @@ def build(name: str, attention: str | None = None, device: str | torch.device = 
     """A network in evaluation mode with initial weights (none on the device `meta`).
 
     attention: another variant for the global blocks than the one of the name.
-    options: fields of `AttentionConfig`, for example ``ttt=TttOptions(steps=2)``.
+    options: fields of `AttentionConfig`, for example ``ttt=TttOptions(steps=1)``.
+    Raises ConfigError for an unknown model or attention.
     """
-    config = config_of(name, attention)
-    factory = attention_factory(config.attention, special=_special(config), **options)
+    config, key = config_of(name, attention), ALIASES.get(name, name)
+    options = {**OPTIONS.get(key, {}), **options}
     with torch.device(device):
-        if isinstance(config, Pi3Config):
-            return Pi3(config, factory).eval()
-        if isinstance(config, Da3Config):
-            return Da3(config, factory).eval()
-        return Vggt(config, factory).eval()
+        network = network_of(config, **options)
+        if key in SPARSE_EVERYWHERE:
+            kept = options.get('sparse_linear', SparseLinearOptions())
+            replace_local(network, kept, _special(config))
+    return network
+
+
+def network_of(config: Config, **options: Any) -> Network:
+    """The network of a configuration, in evaluation mode; options as for `build`."""
+    factory = attention_factory(config.attention, special=_special(config), **options)
+    if isinstance(config, Pi3Config):
+        return Pi3(config, factory).eval()
+    if isinstance(config, Da3Config):
+        return Da3(config, factory).eval()
+    return Vggt(config, factory).eval()
 
 
 def load(name: str, path: str | Path, *, attention: str | None = None, sha256: str = '',

@@ -5,8 +5,8 @@ all of them, and the class token gives way to a camera token. One view, chosen b
 itself (`reference_view`) unless poses are given, is processed first. Depth, rays and cameras
 share one unknown scale; views are expressed in the frame of the reference view.
 
-Images must already be normalised (`vit.normalised`); weights from Lite3R were trained on
-images in 0..1 as they are.
+Images must already be normalised (`vit.normalised`), unless the configuration says that they
+are taken as they are: so were the weights of Lite3R trained.
 """
 
 from __future__ import annotations
@@ -40,18 +40,24 @@ ENCODING = 9
 
 @dataclass(frozen=True)
 class Da3Config:
-    """Shape of DA3. levels: blocks that the heads read; alt_start: first block that alternates."""
+    """Shape of DA3.
+
+    alt_start: first block that alternates. levels: blocks that the heads read.
+    normalised: weights were trained on images with ImageNet's mean and deviation taken out, and
+        not on images in 0..1 as they are.
+    """
 
     vit: VitConfig = field(default_factory=lambda: VitConfig(registers=0))
     alt_start: int = 8
     levels: tuple[int, int, int, int] = (11, 15, 19, 23)
     dpt: DptConfig = field(default_factory=lambda: DptConfig(rectify_skip=False))
     attention: str = 'softmax'
+    normalised: bool = True
 
     def block(self, index: int) -> BlockConfig:
         """The block of that index."""
         return BlockConfig(self.vit.dim, self.vit.heads, norm_eps=1e-6, layer_scale=1.0,
-                           qk_norm=index >= self.alt_start)
+                           qk_norm=index >= self.alt_start, one_place=self.is_global(index))
 
     def is_global(self, index: int) -> bool:
         """True for the blocks that see all frames."""
@@ -117,10 +123,9 @@ class AlternatingVit(nn.Module):
             if index == start:
                 x = self._with_cameras(x, camera_tokens, has_first)
             if isinstance(block, GlobalBlock):
-                # It knows no place in the image, only the camera token from the patches.
                 number = (index - start) // 2
                 joined, after[number] = block(x.flatten(1, 2), states[number], frames=frames,
-                                              positions=positions.clamp(max=1), write=write)
+                                              positions=positions, write=write)
                 x = joined.unflatten(1, (frames, -1))
             else:
                 turned = positions if index >= start else None

@@ -31,6 +31,7 @@ class BlockConfig:
     layer_scale: initial value of LayerScale, None for a block without it.
     round_qk: give normalised queries and keys the dtype of the values before the rotation
         (under autocast: bfloat16, and so bfloat16 angles); False leaves them in float32.
+    one_place: global blocks turn all patches as if they lay at (1, 1), as in DA3.
     """
 
     dim: int
@@ -40,6 +41,7 @@ class BlockConfig:
     qk_norm: bool = False
     layer_scale: float | None = 0.01
     round_qk: bool = False
+    one_place: bool = False
 
     @property
     def head_dim(self) -> int:

@@ -20,7 +20,7 @@ from feedforward_recon.model.checkpoints import KeyRules
 from feedforward_recon.model.dpt import DptConfig, DptHead, Scratch
 from feedforward_recon.model.heads import CameraHead
 from feedforward_recon.model.layers import GlobalBlock, empty_states
-from feedforward_recon.model.pose_encoding import decode_cameras
+from feedforward_recon.model.pose_encoding import decode_cameras, unprojected
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,14 @@ class VggtConfig:
     """Shape of the whole network.
 
     camera_depth: blocks of the camera head. attention: the variant in the global blocks.
+    point_head: without it, points are those of depth and cameras.
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     dpt: DptConfig = field(default_factory=DptConfig)
     camera_depth: int = 4
     attention: str = 'softmax'
+    point_head: bool = True
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ class Vggt(nn.Module):
         self.aggregator = Aggregator(config.backbone, global_attention)
         self.camera_head = CameraHead(dim, depth=config.camera_depth)
         self.depth_head = DptHead(config.dpt, Scratch(config.dpt, outputs=2))
-        self.point_head = DptHead(config.dpt, Scratch(config.dpt, outputs=4))
+        if config.point_head:
+            self.point_head = DptHead(config.dpt, Scratch(config.dpt, outputs=4))
 
     def empty_memory(self, batch: int = 1) -> TransformerMemory:
         """The memory of a scene that nobody has seen."""
@@ -155,12 +158,14 @@ class Vggt(nn.Module):
         """The dense heads of the frames of ``tokens``, and their cameras [passes, B, N, 9]."""
         shape = encodings.shape[1:3]
         depth = self.depth_head(tokens.patches, tokens.grid_hw).unflatten(0, shape)
+        T_cam_world, K = decode_cameras(encodings[-1], (depth.shape[2], depth.shape[3]))
+        z, confidence = depth[..., 0].exp(), 1 + depth[..., 1].exp()
+        if not self.config.point_head:
+            points = unprojected(z, T_cam_world, K)
+            return Reconstruction(encodings, T_cam_world, K, z, confidence, points, confidence)
         points = self.point_head(tokens.patches, tokens.grid_hw).unflatten(0, shape)
-        size_hw = (depth.shape[2], depth.shape[3])
-        T_cam_world, K = decode_cameras(encodings[-1], size_hw)
-        return Reconstruction(
-            encodings, T_cam_world, K, depth[..., 0].exp(), 1 + depth[..., 1].exp(),
-            _signed_expm1(points[..., :3]), 1 + points[..., 3].exp())
+        return Reconstruction(encodings, T_cam_world, K, z, confidence,
+                              _signed_expm1(points[..., :3]), 1 + points[..., 3].exp())
 
 
 def _spread_out(points: torch.Tensor, count: int) -> torch.Tensor:

@@ -68,7 +68,7 @@ class NetworkPredictor:
     @torch.inference_mode()
     def _run(self, images: torch.Tensor, memory: Any, write: bool) -> tuple[Answer, Any]:
         images = images.to(self.device)
-        if isinstance(self.network, Da3):
+        if isinstance(self.network, Da3) and self.network.config.normalised:
             images = normalised(images)
         half = self.device.type == 'cuda' and torch.cuda.is_bf16_supported()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):

@@ -69,6 +69,6 @@ def attention_factory(name: str, **options: Any) -> Callable[[BlockConfig, int],
     """
     def make(block: BlockConfig, layer_index: int) -> QkvAttention:
         config = AttentionConfig(block.dim, block.heads, name, qk_norm=block.qk_norm,
-                                 round_qk=block.round_qk, **options)
+                                 round_qk=block.round_qk, one_place=block.one_place, **options)
         return global_attention(config, layer_index)
     return make

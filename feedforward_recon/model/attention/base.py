@@ -167,7 +167,11 @@ class QkvAttention(nn.Module):
         """Raw queries or keys [..., T, d] after norm and rotation."""
         y = norm(x)
         y = y.to(x.dtype) if self.config.round_qk else y
-        return y if positions is None else rotate(y, positions)
+        return y if positions is None else rotate(y, self.places(positions))
+
+    def places(self, positions: torch.Tensor) -> torch.Tensor:
+        """Where tokens count as lying when they are turned, of where they lie [..., 2]."""
+        return positions.clamp(max=1) if self.config.one_place else positions
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.config.heads, -1)).transpose(1, 2)

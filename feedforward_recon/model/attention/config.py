@@ -57,6 +57,8 @@ class AttentionConfig:
     name: a key of ATTENTION. special: tokens in front of the patches of each frame.
     qk_norm: LayerNorm of queries and keys per head (eps 1e-5); `ttt` and `hybrid` have none.
     round_qk: give normalised queries and keys the dtype of the values before the rotation.
+    one_place: turn all patches as if they lay at (1, 1); blocks and convolutions still know
+        where they are.
     chunk_tokens: frames are processed together up to about this many tokens; None: what fits
         a cache on a CPU, and what VGG-T3 uses elsewhere.
     """
@@ -67,6 +69,7 @@ class AttentionConfig:
     special: int = 5
     qk_norm: bool = True
     round_qk: bool = False
+    one_place: bool = False
     chunk_tokens: int | None = None
     ttt: TttOptions = field(default_factory=TttOptions)
     sparse: SparseOptions = field(default_factory=SparseOptions)

@@ -101,11 +101,12 @@ class HybridAttention(TttAttention):
         candidates: list[Anchors] = []
 
         def samples() -> Iterator[Samples]:
+            candidates.clear()  # a second step sees the same tokens again
             for chunk in chunks:
                 sample = self.samples(chunk, layout)
                 candidates.append(_candidates(sample).best(count))
                 yield sample
-        sums = self.learned(samples(), state)
+        sums = self.learned(samples, state)
         local = Anchors(*(torch.cat(column, 2) for column in zip(*candidates, strict=True)))
         new = Anchors(*(self.exchange.concatenate(t.contiguous(), 2) for t in local.best(count)))
         return HybridState(sums.g0, sums.g1, sums.g2, *state.anchors.joined(new).best(count))

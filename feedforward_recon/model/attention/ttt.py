@@ -21,7 +21,7 @@ Cost: linear. Per token and head 6 d m multiplications to write in each step, 3 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -72,7 +72,7 @@ class TttState(State):
 
 
 class PatchLayout(NamedTuple):
-    """Positions (y, x) of the tokens of a frame, [tokens, 2], and rows and columns of patches."""
+    """Positions that turn the tokens of a frame, [tokens, 2], and rows and columns of patches."""
 
     positions: torch.Tensor
     grid_hw: tuple[int, int]
@@ -122,33 +122,33 @@ class TttAttention(QkvAttention):
         if layout.positions is None:
             raise InputError('expected positions of the patches for the convolution of values, '
                              'found None; pass those of one frame')
-        return PatchLayout(layout.positions, grid_of(layout.positions, self.config.special))
+        return PatchLayout(self.places(layout.positions),
+                           grid_of(layout.positions, self.config.special))
 
     def write(self, chunks: tuple[torch.Tensor, ...], state: Any, layout: PatchLayout) -> Any:
         """Add the gradient sums of all chunks."""
-        return self.learned((self.samples(chunk, layout) for chunk in chunks), state)
+        return self.learned(lambda: (self.samples(chunk, layout) for chunk in chunks), state)
 
-    def learned(self, chunks: Iterable[Samples], state: TttState) -> TttState:
-        """The state with the samples added.
+    def learned(self, samples: Callable[[], Iterable[Samples]], state: TttState) -> TttState:
+        """The state with the samples of all chunks added.
 
+        samples: called once per step; keeping all of them would take memory per frame.
         Raises InputError for several steps into a state that holds something: the later steps
         would need the tokens of those earlier frames again.
         """
         steps = self.config.ttt.steps
-        if steps > 1:
-            chunks = list(chunks)
-            if state.steps > 1 or state.g1.any():
-                raise InputError(f'expected an empty state for {steps} update steps, found one '
-                                 'that was written to; write all frames at once or use steps=1')
-        first = Fast(self.w0, self.w1, self.w2)
-        weights, sums = first, []
+        if steps > 1 and (state.steps > 1 or state.g1.any()):
+            raise InputError(f'expected an empty state for {steps} update steps, found one '
+                             'that was written to; write all frames at once or use steps=1')
+        weights, sums = Fast(self.w0, self.w1, self.w2), list[Fast]()
         for step in range(steps):
-            part = fast_weights.summed_gradients(weights, chunks)
+            if step:
+                weights = self._advanced(weights, sums[-1])
+            part = fast_weights.summed_gradients(weights, samples())
             total = Fast(*map(self.exchange.sum, part))
             if step == 0:
                 total = Fast(*map(torch.add, state.gradient(0), total))
             sums.append(total)
-            weights = self._advanced(weights, total)
         return TttState(*(torch.stack(column) for column in zip(*sums, strict=True)))
 
     def readable(self, state: Any) -> Any:
