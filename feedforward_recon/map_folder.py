@@ -4,8 +4,9 @@
     saved = load_map('maps/kitchen')
     localizer = saved.localizer()
 
-Localising needs map.yaml and memory.safetensors alone. The other files are for people and
-other tools (poses.json, trajectory.tum, cloud.ply) and for resuming (reservoir.safetensors).
+Localising needs map.yaml and memory.safetensors alone; with a network that remembers the map,
+network.safetensors as well. The other files are for people and other tools (poses.json,
+trajectory.tum, cloud.ply) and for resuming (reservoir.safetensors).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from feedforward_recon.config import MapperConfig, from_dict, to_dict
 from feedforward_recon.errors import ConfigError, InputError, MapError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.mapping.localizer import Localizer
+from feedforward_recon.mapping.network_memory import NetworkMemory
 from feedforward_recon.mapping.scene_map import SceneMap
 from feedforward_recon.memory import MemoryWriter, SceneMemory
 from feedforward_recon.model import Encoder
@@ -46,6 +48,7 @@ from feedforward_recon.writers import (
 
 SCHEMA_VERSION = 1
 MEMORY, RESERVOIR = 'memory.safetensors', 'reservoir.safetensors'
+NETWORK = 'network.safetensors'
 POSES, TRAJECTORY, CLOUD = 'poses.json', 'trajectory.tum', 'cloud.ply'
 
 
@@ -102,6 +105,12 @@ class SavedMap:
         return Localizer(self.memory, encoder or self.load_encoder(), self.info.config.localizer,
                          self.info.camera)
 
+    def network_memory(self) -> NetworkMemory | None:
+        """What a network remembers of this map; None when it was made without."""
+        if NETWORK not in self.info.files:
+            return None
+        return NetworkMemory.load(self._verified(NETWORK))
+
     def trajectory(self) -> Trajectory:
         """Poses of the mapped images, from poses.json."""
         entries = [entry for entry in self.poses() if entry['T_map_cam'] is not None]
@@ -149,8 +158,10 @@ def check_map_output(path: str | Path) -> None:
 
 
 def save_map(path: str | Path, scene: SceneMap, writer: MemoryWriter, encoder: Encoder,
-             config: MapperConfig) -> SavedMap:
+             config: MapperConfig, network: NetworkMemory | None = None) -> SavedMap:
     """Write a map folder, read it back and return it; replaces an older map, nothing else.
+
+    network: what a feed-forward network remembers of the same scene.
 
     Raises InputError when the folder cannot be written, MapError when there is nothing to save
     or the disk does not give back what was written.
@@ -167,8 +178,10 @@ def save_map(path: str | Path, scene: SceneMap, writer: MemoryWriter, encoder: E
             write_poses(folder / POSES, scene.estimates)
             write_tum(folder / TRAJECTORY, scene.trajectory)
             write_ply(folder / CLOUD, scene.cloud)
-            for file in (MEMORY, RESERVOIR):  # safetensors keeps its files to their owner
-                (folder / file).chmod((folder / POSES).stat().st_mode)
+            if network is not None:
+                network.save(folder / NETWORK)
+            for file in folder.glob('*.safetensors'):  # which it keeps to their owner
+                file.chmod((folder / POSES).stat().st_mode)
             _write_description(folder, scene, encoder, config)
         except (OSError, SafetensorError) as error:
             raise InputError(f'{path}: expected a place to write, found {error}; choose another '

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import numpy as np
 import typer
@@ -28,11 +28,11 @@ from feedforward_recon.cli.terminal import (
     print_table,
     progress_bar,
 )
-from feedforward_recon.errors import InputError
+from feedforward_recon.errors import ConfigError, InputError, MapError
 from feedforward_recon.evaluation import RECALL_THRESHOLDS, LocalisationScore, localisation_score
 from feedforward_recon.geometry.align import align_points_robust
 from feedforward_recon.map_folder import SavedMap, load_map
-from feedforward_recon.mapping.localizer import Localizer
+from feedforward_recon.mapping.network_memory import NetworkLocalizer
 from feedforward_recon.readers import SourceOptions, open_source
 from feedforward_recon.readers.source import Source as FrameSource
 from feedforward_recon.types import Estimate, FloatArray, Frame
@@ -40,22 +40,66 @@ from feedforward_recon.writers import check_place, localization_entries, write_e
 
 LISTED = 20
 
+
+class Finder(Protocol):
+    """Finds an image in a map."""
+
+    def localize(self, frame: Frame) -> Estimate:
+        """Pose, or NOT_LOCALISED with the reason."""
+        ...
+
+
+@dataclass(frozen=True)
+class NetworkChoice:
+    """The options of --model, as given."""
+
+    model: str
+    device: str
+    weights: str
+    refine: bool
+
+    def __post_init__(self) -> None:
+        """Refuse options of a network without one."""
+        plain = self.device == 'cpu' and not self.weights and self.refine
+        if not (self.model or plain):
+            raise ConfigError('expected --device, --weights and --no-refine beside a network, '
+                              'found none; add --model')
+
+
 Out = Annotated[Path | None, typer.Option('--out', '-o', help='Also write the JSON list here.',
                                           show_default=False)]
 Align = Annotated[bool, typer.Option('--align', help='Before measuring errors, align the found '
                                      'poses with those of the source: needed unless the map '
                                      'was made with --poses given.')]
+Model = Annotated[str, typer.Option('--model', help='Ask the network that made the map with '
+                                    '--model and remembers it: its name.', metavar='NAME',
+                                    rich_help_panel='Network')]
+Device = Annotated[str, typer.Option('--device', help='Where the network runs: cpu, cuda, '
+                                     'cuda:1.', metavar='NAME', rich_help_panel='Network')]
+NetworkWeights = Annotated[str, typer.Option('--weights', help='File of weights, or a name of '
+                                             '`ffrecon weights list`; default: what made the '
+                                             'map.', metavar='FILE|NAME',
+                                             rich_help_panel='Network')]
+Refine = Annotated[bool, typer.Option('--refine/--no-refine', help='Refine what the network '
+                                      'says on the landmarks of the map, which also answer '
+                                      'where it refuses.', rich_help_panel='Network')]
 
 
 @takes_source_options
 def localize_command(map_: MapFolder, source: Source, options: SourceOptions, out: Out = None,
                      align: Align = False, json_: Json = False, config: Config = None,
-                     set_: Set = None, encoder: Weights = None) -> int:
+                     set_: Set = None, encoder: Weights = None, model: Model = '',
+                     device: Device = 'cpu', weights: NetworkWeights = '',
+                     refine: Refine = True) -> int:
     """Find images in a map: a pose with covariance, or an honest refusal.
 
     Only reads the map (map.yaml and memory.safetensors are enough). The camera comes from the
     source or from --fx, --fov or --calibration; without any, the camera that made the map is
     assumed. If the source carries poses, errors and recall are printed.
+
+    With --model the images are shown to the network that made the map (ffrecon map --model vgg-t3
+    or --attention ttt, hybrid), one by one and without writing; its poses are then refined on
+    the landmarks. What only the network vouches for is UNCERTAIN.
 
     --json prints a list with one entry per image: file, stamp_ns, status, T_map_cam (4x4 or
     null), inliers, score, ms. Exit code 1: no image was found in the map.
@@ -64,16 +108,23 @@ def localize_command(map_: MapFolder, source: Source, options: SourceOptions, ou
       ffrecon localize maps/kitchen photos/
       ffrecon localize maps/kitchen photo.jpg --fov 70 --json
       ffrecon localize maps/kitchen walk/ --align --out poses.json
+      ffrecon localize maps/atrium photos/ --model vgg-t3 --device cuda
     """
+    network = NetworkChoice(model, device, weights, refine)
     if out is not None:
         check_place(out)
     saved = load_map(map_)
     chosen = settings(saved.info.config, config, set_)
     saved = replace(saved, info=replace(saved.info, config=chosen))
     images = open_source(source, replace(options, use_depth=False, mixed_sizes=True))
-    if not images.calibrated:
+    if not (images.calibrated or model):
         note(f'no intrinsics in {images.name}: taking those of the camera that made the map')
-    answers, truth = _localize(saved, saved.localizer(saved.load_encoder(encoder)), images)
+    localizer: Finder
+    if model:
+        localizer = _network_localizer(saved, network, encoder)
+    else:
+        localizer = saved.localizer(saved.load_encoder(encoder))
+    answers, truth = _localize(None if model else saved, localizer, images)
     entries = localization_entries(answers)
     if out is not None:
         write_entries(out, entries)
@@ -86,13 +137,31 @@ def localize_command(map_: MapFolder, source: Source, options: SourceOptions, ou
     return DONE if any(answer.T_map_cam is not None for answer in answers) else REFUSED
 
 
-def _localize(saved: SavedMap, localizer: Localizer, images: FrameSource
+def _network_localizer(saved: SavedMap, network: NetworkChoice, encoder: Path | None
+                       ) -> Finder:
+    from feedforward_recon.model.scene_memory import recalled
+
+    memory = saved.network_memory()
+    if memory is None:
+        raise MapError(f'{saved.path}: expected a map that a network remembers, found none in '
+                       'it; map with --model vgg-t3 (or --attention ttt or hybrid), or leave '
+                       '--model out')
+    predictor, state = recalled(memory, network.model, network.device, network.weights)
+    refiner = saved.localizer(saved.load_encoder(encoder)) if network.refine else None
+    return NetworkLocalizer(predictor, state, memory.link, saved.memory.points, refiner)
+
+
+def _localize(saved: SavedMap | None, localizer: Finder, images: FrameSource
               ) -> tuple[list[Estimate], FloatArray | None]:
-    """Answers, and the true poses [N, 4, 4] where every image has one."""
+    """Answers, and the true poses [N, 4, 4] where every image has one.
+
+    saved: the map whose camera stands in for missing ones; None when a network sees them.
+    """
     answers, truth = [], []
     with progress_bar('localising', len(images)) as bar:
         for frame in bar.over(images):
-            _check_camera(saved, frame)
+            if saved is not None:
+                _check_camera(saved, frame)
             answers.append(localizer.localize(frame))
             if frame.T_map_cam is not None:
                 truth.append(frame.T_map_cam)

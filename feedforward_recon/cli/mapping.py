@@ -11,7 +11,7 @@ import typer
 from feedforward_recon.cli.options import (
     Config,
     Json,
-    ModelOptions,
+    NetworkOptions,
     Set,
     Source,
     Weights,
@@ -24,6 +24,7 @@ from feedforward_recon.cli.terminal import bytes_text, note, print_json, print_t
 from feedforward_recon.config import MapperConfig
 from feedforward_recon.errors import ConfigError, DegenerateError, InputError
 from feedforward_recon.map_folder import MEMORY, RESERVOIR, SavedMap, check_map_output, save_map
+from feedforward_recon.mapping.network_memory import NetworkMemory
 from feedforward_recon.model import Encoder
 from feedforward_recon.readers import SourceOptions, open_source, require_cameras
 from feedforward_recon.readers.source import Source as FrameSource
@@ -49,7 +50,7 @@ PosesOption = Annotated[Poses, typer.Option('--poses', help='given: take the pos
 
 @takes_model_options
 @takes_source_options
-def map_command(source: Source, out: Out, options: SourceOptions, network: ModelOptions,
+def map_command(source: Source, out: Out, options: SourceOptions, network: NetworkOptions,
                 mono: Mono = False, poses: PosesOption = Poses.ESTIMATED,
                 overwrite: Overwrite = False,
                 json_: Json = False, config: Config = None, set_: Set = None,
@@ -78,18 +79,20 @@ def map_command(source: Source, out: Out, options: SourceOptions, network: Model
     frames = open_source(source, _for_mapping(options, mono))
     _check_source(frames, poses)
     describing = CompactEncoder.load(encoder, chosen.encoder)
+    remembered = None
     if network.feeds_forward:
-        run = _map_windows(frames, network, poses, describing, chosen)
+        run, remembered = _map_windows(frames, network, poses, describing, chosen)
     else:
         run = map_frames(frames, len(frames), describing, chosen, poses.value)
-    saved = save_map(out, run.scene, run.writer, describing, chosen)
+    saved = save_map(out, run.scene, run.writer, describing, chosen, remembered)
     _report(run, saved, json_)
 
 
-def _map_windows(frames: FrameSource, network: ModelOptions, poses: Poses, encoder: Encoder,
-                 config: MapperConfig) -> Run:
+def _map_windows(frames: FrameSource, network: NetworkOptions, poses: Poses, encoder: Encoder,
+                 config: MapperConfig) -> tuple[Run, NetworkMemory | None]:
     from feedforward_recon.mapping.windows import WindowConfig
     from feedforward_recon.model.predictor import load_predictor
+    from feedforward_recon.model.scene_memory import remembered, why_not
 
     if poses is Poses.GIVEN:
         raise ConfigError(f'expected poses that {network.model} may find, found --poses given; '
@@ -97,8 +100,12 @@ def _map_windows(frames: FrameSource, network: ModelOptions, poses: Poses, encod
     windows = WindowConfig(network.window, network.anchors)
     predictor = load_predictor(network.model, network.attention or None, network.device,
                                network.weights or None)
-    return map_windows(frames, len(frames), predictor, encoder, config, windows,
-                       refine=network.refine)
+    run = map_windows(frames, len(frames), predictor, encoder, config, windows,
+                      refine=network.refine)
+    if why_not(predictor.network):
+        note(why_not(predictor.network))
+    return run, remembered(predictor, network.model, network.weights, frames, run.scene,
+                           run.writer.snapshot().points)
 
 
 def _for_mapping(options: SourceOptions, mono: bool) -> SourceOptions:

@@ -13,7 +13,7 @@ import typer
 from feedforward_recon.cli.options import Json, MapFolder
 from feedforward_recon.cli.terminal import bytes_text, print_json, print_table
 from feedforward_recon.errors import InputError
-from feedforward_recon.map_folder import SavedMap, load_map
+from feedforward_recon.map_folder import NETWORK, SavedMap, load_map
 from feedforward_recon.writers import (
     PosedImage,
     atomic_folder,
@@ -62,6 +62,7 @@ def _summary(saved: SavedMap, missing: list[str]) -> dict:
                        'cy': info.camera.cy, 'distortion': list(info.camera.distortion),
                        'model': info.camera.model},
             'landmarks': len(saved.memory.occupied),
+            'network': _network(saved),
             'files': {name: entry['bytes'] for name, entry in info.files.items()},
             'missing': missing}
 
@@ -76,10 +77,26 @@ def _rows(saved: SavedMap, missing: list[str]) -> dict[str, str]:
         'landmarks': f'{len(saved.memory.occupied)} in {len(saved.memory.slot_counts)} slots',
         'encoder': f'{info.encoder} {info.encoder_sha256[:12]}',
         'written by': f'feedforward_recon {info.package_version}'}
+    network = _network(saved)
+    if network is not None:
+        rows['network'] = (f'{network["model"]} ({network["attention"]}) '
+                           f'{network["sha256"][:12]}, {network["keyframes"]} keyframes; queries '
+                           f'{network["position"]:.3f} units, {network["angle_deg"]:.1f} deg off')
     for name, entry in info.files.items():
         state = 'absent' if name in missing else 'intact'
         rows[name] = f'{bytes_text(entry["bytes"])}, {state}'
     return rows
+
+
+def _network(saved: SavedMap) -> dict | None:
+    """Which network remembers the map, and how far it was off on images of the walk."""
+    if NETWORK not in saved.info.files or not (saved.path / NETWORK).is_file():
+        return None
+    memory = saved.network_memory()
+    return None if memory is None else {
+        'model': memory.model, 'attention': memory.attention, 'sha256': memory.sha256,
+        'keyframes': memory.link.keyframes, 'position': memory.link.position,
+        'angle_deg': float(np.rad2deg(memory.link.angle))}
 
 
 FormatOption = Annotated[Format, typer.Option('--format', '-f', help='colmap: text model with '

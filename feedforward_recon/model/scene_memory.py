@@ -1,0 +1,117 @@
+"""The memory of a network: from a finished map into what is saved, and back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from feedforward_recon.errors import DegenerateError, MapError
+from feedforward_recon.mapping.network_memory import KEYFRAMES, NetworkMemory, remember, spanning
+from feedforward_recon.mapping.scene_map import SceneMap
+from feedforward_recon.model.attention import ATTENTION
+from feedforward_recon.model.checkpoints import file_sha256
+from feedforward_recon.model.configs import ALIASES, Network
+from feedforward_recon.model.network import TransformerMemory, Vggt
+from feedforward_recon.model.predictor import NetworkPredictor, load_predictor
+from feedforward_recon.types import FloatArray, Frame, Keyframe
+from feedforward_recon.weights_registry import find_weights, is_path
+
+log = logging.getLogger(__name__)
+CAMERA_TOKENS = 32
+
+
+def why_not(network: Network) -> str:
+    """Why a network cannot keep a memory of a fixed size, in a sentence; '' when it can."""
+    if not isinstance(network, Vggt):
+        return (f'{type(network).__name__} has no cameras in its memory: only the landmarks of '
+                'this map can be localised against')
+    if not ATTENTION[network.config.attention].fixed_size:
+        return (f'the memory of {network.config.attention} attention grows with every image and '
+                'is not kept: use --attention ttt or hybrid to localise with the network')
+    return ''
+
+
+def remembered(predictor: NetworkPredictor, model: str, weights: str, frames: Iterable[Frame],
+               scene: SceneMap, points: FloatArray) -> NetworkMemory | None:
+    """One joint write over keyframes of a finished map; None, and a warning, when it fails.
+
+    model, weights: as `load_predictor` was given them. frames: those of the walk, once more.
+    points: landmarks of the map [V, 3].
+    """
+    network = predictor.network
+    if why_not(network) or not scene.keyframes:
+        return None
+    name = weights or ALIASES.get(model, model)
+    unit = _typical_depth(scene.keyframes)
+    keyframes, others = _frames_of(scene, frames, unit)
+    try:
+        state, link = remember(predictor, keyframes, others, points, unit, _bounded)
+    except (DegenerateError, MemoryError) as problem:
+        log.warning('the map goes without the memory of the network: %s', problem)
+        return None
+    if not link.recognised:
+        log.warning('the network does not find images of this walk again (they come out %.2f '
+                    'units and %.0f degrees off): it will refuse queries', link.position,
+                    np.rad2deg(link.angle))
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.tensors().items()}
+    return NetworkMemory(ALIASES.get(model, model), network.config.attention,
+                         '' if is_path(name) else name, file_sha256(find_weights(name)), link,
+                         tensors)
+
+
+def recalled(memory: NetworkMemory, model: str, device: str = 'cpu', weights: str = ''
+             ) -> tuple[NetworkPredictor, Any]:
+    """The network that wrote a memory, and the memory as it reads it.
+
+    weights: file or name; '' takes the name that wrote it.
+    Raises MapError for another network, CheckpointError and ConfigError as `load_predictor`.
+    """
+    name = ALIASES.get(model, model)
+    if name != memory.model:
+        raise MapError(f'expected --model {memory.model}, whose memory this map holds, found '
+                       f'{model}; use that, or map again')
+    file = find_weights(weights or memory.weights or name)
+    sha256 = file_sha256(file)
+    if sha256 != memory.sha256:
+        raise MapError(f'expected weights of {memory.model} with SHA-256 {memory.sha256[:12]}, '
+                       f'which wrote the memory of this map, found {sha256[:12]} in {file}; give '
+                       'those with --weights, or map again')
+    predictor = load_predictor(memory.model, memory.attention, device, file)
+    tensors = {key: tensor.to(predictor.device) for key, tensor in memory.tensors.items()}
+    return predictor, _vggt(predictor).memory_from(tensors)
+
+
+def _vggt(predictor: NetworkPredictor) -> Vggt:
+    if not isinstance(predictor.network, Vggt):
+        raise MapError(why_not(predictor.network))
+    return predictor.network
+
+
+def _bounded(memory: TransformerMemory) -> TransformerMemory:
+    return memory.with_few_camera_tokens(CAMERA_TOKENS)
+
+
+def _frames_of(scene: SceneMap, frames: Iterable[Frame], unit: float
+               ) -> tuple[list[Frame], list[Frame]]:
+    """Keyframes to write, and other images with a pose, with the poses that the map gave them."""
+    poses = np.stack([keyframe.T_map_cam for keyframe in scene.keyframes])
+    chosen = np.sort(spanning(poses, KEYFRAMES, unit))
+    wanted = {scene.keyframes[i].stamp_ns: poses[i] for i in chosen}
+    others = {e.stamp_ns: e.T_map_cam for e in scene.estimates
+              if e.T_map_cam is not None and e.stamp_ns not in wanted}
+    step = max(1, len(others) // KEYFRAMES)
+    known = {**wanted, **dict(list(others.items())[::step])}
+    read = [replace(frame, T_map_cam=known[frame.stamp_ns], depth=None) for frame in frames
+            if frame.stamp_ns in known]
+    return ([frame for frame in read if frame.stamp_ns in wanted],
+            [frame for frame in read if frame.stamp_ns not in wanted])
+
+
+def _typical_depth(keyframes: Iterable[Keyframe]) -> float:
+    """Median depth of all points that keyframes carry (1 without any)."""
+    depths = np.concatenate([k.points_cam[k.has_point, 2] for k in keyframes])
+    return float(np.median(depths)) if len(depths) else 1.0

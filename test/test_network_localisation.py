@@ -1,0 +1,277 @@
+"""Localising against what a network remembers of a map: laws that hold whatever it says."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from feedforward_recon.cli import main
+from feedforward_recon.errors import DegenerateError, MapError
+from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.geometry.transforms import (
+    inverse,
+    make_transform,
+    pose_error,
+    so3_exp,
+    transform_points,
+)
+from feedforward_recon.map_folder import NETWORK, load_map
+from feedforward_recon.mapping.network_memory import (
+    NetworkLocalizer,
+    NetworkMemory,
+    align_cameras,
+    remember,
+    spanning,
+)
+from feedforward_recon.model import predictor as module
+from feedforward_recon.model.backbone import BackboneConfig
+from feedforward_recon.model.configs import build
+from feedforward_recon.model.dpt import DptConfig
+from feedforward_recon.model.network import VggtConfig
+from feedforward_recon.model.predictor import NetworkPredictor
+from feedforward_recon.model.scene_memory import recalled, why_not
+from feedforward_recon.model.vit import VitConfig
+from feedforward_recon.synthetic import Room, render_walk
+from feedforward_recon.types import Prediction, Status
+
+SMALL = VggtConfig(BackboneConfig(VitConfig(48, 2, 3, grid=4), 4, (0, 1, 2, 3)),
+                   DptConfig(96, 16, (8, 16, 24, 32)))
+CAMERA = Camera.from_fov(68.0, (160, 120))
+SCALE = 0.4  # units of the oracle's world per metre
+
+
+# -- a network that knows the answers ------------------------------------------------------
+
+
+class Oracle:
+    """Exact depth and noisy cameras in a world of its own; its memory is what it was shown.
+
+    noise: metres and radians. limit: images that fit into memory.
+    """
+
+    def __init__(self, frames, noise=0.0, limit=1000, seed=0):
+        self.known = {frame.image.tobytes(): frame for frame in frames}
+        self.noise, self.limit, self.rng = noise, limit, np.random.default_rng(seed)
+        self.T_net_map = make_transform(so3_exp(np.array([0.5, -1, 0.3])), np.array([3, -2, 1.0]))
+
+    def predict(self, images, memory=None, *, write=True):
+        if len(images) > self.limit:
+            raise MemoryError(f'{len(images)} images')
+        frames = [self.known[image.tobytes()] for image in images]
+        shake = self.noise * self.rng.normal(size=(2, len(images), 3))
+        T = np.stack([frame.T_map_cam for frame in frames])
+        T = T @ make_transform(so3_exp(shake[0]), shake[1])
+        T = self.T_net_map @ T
+        T[:, :3, 3] *= SCALE
+        depth = SCALE * np.stack([frame.depth for frame in frames])
+        return (Prediction(T, np.repeat(CAMERA.K[None], len(T), 0), depth.astype(np.float32),
+                           np.full_like(depth, 2, np.float32)),
+                (*(memory or ()), *images) if write else memory)
+
+
+@pytest.fixture(scope='module')
+def frames():
+    room = Room.generate(7)
+    return list(render_walk(room, CAMERA, room.walk(90, seed=0)[:60:2]))
+
+
+@pytest.fixture(scope='module')
+def points(frames):
+    """Landmarks: some pixels of every fifth frame, in the map."""
+    v, u = np.mgrid[10:120:20, 10:160:20].reshape(2, -1)
+    rays = np.stack([u, v, np.ones_like(u)], 1) @ np.linalg.inv(CAMERA.K).T
+    return np.concatenate([transform_points(f.T_map_cam, rays * f.depth[v, u, None])
+                           for f in frames[::5]])
+
+
+def linked(frames, points, oracle):
+    return remember(oracle, frames[::3], frames[1::3], points, 2.0, lambda memory: memory)
+
+
+def bare(frame):
+    return replace(frame, T_map_cam=None, depth=None)
+
+
+def test_an_exact_network_answers_in_the_map(frames, points):
+    memory, link = linked(frames, points, Oracle(frames))
+    assert link.keyframes == len(memory) == 10 and link.checked == 10
+    assert link.scale == pytest.approx(1 / SCALE) and link.agreement > 0.8
+    localizer = NetworkLocalizer(Oracle(frames), memory, link, points)
+    for frame in frames[2::3]:
+        answer = localizer.localize(bare(frame))
+        assert answer.status is Status.UNCERTAIN and answer.source == frame.source
+        distance, degrees = pose_error(answer.T_map_cam, frame.T_map_cam)
+        assert distance < 1e-6 and degrees < 1e-5
+
+
+def test_the_covariance_is_that_of_the_errors(frames, points):
+    _, link = linked(frames, points, Oracle(frames, noise=0.05))
+    assert 0.04 < np.sqrt(link.covariance[0, 0]) < 0.08
+    assert 0.04 < np.sqrt(link.covariance[5, 5]) < 0.08
+    assert link.recognised
+
+
+def test_a_full_device_means_fewer_keyframes_and_says_so(frames, points, caplog):
+    memory, link = linked(frames, points, Oracle(frames, limit=6))
+    assert link.keyframes == len(memory) == 5 and 'out of memory' in caplog.text
+    assert link.position < 1e-6
+    with pytest.raises(MemoryError):
+        linked(frames, points, Oracle(frames, limit=2))
+
+
+def test_a_wrong_pose_is_refused(frames, points):
+    """The network is sure of itself, but its depth belongs to another place."""
+    memory, link = linked(frames, points, Oracle(frames))
+    lost = Oracle(frames)
+    lost.T_net_map = lost.T_net_map @ make_transform(so3_exp(np.array([0, 2.0, 0])), np.ones(3))
+    answer = NetworkLocalizer(lost, memory, link, points).localize(bare(frames[2]))
+    assert answer.status is Status.NOT_LOCALISED and answer.T_map_cam is None
+    assert answer.reason in ('DEPTH_DISAGREES', 'NO_LANDMARKS_IN_VIEW')
+    unknown = NetworkLocalizer(Oracle(frames), memory, replace(link, position=99.0), points)
+    assert unknown.localize(bare(frames[2])).reason == 'MAP_NOT_RECOGNISED'
+
+
+def test_the_link_ignores_a_few_wrong_cameras(frames):
+    T = np.stack([frame.T_map_cam for frame in frames])
+    seen = inverse(Oracle(frames).T_net_map) @ T
+    seen[:5, :3, 3] += 2.0
+    T_map_net, scale = align_cameras(seen, T)
+    assert scale == pytest.approx(1, abs=1e-3)
+    np.testing.assert_allclose(T_map_net, Oracle(frames).T_net_map, atol=0.01)
+
+
+def test_a_straight_walk_is_enough_and_standing_still_is_not():
+    T = np.repeat(np.eye(4)[None], 5, 0)
+    with pytest.raises(DegenerateError, match='use a walk that moves'):
+        align_cameras(T, T)
+    T[:, 2, 3] = np.arange(5)
+    T_map_net, scale = align_cameras(T, T)
+    assert scale == pytest.approx(1)
+    np.testing.assert_allclose(T_map_net, np.eye(4), atol=1e-9)
+    with pytest.raises(DegenerateError, match='at least 3 cameras'):
+        align_cameras(T[:2], T[:2])
+
+
+def test_few_keyframes_are_a_part_of_more_and_reach_the_ends(frames):
+    T = np.repeat(np.eye(4)[None], 9, 0)
+    T[:, 0, 3] = np.arange(9)
+    assert spanning(T, 3, 1.0).tolist() == [0, 8, 4]
+    assert spanning(T, 20, 1.0)[:3].tolist() == [0, 8, 4] and len(set(spanning(T, 20, 1.0))) == 9
+
+
+# -- a real network with random weights ----------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A `tiny` of a few layers whose cameras hardly move."""
+    monkeypatch.setitem(module.build.__globals__['CONFIGS'], 'tiny', SMALL)
+    torch.manual_seed(0)
+    network = build('tiny', 'ttt')
+    with torch.no_grad():
+        network.camera_head.pose_branch.fc2.weight.mul_(0.01)
+        network.camera_head.pose_branch.fc2.bias.copy_(torch.tensor([0.0] * 6 + [0.25] * 3))
+    return network
+
+
+@pytest.fixture
+def weights(small, tmp_path):
+    return saved_weights(small, tmp_path / 'small.safetensors')
+
+
+def saved_weights(network, file):
+    save_file({name: tensor.clone() for name, tensor in network.state_dict().items()}, file)
+    return file
+
+
+@pytest.fixture
+def images():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 255, (60, 80, 3)).astype(np.uint8) for _ in range(40)]
+
+
+def test_the_memory_has_a_fixed_size_and_queries_leave_it_alone(small, images):
+    predictor = NetworkPredictor(small)
+    sizes = []
+    for count in (10, 40):
+        _, memory = predictor.predict(images[:count])
+        memory = memory.with_few_camera_tokens(8)
+        before = {name: tensor.clone() for name, tensor in memory.tensors().items()}
+        answers = [predictor.predict([images[i]], memory, write=False)[0] for i in (3, 1, 3)]
+        assert all(torch.equal(before[name], t) for name, t in memory.tensors().items())
+        np.testing.assert_array_equal(answers[0].T_world_cam, answers[2].T_world_cam)
+        assert not np.array_equal(answers[0].T_world_cam, answers[1].T_world_cam)
+        sizes.append(memory.nbytes)
+    assert sizes[0] == sizes[1]
+
+
+def test_networks_without_a_fixed_size_say_why_not(small):
+    assert why_not(small) == ''
+    assert 'softmax attention grows' in why_not(build('tiny', 'softmax'))
+    assert 'Pi3 has no cameras' in why_not(build('pi3-small', device='meta'))
+
+
+def command(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def folder(weights, walk_folder, tmp_path):
+    out = tmp_path / 'map'
+    assert command('map', walk_folder, '--out', out, '--model', 'tiny', '--attention', 'ttt',
+                   '--weights', weights, '--window', 8, '--anchors', 2, '--no-refine',
+                   '--set', 'memory.polish_steps=20', '--step', 3) == 0
+    return out
+
+
+def test_a_map_is_asked_as_it_was_written(folder, weights, walk_folder, tmp_path, capsys):
+    memory = load_map(folder).network_memory()
+    assert (memory.model, memory.attention, memory.weights) == ('tiny', 'ttt', '')
+    memory.save(tmp_path / 'again.safetensors')
+    again = NetworkMemory.load(tmp_path / 'again.safetensors')
+    assert again.link == memory.link
+    frames = [np.full((60, 80, 3), value, np.uint8) for value in (9, 200)]
+    answers = []
+    for kept in (memory, again):
+        predictor, state = recalled(kept, 'tiny', weights=str(weights))
+        answers.append([predictor.predict([image], state, write=False)[0] for image in frames])
+    for a, b in zip(*answers, strict=True):
+        assert np.array_equal(a.T_world_cam, b.T_world_cam) and np.array_equal(a.depth, b.depth)
+    capsys.readouterr()
+    assert command('localize', folder, walk_folder, '--model', 'tiny', '--weights', weights,
+                   '--no-refine', '--step', 10, '--json') in (0, 1)
+    entries = json.loads(capsys.readouterr().out)
+    assert len(entries) == 3 and {e['status'] for e in entries} <= {'UNCERTAIN', 'NOT_LOCALISED'}
+    assert command('info', folder) == 0
+    shown = capsys.readouterr().out
+    assert NETWORK in shown and 'tiny (ttt)' in shown
+
+
+def test_another_network_is_refused_in_one_sentence(folder, small, weights, walk_folder,
+                                                    tmp_path, capsys):
+    with torch.no_grad():
+        small.camera_head.empty_pose_tokens += 1
+    other = saved_weights(small, tmp_path / 'other.safetensors')
+    for options, sentence in (
+            (('--model', 'vggt', '--weights', weights), 'expected --model tiny'),
+            (('--model', 'tiny', '--weights', other), 'which wrote the memory of this map'),
+            (('--no-refine',), 'add --model')):
+        assert command('localize', folder, walk_folder, *options) == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert len(error) == 1 and sentence in error[0]
+    (folder / NETWORK).write_bytes((folder / NETWORK).read_bytes()[:-1])
+    with pytest.raises(MapError, match='truncated'):
+        load_map(folder).network_memory()
+
+
+def test_a_map_without_a_network_says_how_to_make_one(folder, weights, walk_folder, tmp_path,
+                                                      capsys):
+    plain = tmp_path / 'plain'
+    assert command('map', walk_folder, '--out', plain, '--set', 'memory.polish_steps=20',
+                   '--step', 3) == 0
+    capsys.readouterr()
+    assert command('localize', plain, walk_folder, '--model', 'tiny', '--weights', weights) == 2
+    assert 'map with --model' in capsys.readouterr().err
