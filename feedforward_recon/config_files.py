@@ -16,11 +16,13 @@ import yaml
 
 from feedforward_recon.config import MapperConfig, as_yaml, from_dict, limits
 from feedforward_recon.errors import ConfigError
+from feedforward_recon.model_options import ModelOptions
 from feedforward_recon.node_config import NodeConfig, Setting, walk
 
 SECTION = 'ros__parameters'
 ROS_OWN = ('use_sim_time', 'qos_overrides', 'start_type_description_service')
-MAPPING_ONLY = ('encoder', 'memory', 'tracking', 'keyframes', 'refine', 'loops', 'cloud')
+MAPPING_ONLY = ('encoder', 'memory', 'tracking', 'keyframes', 'refine', 'loops', 'cloud',
+                *(spec.name for spec in dataclasses.fields(ModelOptions)))
 HEAD = """\
 # Defaults of {node} and of `{command} --config`.
 # Written by `make config`; keys that are left out keep them.

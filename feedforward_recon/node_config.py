@@ -12,12 +12,13 @@ from typing import Any
 
 from feedforward_recon.config import MapperConfig, option
 from feedforward_recon.errors import ConfigError
+from feedforward_recon.model_options import ModelOptions
 
 FRAMES = ('map_frame', 'odom_frame', 'base_frame')
 
 
 @dataclass(frozen=True)
-class NodeConfig(MapperConfig):
+class NodeConfig(ModelOptions, MapperConfig):
     """All settings of a mapping or localisation node; live ones may change while it runs."""
 
     map: str = option('', 'folder that save_map writes and load_map reads; ~ is the home folder',
@@ -26,9 +27,6 @@ class NodeConfig(MapperConfig):
                        choices=('mapping', 'localization'))
     autostart: bool = option(True, 'configure and activate without being asked to',
                              fixed=True)
-    model: str = option('compact', 'network that describes images', choices=('compact',))
-    device: str = option('cpu', 'where the network runs', choices=('cpu',))
-
     queue: str = option('live', 'when images come faster than they are used: live drops the '
                         'oldest and counts it, offline makes the sender wait',
                         choices=('live', 'offline'))

@@ -11,9 +11,10 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import typer
 import yaml
 
-from feedforward_recon.config import MapperConfig, from_dict, to_dict
+from feedforward_recon.config import MapperConfig, from_dict, option, to_dict
 from feedforward_recon.config_files import mapper_settings
 from feedforward_recon.errors import ConfigError
+from feedforward_recon.model_options import ModelOptions
 from feedforward_recon.readers import SourceOptions
 
 C = TypeVar('C', bound=MapperConfig)
@@ -133,56 +134,27 @@ takes_source_options = takes(SourceOptions, 'options', SOURCE_FLAGS)
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelOptions:
-    """Which network maps, and how; ``compact`` is the encoder with closed-form geometry.
+class NetworkOptions(ModelOptions):
+    """Which network maps a recording. refine: see ``mapping.windows``."""
 
-    attention: of the global blocks; '' is that of the model. weights: file or name; '' is the
-    checkpoint named like the model. window, anchors, refine: see ``mapping.windows``.
-    """
-
-    model: str = 'compact'
-    attention: str = ''
-    device: str = 'cpu'
-    weights: str = ''
-    window: int = 32
-    anchors: int = 4
-    refine: bool = True
+    refine: bool = option(True, 'bundle adjustment at the end, and a second look at each image')
 
     def __post_init__(self) -> None:
         """Refuse what only a feed-forward network has."""
-        plain = ModelOptions.__dataclass_fields__
-        changed = [SPELLED[name] for name in SPELLED
-                   if getattr(self, name) != plain[name].default]
-        if self.model == 'compact' and changed:
-            raise ConfigError(f'expected {", ".join(changed)} beside a feed-forward network, '
-                              'found --model compact; add --model with vggt, vgg-t3, pi3, '
-                              'speed3r, da3 or tiny')
-
-    @property
-    def feeds_forward(self) -> bool:
-        """True for the networks that predict many images at once."""
-        return self.model != 'compact'
+        self.check({name: flag.name for name, flag in MODEL_FLAGS.items()})
 
 
+def _described(doc: str) -> str:
+    return f'{doc[0].upper()}{doc[1:]}.'
+
+
+METAVARS = {'window': 'COUNT', 'anchors': 'COUNT', 'weights': 'FILE|NAME', 'refine': None}
 MODEL_FLAGS = {
-    'model': Flag('--model', 'compact, or a feed-forward network: vggt, vgg-t3, pi3, speed3r, '
-                  'da3, tiny.', 'Network', metavar='NAME'),
-    'attention': Flag('--attention', 'Global attention of the network: softmax, ttt, sparse, '
-                      'sparse_linear, latent, hybrid; default: its own.', 'Network',
-                      metavar='NAME'),
-    'device': Flag('--device', 'Where the network runs: cpu, cuda, cuda:1.', 'Network',
-                   metavar='NAME'),
-    'weights': Flag('--weights', 'File of weights, or a name of `ffrecon weights list`; default: '
-                    'the name of the model.', 'Network', metavar='FILE|NAME'),
-    'window': Flag('--window', 'Images predicted together; halved when memory runs out.',
-                   'Network', metavar='COUNT'),
-    'anchors': Flag('--anchors', 'How many of them are mapped already and tie the window to the '
-                    'map.', 'Network', metavar='COUNT'),
-    'refine': Flag('--refine/--no-refine', 'Bundle adjustment at the end, and a second look at '
-                   'each image.', 'Network'),
-}
-SPELLED = {name: flag.name for name, flag in MODEL_FLAGS.items() if name != 'model'}
-takes_model_options = takes(ModelOptions, 'network', MODEL_FLAGS)
+    spec.name: Flag('--refine/--no-refine' if spec.name == 'refine' else f'--{spec.name}',
+                    _described(spec.metadata['doc']), 'Network',
+                    metavar=METAVARS.get(spec.name, 'NAME'))
+    for spec in dataclasses.fields(NetworkOptions)}
+takes_model_options = takes(NetworkOptions, 'network', MODEL_FLAGS)
 
 
 def settings(base: C, file: Path | None, assignments: list[str] | None) -> C:

@@ -61,6 +61,13 @@ class Journal:
                 else replace(e.estimate, T_map_cam=T_map_cam[e.keyframe] @ e.T_keyframe_cam)
                 for e in self._entries]
 
+    def pose(self, index: int, T_map_cam: np.ndarray) -> np.ndarray | None:
+        """Pose of frame ``index``, given all keyframe poses [K, 4, 4]; None if it has none."""
+        entry = self._entries[index]
+        if entry.T_keyframe_cam is None:
+            return None
+        return T_map_cam[entry.keyframe] @ entry.T_keyframe_cam
+
     def trajectory(self, T_map_cam: np.ndarray) -> Trajectory:
         """Poses of all frames that have one, given all keyframe poses [K, 4, 4]."""
         posed = [(e.stamp_ns, e.T_map_cam) for e in self.estimates(T_map_cam)

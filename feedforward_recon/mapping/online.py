@@ -55,7 +55,7 @@ class OnlineReconstructor:
                  relocalise: Callable[[Frame], Estimate] | None = None,
                  T_map_first: np.ndarray | None = None) -> None:
         self.config, self.encoder, self.memory = config, encoder, memory
-        self.poses, self.relocalise = poses, relocalise
+        self.poses, self.relocalise, self.bends = poses, relocalise, poses == 'estimated'
         self.T_map_first = np.eye(4) if T_map_first is None else T_map_first
         self.status, self.stats = Status.INITIALISING, Stats()
         self._preparation = Preparation(config.tracking)
@@ -236,7 +236,7 @@ class OnlineReconstructor:
     def _close_loops(self) -> None:
         """Tie the newest keyframe to old ones; when the map is off, bend it back."""
         newest = len(self._map) - 1
-        if newest % self.config.loops.every or self.poses == 'given':
+        if newest % self.config.loops.every or not self.bends:
             return
         loop = find_loop(self._map, newest, self.config)
         if loop is None:

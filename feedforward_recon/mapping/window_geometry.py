@@ -6,7 +6,7 @@ image with the network's confidence as their weight.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import sparse
@@ -24,14 +24,25 @@ MIN_SHARED = 0.15  # share of an image that another one must show as well
 class Samples:
     """A grid of M pixels in each of N images.
 
-    px: int [M, 2] as (u, v). depth: [N, M]. points_world: [N, M, 3].
-    weight: [N, M], the confidence, 0 where there is no depth.
+    px: int [M, 2] as (u, v). points_cam, points_world: [N, M, 3]. weight: [N, M], the
+    confidence, 0 where there is no depth.
     """
 
     px: np.ndarray
-    depth: np.ndarray
+    points_cam: np.ndarray
     points_world: np.ndarray
     weight: np.ndarray
+
+    @property
+    def depth(self) -> np.ndarray:
+        """z-depth [N, M], 0 where unknown."""
+        return self.points_cam[..., 2]
+
+    @property
+    def typical_depth(self) -> float:
+        """Median z-depth of all samples (1 if there are none)."""
+        known = self.weight > 0
+        return float(np.median(self.depth[known])) if known.any() else 1.0
 
 
 def samples(prediction: Prediction) -> Samples:
@@ -44,9 +55,10 @@ def samples(prediction: Prediction) -> Samples:
     depth = np.where(known, depth, 0.0)
     pixels = np.stack([u, v, np.ones_like(u)], 1).astype(float)
     rays = pixels @ np.swapaxes(np.linalg.inv(prediction.K), -1, -2)  # [N, M, 3]
-    points = transform_points(prediction.T_world_cam, rays * depth[..., None])
+    points = rays * depth[..., None]
     weight = np.where(known, prediction.confidence[:, v, u], 0.0)
-    return Samples(pixels[:, :2].astype(int), depth, points, weight)
+    return Samples(pixels[:, :2].astype(int), points,
+                   transform_points(prediction.T_world_cam, points), weight)
 
 
 def selected(prediction: Prediction, index: np.ndarray | slice) -> Prediction:
@@ -55,42 +67,10 @@ def selected(prediction: Prediction, index: np.ndarray | slice) -> Prediction:
                       prediction.depth[index], prediction.confidence[index])
 
 
-def joined(first: Prediction, second: Prediction) -> Prediction:
-    """Two predictions in one frame and unit, one behind the other."""
-    return Prediction(*(np.concatenate([getattr(part, field.name) for part in (first, second)])
-                        for field in fields(Prediction)))
-
-
 def moved(prediction: Prediction, fit: Alignment) -> Prediction:
     """The prediction in the frame and the unit that ``fit`` leads to."""
     return replace(prediction, T_world_cam=fit.apply_to_poses(prediction.T_world_cam),
                    depth=prediction.depth * np.float32(fit.scale))
-
-
-@dataclass(frozen=True)
-class Mapped:
-    """Images whose place in the map is known, with the variances of their poses.
-
-    variance: of positions (map units squared) and of angles (rad squared).
-    """
-
-    images: tuple[np.ndarray, ...]
-    prediction: Prediction
-    variance: tuple[float, float]
-
-    def after(self, older: Mapped | None) -> Mapped:
-        """These images behind older ones; the variances are those of the newer."""
-        if older is None:
-            return self
-        return Mapped(older.images + self.images, joined(older.prediction, self.prediction),
-                      self.variance)
-
-    def chosen(self, count: int) -> Mapped:
-        """At most ``count`` images from the later half, the last among them."""
-        last = len(self.images) - 1
-        index = np.unique(np.linspace(last, last // 2, count).round().astype(int))
-        return Mapped(tuple(self.images[i] for i in index), selected(self.prediction, index),
-                      self.variance)
 
 
 def scaling(scale: float) -> Alignment:
@@ -98,34 +78,34 @@ def scaling(scale: float) -> Alignment:
     return Alignment(np.eye(4), scale, np.ones(0), np.zeros(0))
 
 
-def aligned(source: Prediction, target: Prediction, *, with_scale: bool) -> Alignment:
-    """The transform that brings ``source`` onto ``target``: two predictions of the same images.
+def aligned(source: Prediction, T_map_cam: np.ndarray, target: Samples, *,
+            with_scale: bool) -> Alignment:
+    """The transform that brings ``source`` onto samples of the same images in the map.
 
-    Raises DegenerateError when their points do not determine it.
+    T_map_cam [N, 4, 4]: where the cameras of the samples are now.
+    Raises DegenerateError when the points do not determine it.
     """
-    a, b = samples(source), samples(target)
-    weight = np.sqrt(a.weight * b.weight).ravel()
+    found = samples(source)
+    weight = np.sqrt(found.weight * target.weight).ravel()
     both = weight > 0
-    return align_points_robust(a.points_world.reshape(-1, 3)[both],
-                               b.points_world.reshape(-1, 3)[both], weight[both],
-                               with_scale=with_scale)
+    points = transform_points(T_map_cam, target.points_cam)
+    return align_points_robust(found.points_world.reshape(-1, 3)[both],
+                               points.reshape(-1, 3)[both], weight[both], with_scale=with_scale)
 
 
-def misfit(fit: Alignment, target: Prediction) -> float:
+def misfit(fit: Alignment, target: Samples) -> float:
     """Median distance after an alignment, as a share of the median depth of its target."""
-    return float(np.median(fit.residuals) / typical_depth(target))
+    return float(np.median(fit.residuals) / target.typical_depth)
 
 
 def typical_depth(prediction: Prediction) -> float:
     """Median z-depth of all samples (1 if there are none)."""
-    grid = samples(prediction)
-    known = grid.weight > 0
-    return float(np.median(grid.depth[known])) if known.any() else 1.0
+    return samples(prediction).typical_depth
 
 
-def pose_spread(a: Prediction, b: Prediction) -> tuple[float, float]:
-    """How far two predictions of the same cameras lie apart: rms distance and angle (rad)."""
-    metres, degrees = pose_error(a.T_world_cam, b.T_world_cam)
+def pose_spread(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """How far poses [N, 4, 4] of the same cameras lie apart: rms distance and angle (rad)."""
+    metres, degrees = pose_error(a, b)
     return float(np.sqrt(np.mean(metres**2))), float(np.deg2rad(np.sqrt(np.mean(degrees**2))))
 
 
@@ -148,6 +128,19 @@ class Agreement:
         tied = (self.shared >= MIN_SHARED) & (self.right >= 0.5)
         graph = sparse.csr_matrix(tied | tied.T)
         return sparse.csgraph.connected_components(graph, directed=False)[1]
+
+    def members(self, anchors: int) -> np.ndarray:
+        """Mask [N] of the group with the most new images beside one of the first ``anchors``.
+
+        Without anchors: the group with the most images; of one image only if it is alone.
+        """
+        group = self.groups
+        if not anchors:
+            sizes = np.bincount(group)
+            return (group == sizes.argmax()) & (sizes.max() > min(1, len(group) - 1))
+        tied = np.unique(group[:anchors])
+        sizes = np.array([(group[anchors:] == label).sum() for label in tied])
+        return group == tied[sizes.argmax()]
 
     @property
     def score(self) -> np.ndarray:

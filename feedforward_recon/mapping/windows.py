@@ -4,8 +4,8 @@
            -> poses and depth -> the online mapper with poses given -> refine -> SceneMap
 
 Every window comes back in a frame and a unit of its own. Its anchors, images that are mapped
-already, are predicted again; the similarity that brings their points onto the map carries the
-other images along. From there on the frames take the way of any frame whose pose and depth
+already (``anchors.Album``), are predicted again; the similarity that brings their points onto
+the map carries the other images along. From there on the frames take the way of any frame whose pose and depth
 are known, so that keyframes, cloud, memory and files are those of the online mapper.
 
 Without sensor depth the first camera is the origin, the median depth of its window is one
@@ -15,21 +15,21 @@ unit, and ``metres_per_unit`` is None.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
 from feedforward_recon.config import MapperConfig
-from feedforward_recon.errors import ConfigError, DegenerateError, InputError
+from feedforward_recon.errors import DegenerateError, InputError
 from feedforward_recon.geometry.align import Alignment
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse
+from feedforward_recon.mapping.anchors import Album, Anchors
 from feedforward_recon.mapping.online import Memory
 from feedforward_recon.mapping.posed import PosedMapper
 from feedforward_recon.mapping.scene_map import SceneMap, Stats
 from feedforward_recon.mapping.window_geometry import (
-    Mapped,
     agreement,
     aligned,
     depth_ratio,
@@ -40,6 +40,7 @@ from feedforward_recon.mapping.window_geometry import (
     selected,
     typical_depth,
 )
+from feedforward_recon.mapping.window_parts import Placed, Placement, Window, WindowConfig
 from feedforward_recon.model import Encoder, Predictor
 from feedforward_recon.types import Estimate, Frame, Prediction, Status
 
@@ -51,36 +52,6 @@ UNSURE_SHARE = 0.2  # of the depth of an image, the least certain, that is not u
 DEPTH_NOISE_FACTOR = 20
 DEPTH_NOISE_FLOOR = 0.004
 WIDE = 5.0  # gates before refinement, as a multiple of those of tracking
-
-
-@dataclass(frozen=True)
-class WindowConfig:
-    """size: images predicted together; anchors: how many of them are mapped already."""
-
-    size: int = 32
-    anchors: int = 4
-
-    def __post_init__(self) -> None:
-        """Refuse windows that could not be tied to each other."""
-        if self.size < 2 or not 1 <= self.anchors < self.size:
-            raise ConfigError('expected windows of at least 2 images with 1 or more anchors and '
-                              f'at least one new image, found {self.size} images with '
-                              f'{self.anchors} anchors; choose larger windows')
-
-    def halved(self) -> WindowConfig:
-        """Windows for half as much memory."""
-        size = max(2, self.size // 2)
-        return WindowConfig(size, max(1, min(self.anchors, size // 2)))
-
-
-@dataclass(frozen=True)
-class Placement:
-    """One frame as a window places it; T_map_cam is None when nothing ties it to the map."""
-
-    T_map_cam: np.ndarray | None = None
-    covariance: np.ndarray | None = None
-    score: float = 0.0
-    reason: str = ''
 
 
 class WindowedReconstructor:
@@ -101,9 +72,9 @@ class WindowedReconstructor:
         self.windows, self.refine = windows or WindowConfig(), refine
         self.metric, self.camera_source = False, 'given'
         self._pending: list[Frame] = []
-        self._placements: list[Placement] = []
+        self._placements: list[Placement | None] = []
         self._early: list[Estimate] = []
-        self._mapped: Mapped | None = None
+        self._album = Album()
         self._camera: Camera | None = None
         self._size_hw: tuple[int, ...] | None = None
         self._depth_noise = 0.0
@@ -112,17 +83,20 @@ class WindowedReconstructor:
     def add(self, frame: Frame) -> None:
         """Take in a frame; a full window is mapped at once.
 
-        Raises InputError for an image that cannot be used, MemoryError when not even two
-        images fit the device.
+        Raises InputError for an image that cannot be used, and when not even two images fit
+        the device.
         """
+        self._check_size(frame)
+        self._pending.append(frame)
+        self._advance(everything=False)
+
+    def _check_size(self, frame: Frame) -> None:
         shape = frame.image.shape
         if self._size_hw is not None and shape[:2] != self._size_hw:
             raise InputError(f'expected images of {self._size_hw[1]}x{self._size_hw[0]} as '
                              f'before, found {shape[1]}x{shape[0]} in {frame.source}; start a '
                              'new map for another camera')
         self._size_hw = shape[:2]
-        self._pending.append(frame)
-        self._advance(everything=False)
 
     def finish(self) -> SceneMap:
         """Map what is left, refine, write the rest of the memory, and return the result."""
@@ -168,96 +142,113 @@ class WindowedReconstructor:
 
     # -- windows ---------------------------------------------------------------------------
 
+    @property
+    def _room(self) -> int:
+        """New images that a window holds beside its anchors."""
+        return self.windows.size - min(self.windows.anchors, len(self._album))
+
     def _advance(self, *, everything: bool) -> None:
-        while self._pending:
-            anchors = None if self._mapped is None else self._mapped.chosen(self.windows.anchors)
-            room = self.windows.size - (0 if anchors is None else len(anchors.images))
-            if len(self._pending) < room and not everything:
-                return
-            frames = self._pending[:room]
+        while self._pending and (everything or len(self._pending) >= self._room):
+            window = self._next_window()
             try:
-                prediction = self._predict(anchors, frames)
+                prediction = self._predict(window)
             except MemoryError:
                 self._shrink()
                 continue
-            self._pending = self._pending[len(frames):]
-            self._take(anchors, frames, prediction)
+            self._pending = self._pending[len(window.frames):]
+            for placed in self._placed(window, prediction):
+                self._hand_on(placed)
 
-    def _predict(self, anchors: Mapped | None, frames: Sequence[Frame]) -> Prediction:
-        known = () if anchors is None else anchors.images
-        return self.predictor.predict([*known, *(frame.image for frame in frames)])[0]
+    def _next_window(self) -> Window:
+        """The oldest images that wait, and what ties them to the map."""
+        frames = self._pending[:self._room]
+        if self._mapper is None or not len(self._album):
+            return Window(frames)
+        looks = (self.encoder.encode(frame.image).global_descriptor
+                 for frame in (frames[0], frames[len(frames) // 2], frames[-1]))
+        return Window(frames, self._album.chosen(self.windows.anchors, looks, self._mapper.pose))
+
+    def _predict(self, window: Window) -> Prediction:
+        known = () if window.anchors is None else window.anchors.images
+        return self.predictor.predict([*known, *(frame.image for frame in window.frames)])[0]
 
     def _shrink(self) -> None:
         """The device is too small for a window: go on with half of it."""
         if self.windows.size == 2:
             raise InputError('expected enough memory for two images at once, found less; use '
-                             'smaller images, another --device or a smaller model')
+                             'smaller images, another device or a smaller model')
         self.windows = self.windows.halved()
         log.warning('out of memory: going on with windows of %d images, %d of them anchors',
                     self.windows.size, self.windows.anchors)
 
-    def _take(self, anchors: Mapped | None, frames: list[Frame],
-              prediction: Prediction) -> None:
-        """Place a predicted window in the map and hand its frames on."""
-        sensor = [None] * (len(prediction) - len(frames)) + [frame.depth for frame in frames]
-        metres = depth_ratio(prediction, sensor)
+    def _placed(self, window: Window, prediction: Prediction) -> list[Placed]:
+        """The frames of a predicted window with their places in the map."""
+        anchors, frames = window.anchors, window.frames
+        count = 0 if anchors is None else len(anchors)
+        metres = depth_ratio(prediction, [None] * count + [frame.depth for frame in frames])
         if anchors is None:
             self.metric = metres is not None
         found = agreement(prediction)
-        count = len(prediction) - len(frames)
-        group = found.groups
-        member = np.isin(group, group[:count]) if count else _largest(group)
-        fit = self._fit(anchors, prediction, member, metres)
+        member = found.members(count)
+        fit = self._fit(window, prediction, member, metres)
         if fit is None or not member[count:].any():
-            for frame in frames:
-                self._hand_on(frame, None, Placement(reason='no overlap with the map'))
-            return
+            return [Placed(frame, None, Placement(reason='no overlap with the map'))
+                    for frame in frames]
         prediction = moved(prediction, fit)
-        variance = self._variance(anchors, selected(prediction, slice(0, count)), found.error,
-                                  typical_depth(prediction))
+        variance = self._variance(anchors, prediction, found.error)
         if anchors is None:
             self._start(frames[0], prediction, float(np.median(found.error[member])))
-        self._place(anchors, frames, selected(prediction, slice(count, None)), member[count:],
-                    found.score[count:], variance)
+        self._album.begin(anchors)
+        return [self._place(frame, selected(prediction, slice(i, i + 1)), bool(member[i]),
+                            float(found.score[i]), variance)
+                for i, frame in enumerate(frames, count)]
 
-    def _fit(self, anchors: Mapped | None, prediction: Prediction, member: np.ndarray,
+    def _fit(self, window: Window, prediction: Prediction, member: np.ndarray,
              metres: float | None) -> Alignment | None:
         """From the window to the map; None when the anchors do not fit."""
+        anchors = window.anchors
         if not self.metric:
             metres = None
         if anchors is None:
             root = int(np.argmax(member))
             scale = metres or 1 / typical_depth(selected(prediction, member))
-            T = inverse(prediction.T_world_cam[root])
-            T[:3, 3] *= scale
-            return Alignment(T, scale, np.ones(0), np.zeros(0))
-        again = selected(prediction, slice(0, len(anchors.images)))
+            T_root_world = inverse(prediction.T_world_cam[root])
+            T_root_world[:3, 3] *= scale
+            return Alignment(self._first_pose(window.frames[root]) @ T_root_world, scale,
+                             np.ones(0), np.zeros(0))
+        again = selected(prediction, slice(0, len(anchors)))
         if metres is not None:
             again = moved(again, scaling(metres))
-        try:
-            fit = aligned(again, anchors.prediction, with_scale=metres is None)
-        except DegenerateError as problem:
-            log.warning('a window of %d images was lost: %s', len(prediction), problem)
-            return None
-        if misfit(fit, anchors.prediction) > MAX_MISFIT:
-            log.warning('a window of %d images was lost: its anchors miss the map by %.0f %% of '
-                        'their depth', len(prediction), 100 * misfit(fit, anchors.prediction))
-            return None
-        return replace(fit, scale=fit.scale * (metres or 1.0))
+        tied = member[:len(anchors)]
+        worst = 0.0
+        for part in _parts(tied, anchors.recent):
+            try:
+                fit = aligned(selected(again, part), anchors.T_map_cam[part],
+                              anchors.select(part).samples, with_scale=metres is None)
+            except DegenerateError as problem:
+                log.info('anchors of a window do not determine its place: %s', problem)
+                continue
+            off = misfit(fit, anchors.select(part).samples)
+            if off <= MAX_MISFIT:
+                return replace(fit, scale=fit.scale * (metres or 1.0))
+            worst = max(worst, off)
+        log.warning('a window of %d images was lost: its anchors miss the map by %.0f %% of '
+                    'their depth', len(prediction), 100 * worst)
+        return None
 
     @staticmethod
-    def _variance(anchors: Mapped | None, again: Prediction, error: np.ndarray,
-                  depth: float) -> tuple[float, float]:
+    def _variance(anchors: Anchors | None, prediction: Prediction, error: np.ndarray
+                  ) -> tuple[float, float]:
         """Variances of position and angle: what windows disagree by, added up along the walk.
 
-        Within a window, points of one place differ by ``error`` [N] of their depth, and a whole
-        image may be off by as much.
+        Within a window, which is a prediction in the map, points of one place differ by
+        ``error`` [N] of their depth, and a whole image may be off by as much.
         """
         relative = float(np.median(error))
-        own = (relative * depth)**2, relative**2
+        own = (relative * typical_depth(prediction))**2, relative**2
         if anchors is None:
             return own
-        apart = pose_spread(again, anchors.prediction)
+        apart = pose_spread(prediction.T_world_cam[:len(anchors)], anchors.T_map_cam)
         return (anchors.variance[0] + max(apart[0]**2, own[0] / 4),
                 anchors.variance[1] + max(apart[1]**2, own[1] / 4))
 
@@ -276,8 +267,7 @@ class WindowedReconstructor:
             log.warning('the network takes images for pinhole images, these are distorted: '
                         'rectify them if poses are off near the borders')
         self._depth_noise = DEPTH_NOISE_FACTOR * max(noise, DEPTH_NOISE_FLOOR)
-        self._mapper = PosedMapper(self._settings(wide=self.refine), self.encoder, self.memory,
-                                   poses='given')
+        self._mapper = PosedMapper(self._settings(wide=self.refine), self.encoder, self.memory)
 
     def _settings(self, *, wide: bool) -> MapperConfig:
         """Settings of the mapper; wide: gates for poses that have yet to be refined."""
@@ -290,32 +280,38 @@ class WindowedReconstructor:
             cloud = replace(cloud, voxel_m=cloud.voxel_m / 2)
         return replace(self.config, tracking=tracking, refine=refine, cloud=cloud)
 
-    def _place(self, anchors: Mapped | None, frames: list[Frame], prediction: Prediction,
-               member: np.ndarray, score: np.ndarray, variance: tuple[float, float]) -> None:
-        """Hand on the frames that a window shows, and keep them as anchors of the next."""
+    @staticmethod
+    def _place(frame: Frame, prediction: Prediction, shown: bool, score: float,
+               variance: tuple[float, float]) -> Placed:
+        """A frame that a window shows, or lists without being tied to the map."""
+        if not shown:
+            return Placed(frame, prediction, Placement(reason='no overlap with the map'))
         covariance = np.diag(np.repeat(variance, 3))
-        for index, frame in enumerate(frames):
-            if member[index]:
-                T = prediction.T_world_cam[index]
-                placement = Placement(T, covariance, float(score[index]))
-            else:
-                placement = Placement(reason='no overlap with the map')
-            self._hand_on(frame, selected(prediction, slice(index, index + 1)), placement)
-        chosen = np.flatnonzero(member)
-        self._mapped = Mapped(tuple(frames[i].image for i in chosen),
-                              selected(prediction, chosen), variance).after(anchors)
+        return Placed(frame, prediction, Placement(prediction.T_world_cam[0], covariance, score))
 
-    def _hand_on(self, frame: Frame, prediction: Prediction | None, placement: Placement) -> None:
-        """One frame to the mapper, with the pose and the depth that the window gave it."""
-        if self._mapper is None:
+    def _hand_on(self, placed: Placed) -> None:
+        """One frame to the mapper, with the pose and the depth that the window gave it.
+
+        A frame that has a pose may be an anchor of the next window.
+        """
+        frame, placement, mapper = placed.frame, placed.placement, self._mapper
+        if mapper is None:
             self._early.append(Estimate(frame.stamp_ns, Status.INITIALISING, source=frame.source,
                                         reason='waiting for views that overlap'))
             return
-        depth = None if prediction is None else self._depth(frame, prediction)
+        depth = None if placed.prediction is None else self._depth(frame, placed.prediction)
         camera = frame.camera or self._camera
         self._placements.append(placement)
-        self._mapper.process(replace(frame, T_map_cam=placement.T_map_cam, depth=depth,
-                                     camera=camera))
+        mapper.process(replace(frame, T_map_cam=placement.T_map_cam, depth=depth, camera=camera))
+        if placement.covariance is not None and placed.prediction is not None:
+            variance = (placement.covariance[0, 0], placement.covariance[3, 3])
+            self._album.add(len(self._placements) - 1, frame.image, placed.prediction, variance,
+                            mapper.newest_look())
+
+    @staticmethod
+    def _first_pose(frame: Frame) -> np.ndarray:
+        """Where the camera is that starts the map: in the origin."""
+        return np.eye(4)
 
     def _depth(self, frame: Frame, prediction: Prediction) -> np.ndarray:
         """Sensor depth of a metric map, or what the network is surest of."""
@@ -346,8 +342,10 @@ class WindowedReconstructor:
         return self._early + [self._told(*pair, first=index == 0)
                               for index, pair in enumerate(late)]
 
-    def _told(self, estimate: Estimate, placement: Placement, *, first: bool) -> Estimate:
+    def _told(self, estimate: Estimate, placement: Placement | None, *, first: bool) -> Estimate:
         """What the mapper knows of a frame, with the doubts of the window it came from."""
+        if placement is None:
+            return estimate
         if estimate.T_map_cam is None:
             return replace(estimate, reason=placement.reason or estimate.reason)
         # Optical flow is another witness: few tracks agree with a pose that is off.
@@ -357,7 +355,8 @@ class WindowedReconstructor:
                        covariance=placement.covariance, score=placement.score)
 
 
-def _largest(group: np.ndarray) -> np.ndarray:
-    """Members [N] of the group with the most images; of one image only if it is alone."""
-    sizes = np.bincount(group)
-    return (group == sizes.argmax()) & (sizes.max() > min(1, len(group) - 1))
+def _parts(tied: np.ndarray, recent: np.ndarray) -> list[np.ndarray]:
+    """Which anchors to trust, in turn: all that show the same place, the newest, the old."""
+    parts = [tied, tied & recent, tied & ~recent]
+    return [part for part in parts if part.any()] if parts[1].any() and parts[2].any() \
+        else parts[:1]

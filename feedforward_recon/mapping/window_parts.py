@@ -1,0 +1,58 @@
+"""What windows of a feed-forward network consist of, on their way in and on their way out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from feedforward_recon.errors import ConfigError
+from feedforward_recon.mapping.anchors import Anchors
+from feedforward_recon.types import Frame, Prediction
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """size: images predicted together; anchors: how many of them are mapped already."""
+
+    size: int = 32
+    anchors: int = 4
+
+    def __post_init__(self) -> None:
+        """Refuse windows that could not be tied to each other."""
+        if self.size < 2 or not 1 <= self.anchors < self.size:
+            raise ConfigError('expected windows of at least 2 images with 1 or more anchors and '
+                              f'at least one new image, found {self.size} images with '
+                              f'{self.anchors} anchors; choose larger windows')
+
+    def halved(self) -> WindowConfig:
+        """Windows for half as much memory."""
+        size = max(2, self.size // 2)
+        return WindowConfig(size, max(1, min(self.anchors, size // 2)))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One frame as a window places it; T_map_cam is None when nothing ties it to the map."""
+
+    T_map_cam: np.ndarray | None = None
+    covariance: np.ndarray | None = None
+    score: float = 0.0
+    reason: str = ''
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A frame with what its window says about it: a prediction [1] in the map, and its place."""
+
+    frame: Frame
+    prediction: Prediction | None
+    placement: Placement
+
+
+@dataclass(frozen=True)
+class Window:
+    """New frames, and mapped images that tie them to the map; None while there is no map."""
+
+    frames: list[Frame]
+    anchors: Anchors | None = None
