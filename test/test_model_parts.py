@@ -14,7 +14,7 @@ from feedforward_recon.model.dpt import (
     Scratch,
     direction_embedding,
 )
-from feedforward_recon.model.pi3 import nearest_rotation, shared_intrinsics
+from feedforward_recon.model.pi3 import nearest_rotation, fitted_intrinsics
 from feedforward_recon.model.pose_encoding import (
     decode_cameras,
     encode_cameras,
@@ -150,7 +150,7 @@ def test_intrinsics_come_out_of_a_point_map():
     v, u = torch.meshgrid(torch.arange(56.), torch.arange(70.), indexing='ij')
     rays = torch.stack(((u - 33) / 300, (v - 28) / 310, torch.ones_like(u)), -1)
     depth = 1 + torch.rand(56, 70, 1, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(shared_intrinsics(rays * depth), K, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(fitted_intrinsics(rays * depth), K, rtol=1e-4, atol=1e-3)
 
 
 def test_skip_of_a_residual_unit_is_rectified_only_where_the_original_does_it():

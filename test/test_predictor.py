@@ -9,12 +9,16 @@ from safetensors.torch import save_file
 
 from feedforward_recon.cli import main
 from feedforward_recon.errors import CheckpointError, ConfigError, InputError
+from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.model import predictor as module
 from feedforward_recon.model.backbone import BackboneConfig
 from feedforward_recon.model.checkpoints import expected_tensors
 from feedforward_recon.model.configs import build
+from feedforward_recon.model.da3 import Da3Reconstruction
 from feedforward_recon.model.dpt import DptConfig
-from feedforward_recon.model.network import VggtConfig
+from feedforward_recon.model.network import Reconstruction, VggtConfig
+from feedforward_recon.model.pi3 import Pi3Reconstruction
+from feedforward_recon.model.pose_encoding import decode_cameras, encode_cameras, inverse
 from feedforward_recon.model.predictor import (
     NetworkPredictor,
     as_prediction,
@@ -72,8 +76,7 @@ def test_answers_are_about_the_images_as_given_and_repeat(small, images):
     R = first.T_world_cam[:, :3, :3]
     np.testing.assert_allclose(R @ R.transpose(0, 2, 1), np.eye(3)[None].repeat(3, 0), atol=1e-12)
     assert (first.depth > 0).all() and (first.confidence >= 1).all()
-    # VGGT's principal point is half the width of its input, where ours is (width - 1) / 2.
-    np.testing.assert_allclose(first.K[:, 0, 2], 39.5 + 0.5 * 80 / 56, atol=1e-4)
+    np.testing.assert_allclose(first.K[:, :2, 2], [[39.5, 29.5]] * 3, atol=1e-4)
 
 
 def test_looking_without_writing_leaves_the_memory_alone(small, images):
@@ -123,9 +126,6 @@ def test_every_kind_of_network_says_the_same_things(images):
 
 
 def said_by(name):
-    from feedforward_recon.model.da3 import Da3Reconstruction
-    from feedforward_recon.model.pi3 import Pi3Reconstruction
-
     torch.manual_seed(0)
     pose = torch.eye(4)
     pose[:3, 3] = torch.tensor([1.0, 2, 3])
@@ -140,9 +140,73 @@ def said_by(name):
     return Pi3Reconstruction(points, points, torch.randn(1, 2, 28, 42), T)
 
 
-def test_pi3_intrinsics_are_those_of_its_points():
-    np.testing.assert_allclose(module.read(said_by('pi3'))[1][0, 0],
-                               [[30, 0, 21], [0, 30, 14], [0, 0, 1]], atol=1e-3)
+WAYS = {'vggt': crop, 'pi3': match_pixels, 'da3': longest_side}
+
+
+def true_answer(name, camera, depth, T_world_cam):
+    """What a perfect network of that kind says about views of a camera; in its own way.
+
+    depth: [N, H, W]; T_world_cam: [N, 4, 4].
+    """
+    size_hw, T = depth.shape[-2:], torch.from_numpy(T_world_cam)[None]
+    if name == 'pi3':
+        v, u = np.mgrid[:size_hw[0], :size_hw[1]]
+        points = torch.from_numpy(np.stack(
+            [camera.unproject(np.stack((u, v), -1).reshape(-1, 2), z.ravel()) for z in depth]))
+        points = points.view(1, len(depth), *size_hw, 3)
+        return Pi3Reconstruction(points, points, torch.zeros(points.shape[:-1]), T)
+    K = torch.from_numpy(camera.K).expand(1, len(depth), 3, 3)
+    inward = inverse(T) if name == 'vggt' else T
+    encodings = encode_cameras(inward, K, size_hw)
+    pose, K = decode_cameras(encodings, size_hw)  # the network only says the encoding
+    z = torch.from_numpy(depth)[None]
+    if name == 'vggt':
+        return Reconstruction(encodings[None], pose, K, z, z, z, z)
+    return Da3Reconstruction(encodings, inverse(pose), K, z, z, z, z)
+
+
+@pytest.mark.parametrize('name', ['vggt', 'pi3', 'da3'])
+@pytest.mark.parametrize('size_wh', [(160, 120), (97, 63), (60, 80)])
+def test_true_answers_give_the_true_cameras(name, size_wh):
+    """Camera of the original -> of the prepared image -> as the network says it -> original."""
+    camera = Camera.from_fov(70.0, size_wh)
+    placed = WAYS[name]([np.zeros((size_wh[1], size_wh[0], 3), np.uint8)])
+    rows, columns = placed[0].image.shape[:2]
+    (sx, sy), (left, top) = placed[0].scale_xy, placed[0].offset_xy
+    seen = Camera(columns, rows, camera.fx * sx, camera.fy * sy,
+                  (camera.cx + 0.5) * sx - 0.5 + left, (camera.cy + 0.5) * sy - 0.5 + top)
+    depth = 1 + np.random.default_rng(0).random((1, rows, columns))
+    said = true_answer(name, seen, depth, np.eye(4)[None])
+    K = placed[0].original_K(module.read(said)[1][0, 0].numpy())
+    np.testing.assert_allclose(K, camera.K, rtol=0, atol=1e-6)
+    # The first and the last column end half a pixel beyond their centres: that is the view.
+    edges = Camera.from_matrix(K, size_wh).normalise(
+        np.array([[-0.5, camera.cy], [size_wh[0] - 0.5, camera.cy]]))
+    np.testing.assert_allclose(np.rad2deg(np.arctan(edges[:, 0])), [-35, 35], atol=1e-9)
+
+
+@pytest.mark.parametrize('name', ['vggt', 'pi3', 'da3'])
+def test_a_network_that_sees_the_room_as_it_is_gives_its_points(name, room_camera, room_frames):
+    """Depth, camera and pose together put every pixel of the room where it is."""
+    frames = room_frames[:2]
+    placed = WAYS[name]([frame.image for frame in frames])
+    rows, columns = placed[0].image.shape[:2]
+    seen = room_camera.resized((columns, rows))
+    u, v = np.meshgrid(np.arange(columns), np.arange(rows))
+    (sx, sy), size_hw = placed[0].scale_xy, frames[0].depth.shape
+    near = ((v + 0.5) / sy).astype(int), ((u + 0.5) / sx).astype(int)
+    depth = np.stack([frame.depth[near].astype(float) for frame in frames])
+    T = np.stack([frame.T_map_cam for frame in frames])
+    found = as_prediction(tuple(x[0] for x in module.read(true_answer(name, seen, depth, T))),
+                          placed, size_hw)
+    np.testing.assert_allclose(found.T_world_cam, T, atol=1e-6)
+    v, u = np.mgrid[:size_hw[0], :size_hw[1]]
+    pixels = np.stack((u, v), -1).reshape(-1, 2)
+    for frame, K, z in zip(frames, found.K, found.depth, strict=True):
+        expected = room_camera.unproject(pixels, frame.depth.ravel())
+        points = Camera.from_matrix(K, room_camera.size_wh).unproject(pixels, z.ravel())
+        error = np.linalg.norm(points - expected, axis=1) / np.linalg.norm(expected, axis=1)
+        assert np.median(error) < 1e-4 and np.quantile(error, 0.8) < 0.02
 
 
 @pytest.mark.parametrize(('error', 'expected'), [

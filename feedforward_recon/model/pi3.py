@@ -230,7 +230,7 @@ def nearest_rotation(M: torch.Tensor) -> torch.Tensor:
     return U @ (signs[..., None] * Vt)
 
 
-def shared_intrinsics(points_cam: torch.Tensor) -> torch.Tensor:
+def fitted_intrinsics(points_cam: torch.Tensor) -> torch.Tensor:
     """K [..., 3, 3] that best explains point maps [..., H, W, 3], by linear least squares.
 
     pi3 predicts no intrinsics: pixel index u = fx x / z + cx is linear in (fx, cx), and so is
@@ -247,6 +247,6 @@ def shared_intrinsics(points_cam: torch.Tensor) -> torch.Tensor:
     K = rays.new_zeros(*rays.shape[:-2], 3, 3)
     K[..., 0, 0], K[..., 1, 1], K[..., 2, 2] = focal[..., 0], focal[..., 1], 1
     K[..., :2, 2] = centre[..., 0, :]
-    return K.float()
+    return K.to(points_cam)
 
 

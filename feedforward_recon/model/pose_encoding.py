@@ -1,9 +1,11 @@
 """Cameras as nine numbers: translation, quaternion (x, y, z, w) and two fields of view.
 
-The network's quaternion is not normalised; the rotation divides by its squared length. The
-principal point is the centre of the image, fields of view are in radians, (vertical,
-horizontal). Whether the pose is T_cam_world (VGGT) or T_world_cam (DA3) is the network's
-affair: nothing here depends on it.
+The network's quaternion is not normalised; the rotation divides by its squared length. Fields
+of view are in radians, (vertical, horizontal), and reach from edge to edge; the principal point
+is (W / 2, H / 2), the middle of an image whose coordinates start at its corner. Where pixel
+centres are integers, as everywhere else in this package, the same point is
+((W - 1) / 2, (H - 1) / 2): `centres_at_integers` goes from one to the other. Whether the pose
+is T_cam_world (VGGT) or T_world_cam (DA3) is the network's affair: nothing here depends on it.
 """
 
 from __future__ import annotations
@@ -66,6 +68,13 @@ def decode_cameras(encoding: torch.Tensor, size_hw: tuple[int, int],
     return pose, intrinsics_from_fov(encoding[..., 7:], size_hw, smallest_tangent)
 
 
+def centres_at_integers(K: torch.Tensor) -> torch.Tensor:
+    """K [..., 3, 3] in coordinates where pixel centres are integers, of a decoded one."""
+    shift = torch.zeros_like(K)
+    shift[..., :2, 2] = 0.5
+    return K - shift
+
+
 def encode_cameras(pose: torch.Tensor, K: torch.Tensor,
                    size_hw: tuple[int, int]) -> torch.Tensor:
     """Pose encodings [..., 9] of poses [..., 4, 4] and K [..., 3, 3]."""
@@ -77,9 +86,10 @@ def encode_cameras(pose: torch.Tensor, K: torch.Tensor,
 
 def unprojected(depth: torch.Tensor, T_cam_world: torch.Tensor,
                 K: torch.Tensor) -> torch.Tensor:
-    """World points [..., H, W, 3] of z-depths [..., H, W], at integer pixel coordinates.
+    """World points [..., H, W, 3] of z-depths [..., H, W].
 
-    VGGT's authors find these usually better than the points of its point head.
+    VGGT's authors find these usually better than the points of its point head. As they do, the
+    index of a pixel is taken for its coordinate whatever K counts from.
     """
     height, width = depth.shape[-2:]
     v, u = torch.meshgrid(torch.arange(height).to(depth), torch.arange(width).to(depth),

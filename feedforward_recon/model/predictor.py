@@ -20,8 +20,8 @@ from feedforward_recon.errors import CheckpointError, ConfigError, InputError
 from feedforward_recon.model.checkpoints import load_weights
 from feedforward_recon.model.configs import ALIASES, Network, build
 from feedforward_recon.model.da3 import Da3
-from feedforward_recon.model.pi3 import Pi3, shared_intrinsics
-from feedforward_recon.model.pose_encoding import inverse
+from feedforward_recon.model.pi3 import Pi3, fitted_intrinsics
+from feedforward_recon.model.pose_encoding import centres_at_integers, inverse
 from feedforward_recon.model.preprocess import (
     Placed,
     crop,
@@ -135,11 +135,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def read(said: Any) -> Answer:
-    """T_world_cam [B, N, 4, 4], K, depth and confidence [B, N, H, W] of any network's answer."""
+    """T_world_cam [B, N, 4, 4], K, depth and confidence [B, N, H, W] of any network's answer.
+
+    Pixel centres are integers in K.
+    """
     if hasattr(said, 'points_cam'):  # pi3 says points and a logit
-        return (said.T_world_cam, shared_intrinsics(said.points_cam), said.points_cam[..., 2],
+        return (said.T_world_cam, fitted_intrinsics(said.points_cam), said.points_cam[..., 2],
                 1 + said.confidence_logit.exp())
-    return inverse(said.T_cam_world), said.K, said.depth, said.depth_confidence
+    K = centres_at_integers(said.K)
+    return inverse(said.T_cam_world), K, said.depth, said.depth_confidence
 
 
 def as_prediction(answer: Answer, placed: Sequence[Placed], size_hw: Sequence[int]) -> Prediction:
