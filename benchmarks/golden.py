@@ -117,7 +117,8 @@ def da3_arrays(model: Da3, images: torch.Tensor, file: dict[str, np.ndarray]) ->
              for index in range(model.config.vit.depth)}
     with recorded(model, {**names, 'vit': 'backbone.pretrained'}) as seen:
         answer, _ = model(images)
-    levels: Any = seen.pop('vit')
+    tokens: Any = seen.pop('vit')
+    levels = tokens.levels
     inputs = model.head_inputs(levels)
     before = seen[f'tokens_block{start - 2}'].unflatten(0, images.shape[:2])[:, :, 0]
     found = {**seen, **_da3_answer(answer), 'cls_at_selection': before,

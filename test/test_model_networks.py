@@ -248,13 +248,6 @@ def test_work_in_small_pieces_gives_the_same(make, monkeypatch):
             assert difference(getattr(pieces, name), getattr(whole, name)) < TOLERANCE
 
 
-@torch.inference_mode()
-def test_offloading_changes_nothing_but_the_place():
-    plain, _ = vggt()(images(3))
-    offloaded, memory = vggt()(images(3), offload=True)
-    assert torch.equal(plain.depth, offloaded.depth) and memory.camera_tokens.shape[1] == 3
-
-
 @pytest.mark.parametrize('attention', ATTENTION)
 @torch.inference_mode()
 def test_every_attention_fits_into_the_network(attention):

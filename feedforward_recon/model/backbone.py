@@ -43,26 +43,80 @@ class BackboneConfig:
 
 
 @dataclass(frozen=True)
+class Demand:
+    """What is wanted of a call beside the cameras of all its frames; nothing else is kept.
+
+    frames: indices of those whose depth (and points) are wanted; None: of all.
+    points: in networks that say points apart from depth, those too.
+    memory: what the frames added to the scene's memory; without, the memory given comes back,
+        and a layer's state is gone when its frames have read it.
+    offload: keep tokens that wait for the dense heads, and dense maps, in main memory, so that
+        a GPU holds little more than the tokens of one layer.
+    """
+
+    frames: Sequence[int] | None = None
+    points: bool = True
+    memory: bool = True
+    offload: bool = False
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """The frames whose dense maps are wanted, of x [B, N, ...]."""
+        return x if self.frames is None else x[:, list(self.frames)]
+
+    def place(self, device: torch.device) -> torch.device:
+        """Where results of a network on ``device`` are put."""
+        return torch.device('cpu') if self.offload else device
+
+
+EVERYTHING = Demand()
+
+
+@dataclass(frozen=True)
 class Tokens:
     """What the heads read.
 
-    levels: tokens [B, N, P, 2 C] of the chosen pairs: frame output, then global output.
+    levels: tokens [B, M, P, 2 C] of the chosen pairs: frame output, then global output; of
+        those frames whose dense maps are wanted.
+    camera: camera tokens [B, N, 2 C] of the last level, of all frames.
     grid_hw: rows and columns of patches; the first P - h * w tokens are special.
     """
 
     levels: tuple[torch.Tensor, ...]
+    camera: torch.Tensor
     grid_hw: tuple[int, int]
 
     @property
-    def camera(self) -> torch.Tensor:
-        """Camera tokens [B, N, 2 C] of the last level."""
-        return self.levels[-1][:, :, 0]
-
-    @property
     def patches(self) -> list[torch.Tensor]:
-        """Patch tokens [B * N, h * w, 2 C] of each level."""
+        """Patch tokens [B * M, h * w, 2 C] of each level."""
         count = self.grid_hw[0] * self.grid_hw[1]
         return [level[:, :, -count:].flatten(0, 1) for level in self.levels]
+
+
+class Levels:
+    """Takes copies of what the heads will read, while the blocks go on in the same memory."""
+
+    def __init__(self, demand: Demand) -> None:
+        self.demand = demand
+        self._levels: list[torch.Tensor] = []
+        self._camera: tuple[torch.Tensor, ...] = ()
+
+    def begin(self, alone: torch.Tensor) -> None:
+        """First half of a level: tokens [B, N, P, C] that know of their own frame only."""
+        self._camera = (alone[:, :, 0].clone(),)
+        wanted = self.demand.of(alone)
+        level = wanted.new_empty((*wanted.shape[:-1], 2 * wanted.shape[-1]),
+                                 device=self.demand.place(wanted.device))
+        level[..., :wanted.shape[-1]] = wanted
+        self._levels.append(level)
+
+    def complete(self, joined: torch.Tensor) -> None:
+        """Second half of the level: the same tokens after the block."""
+        self._camera += (joined[:, :, 0].clone(),)
+        self._levels[-1][..., joined.shape[-1]:] = self.demand.of(joined)
+
+    def tokens(self, grid_hw: tuple[int, int]) -> Tokens:
+        """All of it."""
+        return Tokens(tuple(self._levels), torch.cat(self._camera, -1), grid_hw)
 
 
 class Aggregator(nn.Module):
@@ -80,35 +134,39 @@ class Aggregator(nn.Module):
             for index in range(config.depth)])
 
     def forward(self, images: torch.Tensor, states: Sequence[Any], *, write: bool,
-                has_first: bool, offload: bool = False) -> tuple[Tokens, tuple[Any, ...]]:
+                has_first: bool, demand: Demand = EVERYTHING,
+                ) -> tuple[Tokens, tuple[Any, ...]]:
         """Images [B, N, 3, H, W] in 0..1 and one state per global block -> tokens, states.
+
+        The images may lie in main memory. Beside the tokens of one layer and one chunk's work
+        only what is asked for is kept.
 
         has_first: frame 0 of these images is the first of the scene, whose camera is the
             world; queries and later chunks of a scene have none.
-        offload: put what the heads will read into main memory.
         """
-        batch, frames = images.shape[:2]
-        grid_hw = grid_of(images)
+        shape, grid_hw = images.shape[:2], grid_of(images)
         x = self._embed(images, has_first)  # [B * N, P, C]
-        positions = patch_positions(grid_hw, SPECIAL, images.device)
-        levels, after = [], []
+        positions = patch_positions(grid_hw, SPECIAL, x.device)
+        levels, after = Levels(demand), list(states)
         for index, (local, joint) in enumerate(
                 zip(self.frame_blocks, self.global_blocks, strict=True)):
-            x = seen_alone = local(x, positions)
-            x = x.reshape(batch, frames * len(positions), -1)
-            x, state = joint(x, states[index], positions=positions, frames=frames, write=write)
-            x = x.reshape(batch * frames, len(positions), -1)
-            after.append(state)
+            x = local(x, positions, reuse=True)
             if index in self.config.levels:
-                level = torch.cat((seen_alone, x), -1).unflatten(0, (batch, frames))
-                levels.append(level.cpu() if offload else level)
-        return Tokens(tuple(levels), grid_hw), tuple(after)
+                levels.begin(x.unflatten(0, shape))
+            x, state = joint(x.reshape(shape[0], -1, x.shape[-1]), states[index], write=write,
+                             positions=positions, frames=shape[1], reuse=True)
+            x = x.reshape(-1, len(positions), x.shape[-1])
+            if index in self.config.levels:
+                levels.complete(x.unflatten(0, shape))
+            if demand.memory:
+                after[index] = state
+        return levels.tokens(grid_hw), tuple(after)
 
     def _embed(self, images: torch.Tensor, has_first: bool) -> torch.Tensor:
         """Patch tokens with the special tokens before them, [B * N, P, C]."""
-        patches = self.patch_embed(normalised(images).flatten(0, 1))
+        patches = self.patch_embed(images.flatten(0, 1), normalised)
         special = torch.cat((self.camera_token, self.register_token), 2)  # [1, 2, 5, C]
-        slots = torch.ones(images.shape[1], dtype=torch.long, device=images.device)
+        slots = torch.ones(images.shape[1], dtype=torch.long, device=patches.device)
         if has_first:
             slots[0] = 0
         special = special[:, slots].expand(len(images), -1, -1, -1).flatten(0, 1)

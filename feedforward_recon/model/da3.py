@@ -13,25 +13,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from feedforward_recon.model.backbone import AttentionFactory
+from feedforward_recon.model.backbone import (
+    EVERYTHING,
+    AttentionFactory,
+    Demand,
+    Levels,
+    Tokens,
+)
 from feedforward_recon.model.checkpoints import KeyRules
-from feedforward_recon.model.dpt import DptConfig
+from feedforward_recon.model.dpt import FRAMES_PER_CHUNK, DptConfig
 from feedforward_recon.model.dual_dpt import DualDptHead
-from feedforward_recon.model.layers import Block, BlockConfig, GlobalBlock, Mlp, empty_states
+from feedforward_recon.model.layers import (
+    Block,
+    BlockConfig,
+    GlobalBlock,
+    Mlp,
+    empty_states,
+    in_chunks,
+)
 from feedforward_recon.model.pose_encoding import decode_cameras, encode_cameras, inverse
 from feedforward_recon.model.reference_view import choose, order_from, reordered
 from feedforward_recon.model.rope import patch_positions
 from feedforward_recon.model.vit import (
-    PATCH,
     PatchEmbed,
     VitConfig,
     grid_of,
     resampled_positions_by_factor,
+    size_of,
 )
 
 SMALLEST_TANGENT = 1e-6
@@ -69,8 +83,9 @@ class Da3Reconstruction:
     """What DA3 says about N images of H x W; float32, unknown scale.
 
     pose_encodings: [B, N, 9] of T_world_cam. T_cam_world: [B, N, 4, 4]. K: [B, N, 3, 3].
-    depth, depth_confidence: [B, N, H, W]. rays: [B, N, h, w, 6] (direction, origin) on a grid
-    of 8 rays per patch side; ray_confidence: [B, N, h, w].
+    depth, depth_confidence: [B, M, H, W]. rays: [B, M, h, w, 6] (direction, origin) on a grid
+    of 8 rays per patch side; ray_confidence: [B, M, h, w]. M of the frames have dense maps:
+    all, unless the caller wanted fewer (`backbone.Demand`).
     """
 
     pose_encodings: torch.Tensor
@@ -103,42 +118,53 @@ class AlternatingVit(nn.Module):
 
     def forward(self, images: torch.Tensor, states: Sequence[Any], *, write: bool,
                 has_first: bool, reference: str, camera_tokens: torch.Tensor | None = None,
-                ) -> tuple[list[torch.Tensor], tuple[Any, ...]]:
-        """Normalised images [B, N, 3, H, W] -> four levels [B, N, P, 2 C], and the states.
+                demand: Demand = EVERYTHING) -> tuple[Tokens, tuple[Any, ...]]:
+        """Normalised images [B, N, 3, H, W] -> what the heads read, and the states.
 
         A level is the last output of a block that saw single frames, then its own. Nothing is
         normed yet. camera_tokens [B, N, C]: what is known of the cameras; the order of the
         views is then left alone.
         """
-        frames, start = images.shape[1], self.config.alt_start
-        positions = patch_positions(grid_of(images), 1, images.device)
-        chooses = camera_tokens is None and has_first and frames > 2
-        x = alone = self._embed(images)  # [B, N, P, C]
-        order = torch.arange(frames, device=x.device).expand(len(x), -1)
-        levels, after = [], list(states)
+        shape, grid_hw, start = images.shape[:2], grid_of(images), self.config.alt_start
+        x = self._embed(images)  # [B, N, P, C]
+        positions = patch_positions(grid_hw, 1, x.device)
+        chooses = camera_tokens is None and has_first and shape[1] > 2
+        order = torch.arange(shape[1], device=x.device).expand(len(x), -1)
+        levels, after = Levels(demand), list(states)
         for index, block in enumerate(self.blocks):
             if index == start - 1 and chooses:
-                order = order_from(choose(x[:, :, 0], reference), frames)
+                order = order_from(choose(x[:, :, 0], reference), shape[1])
                 x = reordered(x, order)
             if index == start:
                 x = self._with_cameras(x, camera_tokens, has_first)
+            is_level, as_given = index in self.config.levels, order.argsort(-1)
             if isinstance(block, GlobalBlock):
+                if is_level:
+                    levels.begin(reordered(x, as_given))
                 number = (index - start) // 2
-                joined, after[number] = block(x.flatten(1, 2), states[number], frames=frames,
-                                              positions=positions, write=write)
-                x = joined.unflatten(1, (frames, -1))
+                x, state = block(x.flatten(1, 2), states[number], frames=shape[1], write=write,
+                                 positions=positions, reuse=True)
+                x = x.unflatten(1, (shape[1], -1))
+                if demand.memory:
+                    after[number] = state
             else:
                 turned = positions if index >= start else None
-                x = alone = block(x.flatten(0, 1), turned).unflatten(0, images.shape[:2])
-            if index in self.config.levels:
-                levels.append(reordered(torch.cat((alone, x), -1), order.argsort(-1)))
-        return levels, tuple(after)
+                x = block(x.flatten(0, 1), turned, reuse=True).unflatten(0, shape)
+                if is_level:
+                    levels.begin(reordered(x, as_given))
+            if is_level:
+                levels.complete(reordered(x, as_given))
+        return levels.tokens(grid_hw), tuple(after)
 
     def _embed(self, images: torch.Tensor) -> torch.Tensor:
-        patches = self.patch_embed(images.flatten(0, 1))
-        x = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), 1)
         table = resampled_positions_by_factor(self.pos_embed, grid_of(images))
-        return (x + table.to(x.dtype)).unflatten(0, images.shape[:2])
+
+        def embedded(part: torch.Tensor) -> tuple[torch.Tensor]:
+            patches = self.patch_embed(part.to(self.cls_token.device))
+            x = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), 1)
+            return (x + table.to(x.dtype),)
+        x, = in_chunks(embedded, (images.flatten(0, 1),), FRAMES_PER_CHUNK)
+        return x.unflatten(0, images.shape[:2])
 
     def _with_cameras(self, x: torch.Tensor, camera_tokens: torch.Tensor | None,
                       has_first: bool) -> torch.Tensor:
@@ -211,36 +237,43 @@ class Da3(nn.Module):
     def forward(self, images: torch.Tensor, memory: Sequence[Any] | None = None, *,
                 write: bool = True, reference: str = 'saddle_balanced',
                 cameras: tuple[torch.Tensor, torch.Tensor] | None = None,
-                ) -> tuple[Da3Reconstruction, tuple[Any, ...]]:
+                demand: Demand = EVERYTHING) -> tuple[Da3Reconstruction, tuple[Any, ...]]:
         """Normalised images [B, N, 3, H, W] -> what they show, and the states after them.
 
         Without a memory, one of the images becomes the world. cameras: known T_cam_world
-        [B, N, 4, 4] and K [B, N, 3, 3], if any.
+        [B, N, 4, 4] and K [B, N, 3, 3], if any. The images may lie in main memory.
         """
-        size_hw = (images.shape[-2], images.shape[-1])
+        size_hw, device = (images.shape[-2], images.shape[-1]), self.vit.cls_token.device
         known = None
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             if cameras is not None:
                 T_cam_world, K = cameras
                 known = self.cam_enc(encode_cameras(inverse(T_cam_world), K, size_hw))
         states = self.empty_memory(len(images)) if memory is None else memory
-        levels, states = self.vit(images, states, write=write, has_first=memory is None,
-                                  reference=reference, camera_tokens=known)
-        with torch.autocast(images.device.type, enabled=False):
-            dtype = self.vit.norm.weight.dtype
-            return self._read_out([level.to(dtype) for level in levels], size_hw), states
+        tokens, after = self.vit(images, states, write=write, has_first=memory is None,
+                                 reference=reference, camera_tokens=known, demand=demand)
+        with torch.autocast(device.type, enabled=False):
+            return self._read_out(tokens, demand), after
 
     def head_inputs(self, levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Patch tokens [B, N, h * w, 2 C]; only what came from the block itself is normed."""
-        alone_and_own = (level[:, :, 1:].chunk(2, -1) for level in levels)
+        """Patch tokens [..., h * w, 2 C]; only what came from the block itself is normed."""
+        alone_and_own = (level[..., 1:, :].chunk(2, -1) for level in levels)
         return [torch.cat((alone, self.vit.norm(own)), -1) for alone, own in alone_and_own]
 
-    def _read_out(self, levels: Sequence[torch.Tensor],
-                  size_hw: tuple[int, int]) -> Da3Reconstruction:
-        shape, grid_hw = levels[0].shape[:2], (size_hw[0] // PATCH, size_hw[1] // PATCH)
-        dense = [level.flatten(0, 1) for level in self.head_inputs(levels)]
-        depth, rays = (x.unflatten(0, shape) for x in self.head(dense, grid_hw))
-        encodings = self.cam_dec(levels[-1][:, :, 0])
-        T_world_cam, K = decode_cameras(encodings, size_hw, SMALLEST_TANGENT)
-        return Da3Reconstruction(encodings, inverse(T_world_cam), K, depth[..., 0].exp(),
-                                 1 + depth[..., 1].exp(), rays[..., :6], 1 + rays[..., 6].exp())
+    def _read_out(self, tokens: Tokens, demand: Demand) -> Da3Reconstruction:
+        device, shape = tokens.camera.device, tokens.levels[0].shape[:2]
+        encodings = self.cam_dec(tokens.camera.to(self.vit.norm.weight.dtype))
+        T_world_cam, K = decode_cameras(encodings, size_of(tokens.grid_hw), SMALLEST_TANGENT)
+        maps = in_chunks(partial(self._dense, tokens.grid_hw, device),
+                         [level.flatten(0, 1) for level in tokens.levels], FRAMES_PER_CHUNK,
+                         place=demand.place(device))
+        return Da3Reconstruction(encodings, inverse(T_world_cam), K,
+                                 *(x.unflatten(0, shape) for x in maps))
+
+    def _dense(self, grid_hw: tuple[int, int], device: torch.device,
+               *levels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Depth and rays of some frames, each with its confidence."""
+        moved = [level.to(device, self.vit.norm.weight.dtype) for level in levels]
+        depth, rays = self.head(self.head_inputs(moved), grid_hw)
+        return (depth[..., 0].exp(), 1 + depth[..., 1].exp(), rays[..., :6],
+                1 + rays[..., 6].exp())

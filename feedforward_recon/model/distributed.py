@@ -22,6 +22,7 @@ from torch import nn
 
 from feedforward_recon.errors import ConfigError
 from feedforward_recon.model.attention.base import QkvAttention
+from feedforward_recon.model.backbone import EVERYTHING, Demand
 from feedforward_recon.model.network import Reconstruction, TransformerMemory, Vggt
 
 
@@ -56,10 +57,11 @@ class AcrossProcesses:
 
 
 def reconstruct(model: Vggt, images: torch.Tensor, group: dist.ProcessGroup | None = None,
-                ) -> tuple[Reconstruction, TransformerMemory]:
+                demand: Demand = EVERYTHING) -> tuple[Reconstruction, TransformerMemory]:
     """One scene whose frames are spread over the processes of a group, in order of rank.
 
     images: the frames of this process, [B, N, 3, H, W]; rank 0 has the first of the scene.
+    demand: what is wanted of them; frames are counted from the first of this process.
     Returns what they show, in the world of the first frame of all, and the memory of the whole
     scene, the same on every process.
     """
@@ -67,14 +69,15 @@ def reconstruct(model: Vggt, images: torch.Tensor, group: dist.ProcessGroup | No
     empty = model.empty_memory(len(images))
     with sequence_parallel(model, group):
         tokens, states = model.aggregator(images, empty.states, write=True,
-                                          has_first=rank == 0)
-    own = images.shape[1]
-    counts = exchange.concatenate(torch.tensor([own], device=images.device), 0)
+                                          has_first=rank == 0, demand=demand)
+    own, device = images.shape[1], tokens.camera.device
+    counts = exchange.concatenate(torch.tensor([own], device=device), 0)
     start = int(counts[:rank].sum())
-    with torch.autocast(images.device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False):
         cameras = exchange.concatenate(tokens.camera.float(), 1)
         encodings = model.camera_head(cameras)[:, :, start:start + own]
-        return model.read_out(tokens, encodings), TransformerMemory(states, cameras)
+        memory = TransformerMemory(states, cameras) if demand.memory else empty
+        return model.read_out(tokens, encodings, demand), memory
 
 
 def own_frames(frames: torch.Tensor, dim: int = 1,

@@ -2,13 +2,13 @@
 
 Four levels of tokens become maps at 4, 2, 1 and 1/2 times the patch grid and are fused from
 coarse to fine. A sine-cosine embedding of the pixel's viewing direction, scaled by 0.1, is
-added twice, so the head knows where in the image it is. Frames are independent and are
-processed a few at a time: the maps are by far the largest tensors of the network.
+added twice, so the head knows where in the image it is. Frames are independent, and should be
+given a few at a time (`FRAMES_PER_CHUNK`): the maps are the network's largest tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from feedforward_recon.model.vit import PATCH
 
 EMBEDDING_SCALE = 0.1
 TAIL = 32
+FRAMES_PER_CHUNK = 8
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,9 @@ class Scratch(nn.Module):
 class DptHead(nn.Module):
     """Tokens of four layers -> as many channels per pixel as ``scratch`` puts out."""
 
-    def __init__(self, config: DptConfig, scratch: Scratch, frames_per_chunk: int = 8) -> None:
+    def __init__(self, config: DptConfig, scratch: Scratch) -> None:
         super().__init__()
-        self.config, self.frames_per_chunk = config, frames_per_chunk
+        self.config = config
         self.norm = nn.LayerNorm(config.dim_in)
         self.projects = nn.ModuleList([nn.Conv2d(config.dim_in, c, 1) for c in config.channels])
         c0, c1, _, c3 = config.channels
@@ -100,21 +101,7 @@ class DptHead(nn.Module):
         self.scratch = scratch
 
     def forward(self, levels: Sequence[torch.Tensor], grid_hw: tuple[int, int]) -> torch.Tensor:
-        """Patch tokens of four layers, each [B, h * w, C] -> float32 [B, H, W, outputs].
-
-        The tokens may lie elsewhere than the head (in main memory); the answer joins them.
-        """
-        return torch.cat([self._predict(chunk, grid_hw).to(levels[0].device)
-                          for chunk in self._chunks(levels)])
-
-    def _chunks(self, levels: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-        """The same levels on the head's device, a few frames at a time."""
-        device = self.norm.weight.device
-        for start in range(0, len(levels[0]), self.frames_per_chunk):
-            yield [level[start:start + self.frames_per_chunk].to(device) for level in levels]
-
-    def _predict(self, levels: Sequence[torch.Tensor],
-                 grid_hw: tuple[int, int]) -> torch.Tensor:
+        """Patch tokens of four layers, each [B, h * w, C] -> float32 [B, H, W, outputs]."""
         fused = self._fuse(self._maps(levels, grid_hw), 'refinenet{}')
         return self._read_out(fused, grid_hw)
 

@@ -51,8 +51,8 @@ class DualDptHead(DptHead):
 
     scratch: DualScratch
 
-    def __init__(self, config: DptConfig, frames_per_chunk: int = 8) -> None:
-        super().__init__(config, DualScratch(config), frames_per_chunk)
+    def __init__(self, config: DptConfig) -> None:
+        super().__init__(config, DualScratch(config))
 
     def forward(self, levels: Sequence[torch.Tensor],  # type: ignore[override]
                 grid_hw: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,12 +60,6 @@ class DualDptHead(DptHead):
 
         Depth [B, H, W, 2] and rays [B, 8 h, 8 w, 7].
         """
-        pairs = [self._predict_both(chunk, grid_hw) for chunk in self._chunks(levels)]
-        depth, rays = zip(*pairs, strict=True)
-        return torch.cat(depth), torch.cat(rays)
-
-    def _predict_both(self, levels: Sequence[torch.Tensor],
-                      grid_hw: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         maps = self._maps(levels, grid_hw)
         depth = self._read_out(self._fuse(maps, 'refinenet{}'), grid_hw)
         rays = self.scratch.output_conv1_aux[-1](self._fuse(maps, 'refinenet{}_aux'))

@@ -9,7 +9,7 @@ input and output its memory does not grow with the number of frames.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,9 +117,11 @@ class Block(nn.Module):
         self.mlp = Mlp(config.dim, config.mlp_ratio * config.dim)
         self.ls1, self.ls2 = _layer_scale(config), _layer_scale(config)
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """Tokens [B, T, C] -> [B, T, C]."""
-        return in_chunks(lambda part: self._both_steps(part, positions), x)
+    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None, *,
+                reuse: bool = False) -> torch.Tensor:
+        """Tokens [B, T, C] -> [B, T, C]; with ``reuse`` in the place of x (see `in_chunks`)."""
+        return in_chunks(lambda part: (self._both_steps(part, positions),), (x,),
+                         rows_per_chunk(x), into=x if reuse else None)[0]
 
     def _both_steps(self, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         return self.refined(x + self.ls1(self.attn(self.norm1(x), positions)))
@@ -135,24 +137,68 @@ class GlobalBlock(Block):
     attn: Any  # a `model.attention.GlobalAttention`
 
     def forward(self, x: torch.Tensor, state: Any, *,  # type: ignore[override]
-                positions: torch.Tensor, frames: int, write: bool) -> tuple[torch.Tensor, Any]:
+                positions: torch.Tensor, frames: int, write: bool,
+                reuse: bool = False) -> tuple[torch.Tensor, Any]:
         """Tokens [B, frames * P, C] and a state -> tokens of the same shape and the state.
 
-        positions: [P, 2] of the tokens of one frame.
+        positions: [P, 2] of the tokens of one frame. reuse: answer in the place of x.
         """
         seen, state = self.attn(self.norm1(x), state, positions=positions, frames=frames,
                                 tokens_per_frame=len(positions), write=write)
-        x = (x + self.ls1(seen)).unflatten(1, (frames, -1)).flatten(0, 1)  # [B * frames, P, C]
-        return in_chunks(self.refined, x).reshape(seen.shape), state
+        shape = x.shape
+        x, seen = (t.unflatten(1, (frames, -1)).flatten(0, 1) for t in (x, seen))
+        out, = in_chunks(lambda x, seen: (self.refined(x + self.ls1(seen)),), (x, seen),
+                         rows_per_chunk(x), into=x if reuse else None)
+        return out.reshape(shape), state
 
 
-def in_chunks(function: Callable[[torch.Tensor], torch.Tensor],
-              x: torch.Tensor) -> torch.Tensor:
-    """``function`` of x [B, T, C], where rows are independent, a few rows at a time."""
-    rows = max(1, CHUNK_TOKENS // x.shape[1])
-    if len(x) <= rows:
-        return function(x)
-    return torch.cat([function(part) for part in x.split(rows)])
+def rows_per_chunk(x: torch.Tensor) -> int:
+    """How many rows of x [B, T, ...] are worked on together."""
+    return max(1, CHUNK_TOKENS // x.shape[1])
+
+
+def in_chunks(function: Callable[..., Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor],
+              rows: int, *, place: torch.device | None = None,
+              into: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """``function`` of inputs [B, ...] whose rows do not know of each other, some at a time.
+
+    Results are put where they stay as soon as they are known, so that beside them only what
+    one chunk needs exists. Where gradients are recorded, chunks are simply joined.
+
+    Args:
+        function: tensors of some rows -> tensors of as many rows.
+        inputs: anywhere; the function brings its share to where it works.
+        rows: rows per chunk.
+        place: device of the results; by default that of the function's.
+        into: an input that nobody needs afterwards: the first result takes its place.
+
+    Returns:
+        The results of all rows.
+    """
+    total = len(inputs[0])
+    chunks = (function(*(x[start:start + rows] for x in inputs))
+              for start in range(0, total, rows))
+    if torch.is_grad_enabled() or total <= rows:
+        joined = (torch.cat(column) if len(column) > 1 else column[0]
+                  for column in zip(*chunks, strict=True))
+        return tuple(x if place is None else x.to(place) for x in joined)
+    start, found = 0, list[torch.Tensor]()
+    for chunk in chunks:
+        found = found or [_room_for(part, total, place, into if index == 0 else None)
+                          for index, part in enumerate(chunk)]
+        for whole, part in zip(found, chunk, strict=True):
+            whole[start:start + len(part)] = part
+        start += len(chunk[0])
+    return tuple(found)
+
+
+def _room_for(part: torch.Tensor, rows: int, place: torch.device | None,
+              into: torch.Tensor | None) -> torch.Tensor:
+    """A tensor for ``rows`` rows like those of ``part``: ``into`` if it is such a one."""
+    like = part.new_empty((rows, *part.shape[1:]), device=place) if into is None else into
+    if like.shape[1:] == part.shape[1:] and like.dtype == part.dtype:
+        return like
+    return _room_for(part, rows, place, None)
 
 
 def empty_states(blocks: Iterable[nn.Module], batch: int) -> tuple[Any, ...]:

@@ -9,18 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from feedforward_recon.errors import InputError
-from feedforward_recon.model.backbone import Aggregator, AttentionFactory, BackboneConfig, Tokens
+from feedforward_recon.model.backbone import (
+    EVERYTHING,
+    Aggregator,
+    AttentionFactory,
+    BackboneConfig,
+    Demand,
+    Tokens,
+)
 from feedforward_recon.model.checkpoints import KeyRules
-from feedforward_recon.model.dpt import DptConfig, DptHead, Scratch
+from feedforward_recon.model.dpt import FRAMES_PER_CHUNK, DptConfig, DptHead, Scratch
 from feedforward_recon.model.heads import CameraHead
-from feedforward_recon.model.layers import GlobalBlock, empty_states
+from feedforward_recon.model.layers import GlobalBlock, empty_states, in_chunks
 from feedforward_recon.model.pose_encoding import decode_cameras, unprojected
+from feedforward_recon.model.vit import size_of
 
 
 @dataclass(frozen=True)
@@ -76,10 +85,12 @@ class TransformerMemory:
 class Reconstruction:
     """What the network says about N images of size H x W; float32, unknown scale.
 
+    M of the frames have dense maps: all, unless the caller wanted fewer (`backbone.Demand`).
+
     pose_encodings: [passes, B, N, 9], the last pass is the answer.
     T_cam_world: [B, N, 4, 4]; the world is the first camera written. K: [B, N, 3, 3] pixels.
-    depth: [B, N, H, W] z-depth; points: [B, N, H, W, 3] in the world.
-    depth_confidence, points_confidence: [B, N, H, W], at least 1.
+    depth: [B, M, H, W] z-depth; points: [B, M, H, W, 3] in the world (M = 0 if not wanted).
+    depth_confidence, points_confidence: [B, M, H, W], at least 1.
     """
 
     pose_encodings: torch.Tensor
@@ -133,13 +144,12 @@ class Vggt(nn.Module):
         return TransformerMemory(tuple(states), tensors['camera_tokens'])
 
     def forward(self, images: torch.Tensor, memory: TransformerMemory | None = None, *,
-                write: bool = True, offload: bool = False,
+                write: bool = True, demand: Demand = EVERYTHING,
                 ) -> tuple[Reconstruction, TransformerMemory]:
         """Images [B, N, 3, H, W] in 0..1 -> what they show and the memory after them.
 
         With ``write=False`` the memory given is returned as it is. An empty memory makes the
-        first image the world. With ``offload`` depth, points and all tokens that wait for the
-        dense heads lie in main memory, so that a GPU holds little more than one layer's tokens.
+        first image the world. The images may lie in main memory, wherever the network is.
         Autocast, if any, is the caller's; the heads always run in float32. Raises InputError
         for images whose sides are not multiples of 14 px.
         """
@@ -147,25 +157,39 @@ class Vggt(nn.Module):
         memory = self.empty_memory(len(images)) if memory is None else memory
         known = memory.camera_tokens.shape[1]
         tokens, states = self.aggregator(images, memory.states, write=write,
-                                         has_first=not known, offload=offload)
-        with torch.autocast(images.device.type, enabled=False):
+                                         has_first=not known, demand=demand)
+        with torch.autocast(tokens.camera.device.type, enabled=False):
             cameras = torch.cat((memory.camera_tokens,
                                  tokens.camera.to(memory.camera_tokens)), 1)
-            answer = self.read_out(tokens, self.camera_head(cameras)[:, :, known:])
-        return answer, TransformerMemory(states, cameras) if write else memory
+            answer = self.read_out(tokens, self.camera_head(cameras)[:, :, known:], demand)
+        return answer, TransformerMemory(states, cameras) if write and demand.memory else memory
 
-    def read_out(self, tokens: Tokens, encodings: torch.Tensor) -> Reconstruction:
-        """The dense heads of the frames of ``tokens``, and their cameras [passes, B, N, 9]."""
-        shape = encodings.shape[1:3]
-        depth = self.depth_head(tokens.patches, tokens.grid_hw).unflatten(0, shape)
-        T_cam_world, K = decode_cameras(encodings[-1], (depth.shape[2], depth.shape[3]))
-        z, confidence = depth[..., 0].exp(), 1 + depth[..., 1].exp()
+    def read_out(self, tokens: Tokens, encodings: torch.Tensor,
+                 demand: Demand = EVERYTHING) -> Reconstruction:
+        """The dense heads of the frames of ``tokens``, and the cameras [passes, B, N, 9]."""
+        T_cam_world, K = decode_cameras(encodings[-1], size_of(tokens.grid_hw))
+        cameras = [demand.of(x).flatten(0, 1) for x in (T_cam_world, K)]
+        maps = in_chunks(partial(self._dense, tokens.grid_hw, demand.points),
+                         (*cameras, *tokens.patches), FRAMES_PER_CHUNK,
+                         place=demand.place(encodings.device))
+        shape = tokens.levels[0].shape[:2]
+        depth, depth_sure, *rest = (x.unflatten(0, shape) for x in maps)
+        none = depth[:, :0]
+        points, points_sure = rest or (none[..., None].expand(-1, -1, -1, -1, 3), none)
+        return Reconstruction(encodings, T_cam_world, K, depth, depth_sure, points, points_sure)
+
+    def _dense(self, grid_hw: tuple[int, int], with_points: bool, T_cam_world: torch.Tensor,
+               K: torch.Tensor, *levels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Depth and its confidence of some frames; with points, these and theirs too."""
+        levels = tuple(level.to(K.device) for level in levels)
+        said = self.depth_head(levels, grid_hw)
+        depth, sure = said[..., 0].exp(), 1 + said[..., 1].exp()
+        if not with_points:
+            return depth, sure
         if not self.config.point_head:
-            points = unprojected(z, T_cam_world, K)
-            return Reconstruction(encodings, T_cam_world, K, z, confidence, points, confidence)
-        points = self.point_head(tokens.patches, tokens.grid_hw).unflatten(0, shape)
-        return Reconstruction(encodings, T_cam_world, K, z, confidence,
-                              _signed_expm1(points[..., :3]), 1 + points[..., 3].exp())
+            return depth, sure, unprojected(depth, T_cam_world, K), sure
+        said = self.point_head(levels, grid_hw)
+        return depth, sure, _signed_expm1(said[..., :3]), 1 + said[..., 3].exp()
 
 
 def _spread_out(points: torch.Tensor, count: int) -> torch.Tensor:
@@ -185,5 +209,5 @@ def _signed_expm1(x: torch.Tensor) -> torch.Tensor:
 def _check_images(images: torch.Tensor) -> None:
     if images.ndim != 5 or images.shape[2] != 3 or not images.is_floating_point():
         raise InputError('expected images of floats [B, N, 3, H, W], found '
-                         f'{images.dtype} {list(images.shape)}; stack them with '
-                         'preprocess.prepare_images')
+                         f'{images.dtype} {list(images.shape)}; prepare them with '
+                         'preprocess.crop and preprocess.stacked')

@@ -13,15 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from feedforward_recon.model.backbone import AttentionFactory
+from feedforward_recon.model.backbone import EVERYTHING, AttentionFactory, Demand
 from feedforward_recon.model.checkpoints import KeyRules
-from feedforward_recon.model.layers import Block, BlockConfig, GlobalBlock, empty_states, in_chunks
+from feedforward_recon.model.layers import (
+    Block,
+    BlockConfig,
+    GlobalBlock,
+    empty_states,
+    in_chunks,
+    rows_per_chunk,
+)
 from feedforward_recon.model.pose_encoding import homogeneous
 from feedforward_recon.model.rope import patch_positions
 from feedforward_recon.model.vit import (
@@ -61,8 +69,10 @@ class Pi3Config:
 class Pi3Reconstruction:
     """What pi3 says about N images of H x W; float32, arbitrary world and scale.
 
-    points_cam: [B, N, H, W, 3] in each camera, z forward; points: the same in the world.
-    confidence_logit: [B, N, H, W], the sigmoid is the confidence. T_world_cam: [B, N, 4, 4].
+    M of the frames have dense maps: all, unless the caller wanted fewer (`backbone.Demand`).
+
+    points_cam: [B, M, H, W, 3] in each camera, z forward; points: the same in the world.
+    confidence_logit: [B, M, H, W], the sigmoid is the confidence. T_world_cam: [B, N, 4, 4].
     """
 
     points: torch.Tensor
@@ -86,13 +96,11 @@ class FrameDecoder(nn.Module):
         self.linear_out = nn.Linear(HEAD_DIM, dim_out)
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Tokens [B * N, P, dim_in] -> [B * N, P, dim_out]."""
-        def decoded(x: torch.Tensor) -> torch.Tensor:
-            x = self.projects(x)
-            for block in self.blocks:
-                x = block(x, positions)
-            return self.linear_out(x)
-        return in_chunks(decoded, tokens)
+        """Tokens [B, P, dim_in] -> [B, P, dim_out]."""
+        x = self.projects(tokens)
+        for block in self.blocks:
+            x = block(x, positions)
+        return self.linear_out(x)
 
 
 class PixelHead(nn.Module):
@@ -172,54 +180,76 @@ class Pi3(nn.Module):
         return empty_states(self.decoder, batch)
 
     def forward(self, images: torch.Tensor, memory: Sequence[Any] | None = None, *,
-                write: bool = True) -> tuple[Pi3Reconstruction, tuple[Any, ...]]:
-        """Images [B, N, 3, H, W] in 0..1 -> what they show, and the states after them."""
+                write: bool = True, demand: Demand = EVERYTHING,
+                ) -> tuple[Pi3Reconstruction, tuple[Any, ...]]:
+        """Images [B, N, 3, H, W] in 0..1 -> what they show, and the states after them.
+
+        The images may lie in main memory. Every point map comes with its points in the world.
+        """
         grid_hw, shape = grid_of(images), images.shape[:2]
         states = self.empty_memory(len(images)) if memory is None else tuple(memory)
-        flat = (images.flatten(0, 1) - self.image_mean) / self.image_std
-        positions = patch_positions(grid_hw, self.config.registers, images.device,
+        x = self._embed(images.flatten(0, 1))
+        positions = patch_positions(grid_hw, self.config.registers, x.device,
                                     first=1 if self.config.registers else 0)
-        tokens, states = self._decode(self._embed(flat), states, positions, shape, write)
-        decoded = [decoder(tokens, positions)[:, self.config.registers:].to(flat.dtype)
-                   for decoder in (self.point_decoder, self.conf_decoder, self.camera_decoder)]
-        with torch.autocast(images.device.type, enabled=False):
-            return self._read_out(decoded, grid_hw, shape), states
+        last, after = self._decode(x, states, positions, shape, write)
+        T_world_cam, = in_chunks(partial(self._poses, positions), last, rows_per_chunk(x))
+        T_world_cam = T_world_cam.unflatten(0, shape)
+        wanted = [demand.of(t.unflatten(0, shape)) for t in last]
+        maps = in_chunks(partial(self._dense, positions, grid_hw),
+                         [t.flatten(0, 1) for t in (demand.of(T_world_cam), *wanted)],
+                         rows_per_chunk(x), place=demand.place(x.device))
+        points, points_cam, logit = (t.unflatten(0, wanted[0].shape[:2]) for t in maps)
+        return (Pi3Reconstruction(points, points_cam, logit, T_world_cam),
+                after if demand.memory else states)
 
     def _embed(self, images: torch.Tensor) -> torch.Tensor:
         """Encoded patches behind the registers, [B * N, P, C]."""
-        patches = self.encoder(images)
+        patches = self.encoder(images, lambda x: (x - self.image_mean) / self.image_std)
         if not self.config.registers:
             return patches
         registers = self.register_token[0].expand(len(patches), -1, -1)
         return torch.cat((registers.to(patches.dtype), patches), 1)
 
     def _decode(self, x: torch.Tensor, states: Sequence[Any], positions: torch.Tensor,
-                shape: Sequence[int], write: bool) -> tuple[torch.Tensor, tuple[Any, ...]]:
-        """The last two blocks' outputs [B * N, P, 2 C], and the states."""
+                shape: Sequence[int], write: bool,
+                ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[Any, ...]]:
+        """The last two blocks' outputs, each [B * N, P, C], and the states."""
         after: list[Any] = []
         alone, (batch, frames) = x, shape
-        for block in self.decoder:
+        for index, block in enumerate(self.decoder):
             if isinstance(block, GlobalBlock):
                 x, state = block(x.reshape(batch, frames * len(positions), -1),
                                  states[len(after)], positions=positions, frames=frames,
-                                 write=write)
+                                 write=write, reuse=index + 1 < len(self.decoder))
                 x = x.reshape(batch * frames, len(positions), -1)
                 after.append(state)
             else:
-                x = alone = block(x, positions)
-        return torch.cat((alone, x), -1), tuple(after)
+                x = alone = block(x, positions, reuse=True)
+        return (alone, x), tuple(after)
 
-    def _read_out(self, decoded: list[torch.Tensor], grid_hw: tuple[int, int],
-                  shape: Sequence[int]) -> Pi3Reconstruction:
-        raw = self.point_head(decoded[0], grid_hw)
-        z = raw[..., 2:].exp()
-        points_cam = torch.cat((raw[..., :2] * z, z), -1)
-        logit = self.conf_head(decoded[1], grid_hw)[..., 0]
-        T_world_cam = self.camera_head(decoded[2])
-        R, t = T_world_cam[:, None, None, :3, :3], T_world_cam[:, None, None, :3, 3]
-        points = (R @ points_cam[..., None])[..., 0] + t
-        return Pi3Reconstruction(*(x.unflatten(0, shape) for x in
-                                   (points, points_cam, logit, T_world_cam)))
+    def _decoded(self, decoder: FrameDecoder, positions: torch.Tensor,
+                 last: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Patch tokens of some frames after one of the decoders, in the precision of heads."""
+        x = decoder(torch.cat(list(last), -1), positions)[:, self.config.registers:]
+        return x.to(self.conf_head.proj.weight.dtype)
+
+    def _poses(self, positions: torch.Tensor, *last: torch.Tensor) -> tuple[torch.Tensor]:
+        x = self._decoded(self.camera_decoder, positions, last)
+        with torch.autocast(x.device.type, enabled=False):
+            return (self.camera_head(x),)
+
+    def _dense(self, positions: torch.Tensor, grid_hw: tuple[int, int],
+               T_world_cam: torch.Tensor, *last: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Points in the world and in the camera, and confidence logits, of some frames."""
+        x, sure = (self._decoded(decoder, positions, last)
+                   for decoder in (self.point_decoder, self.conf_decoder))
+        with torch.autocast(x.device.type, enabled=False):
+            raw = self.point_head(x, grid_hw)
+            z = raw[..., 2:].exp()
+            points_cam = torch.cat((raw[..., :2] * z, z), -1)
+            R, t = T_world_cam[:, None, :3, :3], T_world_cam[:, None, None, :3, 3]
+            points = points_cam @ R.transpose(-1, -2) + t
+            return points, points_cam, self.conf_head(sure, grid_hw)[..., 0]
 
 
 def nearest_rotation(M: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ position embedding belongs to a square grid and is resampled for every other gri
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from feedforward_recon.errors import InputError
-from feedforward_recon.model.layers import Block, BlockConfig
+from feedforward_recon.model import layers
+from feedforward_recon.model.layers import Block, BlockConfig, in_chunks
 
 PATCH = 14
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -64,11 +66,26 @@ class DinoV2(nn.Module):
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
         self.apply(_initialise)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images [B, 3, H, W] -> patch tokens [B, h * w, C]."""
+    def forward(self, images: torch.Tensor,
+                prepare: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
+        """Normalised images [B, 3, H, W] -> patch tokens [B, h * w, C].
+
+        prepare: what is done to a few images at a time before they are encoded, such as
+            `normalised`. The images may lie elsewhere than the encoder.
+        """
+        grid_hw, device = grid_of(images), self.cls_token.device
+        table = resampled_positions(self.pos_embed, grid_hw)
+
+        def encoded(part: torch.Tensor) -> tuple[torch.Tensor]:
+            part = part.to(device)
+            return (self._encoded(part if prepare is None else prepare(part), table),)
+        rows = max(1, layers.CHUNK_TOKENS // (grid_hw[0] * grid_hw[1]))
+        return in_chunks(encoded, (images,), rows)[0]
+
+    def _encoded(self, images: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embed(images)
         tokens = torch.cat((self.cls_token.expand(len(images), -1, -1), patches), 1)
-        tokens = tokens + resampled_positions(self.pos_embed, grid_of(images)).to(tokens.dtype)
+        tokens = tokens + table.to(tokens.dtype)
         registers = self.register_tokens.expand(len(images), -1, -1)
         tokens = torch.cat((tokens[:, :1], registers, tokens[:, 1:]), 1)
         for block in self.blocks:
@@ -84,8 +101,13 @@ def grid_of(images: torch.Tensor) -> tuple[int, int]:
     height, width = images.shape[-2:]
     if height % PATCH or width % PATCH or not height or not width:
         raise InputError(f'expected image sides that are multiples of {PATCH} px, found '
-                         f'{width}x{height}; use preprocess.prepare_images')
+                         f'{width}x{height}; resize them with preprocess.crop or longest_side')
     return height // PATCH, width // PATCH
+
+
+def size_of(grid_hw: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of images of that many rows and columns of patches."""
+    return grid_hw[0] * PATCH, grid_hw[1] * PATCH
 
 
 def normalised(images: torch.Tensor) -> torch.Tensor:
