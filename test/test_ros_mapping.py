@@ -12,12 +12,18 @@ if missing_ros():
 from geometry_msgs.msg import PoseWithCovarianceStamped
 from nav_msgs.msg import Odometry, Path
 from ros_support.camera import OPTICAL, FakeCamera, positions, stamps, walk
-from sensor_msgs.msg import PointCloud2
+from sensor_msgs.msg import CameraInfo, CompressedImage, PointCloud2
 from std_srvs.srv import SetBool, Trigger
 from visualization_msgs.msg import MarkerArray
 
+from feedforward_recon.encode import JPEG_FORMAT, jpeg
 from feedforward_recon.geometry.align import align_points
-from feedforward_recon.ros.convert import matrix_from_pose, matrix_from_transform
+from feedforward_recon.ros.convert import (
+    header_msg,
+    info_msg,
+    matrix_from_pose,
+    matrix_from_transform,
+)
 from feedforward_recon.ros.pointcloud import cloud_from_msg
 from feedforward_recon.ros.tf_messages import TFMessage
 
@@ -158,3 +164,27 @@ def test_a_monocular_walk_is_right_up_to_scale(start_node, probe, frames):
     assert fit.rmse < 0.03
     report = json.loads(probe.call(Trigger, '/mapping_node/doctor').message)
     assert report['scale_source'] == 'unknown'
+
+
+def test_compressed_images_wait_for_a_calibration_of_their_size(start_node, probe, frames):
+    """The message does not tell the size: what was calibrated otherwise starts no map."""
+    node = start_node('mapping_node', parameters={
+        **QUICK, 'image_transport': 'compressed', 'use_depth': False})
+    image = probe.publisher(CompressedImage, '/image/compressed')
+    info = probe.publisher(CameraInfo, '/camera_info')
+    poses = probe.collect(PoseWithCovarianceStamped, '/pose')
+
+    def sees(done, camera):
+        for frame in frames:
+            info.publish(info_msg(camera, OPTICAL, frame.stamp_ns))
+            image.publish(CompressedImage(header=header_msg(OPTICAL, frame.stamp_ns),
+                                          format=JPEG_FORMAT, data=jpeg(frame.image).tobytes()))
+            if probe.spin_until(done, 0.3):
+                return True
+        return False
+
+    right = frames[0].camera
+    assert sees(lambda: 'expected a calibration for 320x240' in node.output,
+                right.resized((640, 480))), node.output
+    assert not poses
+    assert sees(lambda: len(poses) > 0, right), node.output

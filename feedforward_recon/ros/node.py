@@ -19,7 +19,7 @@ from nav_msgs.msg import Odometry
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.utilities import get_rmw_implementation_identifier
 
-from feedforward_recon.errors import ReconError
+from feedforward_recon.errors import InputError, ReconError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.live import LiveSession, SessionInfo
 from feedforward_recon.node_config import NodeConfig
@@ -219,10 +219,14 @@ class CameraNode(LifecycleNode):
 
     def decode(self, arrival: Arrival) -> Frame:
         """The frame of a message; called on the worker. Raises InputError."""
-        image = image_rgb(arrival.image)
+        image, camera = image_rgb(arrival.image), arrival.camera
+        size_wh = (image.shape[1], image.shape[0])  # compressed messages do not say
+        if camera is not None and camera.size_wh != size_wh:
+            raise InputError(f'expected a calibration for {size_wh[0]}x{size_wh[1]} images, found '
+                             f'one for {camera.width}x{camera.height}; calibrate at this size')
         depth = None if arrival.depth is None else depth_metres(arrival.depth)
         topic = self.health.inputs['image'].topic if 'image' in self.health.inputs else 'image'
-        return Frame(arrival.stamp_ns, image, depth, arrival.camera, topic)
+        return Frame(arrival.stamp_ns, image, depth, camera, topic)
 
     def _use(self, item: tuple[Arrival, np.ndarray]) -> Answer:
         """Worker: one image through the session."""
