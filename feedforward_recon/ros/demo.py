@@ -47,8 +47,9 @@ def environment() -> dict[str, str]:
     chosen = {'ROS_DOMAIN_ID': str(DOMAIN_ID), 'ROS_AUTOMATIC_DISCOVERY_RANGE': 'LOCALHOST',
               'ROS_LOCALHOST_ONLY': '1'}
     if profile is not None:
-        chosen |= {name: str(profile) for name in ('FASTDDS_DEFAULT_PROFILES_FILE',
-                                                   'FASTRTPS_DEFAULT_PROFILES_FILE')}
+        # Fast DDS 3 (Kilted and later) renamed the variable and warns of the old one.
+        product = 'FASTRTPS' if os.environ.get('ROS_DISTRO') in ('humble', 'jazzy') else 'FASTDDS'
+        chosen[f'{product}_DEFAULT_PROFILES_FILE'] = str(profile)
     return chosen
 
 
