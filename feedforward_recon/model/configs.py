@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 Config = VggtConfig | Pi3Config | Da3Config
 Network = Vggt | Pi3 | Da3
 
-TINY = VggtConfig(BackboneConfig(VitConfig(128, 4, 3, grid=8), 6, (1, 2, 4, 5)),
+TINY = VggtConfig(BackboneConfig(VitConfig(128, 4, 2, grid=8), 4, (0, 1, 2, 3)),
                   DptConfig(256, 32, (32, 48, 64, 96)), camera_depth=1,
                   point_head=False)
 CONFIGS: dict[str, Config] = {

@@ -268,7 +268,7 @@ def books(rng: np.random.Generator, h: int, w: int, ppm: float) -> Image:
         scale = max(width / 40, 0.2)
         cv2.putText(strip, words(rng, 3), (4, int(width * 0.6)), FONTS[rng.integers(4)], scale,
                     _shade(rng, 0.5), max(1, int(scale * 2)), cv2.LINE_AA)
-        patch = cv2.rotate(strip, cv2.ROTATE_90_CLOCKWISE)[:, :max(w - x - 1, 0)]
+        patch = cv2.rotate(strip, cv2.ROTATE_90_CLOCKWISE)[:h - top, :max(w - x - 1, 0)]
         shown = (patch != patch[-1, -1]).any(-1) if patch.size else np.zeros((0, 0), bool)
         image[top:top + len(patch), x + 1:x + 1 + patch.shape[1]][shown] = patch[shown]
         x += width

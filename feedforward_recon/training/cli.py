@@ -1,4 +1,4 @@
-"""The command ``ffrecon-train``: make the encoder's weights again, or your own."""
+"""The command ``ffrecon-train``: make the shipped weights again, or your own."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from feedforward_recon.cli.options import Flag, takes
 from feedforward_recon.cli.terminal import progress_bar, run
 from feedforward_recon.training.encoder import EncoderTrainer, EncoderTraining
 from feedforward_recon.training.rooms import render_rooms
+from feedforward_recon.training.transformer import TransformerTrainer, TransformerTraining
+from feedforward_recon.training.transformer_data import HELD_OUT, TRAIN, render_views
 
 app = typer.Typer(name='ffrecon-train', add_completion=False, no_args_is_help=False,
                   pretty_exceptions_enable=False,
-                  help='Train the encoder. Mapping and localising never need this.')
+                  help='Train the shipped networks. Mapping and localising never need this.')
 ENCODER_FLAGS = {
     'photos': Flag('--photos', 'Folder of *.jpg photos: pairs by homography.', metavar='DIR'),
     'out': Flag('--out', 'Folder of the run: weights, log and state; an interrupted run goes '
@@ -34,9 +36,24 @@ ENCODER_FLAGS = {
     'seed': Flag('--seed', 'Seed of every random choice.'),
     'save_every': Flag('--save-every', 'Steps between saves.'),
     'workers': Flag('--workers', 'Processes that make pairs.')}
+TRANSFORMER_FLAGS = {
+    'views': Flag('--views', 'Folder that `ffrecon-train views` wrote.', metavar='DIR'),
+    'out': Flag('--out', 'Folder of the run: weights, log and state; an interrupted run goes '
+                'on.', metavar='DIR'),
+    'model': Flag('--model', 'Network to train: tiny or tiny-ttt.', metavar='NAME'),
+    'start': Flag('--start', 'Weights to begin with; what they lack starts fresh.',
+                  metavar='FILE'),
+    'steps': Flag('--steps', 'Optimisation steps of the whole schedule.'),
+    'views_per_step': Flag('--views-per-step', 'Images per step, in windows of 2 to 8.'),
+    'learning_rate': Flag('--learning-rate', 'Highest learning rate.'),
+    'warm_up': Flag('--warm-up', 'Steps until the highest learning rate.'),
+    'seed': Flag('--seed', 'Seed of every random choice.'),
+    'save_every': Flag('--save-every', 'Steps between saves.'),
+    'validate_every': Flag('--validate-every', 'Steps between looks at rooms never trained on.')}
 Out = Annotated[Path, typer.Option('--out', help='Folder for the *.npz files.', metavar='DIR',
                                    show_default=False)]
 Count = Annotated[int, typer.Option('--count', min=1, help='Number of rooms.')]
+HeldOut = Annotated[int, typer.Option('--held-out', min=1, help='Number of rooms to test on.')]
 
 
 @takes(EncoderTraining, 'training', ENCODER_FLAGS)
@@ -63,7 +80,38 @@ def rooms_command(out: Out, count: Count = 150) -> None:
             pass
 
 
+@takes(TransformerTraining, 'training', TRANSFORMER_FLAGS)
+def transformer_command(training: TransformerTraining) -> None:
+    """Train the transformer `tiny` on one CPU core, resumable at any step.
+
+    The result is OUT/tiny.safetensors, the best on rooms never trained on; use it with
+    `ffrecon map --model tiny --weights OUT/tiny.safetensors`.
+
+    Example:
+      ffrecon-train transformer --views views/ --out runs/tiny --steps 4000
+    """
+    logging.getLogger('feedforward_recon.training').setLevel(logging.INFO)
+    trainer = TransformerTrainer(training)
+    with progress_bar('training', training.steps - trainer.step) as bar:
+        for _ in bar.over(trainer.run()):
+            pass
+
+
+def views_command(out: Out, count: Count = 150, held_out: HeldOut = 16) -> None:
+    """Render small views of rooms to train the transformer on, and of others to test it on.
+
+    Example:
+      ffrecon-train views --out views/ --count 150
+    """
+    for kind, number in ((HELD_OUT, held_out), (TRAIN, count)):
+        with progress_bar(f'rendering {kind}', number) as bar:
+            for _ in bar.over(render_views(out, number, kind)):
+                pass
+
+
 app.command('encoder', help=taught(encoder_command))(encoder_command)
+app.command('transformer', help=taught(transformer_command))(transformer_command)
+app.command('views', help=taught(views_command))(views_command)
 app.command('rooms', help=taught(rooms_command))(rooms_command)
 
 

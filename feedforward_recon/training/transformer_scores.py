@@ -1,0 +1,86 @@
+"""Figures of a network on windows of views, and what they are without a network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from feedforward_recon.training.transformer_data import Windows
+
+SHORTEST_BASELINE = 0.02  # of the scene's scale: nearer pairs have no direction
+AUC_DEG = 30
+
+
+@dataclass(frozen=True)
+class Scores:
+    """rotation_deg, direction_deg: medians over all pairs of views of a window.
+
+    auc30: area under the recall of the larger of both errors up to 30 degrees, in percent
+    (VGGT, sec. 4.1). abs_rel: median over windows of the mean of |d - d*| / d* after one scale
+    per window.
+    """
+
+    rotation_deg: float
+    direction_deg: float
+    auc30: float
+    abs_rel: float
+
+
+@dataclass(frozen=True)
+class PairErrors:
+    """Errors in degrees of all pairs [pairs] and depth errors [windows]."""
+
+    rotation_deg: torch.Tensor
+    direction_deg: torch.Tensor
+    abs_rel: torch.Tensor
+
+    def scores(self) -> Scores:
+        """The figures over all of them."""
+        worst = torch.maximum(self.rotation_deg, self.direction_deg)
+        auc = (1 - worst / AUC_DEG).clamp(min=0).mean()
+        return Scores(float(self.rotation_deg.median()), float(self.direction_deg.median()),
+                      100 * float(auc), float(self.abs_rel.median()))
+
+
+def joined(parts: list[PairErrors]) -> PairErrors:
+    """The errors of several batches of windows."""
+    return PairErrors(*(torch.cat([getattr(part, name) for part in parts])
+                        for name in ('rotation_deg', 'direction_deg', 'abs_rel')))
+
+
+def errors(T_cam_world: torch.Tensor, depth: torch.Tensor, windows: Windows) -> PairErrors:
+    """Errors of poses [B, N, 4, 4] and depths [B, N, H, W] (zero: unknown truth is left out)."""
+    mine, true = _relative(T_cam_world), _relative(windows.T_cam_world)
+    far = true[..., :3, 3].norm(dim=-1) > SHORTEST_BASELINE
+    residual = mine[..., :3, :3].transpose(-1, -2) @ true[..., :3, :3]
+    rotation = _degrees((residual.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2)
+    cosine = torch.cosine_similarity(mine[..., :3, 3], true[..., :3, 3], dim=-1)
+    relative = [_abs_rel(d, t) for d, t in zip(depth, windows.depth, strict=True)]
+    return PairErrors(rotation[far], _degrees(cosine)[far], torch.stack(relative))
+
+
+def baseline(windows: Windows) -> PairErrors:
+    """Errors of saying that no camera moves, and that all depths are equal.
+
+    Without motion there is no direction: its error is 90 degrees, the median of random ones.
+    """
+    still = torch.eye(4).expand_as(windows.T_cam_world)
+    return errors(still, torch.ones_like(windows.depth), windows)
+
+
+def _relative(T_cam_world: torch.Tensor) -> torch.Tensor:
+    """T_j_i [B, pairs, 4, 4] of all pairs i < j."""
+    i, j = torch.triu_indices(T_cam_world.shape[1], T_cam_world.shape[1], 1)
+    T = T_cam_world.double()
+    return T[:, j] @ torch.linalg.inv(T[:, i])
+
+
+def _abs_rel(depth: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    known = truth > 0
+    d, t = depth[known], truth[known]
+    return ((d * (t / d).median() - t).abs() / t).mean()
+
+
+def _degrees(cosine: torch.Tensor) -> torch.Tensor:
+    return torch.rad2deg(torch.acos(cosine.clamp(-1, 1)))
