@@ -1,11 +1,13 @@
 """Localising against what a network remembers of a map: laws that hold whatever it says."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from feedforward_recon.cli import main
@@ -19,6 +21,7 @@ from feedforward_recon.geometry.transforms import (
     transform_points,
 )
 from feedforward_recon.map_folder import NETWORK, load_map
+from feedforward_recon.mapping import network_memory
 from feedforward_recon.mapping.network_memory import (
     NetworkLocalizer,
     NetworkMemory,
@@ -26,9 +29,8 @@ from feedforward_recon.mapping.network_memory import (
     remember,
     spanning,
 )
-from feedforward_recon.model import predictor as module
 from feedforward_recon.model.backbone import BackboneConfig
-from feedforward_recon.model.configs import build
+from feedforward_recon.model.configs import CONFIGS, build
 from feedforward_recon.model.dpt import DptConfig
 from feedforward_recon.model.network import VggtConfig
 from feedforward_recon.model.predictor import NetworkPredictor
@@ -165,10 +167,15 @@ def test_few_keyframes_are_a_part_of_more_and_reach_the_ends(frames):
 # -- a real network with random weights ----------------------------------------------------
 
 
-@pytest.fixture
-def small(monkeypatch):
+@pytest.fixture(scope='module')
+def small():
     """A `tiny` of a few layers whose cameras hardly move."""
-    monkeypatch.setitem(module.build.__globals__['CONFIGS'], 'tiny', SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CONFIGS, 'tiny', SMALL)
+        yield cramped()
+
+
+def cramped():
     torch.manual_seed(0)
     network = build('tiny', 'ttt')
     with torch.no_grad():
@@ -177,9 +184,9 @@ def small(monkeypatch):
     return network
 
 
-@pytest.fixture
-def weights(small, tmp_path):
-    return saved_weights(small, tmp_path / 'small.safetensors')
+@pytest.fixture(scope='module')
+def weights(small, tmp_path_factory):
+    return saved_weights(small, tmp_path_factory.mktemp('weights') / 'small.safetensors')
 
 
 def saved_weights(network, file):
@@ -202,7 +209,9 @@ def test_the_memory_has_a_fixed_size_and_queries_leave_it_alone(small, images):
         before = {name: tensor.clone() for name, tensor in memory.tensors().items()}
         answers = [predictor.predict([images[i]], memory, write=False)[0] for i in (3, 1, 3)]
         assert all(torch.equal(before[name], t) for name, t in memory.tensors().items())
+        # What is asked in between changes nothing.
         np.testing.assert_array_equal(answers[0].T_world_cam, answers[2].T_world_cam)
+        np.testing.assert_array_equal(answers[0].depth, answers[2].depth)
         assert not np.array_equal(answers[0].T_world_cam, answers[1].T_world_cam)
         sizes.append(memory.nbytes)
     assert sizes[0] == sizes[1]
@@ -218,12 +227,15 @@ def command(*arguments):
     return main([str(argument) for argument in arguments])
 
 
-@pytest.fixture
-def folder(weights, walk_folder, tmp_path):
-    out = tmp_path / 'map'
-    assert command('map', walk_folder, '--out', out, '--model', 'tiny', '--attention', 'ttt',
-                   '--weights', weights, '--window', 8, '--anchors', 2, '--no-refine',
-                   '--set', 'memory.polish_steps=20', '--step', 3) == 0
+@pytest.fixture(scope='module')
+def folder(weights, walk_folder, tmp_path_factory):
+    """A map whose network says nonsense, so that any similarity will do."""
+    out = tmp_path_factory.mktemp('maps') / 'map'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(network_memory, 'align_cameras', lambda *_: (np.eye(4), 1.0))
+        assert command('map', walk_folder, '--out', out, '--model', 'tiny', '--attention', 'ttt',
+                       '--weights', weights, '--window', 4, '--anchors', 1, '--no-refine',
+                       '--set', 'memory.polish_steps=5', '--step', 5) == 0
     return out
 
 
@@ -250,11 +262,12 @@ def test_a_map_is_asked_as_it_was_written(folder, weights, walk_folder, tmp_path
     assert NETWORK in shown and 'tiny (ttt)' in shown
 
 
-def test_another_network_is_refused_in_one_sentence(folder, small, weights, walk_folder,
-                                                    tmp_path, capsys):
+def test_another_network_is_refused_in_one_sentence(folder, weights, walk_folder, tmp_path,
+                                                    capsys):
+    network = cramped()
     with torch.no_grad():
-        small.camera_head.empty_pose_tokens += 1
-    other = saved_weights(small, tmp_path / 'other.safetensors')
+        network.camera_head.empty_pose_tokens += 1
+    other = saved_weights(network, tmp_path / 'other.safetensors')
     for options, sentence in (
             (('--model', 'vggt', '--weights', weights), 'expected --model tiny'),
             (('--model', 'tiny', '--weights', other), 'which wrote the memory of this map'),
@@ -262,16 +275,22 @@ def test_another_network_is_refused_in_one_sentence(folder, small, weights, walk
         assert command('localize', folder, walk_folder, *options) == 2
         error = capsys.readouterr().err.strip().splitlines()
         assert len(error) == 1 and sentence in error[0]
-    (folder / NETWORK).write_bytes((folder / NETWORK).read_bytes()[:-1])
+
+
+def test_a_damaged_memory_is_refused(folder, tmp_path):
+    damaged = shutil.copytree(folder, tmp_path / 'map')
+    (damaged / NETWORK).write_bytes((folder / NETWORK).read_bytes()[:-1])
     with pytest.raises(MapError, match='truncated'):
-        load_map(folder).network_memory()
+        load_map(damaged).network_memory()
+    with pytest.raises(MapError, match='expected the memory of a network'):
+        NetworkMemory.load(damaged / 'memory.safetensors')
 
 
-def test_a_map_without_a_network_says_how_to_make_one(folder, weights, walk_folder, tmp_path,
-                                                      capsys):
-    plain = tmp_path / 'plain'
-    assert command('map', walk_folder, '--out', plain, '--set', 'memory.polish_steps=20',
-                   '--step', 3) == 0
-    capsys.readouterr()
-    assert command('localize', plain, walk_folder, '--model', 'tiny', '--weights', weights) == 2
+def test_a_map_without_a_network_says_how_to_make_one(folder, walk_folder, tmp_path, capsys):
+    plain = shutil.copytree(folder, tmp_path / 'map')
+    (plain / NETWORK).unlink()
+    described = yaml.safe_load((plain / 'map.yaml').read_text())
+    del described['files'][NETWORK]
+    (plain / 'map.yaml').write_text(yaml.safe_dump(described))
+    assert command('localize', plain, walk_folder, '--model', 'tiny') == 2
     assert 'map with --model' in capsys.readouterr().err
