@@ -79,11 +79,12 @@ def fetch_weights(name: str, *, accept_licence: bool = False, offline: bool = Fa
     return _download(checkpoint)
 
 
-def check_weights(name_or_path: str | Path, model: str | None = None) -> WeightsReport:
+def check_weights(name_or_path: str | Path, model: str | None = None,
+                  attention: str | None = None) -> WeightsReport:
     """Compare a file with its published hash and with the names and shapes of its network.
 
     model: the architecture of a file of your own; by default the checkpoint that the file is
-        named after, with its hash.
+        named after, with its hash. attention: another than that of the architecture.
     Raises CheckpointError for a file that is missing, damaged or has another hash. Names and
     shapes that do not fit are no error but in the report.
     """
@@ -97,7 +98,7 @@ def check_weights(name_or_path: str | Path, model: str | None = None) -> Weights
         against = 'published' if checkpoint.sha256 else 'first download' if _recorded(file) else ''
     shapes = tensor_shapes(file)
     architecture = model or (checkpoint.model if checkpoint else '')
-    report = match_keys(_network(architecture, file), shapes)
+    report = match_keys(_network(architecture, attention, file), shapes)
     return WeightsReport(file, architecture, file.stat().st_size, sha256, against, report)
 
 
@@ -112,9 +113,11 @@ def _checkpoint_named(name_or_path: str | Path) -> Checkpoint:
                           '--model with the name of its architecture')
 
 
-def _network(model: str, file: Path) -> nn.Module:
+def _network(model: str, attention: str | None, file: Path) -> nn.Module:
     # Files of the compact encoder carry its widths; the others have fixed ones.
-    return load_network(file) if model == CompactEncoder.name else build(model, device='meta')
+    if model == CompactEncoder.name:
+        return load_network(file)
+    return build(model, attention, device='meta')
 
 
 def _download(checkpoint: Checkpoint) -> Path:
@@ -188,7 +191,7 @@ def _check_bytes(file: Path, checkpoint: Checkpoint, remedy: str, recorded: str)
     remedy: what to do then. recorded: the hash that counts when none is registered.
     """
     size = file.stat().st_size
-    if checkpoint.sha256 and size != checkpoint.size:
+    if checkpoint.is_pinned and size != checkpoint.size:
         raise CheckpointError(f'expected {checkpoint.size} bytes in {checkpoint.file} of '
                               f'{checkpoint.name}, found {size}; {remedy}')
     sha256, known = file_sha256(file), checkpoint.sha256 or recorded

@@ -20,6 +20,7 @@ from feedforward_recon.errors import CheckpointError
 log = logging.getLogger(__name__)
 FOLDER_VARIABLE = 'FEEDFORWARD_RECON_WEIGHTS'
 OFFLINE_VARIABLE = 'HF_HUB_OFFLINE'
+ALIASES = {'vggt': 'vggt-1b', 'da3': 'da3-large'}  # short names of networks and checkpoints
 SUFFIXES = ('.safetensors', '.pt', '.pth', '.bin')
 
 
@@ -44,8 +45,8 @@ class Checkpoint:
 
     name: what we call it. model: its architecture, a name of `model.configs`, or `compact`.
     repo, file, revision: where Hugging Face has it; an empty repo means shipped with us.
-    sha256, size: of the published file; without a known hash the size in bytes is that of the
-    parameters we use, and the hash is recorded at the first download.
+    sha256: of the published file; without, the one of the first download is recorded.
+    size: of the file in bytes; where the revision is not pinned, that of the parameters we use.
     gated: the publisher grants access one by one.
     """
 
@@ -58,6 +59,11 @@ class Checkpoint:
     revision: str = 'main'
     sha256: str = ''
     gated: bool = False
+
+    @property
+    def is_pinned(self) -> bool:
+        """True when the very file is known, and so its size."""
+        return bool(self.sha256) and (not self.repo or len(self.revision) == 40)
 
     @property
     def local_file(self) -> str:
@@ -112,17 +118,26 @@ _ALL = (
         'da3-small', 'da3-small', APACHE, 137_248_940, 'depth-anything/DA3-SMALL',
         revision='e08cab65ca0ec38e7826075418411ab90cab4da3',
         sha256='364492e38a3a06d221ac75da7f6621ada3f2361cd24fde11ba79091e9f40efcf'),
+    # Fine-tuned from vggt-1b and da3-large, whose licences hold on.
+    Checkpoint(
+        'lite3r-vggt', 'lite3r-vggt', CC_BY_NC, 4_633_203_968, 'AIGeeksGroup/Lite3R',
+        file='vggt_fp8_qat_1ep.pt',
+        sha256='aa4314350c3400d50c9b06ebff524205049654a4189a0d4fcbe9720b00bcf074'),
+    Checkpoint(
+        'lite3r-da3', 'lite3r-da3', CC_BY_NC, 1_644_226_700, 'AIGeeksGroup/Lite3R',
+        file='da3_fp8_qat_1ep.pt',
+        sha256='9cfacfa89b28c54f573327063b8782cadc6b71e6a344950259a3435746526813'),
 )
 CHECKPOINTS: dict[str, Checkpoint] = {checkpoint.name: checkpoint for checkpoint in _ALL}
 
 
 def checkpoint_of(name: str) -> Checkpoint:
-    """The checkpoint of that name.
+    """The checkpoint of that name, or of a network with one of the short names.
 
     Raises CheckpointError, with the nearest name, for one that does not exist.
     """
-    if name in CHECKPOINTS:
-        return CHECKPOINTS[name]
+    if ALIASES.get(name, name) in CHECKPOINTS:
+        return CHECKPOINTS[ALIASES.get(name, name)]
     near = difflib.get_close_matches(name, CHECKPOINTS, 1)
     hint = f'did you mean {near[0]}?' if near else f'choose one of {", ".join(CHECKPOINTS)}'
     raise CheckpointError(f'expected the name of a checkpoint, found {name!r}; {hint}')

@@ -11,7 +11,7 @@ import typer
 
 from feedforward_recon.cli.options import Json
 from feedforward_recon.cli.terminal import note, print_json, print_table
-from feedforward_recon.errors import CheckpointError
+from feedforward_recon.model.checkpoints import misfit
 from feedforward_recon.weights_files import WeightsReport, check_weights, fetch_weights
 from feedforward_recon.weights_registry import (
     CHECKPOINTS,
@@ -32,6 +32,10 @@ Offline = Annotated[bool, typer.Option('--offline', help='Never touch the networ
 Model = Annotated[str | None, typer.Option('--model', help='Architecture of a file of your own; '
                                            'default: the checkpoint it is named after.',
                                            metavar='NAME', show_default=False)]
+Attention = Annotated[str | None, typer.Option('--attention', help='Global attention that the '
+                                               'file was trained with; default: that of the '
+                                               'architecture.', metavar='NAME',
+                                               show_default=False)]
 
 
 def root(context: typer.Context) -> None:
@@ -79,21 +83,21 @@ def get_command(name: Name, accept_licence: Accept = False, offline: Offline = F
     print(fetch_weights(name, accept_licence=accept_licence, offline=offline))
 
 
-def check_command(name: NameOrPath, model: Model = None, json_: Json = False) -> None:
+def check_command(name: NameOrPath, model: Model = None, attention: Attention = None,
+                  json_: Json = False) -> None:
     """Compare a file with its published hash and with the names and shapes of its network.
 
     Examples:
       ffrecon weights check vggt-1b
-      ffrecon weights check mine.safetensors --model vgg-t3
+      ffrecon weights check mine.safetensors --model tiny --attention ttt
     """
-    report = check_weights(name, model)
+    report = check_weights(name, model, attention)
     if json_:
         print_json(_report_entry(report))
     else:
         _print_report(report)
     if not report.keys.fits:
-        raise CheckpointError(f'expected weights of {report.model} in {report.file}, found '
-                              f'{report.keys}; is it the checkpoint of another model?')
+        raise misfit(report.model, report.file, report.keys)
 
 
 def _entry(checkpoint: Checkpoint) -> dict:

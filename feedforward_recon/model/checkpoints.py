@@ -11,6 +11,8 @@ import hashlib
 import logging
 import pickle
 import re
+import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +25,7 @@ from feedforward_recon.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 TORCH_SUFFIXES = ('.pt', '.pth', '.bin')
-NAMES_SHOWN = 4
+NAMES_SHOWN = 2
 Shape = tuple[int, ...]
 
 
@@ -136,7 +138,8 @@ def load_weights(model: nn.Module, path: str | Path, *, sha256: str = '',
                  device: str | torch.device = 'cpu') -> KeyReport:
     """Put the weights of a file into a network as float32 on ``device``.
 
-    path: `.safetensors`, or `.pt`, `.pth`, `.bin` that hold nothing but tensors.
+    path: `.safetensors`, or `.pt`, `.pth`, `.bin` that hold nothing but tensors, also in the
+        checkpoint of a training, under `model`.
     sha256: what the file must hash to; '' skips the check.
     Raises CheckpointError, in one sentence, for a missing or damaged file, another hash, and
     names or shapes that do not fit.
@@ -149,8 +152,7 @@ def load_weights(model: nn.Module, path: str | Path, *, sha256: str = '',
     shapes, read = _open(file)
     report = match_keys(model, shapes)
     if not report.fits:
-        raise CheckpointError(f'expected weights of {type(model).__name__} in {file}, found '
-                              f'{report}; is it the checkpoint of another model?')
+        raise misfit(_described(model), file, report)
     for name, key in report.sources.items():
         tensor = _read(read, key, file)
         put_tensor(model, name, tensor.to(device, torch.float32))
@@ -160,6 +162,17 @@ def load_weights(model: nn.Module, path: str | Path, *, sha256: str = '',
     log.info('loaded %d tensors from %s; left out %d that this network does not use',
              len(report.sources), file, len(report.ignored))
     return report
+
+
+def misfit(model: str, file: Path, report: KeyReport) -> CheckpointError:
+    """The error for a file whose names and shapes are not those of a model."""
+    return CheckpointError(f'expected weights of {model} in {file}, found {report}; is it the '
+                           'checkpoint of another model, or of another attention?')
+
+
+def _described(model: nn.Module) -> str:
+    attention = getattr(getattr(model, 'config', None), 'attention', '')
+    return type(model).__name__ + (f' with {attention} attention' if attention else '')
 
 
 def _open(file: Path) -> tuple[dict[str, Shape], Callable[[str], torch.Tensor]]:
@@ -182,14 +195,21 @@ def _open_safetensors(file: Path) -> tuple[dict[str, Shape], Callable[[str], tor
 
 
 def _open_torch(file: Path) -> tuple[dict[str, Shape], Callable[[str], torch.Tensor]]:
+    with file.open('rb') as stream:
+        if stream.read(1) not in (b'P', b'\x80'):  # of a zip file, and of what came before it
+            raise _damaged(file, ValueError('it does not begin like weights'))
     try:
-        tensors = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # it talks about old ways of pickling
+            content = torch.load(file, map_location='cpu', weights_only=True,
+                                 mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise CheckpointError(f'expected nothing but tensors in {file}, found other Python '
                               'objects, which are never loaded; convert it to safetensors '
                               'where you trust it') from error
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         raise _damaged(file, error) from error
+    tensors = content.get('model', content) if isinstance(content, dict) else content
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise CheckpointError(f'expected a dictionary of tensors in {file}, found '
                               f'{type(tensors).__name__} of other things; save the state dict '
@@ -205,7 +225,8 @@ def _read(read: Callable[[str], torch.Tensor], key: str, file: Path) -> torch.Te
 
 
 def _damaged(file: Path, error: Exception) -> CheckpointError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    # PyTorch explains itself in several sentences; the first says what is wrong.
+    reason = (str(error).splitlines() or [type(error).__name__])[0].partition('. ')[0]
     return CheckpointError(f'expected readable weights in {file}, found a damaged file '
                            f'({reason}); fetch it again')
 

@@ -24,6 +24,7 @@ from feedforward_recon.model.dpt import DptConfig
 from feedforward_recon.model.network import Vggt, VggtConfig
 from feedforward_recon.model.pi3 import Pi3, Pi3Config
 from feedforward_recon.model.vit import VitConfig
+from feedforward_recon.weights_registry import ALIASES, find_weights
 
 log = logging.getLogger(__name__)
 Config = VggtConfig | Pi3Config | Da3Config
@@ -53,7 +54,6 @@ CONFIGS: dict[str, Config] = {
         DptConfig(768, 64, (32, 64, 96, 128))),
     'pi3-small': Pi3Config(VitConfig(384, 6, 12), 24),
 }
-ALIASES = {'vggt': 'vggt-1b', 'da3': 'da3-large'}
 # What the attentions of a name do, where it is not their default. VGG-T3 was trained with one
 # step and evaluated with two, which its paper finds best at every number of images.
 OPTIONS: dict[str, dict[str, Any]] = {'vgg-t3': {'ttt': TttOptions(steps=2)}}
@@ -103,16 +103,20 @@ def network_of(config: Config, **options: Any) -> Network:
     return Vggt(config, factory).eval()
 
 
-def load(name: str, path: str | Path, *, attention: str | None = None, sha256: str = '',
-         device: str | torch.device = 'cpu', **options: Any) -> Network:
-    """A network with the weights of a file, on ``device``; nothing exists twice on the way.
+def load(name: str, weights: str | Path | None = None, *, attention: str | None = None,
+         sha256: str = '', device: str | torch.device = 'cpu', **options: Any) -> Network:
+    """A network with its weights, on ``device``; nothing exists twice on the way.
 
+    weights: a file, or a name that `ffrecon weights list` shows; without, the checkpoint that is
+        named like the network. sha256: what the file must hash to; '' skips the check.
+    attention, options: as for `build`.
     Raises ConfigError for an unknown name or a device that is not there, CheckpointError for
-    weights that do not fit (`checkpoints.load_weights`).
+    weights that are missing or do not fit (`checkpoints.load_weights`).
     """
     place = device_of(device)
     network = build(name, attention, 'meta', **options)
-    load_weights(network, path, sha256=sha256, device=place)
+    file = find_weights(weights or ALIASES.get(name, name))
+    load_weights(network, file, sha256=sha256, device=place)
     return network
 
 
@@ -123,11 +127,12 @@ def device_of(name: str | torch.device) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         log.debug('device %s: %s', name, error)
-        raise ConfigError(f'expected a device that this torch can use, found {str(name)!r}, '
-                          'which it cannot; use cpu, or install torch for it') from error
+        raise ConfigError(f'expected a device that this machine has, such as cpu or cuda, found '
+                          f'{str(name)!r}; use cpu, or install a driver and a PyTorch that fit'
+                          ) from error
     return device
 
 
