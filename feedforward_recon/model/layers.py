@@ -49,6 +49,11 @@ class BlockConfig:
         return self.dim // self.heads
 
 
+def full_precision(x: torch.Tensor) -> torch.Tensor:
+    """Float32, or x as it is if wider: so autocast norms it on GPUs, but not on CPUs."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class LayerScale(nn.Module):
     """A learned factor per channel (Touvron et al., "Going deeper with image transformers")."""
 
@@ -92,7 +97,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.config.heads, -1))  # [B, T, 3, h, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(full_precision(q)), self.k_norm(full_precision(k))
         if self.config.round_qk:
             q, k = q.to(v.dtype), k.to(v.dtype)
         if positions is not None:
@@ -177,7 +182,7 @@ def in_chunks(function: Callable[..., Sequence[torch.Tensor]], inputs: Sequence[
     """
     total = len(inputs[0])
     chunks = (function(*(x[start:start + rows] for x in inputs))
-              for start in range(0, total, rows))
+              for start in range(0, max(total, 1), rows))
     if torch.is_grad_enabled() or total <= rows:
         joined = (torch.cat(column) if len(column) > 1 else column[0]
                   for column in zip(*chunks, strict=True))

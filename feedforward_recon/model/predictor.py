@@ -6,6 +6,7 @@ to the pixels of the images as they were, to poses T_world_cam and to confidence
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,9 +18,11 @@ import torch
 from numpy.typing import NDArray
 
 from feedforward_recon.errors import CheckpointError, ConfigError, InputError
+from feedforward_recon.model.backbone import Demand
 from feedforward_recon.model.checkpoints import load_weights
 from feedforward_recon.model.configs import ALIASES, Network, build
 from feedforward_recon.model.da3 import Da3
+from feedforward_recon.model.network import VggtConfig
 from feedforward_recon.model.pi3 import Pi3, fitted_intrinsics
 from feedforward_recon.model.pose_encoding import centres_at_integers, inverse
 from feedforward_recon.model.preprocess import (
@@ -33,20 +36,29 @@ from feedforward_recon.model.vit import PATCH, normalised
 from feedforward_recon.types import Prediction
 from feedforward_recon.weights_registry import find_weights
 
+log = logging.getLogger(__name__)
 OUT_OF_MEMORY = ('out of memory', 'not enough memory', "can't allocate memory",
                  'failed to allocate')
 LONGEST_SIDE = 504
 PIXELS = 255_000
+HALF_FROM_DIM = 384
+OFFLOAD_VIEWS = 64  # 3 GB of tokens at the size of VGGT-1B and 518x392 pixels
 Prepare = Callable[[Sequence[NDArray]], list[Placed]]
 Answer = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class NetworkPredictor:
-    """A network as a ``Predictor``."""
+    """A network as a ``Predictor``.
+
+    half: compute in bfloat16 but for the heads, as the published networks are meant to.
+    """
 
     def __init__(self, network: Network, device: str | torch.device = 'cpu') -> None:
         self.network, self.device = network, torch.device(device)
         self._prepare = preparation(network)
+        self.half = half_precision_pays(network, self.device)
+        log.info('%s computes in %s on %s', type(network).__name__,
+                 'bfloat16, heads in float32,' if self.half else 'float32', self.device)
 
     def predict(self, images: Sequence[NDArray[np.uint8]], memory: Any = None, *,
                 write: bool = True) -> tuple[Prediction, Any]:
@@ -67,13 +79,20 @@ class NetworkPredictor:
 
     @torch.inference_mode()
     def _run(self, images: torch.Tensor, memory: Any, write: bool) -> tuple[Answer, Any]:
-        images = images.to(self.device)
         if isinstance(self.network, Da3) and self.network.config.normalised:
             images = normalised(images)
-        half = self.device.type == 'cuda' and torch.cuda.is_bf16_supported()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            said, memory = self.network(images, memory, write=write)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            said, memory = self.network(images, memory, write=write,
+                                        demand=self._demand(images.shape[1]))
         return tuple(x[0].float().cpu() for x in read(said)), memory  # type: ignore[return-value]
+
+    def _demand(self, count: int) -> Demand:
+        """Depth alone; of many images on a GPU, what waits for the heads waits outside."""
+        offload = self.device.type == 'cuda' and count > OFFLOAD_VIEWS
+        if self.device.type == 'cuda':
+            log.info('%d images on %s: tokens and depth wait in %s memory', count, self.device,
+                     'main' if offload else 'its own')
+        return Demand(points=False, offload=offload)
 
 
 def load_predictor(name: str, attention: str | None = None, device: str = 'cpu',
@@ -104,6 +123,28 @@ def checked_device(name: str) -> torch.device:
         raise ConfigError(f'expected the device {name}, found {count} usable GPUs; use --device '
                           'cpu or install a driver and a PyTorch that fit')
     return device
+
+
+def half_precision_pays(network: Network, device: torch.device) -> bool:
+    """True where bfloat16 is faster: on GPUs, and in wide networks on CPUs with instructions.
+
+    On a CPU a block of dimension 128 gains a fifth and one of 384 to 1024 a third to a half
+    (docs/experiments.md); small networks keep the exact answer.
+    """
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported()
+    vit = (network.config.backbone if isinstance(network.config, VggtConfig)
+           else network.config).vit
+    return device.type == 'cpu' and vit.dim >= HALF_FROM_DIM and has_bfloat16_instructions()
+
+
+def has_bfloat16_instructions() -> bool:
+    """True if the CPU says that it multiplies bfloat16 itself (Linux; elsewhere False)."""
+    try:
+        words = set(Path('/proc/cpuinfo').read_text(encoding='utf-8').split())
+    except OSError:
+        return False
+    return bool(words & {'avx512_bf16', 'amx_bf16', 'bf16'})  # bf16: of ARM
 
 
 def preparation(network: Network) -> Prepare:
@@ -140,7 +181,8 @@ def read(said: Any) -> Answer:
     Pixel centres are integers in K.
     """
     if hasattr(said, 'points_cam'):  # pi3 says points and a logit
-        return (said.T_world_cam, fitted_intrinsics(said.points_cam), said.points_cam[..., 2],
+        fitted = [fitted_intrinsics(image) for image in said.points_cam.unbind(1)]
+        return (said.T_world_cam, torch.stack(fitted, 1), said.points_cam[..., 2],
                 1 + said.confidence_logit.exp())
     K = centres_at_integers(said.K)
     return inverse(said.T_cam_world), K, said.depth, said.depth_confidence

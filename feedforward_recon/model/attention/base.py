@@ -19,6 +19,7 @@ from torch import nn
 from feedforward_recon.errors import InputError
 from feedforward_recon.model.attention.config import AttentionConfig
 from feedforward_recon.model.fp8 import linear_rows
+from feedforward_recon.model.layers import full_precision
 from feedforward_recon.model.rope import rotate
 
 S = TypeVar('S', bound='State')
@@ -165,7 +166,7 @@ class QkvAttention(nn.Module):
     def turned(self, norm: nn.Module, x: torch.Tensor, positions: torch.Tensor | None,
                ) -> torch.Tensor:
         """Raw queries or keys [..., T, d] after norm and rotation."""
-        y = norm(x)
+        y = norm(x if isinstance(norm, nn.Identity) else full_precision(x))
         y = y.to(x.dtype) if self.config.round_qk else y
         return y if positions is None else rotate(y, self.places(positions))
 
