@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,11 +21,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from feedforward_recon.errors import ConfigError
+from feedforward_recon.model.attention.softmax import SoftmaxAttention
 from feedforward_recon.model.attention.ttt import ShortConv
 from feedforward_recon.model.configs import build
 from feedforward_recon.model.dpt import direction_embedding
 from feedforward_recon.model.heads import PASSES
-from feedforward_recon.model.layers import Block, LayerScale
+from feedforward_recon.model.layers import Block, GlobalBlock, LayerScale
 from feedforward_recon.model.network import Vggt
 from feedforward_recon.training.muon import Muon
 from feedforward_recon.training.transformer_data import (
@@ -40,10 +42,13 @@ from feedforward_recon.training.transformer_data import (
 )
 from feedforward_recon.training.transformer_losses import (
     TrainingHeads,
+    attention_logits,
     camera_loss,
     camera_target,
     confident_loss,
+    feature_logits,
     match_loss,
+    matching_patches,
     patch_loss,
 )
 from feedforward_recon.training.transformer_scores import Scores, baseline, errors, joined
@@ -55,6 +60,7 @@ BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.98), 0.05, 1.0
 FIRST_LAYER_SCALE, TOKEN_DEVIATION = 0.2, 0.5
 HELD_OUT_SEED, HELD_OUT_BATCHES, HELD_OUT_WINDOWS, HELD_OUT_VIEWS = 1, 4, 8, 8
 DENSE_WINDOWS = 4
+GUIDED_BLOCK, GUIDED_HEADS = 1, 2  # global attention that is told what matches
 LOG_EVERY = 25
 MEAN_ENCODING = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.8, 1.0)
 
@@ -101,7 +107,9 @@ class TransformerTrainer:
             take_over(network, Path(settings.start))
         self.optimisers = self._optimisers()
         self.step, self.best = 0, -math.inf
-        self._encoded: torch.Tensor | None = None
+        self._seen: dict[str, torch.Tensor] = {}
+        self._guided = cast(GlobalBlock, network.aggregator.global_blocks[GUIDED_BLOCK])
+        self._guided.attn.register_forward_pre_hook(self._keep_joined, with_kwargs=True)
         network.aggregator.patch_embed.register_forward_hook(self._keep_encoded)
         self._resume()
 
@@ -128,10 +136,9 @@ class TransformerTrainer:
         """
         with torch.autocast('cpu', torch.bfloat16):
             memory = self.network.empty_memory(len(images))
-            tokens, _ = self.network.aggregator(images, memory.states, write=True,
-                                                has_first=True)
-            assert self._encoded is not None, 'the image encoder has run'
-            match = self.heads.match(self._encoded.unflatten(0, images.shape[:2]))
+            tokens, states = self.network.aggregator(images, memory.states, write=True,
+                                                     has_first=True)
+            match = self._match_loss(states, windows)
             patches = [level.unflatten(0, images.shape[:2]) for level in tokens.patches]
             points, depth = self.heads.points_and_depth(patches[-1], tokens.grid_hw)
             rows = torch.arange(min(len(images), DENSE_WINDOWS))
@@ -143,7 +150,24 @@ class TransformerTrainer:
             'camera': CAMERA_WEIGHT * camera_loss(encodings, camera_target(windows)),
             'depth': confident_loss(depth_error, 1 + dense_depth[..., 1].exp()),
             'patches': PATCH_WEIGHT * patch_loss(points, depth, windows),
-            'match': MATCH_WEIGHT * match_loss(match, windows)}
+            'match': MATCH_WEIGHT * match}
+
+    def _match_loss(self, states: tuple[Any, ...], windows: Windows) -> torch.Tensor:
+        """Encoded patches, and queries and keys of some heads, are alike where they match."""
+        target, visible = matching_patches(windows)
+        shape, patches = windows.images.shape[:2], target.shape[-1]
+        features = self.heads.match(self._seen['encoded'].unflatten(0, shape))
+        loss = match_loss(feature_logits(features), target, visible)
+        attention = self._guided.attn
+        if isinstance(attention, SoftmaxAttention):
+            q = attention.turned(attention.q_norm, attention.raw_queries(self._seen['joined']),
+                                 self._seen['positions'])
+            q, k = (x.unflatten(2, (shape[1], -1))[:, :, :, -patches:]
+                    for x in (q, states[GUIDED_BLOCK].keys))
+            for head in range(GUIDED_HEADS):
+                logits = attention_logits(q[:, head], k[:, head])
+                loss = loss + match_loss(logits, target, visible)
+        return loss
 
     def _step(self) -> dict[str, float]:
         rng = np.random.default_rng([self.settings.seed, self.step])
@@ -192,7 +216,11 @@ class TransformerTrainer:
                 torch.optim.AdamW(others, betas=BETAS, weight_decay=0.0))
 
     def _keep_encoded(self, module: nn.Module, inputs: object, encoded: torch.Tensor) -> None:
-        self._encoded = encoded
+        self._seen['encoded'] = encoded
+
+    def _keep_joined(self, module: nn.Module, inputs: tuple[torch.Tensor, ...],
+                     named: dict[str, Any]) -> None:
+        self._seen['joined'], self._seen['positions'] = inputs[0], named['positions']
 
     def _validate(self) -> None:
         scores, without = held_out_scores(self.network, self.held_out)
@@ -259,7 +287,7 @@ def start_well(network: Vggt) -> None:
     # A quarter per pass: no field of view starts at the dead side of its ReLU.
     network.camera_head.pose_branch.fc2.bias.copy_(torch.tensor(MEAN_ENCODING) / PASSES)
     for block in aggregator.global_blocks:
-        queries, keys, _ = block.attn.qkv.weight.chunk(3)  # type: ignore[union-attr]
+        queries, keys, _ = cast(GlobalBlock, block).attn.qkv.weight.chunk(3)
         keys.copy_(queries)
 
 

@@ -78,15 +78,25 @@ def patch_loss(points: torch.Tensor, depth: torch.Tensor, windows: Windows) -> t
     return (points - true_points).abs().mean() + (depth - true_depth).abs().mean()
 
 
-def match_loss(features: torch.Tensor, windows: Windows) -> torch.Tensor:
+def feature_logits(features: torch.Tensor) -> torch.Tensor:
+    """Likeness [B, i, j, P, P] of the patches of all pairs of views, of features [B, N, P, C]."""
+    unit = F.normalize(features.float(), dim=-1)
+    return torch.einsum('bipc,bjqc->bijpq', unit, unit) / TEMPERATURE
+
+
+def attention_logits(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """What softmax attention compares [B, i, j, P, P], of queries and keys [B, N, P, d]."""
+    scale = queries.shape[-1] ** -0.5
+    return torch.einsum('bipc,bjqc->bijpq', queries.float(), keys.float()) * scale
+
+
+def match_loss(logits: torch.Tensor, target: torch.Tensor, visible: torch.Tensor,
+               ) -> torch.Tensor:
     """InfoNCE (van den Oord et al. 2018) between the patches of all pairs of views.
 
-    features: [B, N, h * w, C], of any length. Each patch whose middle is seen by another view
-    should be most like the patch that it falls into there.
+    logits: [B, i, j, P, P]; each patch p of view i whose middle is seen by view j should be
+    most like the patch that it falls into there (`matching_patches`).
     """
-    target, visible = matching_patches(windows)
-    unit = F.normalize(features.float(), dim=-1)
-    logits = torch.einsum('bipc,bjqc->bijpq', unit, unit) / TEMPERATURE
     if not visible.any():
         return logits.sum() * 0
     return F.cross_entropy(logits[visible], target[visible])
