@@ -201,7 +201,7 @@ def test_ttt_needs_the_whole_grid(positions, reason):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ConfigError, match=r"softmax.*found 'flash'"):
+    with pytest.raises(ConfigError, match=r"found 'flash'; choose one of softmax"):
         global_attention(AttentionConfig(8, 1, 'flash'))
 
 

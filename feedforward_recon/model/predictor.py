@@ -17,10 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from feedforward_recon.errors import CheckpointError, ConfigError, InputError
+from feedforward_recon.errors import CheckpointError, InputError
 from feedforward_recon.model.backbone import Demand
-from feedforward_recon.model.checkpoints import load_weights
-from feedforward_recon.model.configs import ALIASES, Network, build
+from feedforward_recon.model.configs import Network, load
 from feedforward_recon.model.da3 import Da3
 from feedforward_recon.model.network import VggtConfig
 from feedforward_recon.model.pi3 import Pi3, fitted_intrinsics
@@ -34,7 +33,6 @@ from feedforward_recon.model.preprocess import (
 )
 from feedforward_recon.model.vit import PATCH, normalised
 from feedforward_recon.types import Prediction
-from feedforward_recon.weights_registry import find_weights
 
 log = logging.getLogger(__name__)
 OUT_OF_MEMORY = ('out of memory', 'not enough memory', "can't allocate memory",
@@ -97,32 +95,8 @@ class NetworkPredictor:
 
 def load_predictor(name: str, attention: str | None = None, device: str = 'cpu',
                    weights: str | Path | None = None) -> NetworkPredictor:
-    """The network of a name, with its weights, on a device.
-
-    weights: a file or a name that `ffrecon weights list` shows; without, the checkpoint that
-    is named like the network. Raises ConfigError for a network or a device that is not there,
-    CheckpointError for weights that are missing or do not fit.
-    """
-    place = checked_device(device)
-    network = build(name, attention, device='meta')
-    load_weights(network, find_weights(weights or ALIASES.get(name, name)), device=place)
-    return NetworkPredictor(network.to(place), place)
-
-
-def checked_device(name: str) -> torch.device:
-    """The device of a name such as cpu, cuda or cuda:1. Raises ConfigError if it is not there."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f'expected a device such as cpu, cuda or cuda:1, found {name!r}; '
-                          'choose one of those') from None
-    if device.type == 'cpu':
-        return device
-    count = torch.cuda.device_count() if device.type == 'cuda' else 0
-    if (device.index or 0) >= count:
-        raise ConfigError(f'expected the device {name}, found {count} usable GPUs; use --device '
-                          'cpu or install a driver and a PyTorch that fit')
-    return device
+    """The network of a name, with its weights, on a device (`configs.load`)."""
+    return NetworkPredictor(load(name, weights, attention=attention, device=device), device)
 
 
 def half_precision_pays(network: Network, device: torch.device) -> bool:

@@ -8,6 +8,7 @@ outputs; frames that were written are read back unchanged with ``write=False``.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -54,11 +55,12 @@ ATTENTION: dict[str, type[QkvAttention]] = {
 def global_attention(config: AttentionConfig, layer_index: int = 0) -> QkvAttention:
     """The attention that ``config.name`` says; layer_index makes initial fast weights differ.
 
-    Raises ConfigError for an unknown name.
+    Raises ConfigError, with the nearest name, for one that does not exist.
     """
     if config.name not in ATTENTION:
-        raise ConfigError(f'expected attention to be one of {", ".join(ATTENTION)}, '
-                          f'found {config.name!r}')
+        near = difflib.get_close_matches(config.name, ATTENTION, 1)
+        hint = f'did you mean {near[0]}?' if near else f'choose one of {", ".join(ATTENTION)}'
+        raise ConfigError(f'expected the name of an attention, found {config.name!r}; {hint}')
     return ATTENTION[config.name](config, layer_index)
 
 
