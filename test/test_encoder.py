@@ -13,6 +13,7 @@ from feedforward_recon.model.compact import (
     CompactEncoder,
     CompactNetwork,
     CompactShape,
+    _shipped_weights,
     detect_corners,
     load_network,
     save_network,
@@ -78,6 +79,17 @@ def test_brighter_image_still_matches(encoder, picture):
     i, j = mutual_matches(a, b)
     error = np.linalg.norm(a.keypoints[i] - b.keypoints[j], axis=1)
     assert np.mean(error < 2) > 0.8
+
+
+def test_the_network_made_fast_describes_like_the_one_that_was_trained(encoder, picture):
+    features = encoder.encode(picture)
+    trained = load_network(_shipped_weights())
+    image = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
+    with torch.inference_mode():
+        told, _ = trained.eval()(image, torch.from_numpy(features.keypoints)[None])
+    likeness = (told[0].numpy() * features.descriptors).sum(1)
+    assert likeness.min() > 0.99
+    assert np.median(likeness) > 0.999
 
 
 def test_keypoints_are_in_pixels_of_the_given_image():

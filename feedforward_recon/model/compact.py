@@ -11,6 +11,7 @@ Cost at 640x480: about 4 GFLOP for the pyramid, 0.1 GFLOP for 1000 corners.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from feedforward_recon.config import EncoderConfig
 from feedforward_recon.errors import CheckpointError, InputError
@@ -92,7 +94,7 @@ class CompactNetwork(nn.Module):
         """Images [B, 3, H, W] in 0..1 -> four maps [B, C_s, ceil(H / s), ceil(W / s)]."""
         mean = images.mean((1, 2, 3), keepdim=True)
         std = images.std((1, 2, 3), keepdim=True)
-        x = self.stem((images - mean) / (std + 0.02))
+        x = self.stem(((images - mean) / (std + 0.02)).to(next(self.stem.parameters()).dtype))
         maps = []
         for level in self.levels:
             x = level(x)
@@ -138,8 +140,7 @@ class CompactEncoder:
 
     def __init__(self, network: CompactNetwork, sha256: str,
                  config: EncoderConfig | None = None) -> None:
-        self.network = network.eval()
-        _channels_last(self.network)
+        self.network = _for_inference(network)
         self.sha256 = sha256
         self.config = config or EncoderConfig()
         self.dim = network.shape.dim
@@ -188,8 +189,7 @@ class CompactEncoder:
     def _describe(self, image: np.ndarray,
                   corners: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         tensor = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
-        with torch.autocast('cpu', torch.bfloat16):
-            maps = self.network.pyramid(tensor.contiguous(memory_format=torch.channels_last))
+        maps = self.network.pyramid(tensor.contiguous(memory_format=torch.channels_last))
         pixels = torch.from_numpy(corners)[None]
         descriptors, logits = self.network.describe([m.float() for m in maps], pixels)
         return descriptors[0], logits[0]
@@ -207,11 +207,26 @@ class CompactEncoder:
                         np.zeros(self.network.words.numel(), np.float32))
 
 
-def _channels_last(network: nn.Module) -> None:
-    """Store filters as the convolutions read them; the values stay the same."""
-    for parameter in network.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+def _for_inference(network: CompactNetwork) -> CompactNetwork:
+    """A copy with normalisation folded into the filters, which are bfloat16, channels last."""
+    folded = copy.deepcopy(network).eval()
+    for module in list(folded.modules()):
+        if isinstance(module, ResidualBlock):
+            _fold(module, 'conv_a', 'norm_a')
+            _fold(module, 'conv_b', 'norm_b')
+        elif isinstance(module, nn.Sequential) and isinstance(module[0], nn.Conv2d):
+            _fold(module, '0', '1')
+    for parameter in (*folded.stem.parameters(), *folded.levels.parameters()):
+        layout = torch.channels_last if parameter.ndim == 4 else torch.contiguous_format
+        parameter.data = parameter.data.to(torch.bfloat16, memory_format=layout)
+    return folded
+
+
+def _fold(module: nn.Module, conv: str, norm: str) -> None:
+    """Make one convolution of two named layers."""
+    filters, scale = getattr(module, conv), getattr(module, norm)
+    setattr(module, conv, fuse_conv_bn_eval(filters, scale))
+    setattr(module, norm, nn.Identity())
 
 
 def save_network(network: CompactNetwork, path: str | Path) -> None:
