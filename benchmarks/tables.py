@@ -141,8 +141,9 @@ SECTIONS = (
      'came. MB: resident memory of mapping_node at the end, and its slope over the last 24 s.'),
     ('Growth of the global attentions', ('attention_scaling',), ATTENTION,
      'Backbone of 192 channels with initial weights, random images of 140x112 px (85 tokens per '
-     'view) mapped in one call, one process per point. Peak: memory beyond the model. Exponent p: best '
-     'fit of CPU time = c views^p over all points; faster: at the largest number of views.\n\n'
+     'view) mapped in one call, one process per point. Peak: memory beyond the model. Exponent p: '
+     'best fit of CPU time = c views^p over all points; faster: at the largest number of '
+     'views.\n\n'
      '![CPU time per view and peak memory over the number of views](attention_scaling.png)'),
 )
 
