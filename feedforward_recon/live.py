@@ -24,8 +24,11 @@ from feedforward_recon.errors import InputError, MapError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.map_folder import SavedMap, check_map_output, load_map, save_map
 from feedforward_recon.mapping.cloud import CloudSource
+from feedforward_recon.mapping.live_windows import LiveWindows
 from feedforward_recon.mapping.localizer import Localizer
 from feedforward_recon.mapping.online import OnlineReconstructor
+from feedforward_recon.mapping.scene_map import SceneMap
+from feedforward_recon.mapping.window_parts import FeedForward
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.model import Encoder
 from feedforward_recon.types import Estimate, Frame, Status, Trajectory
@@ -41,7 +44,7 @@ class SessionInfo:
 
     keyframes: of the map that is being made; memory_bytes: of the memory, saved or not.
     metres_per_unit: None while the scale is unknown. frame, scale_source and camera_source as in
-    ``SceneMap``.
+    ``SceneMap``. window: what the window of a feed-forward network waits for, '' without.
     """
 
     mode: Mode
@@ -52,17 +55,27 @@ class SessionInfo:
     scale_source: str
     camera_source: str
     frame: str
+    window: str = ''
 
 
 class LiveSession:
-    """A map that is being made, or one that was loaded, and the mode it is used in."""
+    """A map that is being made, or one that was loaded, and the mode it is used in.
 
-    def __init__(self, config: MapperConfig, encoder: Encoder,
-                 mode: Mode = 'mapping') -> None:
+    load_network: brings the feed-forward network that maps, once mapping begins; None maps with
+    the encoder alone. on_ready: called on another thread when ``work`` has something to do.
+    Raises what load_network raises.
+    """
+
+    def __init__(self, config: MapperConfig, encoder: Encoder, mode: Mode = 'mapping', *,
+                 load_network: Callable[[], FeedForward] | None = None,
+                 on_ready: Callable[[], None] = lambda: None) -> None:
         self.config = config
         self.encoder = encoder
         self.mode: Mode = mode
-        self._mapper: OnlineReconstructor | None = None
+        self.on_ready = on_ready
+        self._load_network = load_network
+        self._network = load_network() if load_network and mode == 'mapping' else None
+        self._mapper: OnlineReconstructor | LiveWindows | None = None
         self._writer = MemoryWriter(config.memory, encoder.dim)
         self.memory_bytes = self._writer.snapshot().nbytes  # fixed from the start
         self._saved: SavedMap | None = None
@@ -96,14 +109,30 @@ class LiveSession:
                 self._hint = estimate.T_map_cam
             return estimate
         if self._mapper is None:
-            self._mapper = OnlineReconstructor(self.config, self.encoder, self._writer,
-                                               relocalise=self._ask_memory,
-                                               T_map_first=T_map_first)
+            self._mapper = self._new_mapper(T_map_first)
+        if isinstance(self._mapper, LiveWindows) and T_map_first is not None:
+            self._mapper.T_map_first = T_map_first
         return self._mapper.process(frame) if settle else self._mapper.track(frame, on_pose)
+
+    def _new_mapper(self, T_map_first: np.ndarray | None) -> OnlineReconstructor | LiveWindows:
+        if self._network is not None:
+            return LiveWindows(self.config, self._network, self.encoder, self._writer,
+                               relocalise=self._ask_memory, on_ready=lambda: self.on_ready())
+        return OnlineReconstructor(self.config, self.encoder, self._writer,
+                                   relocalise=self._ask_memory, T_map_first=T_map_first)
 
     def work(self) -> bool:
         """One piece of what was put off by ``settle=False``; False when nothing is left."""
         return self._mapper is not None and self._mapper.work()
+
+    def late(self) -> list[Estimate]:
+        """Poses of earlier frames that ``process``, ``work`` or ``save`` brought meanwhile."""
+        return self._mapper.late() if isinstance(self._mapper, LiveWindows) else []
+
+    @property
+    def is_busy(self) -> bool:
+        """A network is at work on a thread of its own."""
+        return isinstance(self._mapper, LiveWindows) and self._mapper.is_busy
 
     def locate(self, frame: Frame, T_map_cam_hint: np.ndarray | None = None) -> Estimate:
         """Find one image in the memory; nothing is written.
@@ -156,8 +185,7 @@ class LiveSession:
             raise MapError(f'expected a map made here, found the one loaded from '
                            f'{self._saved.path}, which is saved already')
         check_map_output(path)
-        mapper = self._started()
-        scene = mapper.finish()
+        scene = self._finished()
         if self._odometry_scale is not None and scene.metres_per_unit is None:
             scene = replace(scene, metres_per_unit=self._odometry_scale, scale_source='odometry')
         copy = MemoryWriter.from_state(self.config.memory, self._writer.state())
@@ -195,14 +223,17 @@ class LiveSession:
     def set_localization(self, on: bool) -> str:
         """Freeze the map and localise in it, or go on mapping.
 
-        Raises MapError, and keeps the mode, where that makes no sense.
+        Raises MapError where that makes no sense, and what loading a network raises; the mode
+        stays then.
         """
         if on and self.mode == 'mapping':
-            self._started().finish()
+            self._finished()
         if not on and self._saved is not None:
             raise MapError(f'expected a map made here, found the one loaded from '
                            f'{self._saved.path}, which is not extended; clean the node up '
                            'and configure it in mapping mode')
+        if not on and self._network is None and self._load_network is not None:
+            self._network = self._load_network()
         self.mode = 'localization' if on else 'mapping'
         return f'mode is {self.mode}'
 
@@ -226,11 +257,13 @@ class LiveSession:
         self._writer = MemoryWriter(self.config.memory, self.encoder.dim)
         self._frozen_at, self._hint, self._odometry_scale = -1, None, None
 
-    def _started(self) -> OnlineReconstructor:
-        if self._mapper is None or not self._mapper.stats.keyframes:
+    def _finished(self) -> SceneMap:
+        """The map with everything done that can be; mapping may go on."""
+        scene = SceneMap() if self._mapper is None else self._mapper.finish()
+        if not scene.keyframes:
             raise MapError('expected a map, found none yet; move the camera through a textured '
                            'place first')
-        return self._mapper
+        return scene
 
     # -- what others see -------------------------------------------------------------------
 
@@ -250,7 +283,8 @@ class LiveSession:
         scale = 1.0 if metric else self._odometry_scale
         source = 'unknown' if scale is None else mapper.scale_source if metric else 'odometry'
         return SessionInfo(self.mode, mapper.stats.keyframes > 0, mapper.stats.keyframes,
-                           self.memory_bytes, scale, source, mapper.camera_source, mapper.frame)
+                           self.memory_bytes, scale, source, mapper.camera_source, mapper.frame,
+                           mapper.progress if isinstance(mapper, LiveWindows) else '')
 
     def keyframe_poses(self) -> Trajectory:
         """Keyframes of the map that is being made, as it knows them now."""

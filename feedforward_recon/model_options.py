@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 from feedforward_recon.config import option
 from feedforward_recon.errors import ConfigError
+
+if TYPE_CHECKING:
+    from feedforward_recon.mapping.window_parts import FeedForward
 
 NETWORKS = 'vggt, vgg-t3, pi3, speed3r, da3, tiny'
 
@@ -48,3 +52,17 @@ class ModelOptions:
             raise ConfigError(f'expected {", ".join(changed)} beside a feed-forward network, '
                               f'found {call["model"]} compact; choose another '
                               f'{call["model"]} ({NETWORKS}) or leave them out')
+
+
+def load_network(options: ModelOptions) -> FeedForward:
+    """The feed-forward network that the options name, with its weights, on its device.
+
+    Raises ConfigError for options that cannot be met, CheckpointError for weights that are
+    missing or do not fit.
+    """
+    from feedforward_recon.mapping.window_parts import FeedForward, WindowConfig
+    from feedforward_recon.model.predictor import load_predictor
+
+    windows = WindowConfig(options.window, options.anchors)
+    return FeedForward(load_predictor(options.model, options.attention or None, options.device,
+                                      options.weights or None), windows)

@@ -118,7 +118,7 @@ class Album:
         found: dict[int, Anchor] = {}
         if not self._old or count < 1:
             return []
-        known = np.stack([item.look for item in self._old])
+        known = np.stack([item.look for item in self._old if item.look is not None])
         for score in (known @ look for look in looks):
             best = int(score.argmax())
             if score[best] >= SIMILAR:
@@ -128,7 +128,7 @@ class Album:
 
 def _most_redundant(items: list[Anchor]) -> int:
     """Index of the older of the two images that look most alike."""
-    looks = np.stack([item.look for item in items])
+    looks = np.stack([item.look for item in items if item.look is not None])
     alike = looks @ looks.T
     np.fill_diagonal(alike, -1)
     return int(min(np.unravel_index(alike.argmax(), alike.shape)))

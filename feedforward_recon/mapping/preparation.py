@@ -34,10 +34,8 @@ class Preparation:
 
         Raises InputError for images that are not RGB, or whose size, camera or depth disagree.
         """
+        check_rgb(frame)
         image = frame.image
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise InputError('expected an RGB image uint8 [H, W, 3], found '
-                             f'{image.dtype} {image.shape} in {frame.source}; convert it first')
         size_wh = (image.shape[1], image.shape[0])
         if self.camera is None:
             self._start(frame, size_wh)
@@ -85,3 +83,11 @@ class Preparation:
         with np.errstate(invalid='ignore'):
             good = (frame.depth > 0) & (frame.depth < self.config.max_depth_m)
         return np.where(good, frame.depth, 0).astype(np.float32) if good.any() else None
+
+
+def check_rgb(frame: Frame) -> None:
+    """Raises InputError for an image that is not RGB."""
+    image = frame.image
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise InputError('expected an RGB image uint8 [H, W, 3], found '
+                         f'{image.dtype} {image.shape} in {frame.source}; convert it first')

@@ -6,6 +6,7 @@ image with the network's confidence as their weight.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -185,7 +186,7 @@ def _differences(prediction: Prediction, in_cams: np.ndarray) -> tuple[np.ndarra
     return inside, np.abs(z / np.where(inside, depth, np.inf) - 1)
 
 
-def depth_ratio(prediction: Prediction, sensor: list[FloatArray | None]) -> float | None:
+def depth_ratio(prediction: Prediction, sensor: Sequence[FloatArray | None]) -> float | None:
     """Metres per unit of a prediction, from sensor depth [H, W] of its images where known."""
     ratios: list[np.ndarray] = []
     grid = samples(prediction)

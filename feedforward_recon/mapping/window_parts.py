@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from feedforward_recon.errors import ConfigError
 from feedforward_recon.mapping.anchors import Anchors
+from feedforward_recon.model import Predictor
 from feedforward_recon.types import Frame, Prediction
 
 
@@ -29,6 +33,20 @@ class WindowConfig:
         """Windows for half as much memory."""
         size = max(2, self.size // 2)
         return WindowConfig(size, max(1, min(self.anchors, size // 2)))
+
+
+class FeedForward:
+    """A predictor and the windows it is given; one thread at a time uses the device."""
+
+    def __init__(self, predictor: Predictor, windows: WindowConfig) -> None:
+        self.predictor, self.windows = predictor, windows
+        self._turn = threading.Lock()
+
+    def predict(self, images: Sequence[np.ndarray], memory: Any = None, *,
+                write: bool = True) -> tuple[Prediction, Any]:
+        """What images show together (see ``model.Predictor``)."""
+        with self._turn:
+            return self.predictor.predict(images, memory, write=write)
 
 
 @dataclass(frozen=True)

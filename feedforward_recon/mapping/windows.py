@@ -5,8 +5,9 @@
 
 Every window comes back in a frame and a unit of its own. Its anchors, images that are mapped
 already (``anchors.Album``), are predicted again; the similarity that brings their points onto
-the map carries the other images along. From there on the frames take the way of any frame whose pose and depth
-are known, so that keyframes, cloud, memory and files are those of the online mapper.
+the map carries the other images along. From there on the frames take the way of any frame whose
+pose and depth are known, so that keyframes, cloud, memory and files are those of the online
+mapper.
 
 Without sensor depth the first camera is the origin, the median depth of its window is one
 unit, and ``metres_per_unit`` is None.
@@ -15,7 +16,7 @@ unit, and ``metres_per_unit`` is None.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -70,6 +71,7 @@ class WindowedReconstructor:
         self.config, self.predictor, self.encoder, self.memory = (config, predictor, encoder,
                                                                   memory)
         self.windows, self.refine = windows or WindowConfig(), refine
+        self._relocalise: Callable[[Frame], Estimate] | None = None
         self.metric, self.camera_source = False, 'given'
         self._pending: list[Frame] = []
         self._placements: list[Placement | None] = []
@@ -155,9 +157,10 @@ class WindowedReconstructor:
             except MemoryError:
                 self._shrink()
                 continue
-            self._pending = self._pending[len(window.frames):]
-            for placed in self._placed(window, prediction):
-                self._hand_on(placed)
+            placed = self._placed(window, prediction)
+            self._pending = self._pending[len(placed):]
+            for one in placed:
+                self._hand_on(one)
 
     def _next_window(self) -> Window:
         """The oldest images that wait, and what ties them to the map."""
@@ -182,10 +185,14 @@ class WindowedReconstructor:
                     self.windows.size, self.windows.anchors)
 
     def _placed(self, window: Window, prediction: Prediction) -> list[Placed]:
-        """The frames of a predicted window with their places in the map."""
+        """The frames of a predicted window with their places in the map.
+
+        Without the last ones if only they are not tied to the others: in the next window they
+        have nearer anchors, and another chance.
+        """
         anchors, frames = window.anchors, window.frames
         count = 0 if anchors is None else len(anchors)
-        metres = depth_ratio(prediction, [None] * count + [frame.depth for frame in frames])
+        metres = depth_ratio(prediction, [*[None] * count, *(frame.depth for frame in frames)])
         if anchors is None:
             self.metric = metres is not None
         found = agreement(prediction)
@@ -199,9 +206,10 @@ class WindowedReconstructor:
         if anchors is None:
             self._start(frames[0], prediction, float(np.median(found.error[member])))
         self._album.begin(anchors)
+        end = int(np.flatnonzero(member)[-1]) + 1
         return [self._place(frame, selected(prediction, slice(i, i + 1)), bool(member[i]),
                             float(found.score[i]), variance)
-                for i, frame in enumerate(frames, count)]
+                for i, frame in enumerate(frames[:end - count], count)]
 
     def _fit(self, window: Window, prediction: Prediction, member: np.ndarray,
              metres: float | None) -> Alignment | None:
@@ -258,8 +266,8 @@ class WindowedReconstructor:
         """The first window decides on the camera and on how far depth is to be trusted."""
         size_wh = (frame.image.shape[1], frame.image.shape[0])
         self._camera = frame.camera
+        self.camera_source = 'given' if frame.camera else 'predicted'
         if frame.camera is None:
-            self.camera_source = 'predicted'
             self._camera = Camera.from_matrix(np.median(prediction.K, 0), size_wh)
             log.warning('no camera calibration: taking the focal length of %.0f px that the '
                         'network sees', self._camera.fx)
@@ -267,18 +275,21 @@ class WindowedReconstructor:
             log.warning('the network takes images for pinhole images, these are distorted: '
                         'rectify them if poses are off near the borders')
         self._depth_noise = DEPTH_NOISE_FACTOR * max(noise, DEPTH_NOISE_FLOOR)
-        self._mapper = PosedMapper(self._settings(wide=self.refine), self.encoder, self.memory)
+        self._mapper = PosedMapper(self._settings(wide=self.refine), self.encoder, self.memory,
+                                   relocalise=self._relocalise, exact=self._settings(wide=False))
 
     def _settings(self, *, wide: bool) -> MapperConfig:
         """Settings of the mapper; wide: gates for poses that have yet to be refined."""
         tracking, refine, cloud = self.config.tracking, self.config.refine, self.config.cloud
+        loops = self.config.loops
         if wide:
             tracking = replace(tracking, outlier_px=WIDE * tracking.outlier_px)
             refine = replace(refine, robust_px=WIDE * refine.robust_px)
+            loops = replace(loops, correct_px=WIDE * loops.correct_px)
         if not self.metric:
             tracking = replace(tracking, depth_noise=self._depth_noise)
             cloud = replace(cloud, voxel_m=cloud.voxel_m / 2)
-        return replace(self.config, tracking=tracking, refine=refine, cloud=cloud)
+        return replace(self.config, tracking=tracking, refine=refine, loops=loops, cloud=cloud)
 
     @staticmethod
     def _place(frame: Frame, prediction: Prediction, shown: bool, score: float,
@@ -289,7 +300,7 @@ class WindowedReconstructor:
         covariance = np.diag(np.repeat(variance, 3))
         return Placed(frame, prediction, Placement(prediction.T_world_cam[0], covariance, score))
 
-    def _hand_on(self, placed: Placed) -> None:
+    def _hand_on(self, placed: Placed) -> Estimate:
         """One frame to the mapper, with the pose and the depth that the window gave it.
 
         A frame that has a pose may be an anchor of the next window.
@@ -298,19 +309,20 @@ class WindowedReconstructor:
         if mapper is None:
             self._early.append(Estimate(frame.stamp_ns, Status.INITIALISING, source=frame.source,
                                         reason='waiting for views that overlap'))
-            return
+            return self._early[-1]
         depth = None if placed.prediction is None else self._depth(frame, placed.prediction)
         camera = frame.camera or self._camera
         self._placements.append(placement)
-        mapper.process(replace(frame, T_map_cam=placement.T_map_cam, depth=depth, camera=camera))
+        estimate = mapper.process(replace(frame, T_map_cam=placement.T_map_cam, depth=depth,
+                                          camera=camera))
         if placement.covariance is not None and placed.prediction is not None:
             variance = (placement.covariance[0, 0], placement.covariance[3, 3])
             self._album.add(len(self._placements) - 1, frame.image, placed.prediction, variance,
                             mapper.newest_look())
+        return self._told(estimate, placement, first=len(self._placements) == 1)
 
-    @staticmethod
-    def _first_pose(frame: Frame) -> np.ndarray:
-        """Where the camera is that starts the map: in the origin."""
+    def _first_pose(self, frame: Frame) -> np.ndarray:
+        """Where the camera of the frame is that starts the map: in the origin."""
         return np.eye(4)
 
     def _depth(self, frame: Frame, prediction: Prediction) -> np.ndarray:
