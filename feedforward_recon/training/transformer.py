@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,6 +48,7 @@ from feedforward_recon.training.transformer_losses import (
     camera_target,
     confident_loss,
     feature_logits,
+    first_view_loss,
     match_loss,
     matching_patches,
     patch_loss,
@@ -60,7 +62,8 @@ BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.98), 0.05, 1.0
 FIRST_LAYER_SCALE, TOKEN_DEVIATION = 0.2, 0.5
 HELD_OUT_SEED, HELD_OUT_BATCHES, HELD_OUT_WINDOWS, HELD_OUT_VIEWS = 1, 4, 8, 8
 DENSE_WINDOWS = 4
-GUIDED_BLOCK, GUIDED_HEADS = 1, 2  # global attention that is told what matches
+# Heads of two global blocks are told what matches, and where it is in the first view.
+MATCHING_BLOCK, FIRST_VIEW_BLOCK, GUIDED_HEADS = 1, 2, 2
 LOG_EVERY = 25
 MEAN_ENCODING = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.8, 1.0)
 
@@ -107,10 +110,9 @@ class TransformerTrainer:
             take_over(network, Path(settings.start))
         self.optimisers = self._optimisers()
         self.step, self.best = 0, -math.inf
-        self._seen: dict[str, torch.Tensor] = {}
-        self._guided = cast(GlobalBlock, network.aggregator.global_blocks[GUIDED_BLOCK])
-        self._guided.attn.register_forward_pre_hook(self._keep_joined, with_kwargs=True)
-        network.aggregator.patch_embed.register_forward_hook(self._keep_encoded)
+        self._encoded: torch.Tensor | None = None
+        self._joined: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._listen()
         self._resume()
 
     def run(self) -> Iterator[int]:
@@ -156,18 +158,33 @@ class TransformerTrainer:
         """Encoded patches, and queries and keys of some heads, are alike where they match."""
         target, visible = matching_patches(windows)
         shape, patches = windows.images.shape[:2], target.shape[-1]
-        features = self.heads.match(self._seen['encoded'].unflatten(0, shape))
+        assert self._encoded is not None, 'the image encoder has run'
+        features = self.heads.match(self._encoded.unflatten(0, shape))
         loss = match_loss(feature_logits(features), target, visible)
-        attention = self._guided.attn
-        if isinstance(attention, SoftmaxAttention):
-            q = attention.turned(attention.q_norm, attention.raw_queries(self._seen['joined']),
-                                 self._seen['positions'])
-            q, k = (x.unflatten(2, (shape[1], -1))[:, :, :, -patches:]
-                    for x in (q, states[GUIDED_BLOCK].keys))
+        for block in (MATCHING_BLOCK, FIRST_VIEW_BLOCK):
+            if self._attention(block) is None:
+                continue
+            q, k = self._compared(block, states[block], shape[1])
             for head in range(GUIDED_HEADS):
-                logits = attention_logits(q[:, head], k[:, head])
-                loss = loss + match_loss(logits, target, visible)
+                if block == FIRST_VIEW_BLOCK:
+                    loss = loss + first_view_loss(q[:, head], k[:, head], target, visible)
+                else:
+                    logits = attention_logits(*(x[:, head, :, -patches:] for x in (q, k)))
+                    loss = loss + match_loss(logits, target, visible)
         return loss
+
+    def _attention(self, block: int) -> SoftmaxAttention | None:
+        """The attention of a global block if it compares queries with keys."""
+        attention = cast(GlobalBlock, self.network.aggregator.global_blocks[block]).attn
+        return attention if isinstance(attention, SoftmaxAttention) else None
+
+    def _compared(self, block: int, state: Any, views: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys [B, h, N, T, d] of a global block in the last forward pass."""
+        attention = self._attention(block)
+        assert attention is not None, 'only softmax attention is guided'
+        x, positions = self._joined[block]
+        q = attention.turned(attention.q_norm, attention.raw_queries(x), positions)
+        return q.unflatten(2, (views, -1)), state.keys.unflatten(2, (views, -1))
 
     def _step(self) -> dict[str, float]:
         rng = np.random.default_rng([self.settings.seed, self.step])
@@ -215,12 +232,19 @@ class TransformerTrainer:
         return (Muon(inner, weight_decay=WEIGHT_DECAY),
                 torch.optim.AdamW(others, betas=BETAS, weight_decay=0.0))
 
-    def _keep_encoded(self, module: nn.Module, inputs: object, encoded: torch.Tensor) -> None:
-        self._seen['encoded'] = encoded
+    def _listen(self) -> None:
+        """Keep what the guiding losses look at in every forward pass."""
+        def keep_encoded(module: nn.Module, inputs: object, encoded: torch.Tensor) -> None:
+            self._encoded = encoded
 
-    def _keep_joined(self, module: nn.Module, inputs: tuple[torch.Tensor, ...],
-                     named: dict[str, Any]) -> None:
-        self._seen['joined'], self._seen['positions'] = inputs[0], named['positions']
+        def keep_joined(block: int, module: nn.Module, inputs: tuple[torch.Tensor, ...],
+                        named: dict[str, Any]) -> None:
+            self._joined[block] = inputs[0], named['positions']
+        self.network.aggregator.patch_embed.register_forward_hook(keep_encoded)
+        for block in (MATCHING_BLOCK, FIRST_VIEW_BLOCK):
+            if attention := self._attention(block):
+                attention.register_forward_pre_hook(partial(keep_joined, block),
+                                                    with_kwargs=True)
 
     def _validate(self) -> None:
         scores, without = held_out_scores(self.network, self.held_out)

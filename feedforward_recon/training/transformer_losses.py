@@ -102,6 +102,24 @@ def match_loss(logits: torch.Tensor, target: torch.Tensor, visible: torch.Tensor
     return F.cross_entropy(logits[visible], target[visible])
 
 
+def first_view_loss(queries: torch.Tensor, keys: torch.Tensor, target: torch.Tensor,
+                    visible: torch.Tensor) -> torch.Tensor:
+    """Softmax attention of later views should find their match in the first view.
+
+    queries, keys: [B, N, T, d] of all tokens, patches last; target, visible: of
+    `matching_patches`. Unlike in `match_loss` all tokens of all views compete, as they do in
+    the attention itself: this teaches which view is the world.
+    """
+    patches = target.shape[-1]
+    special = queries.shape[2] - patches
+    logits = torch.einsum('bipc,bkc->bipk', queries[:, 1:, special:].float(),
+                          keys.flatten(1, 2).float()) * queries.shape[-1] ** -0.5
+    seen = visible[:, 1:, 0]
+    if not seen.any():
+        return logits.sum() * 0
+    return F.cross_entropy(logits[seen], special + target[:, 1:, 0][seen])
+
+
 def matching_patches(windows: Windows) -> tuple[torch.Tensor, torch.Tensor]:
     """For each patch of view i the patch of view j that shows its middle: [B, i, j, h * w].
 
