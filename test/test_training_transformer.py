@@ -27,7 +27,7 @@ from feedforward_recon.training.transformer import (
 from feedforward_recon.training.transformer_scores import baseline, errors
 from feedforward_recon.weights_registry import CHECKPOINTS, located
 
-MICRO = VggtConfig(BackboneConfig(VitConfig(32, 1, 1, grid=8), 4, (0, 1, 2, 3)),
+MICRO = VggtConfig(BackboneConfig(VitConfig(32, 4, 1, grid=8), 4, (0, 1, 2, 3)),
                    DptConfig(64, 8, (8, 8, 8, 8)), camera_depth=1, point_head=False)
 SHIPPED = ('tiny', 'tiny-ttt')
 

@@ -62,8 +62,10 @@ BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.98), 0.05, 1.0
 FIRST_LAYER_SCALE, TOKEN_DEVIATION = 0.2, 0.5
 HELD_OUT_SEED, HELD_OUT_BATCHES, HELD_OUT_WINDOWS, HELD_OUT_VIEWS = 1, 4, 8, 8
 DENSE_WINDOWS = 4
-# Heads of two global blocks are told what matches, and where it is in the first view.
-MATCHING_BLOCK, FIRST_VIEW_BLOCK, GUIDED_HEADS = 1, 2, 2
+# Global block and head -> what its attention is told: which patches match in all pairs of
+# views, or where patches are in the first view.
+MATCHING_HEADS, FIRST_VIEW_HEADS = ((1, 0), (1, 1)), ((1, 2), (1, 3), (2, 0), (2, 1))
+GUIDED_BLOCKS = (1, 2)
 LOG_EVERY = 25
 MEAN_ENCODING = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.8, 1.0)
 
@@ -161,16 +163,16 @@ class TransformerTrainer:
         assert self._encoded is not None, 'the image encoder has run'
         features = self.heads.match(self._encoded.unflatten(0, shape))
         loss = match_loss(feature_logits(features), target, visible)
-        for block in (MATCHING_BLOCK, FIRST_VIEW_BLOCK):
-            if self._attention(block) is None:
-                continue
-            q, k = self._compared(block, states[block], shape[1])
-            for head in range(GUIDED_HEADS):
-                if block == FIRST_VIEW_BLOCK:
-                    loss = loss + first_view_loss(q[:, head], k[:, head], target, visible)
-                else:
-                    logits = attention_logits(*(x[:, head, :, -patches:] for x in (q, k)))
-                    loss = loss + match_loss(logits, target, visible)
+        if self._attention(GUIDED_BLOCKS[0]) is None:
+            return loss
+        compared = {block: self._compared(block, states[block], shape[1])
+                    for block in GUIDED_BLOCKS}
+        for block, head in MATCHING_HEADS:
+            logits = attention_logits(*(x[:, head, :, -patches:] for x in compared[block]))
+            loss = loss + match_loss(logits, target, visible)
+        for block, head in FIRST_VIEW_HEADS:
+            q, k = (x[:, head] for x in compared[block])
+            loss = loss + first_view_loss(q, k, target, visible)
         return loss
 
     def _attention(self, block: int) -> SoftmaxAttention | None:
@@ -241,7 +243,7 @@ class TransformerTrainer:
                         named: dict[str, Any]) -> None:
             self._joined[block] = inputs[0], named['positions']
         self.network.aggregator.patch_embed.register_forward_hook(keep_encoded)
-        for block in (MATCHING_BLOCK, FIRST_VIEW_BLOCK):
+        for block in GUIDED_BLOCKS:
             if attention := self._attention(block):
                 attention.register_forward_pre_hook(partial(keep_joined, block),
                                                     with_kwargs=True)
