@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +32,8 @@ from feedforward_recon.mapping.scene_map import SceneMap
 from feedforward_recon.mapping.window_parts import FeedForward
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.model import Encoder
+from feedforward_recon.model_options import load_network
+from feedforward_recon.node_config import NodeConfig
 from feedforward_recon.types import Estimate, Frame, Status, Trajectory
 
 Mode = Literal['mapping', 'localization']
@@ -56,6 +59,22 @@ class SessionInfo:
     camera_source: str
     frame: str
     window: str = ''
+
+
+def session_of(config: NodeConfig, on_ready: Callable[[], None] = lambda: None) -> LiveSession:
+    """The session that the settings of a node describe, with its networks and its map.
+
+    Raises ConfigError, CheckpointError or MapError for what cannot be used.
+    """
+    from feedforward_recon.model.compact import CompactEncoder
+
+    config.check()
+    session = LiveSession(config.mapper, CompactEncoder.load(config=config.encoder), config.mode,
+                          load_network=partial(load_network, config) if config.feeds_forward
+                          else None, on_ready=on_ready)
+    if config.mode == 'localization' and config.map:
+        session.load(config.map)
+    return session
 
 
 class LiveSession:

@@ -61,8 +61,15 @@ def load_network(options: ModelOptions) -> FeedForward:
     missing or do not fit.
     """
     from feedforward_recon.mapping.window_parts import FeedForward, WindowConfig
-    from feedforward_recon.model.predictor import load_predictor
+    from feedforward_recon.model.predictor import is_out_of_memory, load_predictor
 
     windows = WindowConfig(options.window, options.anchors)
-    return FeedForward(load_predictor(options.model, options.attention or None, options.device,
-                                      options.weights or None), windows)
+    try:
+        predictor = load_predictor(options.model, options.attention or None, options.device,
+                                   options.weights or None)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(f'expected room for {options.model} on {options.device}, found too '
+                          'little memory; choose a smaller model or another device') from error
+    return FeedForward(predictor, windows)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from feedforward_recon.config import MapperConfig, option
 from feedforward_recon.errors import ConfigError
@@ -23,8 +23,8 @@ class NodeConfig(ModelOptions, MapperConfig):
 
     map: str = option('', 'folder that save_map writes and load_map reads; ~ is the home folder',
                       live=True)
-    mode: str = option('mapping', 'what the node does when it starts',
-                       choices=('mapping', 'localization'))
+    mode: Literal['mapping', 'localization'] = option(
+        'mapping', 'what the node does when it starts', choices=('mapping', 'localization'))
     autostart: bool = option(True, 'configure and activate without being asked to',
                              fixed=True)
     queue: str = option('live', 'when images come faster than they are used: live drops the '

@@ -19,7 +19,7 @@ SHARED = ROOT / 'feedforward_recon' / 'ros' / 'launching.py'
 NAV2 = {'namespace', 'use_sim_time', 'params_file', 'autostart', 'use_respawn', 'log_level',
         'use_rviz', 'rviz_config'}
 OWN = {'image_topic', 'camera_info_topic', 'depth_topic', 'odom_topic', 'imu_topic', 'map',
-       'model', 'device'}
+       'model', 'attention', 'device', 'weights'}
 REPLAY = {'source', 'bag', 'rate', 'loop', 'mode'}
 
 
@@ -164,14 +164,16 @@ def test_arguments_reach_the_node(launched, tmp_path, monkeypatch):
         'localization', namespace='robot1', use_sim_time='true', autostart='false',
         image_topic='/front/image', camera_info_topic='/front/info', depth_topic='/front/depth',
         odom_topic='/odometry/filtered', imu_topic='/imu/data', map='maps/home',
-        model='compact', device='cpu', log_level='debug')
+        model='tiny', attention='ttt', device='cpu', weights='mine.safetensors',
+        log_level='debug')
     node = started['localization_node']
     assert node.rules == {
         '__node': 'localization_node', '__ns': '/robot1', '/tf': 'tf', '/tf_static': 'tf_static',
         'image': '/front/image', 'camera_info': '/front/info', 'depth': '/front/depth',
         'odom': '/odometry/filtered', 'imu': '/imu/data'}
     expected = {'use_sim_time': True, 'autostart': False, 'map': str(tmp_path / 'maps' / 'home'),
-                'model': 'compact', 'device': 'cpu'}
+                'model': 'tiny', 'attention': 'ttt', 'device': 'cpu',
+                'weights': str(tmp_path / 'mine.safetensors')}
     assert {name: node.parameters[name] for name in expected} == expected
     assert node.words[node.words.index('--log-level') + 1] == 'debug'
 

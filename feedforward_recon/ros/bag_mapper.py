@@ -25,7 +25,7 @@ from feedforward_recon.cli.options import Json, Set, settings, takes_source_opti
 from feedforward_recon.cli.terminal import bytes_text, print_json, print_table, progress_bar, run
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.transforms import make_transform, matrix_from_quat_xyzw
-from feedforward_recon.live import LiveSession
+from feedforward_recon.live import LiveSession, session_of
 from feedforward_recon.map_folder import MEMORY, TRAJECTORY, SavedMap
 from feedforward_recon.node_config import NodeConfig
 from feedforward_recon.readers import SourceOptions, open_source, require_cameras
@@ -131,11 +131,9 @@ def map_bag(bag: BagSource, config: NodeConfig, out: Path, odom_topic: str = '')
 
     Raises InputError for data that cannot be used, MapError when nothing could be mapped.
     """
-    from feedforward_recon.model.compact import CompactEncoder
-
     started = time.perf_counter()
     surroundings = Surroundings(bag, config, odom_topic)
-    session = LiveSession(config.mapper, CompactEncoder.load(config=config.encoder))
+    session = session_of(replace(config, mode='mapping'))
     scale = OdometryScale()
     T_map_first, up_source = None, ''
     with progress_bar('mapping', len(bag)) as bar:
@@ -143,7 +141,8 @@ def map_bag(bag: BagSource, config: NodeConfig, out: Path, odom_topic: str = '')
             if T_map_first is None:
                 T_map_first, up_source = surroundings.first_pose(frame)
             estimate = session.process(frame, T_map_first)
-            _add_scale(session, scale, estimate, surroundings)
+            for posed in (estimate, *session.late()):
+                _add_scale(session, scale, posed, surroundings)
             bar.advance(estimate.status.value.lower())
     saved = session.save(out)()
     return BagMap(bag, saved, saved.trajectory(), up_source, time.perf_counter() - started)

@@ -44,6 +44,7 @@ def report(health: Health, found: Sequence[Cause], now_ns: int) -> dict[str, Any
         'latency_ms': dict(zip(('p50', 'p95', 'p99'), (round(v, 1) for v in latency),
                                strict=True)) if latency else None,
         'keyframes': health.keyframes, 'memory_bytes': health.memory_bytes,
+        'window': health.window or None,
         'scale_source': health.scale_source, 'camera_source': health.camera_source,
         'camera_info': health.camera_info.value, 'tf_mode': health.tf_mode,
         'use_sim_time': health.use_sim_time,

@@ -247,9 +247,9 @@ class Health:
     state: of its life cycle. paused: somebody asked to leave images unused. mode, status,
     reason: as in ``types.Estimate``. frames, dropped, refused: images used, given up in the
     queue, and not usable. latency: image stamp or arrival to pose, milliseconds. info_wh: what
-    CameraInfo describes. tf_missing: (parent, child) frames that TF does not connect.
-    conversions: what converts which message, as chosen at start. clock_running: False while
-    simulated time stands at 0.
+    CameraInfo describes. window: what the window of a network waits for. tf_missing: (parent,
+    child) frames that TF does not connect. conversions: what converts which message, as chosen at
+    start. clock_running: False while simulated time stands at 0.
     """
 
     name: str
@@ -266,6 +266,7 @@ class Health:
     refused: int = 0
     keyframes: int = 0
     memory_bytes: int = 0
+    window: str = ''
     scale_source: str = 'unknown'
     camera_source: str = ''
     camera_info: InfoState = InfoState.UNKNOWN

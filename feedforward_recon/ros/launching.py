@@ -15,12 +15,14 @@ from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterFile, ParameterValue
 from launch_ros.substitutions import FindPackageShare
 
+from feedforward_recon.weights_registry import is_path
+
 PACKAGE = 'feedforward_recon'
 # Relative, so that each robot's namespace holds its own tree; without one, /tf as ever.
 TF = [('/tf', 'tf'), ('/tf_static', 'tf_static')]
 INPUTS = ('image', 'camera_info', 'depth', 'odom', 'imu')
 # Left empty, these keep what params_file says.
-SETTINGS = ('map', 'model', 'device')
+SETTINGS = ('map', 'model', 'attention', 'device', 'weights')
 RESPAWN_DELAY_S = 2.0
 
 
@@ -63,9 +65,13 @@ def arguments(mode: str | Substitution, use_sim_time: str = 'false') -> list[Act
         DeclareLaunchArgument('map', default_value='',
                               description='folder of the map; empty: as in params_file'),
         DeclareLaunchArgument('model', default_value='',
-                              description='network; empty: as in params_file'),
+                              description='network that maps; empty: as in params_file'),
+        DeclareLaunchArgument('attention', default_value='',
+                              description='attention of the network; empty: as in params_file'),
         DeclareLaunchArgument('device', default_value='',
                               description='where the network runs; empty: as in params_file'),
+        DeclareLaunchArgument('weights', default_value='',
+                              description='weights of the network; empty: as in params_file'),
     ]
 
 
@@ -89,8 +95,9 @@ def camera_node(mode: str | Substitution) -> list[Action]:
 def _node(context: LaunchContext, name: list[str | Substitution]) -> list[Action]:
     given = {setting: context.launch_configurations[setting] for setting in SETTINGS
              if context.launch_configurations[setting]}
-    if 'map' in given:  # the node may run in another folder
-        given['map'] = str(Path(given['map']).expanduser().absolute())
+    for name in ('map', 'weights'):  # the node may run in another folder
+        if name in given and (name == 'map' or is_path(given[name])):
+            given[name] = str(Path(given[name]).expanduser().absolute())
     flags = {flag: ParameterValue(LaunchConfiguration(flag), value_type=bool)
              for flag in ('use_sim_time', 'autostart')}
     texts = {setting: ParameterValue(value, value_type=str) for setting, value in given.items()}

@@ -21,7 +21,7 @@ from rclpy.utilities import get_rmw_implementation_identifier
 
 from feedforward_recon.errors import InputError, ReconError
 from feedforward_recon.geometry.camera import Camera
-from feedforward_recon.live import LiveSession, SessionInfo
+from feedforward_recon.live import LiveSession, SessionInfo, session_of
 from feedforward_recon.node_config import NodeConfig
 from feedforward_recon.ros import parameters
 from feedforward_recon.ros.causes import Cause, Transport, causes
@@ -35,6 +35,7 @@ from feedforward_recon.ros.convert import (
 from feedforward_recon.ros.diagnostics import diagnostic_status
 from feedforward_recon.ros.health import Health
 from feedforward_recon.ros.inputs import Arrival, Inputs
+from feedforward_recon.ros.late import LatePoses, News
 from feedforward_recon.ros.outputs import Outputs
 from feedforward_recon.ros.positioning import STEADY, Positioning
 from feedforward_recon.ros.services import Services
@@ -113,15 +114,10 @@ class CameraNode(LifecycleNode):
             self.trigger_activate()
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Load the network and, to localise, the map."""
-        from feedforward_recon.model.compact import CompactEncoder
-
+        """Load the networks and, to localise, the map."""
         config = self.config
         try:
-            session = LiveSession(config.mapper, CompactEncoder.load(config=config.encoder),
-                                  config.mode)
-            if config.mode == 'localization' and config.map:
-                session.load(config.map)
+            session = session_of(config, self._wake)
         except ReconError as error:
             self.get_logger().error(str(error))
             self.health.reason = str(error)
@@ -130,9 +126,11 @@ class CameraNode(LifecycleNode):
         self.queue = FrameQueue(config.queue, config.queue_size)
         self._generation += 1
         generation = self._generation
+        self._late = LatePoses(session, lambda news: self.mailbox.post(
+            lambda: self._on_news(generation, news)))
         self.worker = Worker('worker', self.mailbox, self.queue, self._use,
                              lambda *answer: self._on_answer(generation, *answer),
-                             session.work)
+                             self._late.work)
         self.worker.start()
         self.outputs = Outputs(self, config)
         self.new_map(session.info)
@@ -189,6 +187,11 @@ class CameraNode(LifecycleNode):
         self.worker = self.session = self.outputs = self.queue = self.newest = None
         self.parameters.locked = False
 
+    def _wake(self) -> None:
+        """A network has ended its work on its own thread: the worker takes over."""
+        if self.worker is not None:
+            self.worker.ask(Job(lambda: None, lambda *_: None))
+
     def _enter(self, state: str) -> None:
         self.health.state = state
         self.get_logger().info(state)
@@ -197,7 +200,8 @@ class CameraNode(LifecycleNode):
         """End the threads; False when one is still busy after two seconds."""
         self._stop_listening()
         workers = [w for w in (self.worker, self.clerk) if w is not None]
-        return all(w.stop(timeout_s=2.0) for w in workers)
+        ended = all(w.stop(timeout_s=2.0) for w in workers)
+        return ended and not (self.session is not None and self.session.is_busy)
 
     def _on_parameters(self, config: NodeConfig) -> None:
         if self.inputs is not None:
@@ -244,6 +248,7 @@ class CameraNode(LifecycleNode):
 
         estimate = session.process(frame, T_map_first, settle=self.config.queue == 'offline',
                                    on_pose=tell)
+        self._late.used(arrival, estimate)
         keyframes = session.keyframe_poses() if estimate.is_keyframe else None
         return Answer(estimate, session.info, keyframes, bool(told))
 
@@ -268,6 +273,15 @@ class CameraNode(LifecycleNode):
         if answer.keyframes is not None:
             self._show_map(arrival, answer.keyframes, answer.info)
 
+    def _on_news(self, generation: int, news: News) -> None:
+        if generation != self._generation or self.outputs is None:
+            return
+        for arrival, estimate in news.poses:
+            self._take_over(news.info, estimate)
+            self.positioning.measured(arrival, estimate, news.info)
+        if news.keyframes is not None:
+            self._show_map(news.newest, news.keyframes, news.info)
+
     def _refused(self, error: Exception | None) -> None:
         self.health.refused += 1
         if isinstance(error, ReconError):
@@ -279,7 +293,7 @@ class CameraNode(LifecycleNode):
         health = self.health
         health.status, health.reason = estimate.status.value, estimate.reason
         health.mode, health.keyframes = info.mode, info.keyframes
-        health.memory_bytes = info.memory_bytes
+        health.memory_bytes, health.window = info.memory_bytes, info.window
         health.scale_source, health.camera_source = info.scale_source, info.camera_source
 
     def new_map(self, info: SessionInfo) -> None:

@@ -1,0 +1,121 @@
+"""mapping_node with a feed-forward network, over real DDS.
+
+The weights are random, so poses mean nothing; parameters, windows, services and errors do.
+"""
+
+import json
+
+import pytest
+from ros_support.harness import missing_ros
+
+if missing_ros():
+    pytest.skip(missing_ros(), allow_module_level=True)
+
+import torch
+from geometry_msgs.msg import PoseWithCovarianceStamped
+from rcl_interfaces.srv import SetParameters
+from rclpy.parameter import Parameter
+from ros_support.camera import FakeCamera, stamps, walk
+from safetensors.torch import save_file
+from std_srvs.srv import SetBool, Trigger
+
+from feedforward_recon.map_folder import load_map
+from feedforward_recon.model.configs import build
+
+QUICK = {'memory.polish_steps': 20, 'memory.slots': 8000, 'memory.hidden_dim': 64,
+         'memory.reservoir': 20_000, 'tf_wait_s': 0.2, 'info_wait_s': 0.5,
+         'model': 'tiny', 'window': 6, 'anchors': 2}
+DOCTOR = '/mapping_node/doctor'
+
+
+@pytest.fixture(scope='module')
+def frames():
+    return walk(5, 60)
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    """A file of weights for ``tiny`` that were never trained."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp('weights') / 'tiny.safetensors'
+    network = build('tiny')
+    with torch.no_grad():  # fields of view about one radian, hardly any motion
+        network.camera_head.pose_branch.fc2.weight.mul_(0.01)
+        network.camera_head.pose_branch.fc2.bias.copy_(torch.tensor([0.0] * 6 + [0.25] * 3))
+    save_file(network.state_dict(), path)
+    return path
+
+
+def doctor(probe):
+    return json.loads(probe.call(Trigger, DOCTOR).message)
+
+
+def set_parameters(probe, **values):
+    request = SetParameters.Request(parameters=[
+        Parameter(name, value=value).to_parameter_msg() for name, value in values.items()])
+    return probe.call(SetParameters, '/mapping_node/set_parameters', request).results
+
+
+def test_windows_are_filled_mapped_and_saved(start_node, probe, frames, weights, tmp_path):
+    node = start_node('mapping_node', parameters={
+        **QUICK, 'weights': weights, 'map': tmp_path / 'map', 'autostart': False})
+    poses = probe.collect(PoseWithCovarianceStamped, '/pose')
+    assert probe.change_state('/mapping_node', 'configure', 60), node.output
+    assert probe.change_state('/mapping_node', 'activate')
+    camera = FakeCamera(probe)
+    assert camera.heard(), node.output
+    # Progress, while nothing can be known yet.
+    for frame in frames[:4]:
+        camera.send(frame)
+        probe.spin_for(0.1)
+    report = doctor(probe)
+    assert report['status'] == 'INITIALISING' and report['window'].endswith('views for a window')
+    assert not poses
+    # A window is full: the network has looked, whatever it has seen.
+    for frame in frames[4:]:
+        camera.send(frame)
+        probe.spin_for(0.1)
+        if doctor(probe)['keyframes']:
+            break
+    assert doctor(probe)['keyframes'] > 0, node.output
+    probe.spin_until(lambda: poses, 5)
+    told = stamps(poses)
+    assert told and told == sorted(told) and set(told) <= {f.stamp_ns for f in frames}
+    # The rest of the window is not lost when the map is saved.
+    saved = probe.call(Trigger, '/mapping_node/save_map', timeout_s=60)
+    assert saved.success, saved.message + node.output
+    info = load_map(tmp_path / 'map').info
+    assert info.keyframes > 0 and info.scale_source in ('depth', 'unknown')
+    # Frozen and back, forgotten, and an orderly end while a network may be at work.
+    for on in (True, False):
+        assert probe.call(SetBool, '/mapping_node/set_localization_mode',
+                          SetBool.Request(data=on), 60).success
+    assert 'forgot the map' in probe.call(Trigger, '/mapping_node/reset').message
+    assert doctor(probe)['keyframes'] == 0
+    node.interrupt()
+    assert node.wait(10) == 0, node.output
+
+
+def test_what_cannot_be_configured_is_one_sentence(start_node, probe, weights, tmp_path):
+    node = start_node('mapping_node', parameters={
+        **QUICK, 'weights': tmp_path / 'none.safetensors', 'autostart': False},
+        environment={'FEEDFORWARD_RECON_WEIGHTS': str(tmp_path)})
+    for changes, sentence in (
+            ({}, f'expected weights at {tmp_path / "none.safetensors"}, found no file'),
+            ({'weights': '', 'model': 'vggt'}, 'run `ffrecon weights get vggt-1b`'),
+            ({'model': 'vgt'}, 'did you mean vggt'),
+            ({'model': 'tiny', 'weights': str(weights), 'device': 'cuda:99'},
+             'expected'),
+            ({'device': 'cpu', 'attention': 'sotfmax'}, 'did you mean softmax'),
+            ({'attention': '', 'anchors': 6}, 'expected windows'),
+            ({'model': 'compact'}, 'beside a feed-forward network')):
+        assert all(result.successful for result in set_parameters(probe, **changes))
+        assert not probe.change_state('/mapping_node', 'configure', 60)
+        report = doctor(probe)
+        assert [c['code'] for c in report['causes']] == ['CONFIGURE_FAILED'], report
+        assert sentence in report['reason'] and '\n' not in report['reason'], report['reason']
+        assert report['reason'] in node.output
+        assert report['level'] == 'ERROR' and report['state'] == 'unconfigured'
+    # Nothing of this was lasting.
+    assert all(r.successful for r in set_parameters(probe, model='tiny', anchors=2))
+    assert probe.change_state('/mapping_node', 'configure', 60), node.output
