@@ -43,6 +43,8 @@ TRANSFORMER_FLAGS = {
     'model': Flag('--model', 'Network to train: tiny or tiny-ttt.', metavar='NAME'),
     'start': Flag('--start', 'Weights to begin with; what they lack starts fresh.',
                   metavar='FILE'),
+    'teacher': Flag('--teacher', 'Weights of the same network with softmax attention to '
+                    'imitate.', metavar='FILE'),
     'steps': Flag('--steps', 'Optimisation steps of the whole schedule.'),
     'views_per_step': Flag('--views-per-step', 'Images per step, in windows of 2 to 8.'),
     'learning_rate': Flag('--learning-rate', 'Highest learning rate.'),

@@ -22,9 +22,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from feedforward_recon.errors import ConfigError
-from feedforward_recon.model.attention.softmax import SoftmaxAttention
-from feedforward_recon.model.attention.ttt import ShortConv
-from feedforward_recon.model.configs import build
+from feedforward_recon.model.attention.ttt import ShortConv, TttAttention, unit
+from feedforward_recon.model.configs import build, load
 from feedforward_recon.model.dpt import direction_embedding
 from feedforward_recon.model.heads import PASSES
 from feedforward_recon.model.layers import Block, GlobalBlock, LayerScale
@@ -42,6 +41,7 @@ from feedforward_recon.training.transformer_data import (
     photometric,
 )
 from feedforward_recon.training.transformer_losses import (
+    TEMPERATURE,
     TrainingHeads,
     attention_logits,
     camera_loss,
@@ -75,13 +75,15 @@ class TransformerTraining:
     """Settings of a training run; ``steps`` is the whole schedule, resumes included.
 
     views: folder of `render_views`. out: folder of the run. start: weights to begin with; what
-    they lack starts fresh.
+    they lack starts fresh. teacher: weights of the same network with softmax attention, whose
+    tokens are imitated.
     """
 
     views: str
     out: str
     model: str = 'tiny'
     start: str = ''
+    teacher: str = ''
     steps: int = 4000
     views_per_step: int = 32
     learning_rate: float = 1e-3
@@ -106,6 +108,8 @@ class TransformerTrainer:
             raise ConfigError('expected a network of the kind of VGGT, found '
                               f'{settings.model!r}; choose tiny')
         self.network = network
+        self.teacher = load(settings.model, settings.teacher, attention='softmax') \
+            if settings.teacher else None
         self.heads = TrainingHeads(network.config.backbone.vit.dim)
         start_well(network)
         if settings.start:
@@ -114,6 +118,8 @@ class TransformerTrainer:
         self.step, self.best = 0, -math.inf
         self._encoded: torch.Tensor | None = None
         self._joined: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._guided = {block: cast(GlobalBlock, network.aggregator.global_blocks[block])
+                        for block in GUIDED_BLOCKS}
         self._listen()
         self._resume()
 
@@ -143,6 +149,7 @@ class TransformerTrainer:
             tokens, states = self.network.aggregator(images, memory.states, write=True,
                                                      has_first=True)
             match = self._match_loss(states, windows)
+            unlike = self._teacher_loss(tokens.levels, images)
             patches = [level.unflatten(0, images.shape[:2]) for level in tokens.patches]
             points, depth = self.heads.points_and_depth(patches[-1], tokens.grid_hw)
             rows = torch.arange(min(len(images), DENSE_WINDOWS))
@@ -154,7 +161,20 @@ class TransformerTrainer:
             'camera': CAMERA_WEIGHT * camera_loss(encodings, camera_target(windows)),
             'depth': confident_loss(depth_error, 1 + dense_depth[..., 1].exp()),
             'patches': PATCH_WEIGHT * patch_loss(points, depth, windows),
-            'match': MATCH_WEIGHT * match}
+            'match': MATCH_WEIGHT * match, 'teacher': unlike}
+
+    def _teacher_loss(self, levels: tuple[torch.Tensor, ...], images: torch.Tensor,
+                      ) -> torch.Tensor:
+        """Share of the variance of the teacher's tokens that is missed, mean over the levels."""
+        if self.teacher is None:
+            return torch.zeros(())
+        with torch.no_grad():
+            memory = self.teacher.empty_memory(len(images))
+            wanted, _ = self.teacher.aggregator(images, memory.states, write=True,
+                                                has_first=True)
+        missed = [(mine.float() - theirs.float()).square().mean() / theirs.float().var()
+                  for mine, theirs in zip(levels, wanted.levels, strict=True)]
+        return torch.stack(missed).mean()
 
     def _match_loss(self, states: tuple[Any, ...], windows: Windows) -> torch.Tensor:
         """Encoded patches, and queries and keys of some heads, are alike where they match."""
@@ -163,8 +183,6 @@ class TransformerTrainer:
         assert self._encoded is not None, 'the image encoder has run'
         features = self.heads.match(self._encoded.unflatten(0, shape))
         loss = match_loss(feature_logits(features), target, visible)
-        if self._attention(GUIDED_BLOCKS[0]) is None:
-            return loss
         compared = {block: self._compared(block, states[block], shape[1])
                     for block in GUIDED_BLOCKS}
         for block, head in MATCHING_HEADS:
@@ -175,18 +193,17 @@ class TransformerTrainer:
             loss = loss + first_view_loss(q, k, target, visible)
         return loss
 
-    def _attention(self, block: int) -> SoftmaxAttention | None:
-        """The attention of a global block if it compares queries with keys."""
-        attention = cast(GlobalBlock, self.network.aggregator.global_blocks[block]).attn
-        return attention if isinstance(attention, SoftmaxAttention) else None
-
     def _compared(self, block: int, state: Any, views: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and keys [B, h, N, T, d] of a global block in the last forward pass."""
-        attention = self._attention(block)
-        assert attention is not None, 'only softmax attention is guided'
-        x, positions = self._joined[block]
-        q = attention.turned(attention.q_norm, attention.raw_queries(x), positions)
-        return q.unflatten(2, (views, -1)), state.keys.unflatten(2, (views, -1))
+        attention, (x, positions) = self._guided[block].attn, self._joined[block]
+        if isinstance(attention, TttAttention):  # compares unit vectors
+            sharp = attention.config.head_dim ** 0.5 / TEMPERATURE
+            q = sharp * unit(attention.raw_queries(x), positions)
+            k = unit(attention.raw_keys_values(x)[0], positions)
+        else:
+            q = attention.turned(attention.q_norm, attention.raw_queries(x), positions)
+            k = state.keys
+        return q.unflatten(2, (views, -1)), k.unflatten(2, (views, -1))
 
     def _step(self) -> dict[str, float]:
         rng = np.random.default_rng([self.settings.seed, self.step])
@@ -243,10 +260,8 @@ class TransformerTrainer:
                         named: dict[str, Any]) -> None:
             self._joined[block] = inputs[0], named['positions']
         self.network.aggregator.patch_embed.register_forward_hook(keep_encoded)
-        for block in GUIDED_BLOCKS:
-            if attention := self._attention(block):
-                attention.register_forward_pre_hook(partial(keep_joined, block),
-                                                    with_kwargs=True)
+        for block, guided in self._guided.items():
+            guided.attn.register_forward_pre_hook(partial(keep_joined, block), with_kwargs=True)
 
     def _validate(self) -> None:
         scores, without = held_out_scores(self.network, self.held_out)
