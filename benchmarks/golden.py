@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from torch import nn
 
 from feedforward_recon.errors import InputError, ReconError
 from feedforward_recon.model.checkpoints import expected_tensors, put_tensor
-from feedforward_recon.model.configs import build
+from feedforward_recon.model.configs import CONFIGS, build, config_of
 from feedforward_recon.model.da3 import Da3, Da3Reconstruction
 from feedforward_recon.model.network import Vggt
 from feedforward_recon.model.pi3 import Pi3, nearest_rotation
@@ -32,7 +33,8 @@ from feedforward_recon.model.reference_view import balance_scores, choose
 
 Arrays = dict[str, torch.Tensor]
 INPUTS = {'image_seed', 'image_shape', 'config', 'svd_in', 'cond_in_extrinsics',
-          'cond_in_intrinsics'}
+          'cond_in_intrinsics', 'x', 'q', 'k', 'v', 'w0', 'w1', 'w2', 'lr0', 'lr1', 'lr2', 'a_pos',
+          'b_pos', 'a_window_order', 'b_window_order', 'a_min_topk_gap'}
 FULL_SIZE = {'vggt', 'vggt-1b', 'vgg-t3', 'pi3', 'speed3r', 'da3', 'da3-large'}
 
 
@@ -175,11 +177,30 @@ def _layers() -> dict[str, Callable[..., Arrays]]:
     return LAYERS
 
 
+def read(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a reference file. Raises InputError for another kind of file."""
+    try:
+        with np.load(path) as archive:
+            return {key: archive[key] for key in archive.files}
+    except (ValueError, EOFError, BadZipFile) as error:
+        raise InputError(f'expected arrays in {path}, found another kind of file ({error}); give '
+                         'an .npz file') from error
+
+
+def model_of(file: dict[str, np.ndarray], name: str) -> str:
+    """``name``, or the size that the file itself says where that is the same network."""
+    said = str(file.get('config', ''))
+    if said not in CONFIGS or name in _layers():
+        return name
+    ours, its = config_of(name), CONFIGS[said]
+    same = type(ours) is type(its) and ours.attention == its.attention
+    return said if same else name
+
+
 def compare(path: Path, name: str) -> tuple[dict[str, float], list[str]]:
     """Errors by array, and the arrays of the file that nothing was compared with."""
-    with np.load(path) as archive:
-        file = {key: archive[key] for key in archive.files}
-    layers = _layers()
+    file, layers = read(path), _layers()
+    name = model_of(file, name)
     if name in layers:
         with torch.inference_mode():
             found = layers[name](file, rule)
@@ -201,14 +222,15 @@ def main() -> int:
     """Compare one file; prints one line, returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('file', type=Path)
-    parser.add_argument('--model', required=True, help='name of the architecture, '
-                        'or of an attention whose layer the file describes')
+    parser.add_argument('--model', required=True, help=f'architecture: {", ".join(CONFIGS)}; or '
+                        f'attention whose layer the file describes: {", ".join(_layers())}')
     parser.add_argument('--tolerance', type=float, help='largest error that passes; by default '
                         '1e-5, and 1e-3 for networks of full size')
     parser.add_argument('--verbose', action='store_true', help='a line for every array')
     options = parser.parse_args()
     started = time.perf_counter()
     try:
+        name = model_of(read(options.file), options.model)
         found, skipped = compare(options.file, options.model)
         if not found:
             raise InputError(f'expected arrays of {options.model} in {options.file}, found '
@@ -219,9 +241,9 @@ def main() -> int:
     if options.verbose:
         print(*(f'{error:.2e}  {name}' for name, error in found.items()), sep='\n')
     worst = max(found, key=lambda name: (np.isnan(found[name]), found[name]))
-    tolerance = options.tolerance or (1e-3 if options.model in FULL_SIZE else 1e-5)
+    tolerance = options.tolerance or (1e-3 if name in FULL_SIZE else 1e-5)
     good = found[worst] <= tolerance
-    print(f'{"ok" if good else "FAILED"}: {options.model} and {options.file.name}: '
+    print(f'{"ok" if good else "FAILED"}: {name} and {options.file.name}: '
           f'{len(found)} arrays, largest error {found[worst]:.2e} ({worst}), tolerance '
           f'{tolerance:.0e}; not compared: {", ".join(skipped) or "none"}; '
           f'{time.perf_counter() - started:.0f} s, '

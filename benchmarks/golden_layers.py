@@ -86,11 +86,15 @@ def _speed3r_arrays(layer: SparseAttention, x: torch.Tensor, case: dict, file: F
                        tokens_per_frame=tokens, write=True)
     blocks = layer.prepared(Layout(positions, tokens))
     coarse, exact, chosen = layer.branches(x, layer.readable(state), blocks)
+    raw = layer.raw_queries(x)
+    pooled = layer.turned(layer.q_norm, blocks.mean(blocks.split(raw)), blocks.positions)
+    scores = (pooled @ layer.readable(state).blocks.pooled_keys.transpose(-1, -2))[0]
     count = len(blocks.order) * case['frames']
     gate = layer.gate(x).sigmoid().unflatten(-1, (-1, 2)).transpose(1, 2)
     assert blocks.positions is not None
     return {'out': out[0], 'o_comp': coarse[0].unflatten(1, (count, -1))[:, :, 0],
             'o_sel': exact[0], 'topk_index': chosen[0], 'gate': gate[0],
+            'block_scores': scores,
             'block_pos': blocks.positions.repeat(case['frames'], 1)}
 
 

@@ -74,9 +74,21 @@ def test_files_that_do_not_fit_are_refused(reference, tmp_path, monkeypatch, cap
     assert status == 1 and word in line
 
 
-def test_a_missing_file_is_refused(tmp_path, monkeypatch, capsys):
-    status, line = run(monkeypatch, capsys, tmp_path / 'no.npz')
+@pytest.mark.parametrize('content', [None, b'', b'PK', b'no arrays'])
+def test_what_is_no_file_of_arrays_is_refused(tmp_path, monkeypatch, capsys, content):
+    path = tmp_path / 'no.npz'
+    if content is not None:
+        path.write_bytes(content)
+    status, line = run(monkeypatch, capsys, path)
     assert status == 1 and 'no.npz' in line
+
+
+def test_the_file_says_the_size_of_the_network(reference, tmp_path, monkeypatch, capsys):
+    path = saved(tmp_path, reference)
+    assert run(monkeypatch, capsys, path, 'vggt')[1].startswith('ok: tiny')
+    file = golden.read(path)
+    assert golden.model_of(file, 'vgg-t3') == 'vgg-t3'  # another attention
+    assert golden.model_of(file, 'pi3') == 'pi3' and golden.model_of(file, 'ttt') == 'ttt'
 
 
 def test_the_rule_depends_on_the_name_and_the_shape():

@@ -35,6 +35,14 @@ def test_sizes_are_the_published_ones(prepare, size_hw, expected_hw):
     assert placed.image.shape == (*expected_hw, 3)
 
 
+@pytest.mark.parametrize('size_hw', [(480, 640), (1080, 1920), (700, 300)])
+def test_speed3r_gets_whole_windows_of_patches(size_hw):
+    placed, = match_pixels([noise(*size_hw)], patches=4)
+    height, width = placed.image.shape[:2]
+    assert height % 56 == width % 56 == 0 and 200_000 < height * width <= 255_000
+    assert width / height == pytest.approx(size_hw[1] / size_hw[0], rel=0.15)
+
+
 @pytest.mark.parametrize('size_hw', [((48, 64), (31, 57)), ((48, 64), (100, 90)),
                                      ((33, 200), (14, 518)), ((40, 40), (40, 40))])
 @pytest.mark.parametrize(('kernel', 'name'), [(bicubic, 'BICUBIC'), (lanczos, 'LANCZOS')])

@@ -124,7 +124,8 @@ def has_bfloat16_instructions() -> bool:
 def preparation(network: Network) -> Prepare:
     """How images are brought to the size that a network was trained with."""
     if isinstance(network, Pi3):
-        return partial(match_pixels, pixels=PIXELS)
+        # Speed3R has no registers, and knows whole windows of patches only.
+        return partial(match_pixels, pixels=PIXELS, patches=1 if network.config.registers else 4)
     if isinstance(network, Da3):
         return partial(longest_side, size=LONGEST_SIDE)
     return partial(crop, size=PATCH * network.config.backbone.vit.grid)

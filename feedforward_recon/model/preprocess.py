@@ -72,20 +72,24 @@ def pad(images: Sequence[NDArray], size: int = 518) -> list[Placed]:
     return placed
 
 
-def match_pixels(images: Sequence[NDArray], pixels: int = PI3_PIXELS) -> list[Placed]:
-    """The way of pi3: all images at one size of about ``pixels``, chosen from the first."""
-    arrays = [checked_rgb(image) for image in images]
+def match_pixels(images: Sequence[NDArray], pixels: int = PI3_PIXELS,
+                 patches: int = 1) -> list[Placed]:
+    """The way of pi3: all images at one size of about ``pixels``, chosen from the first.
+
+    patches: sides are multiples of so many patches; Speed3R was trained with 4.
+    """
+    arrays, unit = [checked_rgb(image) for image in images], patches * PATCH
     height, width = arrays[0].shape[:2]
-    factor = (pixels / (width * height)) ** 0.5 / PATCH
+    factor = (pixels / (width * height)) ** 0.5 / unit
     columns, rows = round(width * factor), round(height * factor)
-    while columns * rows * PATCH**2 > pixels:
+    while columns * rows * unit**2 > pixels:
         if columns / max(rows, 1) > width / height:
             columns -= 1
         else:
             rows -= 1
     if not rows or not columns:
         raise _too_small(f'an image of {width}x{height}')
-    return [_resized(image, (rows * PATCH, columns * PATCH), lanczos) for image in arrays]
+    return [_resized(image, (rows * unit, columns * unit), lanczos) for image in arrays]
 
 
 def longest_side(images: Sequence[NDArray], size: int = 504) -> list[Placed]:

@@ -1,0 +1,123 @@
+"""Every network with every global attention: it runs, remembers and keeps its symmetries."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from benchmarks import golden
+from feedforward_recon.model import pi3
+from feedforward_recon.model.attention import ATTENTION
+from feedforward_recon.model.attention.config import (
+    HybridOptions,
+    SparseLinearOptions,
+    SparseOptions,
+    TttOptions,
+)
+from feedforward_recon.model.backbone import BackboneConfig
+from feedforward_recon.model.configs import CONFIGS, OPTIONS, SPARSE_EVERYWHERE, build, network_of
+from feedforward_recon.model.da3 import Da3Config
+from feedforward_recon.model.dpt import DptConfig
+from feedforward_recon.model.network import VggtConfig
+from feedforward_recon.model.pi3 import Pi3Config
+from feedforward_recon.model.vit import VitConfig
+
+VIT = VitConfig(32, 2, 2, grid=3)
+DA3 = Da3Config(VitConfig(32, 2, 8, grid=3, registers=0), 4, (4, 5, 6, 7),
+                DptConfig(64, 16, (8, 8, 8, 8), rectify_skip=False))
+SMALL = {
+    'vggt': VggtConfig(BackboneConfig(VIT, 4, (0, 1, 2, 3)), DptConfig(64, 16, (8, 8, 8, 8))),
+    'pi3': Pi3Config(VIT, 4), 'speed3r': Pi3Config(VIT, 4, registers=0), 'da3': DA3}
+SPARSELY = {'sparse': SparseOptions(window=2, kept=3), 'hybrid': HybridOptions(5),
+            'sparse_linear': SparseLinearOptions(window=2, kept=3)}
+ALL = [(model, attention) for model in SMALL for attention in ATTENTION]
+
+
+@pytest.fixture(autouse=True)
+def narrow_heads(monkeypatch):
+    """The decoders of pi3's heads are 1024 wide whatever the rest is: 200 million numbers."""
+    monkeypatch.setattr(pi3, 'HEAD_DIM', 64)
+
+
+def network(model, attention):
+    """A small network with lively weights."""
+    found = network_of(dataclasses.replace(SMALL[model], attention=attention), **SPARSELY)
+    golden.fill(found)
+    return found.eval()
+
+
+def images(count, seed=0):
+    return torch.rand(1, count, 3, 42, 56, generator=torch.Generator().manual_seed(seed))
+
+
+def states(memory):
+    return memory.states if hasattr(memory, 'states') else memory
+
+
+def dense(answer):
+    return answer.points_cam if hasattr(answer, 'points_cam') else answer.depth
+
+
+def difference(a, b):
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize(('model', 'attention'), ALL)
+@torch.inference_mode()
+def test_every_network_runs_with_every_attention(model, attention):
+    net = network(model, attention)
+    answer, memory = net(images(4))
+    assert torch.isfinite(dense(answer)).all() and dense(answer).shape[:4] == (1, 4, 42, 56)
+    kept = [{k: t.clone() for k, t in s.tensors().items()} for s in states(memory)]
+    query, after = net(images(2, seed=1), memory, write=False)
+    assert all(torch.equal(t, old[k]) for s, old in zip(states(after), kept, strict=True)
+               for k, t in s.tensors().items())
+    alone, _ = net(images(2, seed=1)[:, 1:], memory, write=False)
+    assert difference(dense(alone), dense(query)[:, 1:]) < 1e-4
+    elsewhere, _ = net(images(2, seed=1), net(images(4, seed=2))[1], write=False)
+    assert not torch.equal(dense(elsewhere), dense(query))  # what was mapped matters
+    sizes = [sum(s.nbytes for s in states(net(images(n))[1])) for n in (2, 4)]
+    assert (sizes[0] == sizes[1]) is ATTENTION[attention].fixed_size
+
+
+@pytest.mark.parametrize(('model', 'attention'), ALL)
+@torch.inference_mode()
+def test_the_order_of_images_matters_as_little_as_the_network_says(model, attention):
+    """Not at all to pi3 and DA3; VGGT only asks which is the first."""
+    net, order = network(model, attention), torch.tensor([0, 3, 1, 2])
+    if model != 'vggt':
+        order = torch.tensor([2, 0, 3, 1])
+    straight, mixed = net(images(4))[0], net(images(4)[:, order])[0]
+    assert difference(dense(mixed), dense(straight)[:, order]) < 1e-4
+
+
+@pytest.mark.parametrize('attention', ['sparse', 'sparse_linear'])
+@torch.inference_mode()
+def test_sparse_is_sparse_in_da3_too(attention):
+    """Its patches have no place when they are turned, but they are cut into windows by place."""
+    net = network('da3', attention)
+    _, memory = net(images(2))
+    special, windows = 1, 2 * 2  # of 2x2 in a grid of 3x4
+    assert states(memory)[0].keys.shape[2] == 2 * (special + windows)
+
+
+def test_vgg_t3_makes_the_steps_of_its_evaluation():
+    def steps(net):
+        return {block.attn.config.ttt.steps for block in net.aggregator.global_blocks}
+    assert steps(build('vgg-t3', device='meta')) == {2}
+    assert steps(build('vgg-t3', device='meta', ttt=TttOptions(steps=1))) == {1}
+    assert steps(build('vggt-1b', 'ttt', device='meta')) == {1}
+
+
+@pytest.mark.parametrize(('name', 'tensors'), [('lite3r-vggt', 1402 - 62 + 2 * 76),
+                                               ('lite3r-da3', 643 + 2 * 28)])
+def test_lite3r_replaces_every_attention(name, tensors):
+    """Counts as published: 76 of VGGT and 28 of DA3, with 360 448 and 114 688 learned numbers."""
+    net = build(name, device='meta')
+    assert len(net.state_dict()) == tensors
+    learned = sum(p.numel() for key, p in net.named_parameters() if 'proj_lin' in key)
+    assert learned == {'lite3r-vggt': 360_448, 'lite3r-da3': 114_688}[name]
+
+
+def test_exceptions_are_about_networks_that_there_are():
+    assert OPTIONS.keys() | SPARSE_EVERYWHERE <= CONFIGS.keys()
