@@ -22,10 +22,10 @@ from feedforward_recon.geometry.transforms import (
 )
 from feedforward_recon.map_folder import NETWORK, load_map
 from feedforward_recon.mapping import network_memory
+from feedforward_recon.mapping.network_link import align_cameras
 from feedforward_recon.mapping.network_memory import (
     NetworkLocalizer,
     NetworkMemory,
-    align_cameras,
     remember,
     spanning,
 )
@@ -156,8 +156,25 @@ def test_a_straight_walk_is_enough_and_standing_still_is_not():
     T_map_net, scale = align_cameras(T, T)
     assert scale == pytest.approx(1)
     np.testing.assert_allclose(T_map_net, np.eye(4), atol=1e-9)
+    turning = np.stack([make_transform(so3_exp(np.array([0, a, 0])), np.zeros(3))
+                        for a in (0, 0.5, 1)])
+    np.testing.assert_allclose(align_cameras(turning, turning, 2.0)[0], np.eye(4), atol=1e-9)
     with pytest.raises(DegenerateError, match='at least 3 cameras'):
         align_cameras(T[:2], T[:2])
+
+
+def test_a_network_that_does_not_know_how_it_moves_gets_its_scale_from_depth(frames, points):
+    oracle = Oracle(frames)
+
+    def still(images, memory=None, *, write=True):
+        prediction, memory = Oracle.predict(oracle, images, memory, write=write)
+        T = prediction.T_world_cam.copy()
+        T[:, :3, 3] = 0
+        return replace(prediction, T_world_cam=T), memory
+    oracle.predict = still
+    _, link = linked(frames, points, oracle)
+    assert link.scale_source == 'depth' and link.scale == pytest.approx(1 / SCALE, rel=0.02)
+    assert 0.1 < link.position < 2 and link.angle < 1e-6
 
 
 def test_few_keyframes_are_a_part_of_more_and_reach_the_ends(frames):

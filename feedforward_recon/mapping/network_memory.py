@@ -25,67 +25,26 @@ from safetensors.torch import save_file
 
 from feedforward_recon.errors import DegenerateError, MapError
 from feedforward_recon.geometry.camera import Camera
-from feedforward_recon.geometry.transforms import (
-    inverse,
-    make_transform,
-    pose_error,
-    rotation_angle_rad,
-    transform_points,
-)
+from feedforward_recon.geometry.transforms import rotation_angle_rad
 from feedforward_recon.mapping.localizer import Localizer
+from feedforward_recon.mapping.network_link import (
+    MIN_CAMERAS,
+    STILL,
+    NetworkLink,
+    align_cameras,
+    depth_agreement,
+    depth_scale,
+    known_pose,
+    rms_error,
+)
 from feedforward_recon.model import Predictor
 from feedforward_recon.types import Estimate, FloatArray, Frame, Prediction, Status
 
 log = logging.getLogger(__name__)
 KEYFRAMES = 64  # written together at most
 CHECKED = 16  # other images that are asked for afterwards
-MIN_KEYFRAMES = 3
 MIN_LANDMARKS = 20  # in view, to judge an answer by
-SAME_DEPTH = 0.2  # a landmark is confirmed by a depth that differs by less than this share
 SURE_SHARE = 0.5  # of the agreement that images of the walk itself reach
-ITERATIONS = 20
-MAD_TO_STD = 1.4826
-STILL = ('expected cameras that move alike in the map and in the world of the network, found '
-         'none; use a walk that moves, or other weights')
-
-
-@dataclass(frozen=True)
-class NetworkLink:
-    """How the world of a network's memory lies in a map: x_map = T_map_net (scale * x_net).
-
-    T_map_net: rows of the 4x4 matrix. keyframes: images written. fit_position, fit_angle: rms of
-    what the cameras of the keyframes differ by after the fit (map units, radians).
-    checked: images asked for afterwards; position, angle: rms error of their answers;
-    agreement: median share of the landmarks in their view that their depth confirmed.
-    extent: rms distance of the keyframes from their centre, map units.
-    """
-
-    T_map_net: tuple[tuple[float, ...], ...]
-    scale: float
-    keyframes: int
-    fit_position: float
-    fit_angle: float
-    checked: int
-    position: float
-    angle: float
-    agreement: float
-    extent: float
-
-    def pose(self, T_net_cam: FloatArray) -> FloatArray:
-        """Poses [..., 4, 4] of the network's world in the map."""
-        moved = np.array(T_net_cam, float)
-        moved[..., :3, 3] *= self.scale
-        return np.array(self.T_map_net) @ moved
-
-    @property
-    def covariance(self) -> FloatArray:
-        """Of an answer [6, 6], as images of the walk were answered."""
-        return np.diag(np.repeat((self.position**2 / 3, self.angle**2 / 3), 3))
-
-    @property
-    def recognised(self) -> bool:
-        """False when the answers say no more than `somewhere in the map`."""
-        return self.position < self.extent and self.angle < 1.0
 
 
 @dataclass(frozen=True)
@@ -164,20 +123,44 @@ def remember(predictor: Predictor, walk: Sequence[Frame], others: Sequence[Frame
     landmarks of the map [V, 3]. unit: its typical depth. bounded: makes a memory small.
 
     Raises DegenerateError when the cameras of the walk do not determine a similarity,
-    MemoryError when the device has no room for ``MIN_KEYFRAMES`` images.
+    MemoryError when the device has no room for ``MIN_CAMERAS`` images.
     """
-    poses = np.stack([_pose(frame) for frame in walk])
-    order = spanning(poses, KEYFRAMES, unit)
-    written, prediction, memory = _written(predictor, walk, order)
-    memory = bounded(memory)
-    T_map_net, scale = align_cameras(prediction.T_world_cam, poses[written])
-    centres = poses[written, :3, 3]
-    link = NetworkLink(tuple(map(tuple, T_map_net.tolist())), scale, len(written), 0, 0, 0, 0, 0,
-                       1, float(np.sqrt(np.mean((centres - centres.mean(0))**2) * 3)))
-    fit = _rms(link.pose(prediction.T_world_cam), poses[written])
-    link = replace(link, fit_position=fit[0], fit_angle=fit[1])
-    asked = others or [walk[index] for index in written]
-    return memory, _checked(predictor, memory, link, _evenly(asked, CHECKED), points)
+    poses = np.stack([known_pose(frame) for frame in walk])
+    written, prediction, memory = _written(predictor, walk, spanning(poses, KEYFRAMES, unit))
+    memory, seen = bounded(memory), [walk[index] for index in written]
+    asked = _evenly(others or seen, CHECKED)
+    answers = [predictor.predict([frame.image], memory, write=False)[0] for frame in asked]
+    links = [_checked(link, answers, asked, points)
+             for link in _links(prediction, seen, points, unit)]
+    best = min(links, key=lambda link: link.position)
+    log.info('the network remembers %d keyframes; scale from %s; %d other images %.3f units and '
+             '%.1f degrees off', best.keyframes, best.scale_source, best.checked, best.position,
+             np.rad2deg(best.angle))
+    return memory, best
+
+
+def _links(prediction: Prediction, walk: Sequence[Frame], points: FloatArray, unit: float
+           ) -> list[NetworkLink]:
+    """The similarity with the scale that fits the cameras, and with the one of the depth.
+
+    The former is exact for a network that knows how it moves and undetermined for a camera that
+    stays in place; the latter is always there, and no better than the depth.
+    Raises DegenerateError when neither is determined.
+    """
+    poses, links = np.stack([known_pose(frame) for frame in walk]), []
+    scales = {'cameras': None, 'depth': depth_scale(prediction, walk, points)}
+    for source, scale in scales.items():
+        try:
+            T, scale = align_cameras(prediction.T_world_cam, poses, scale)
+        except DegenerateError as problem:
+            log.info('no scale of the network from %s: %s', source, problem)
+            continue
+        link = NetworkLink(tuple(map(tuple, T.tolist())), scale, source, len(walk), unit)
+        apart, turned = rms_error(link.pose(prediction.T_world_cam), poses)
+        links.append(replace(link, fit_position=apart, fit_angle=turned))
+    if not links:
+        raise DegenerateError(STILL)
+    return links
 
 
 def _written(predictor: Predictor, walk: Sequence[Frame], order: np.ndarray
@@ -189,96 +172,22 @@ def _written(predictor: Predictor, walk: Sequence[Frame], order: np.ndarray
             prediction, memory = predictor.predict([walk[i].image for i in chosen])
             return chosen, prediction, memory
         except MemoryError:
-            if len(order) // 2 < MIN_KEYFRAMES:
+            if len(order) // 2 < MIN_CAMERAS:
                 raise
         log.warning('out of memory: the network remembers %d keyframes instead of %d',
                     len(order) // 2, len(order))
         order = order[:len(order) // 2]
 
 
-def _checked(predictor: Predictor, memory: Any, link: NetworkLink, frames: Sequence[Frame],
+def _checked(link: NetworkLink, answers: Sequence[Prediction], frames: Sequence[Frame],
              points: FloatArray) -> NetworkLink:
     """The link with the errors of answers to images whose poses are known."""
-    found, shares = [], []
-    for frame in frames:
-        prediction, _ = predictor.predict([frame.image], memory, write=False)
-        found.append(link.pose(prediction.T_world_cam[0]))
-        shares.append(depth_agreement(prediction, link, frame.camera, points)[0])
-    rms = _rms(np.stack(found), np.stack([_pose(frame) for frame in frames]))
-    return replace(link, checked=len(frames), position=rms[0], angle=rms[1],
+    found = link.pose(np.concatenate([answer.T_world_cam for answer in answers]))
+    position, angle = rms_error(found, np.stack([known_pose(frame) for frame in frames]))
+    shares = [depth_agreement(answer, link, frame.camera, points)[0]
+              for answer, frame in zip(answers, frames, strict=True)]
+    return replace(link, checked=len(frames), position=position, angle=angle,
                    agreement=float(np.median(shares)))
-
-
-def align_cameras(T_net_cam: FloatArray, T_map_cam: FloatArray) -> tuple[FloatArray, float]:
-    """The similarity (T_map_net, scale) between N cameras in two worlds, whatever a few say.
-
-    The rotation comes from the orientations, so a straight walk determines it too; scale and
-    origin from the centres. Cauchy weights on both (see ``geometry.align``).
-    Raises DegenerateError for fewer than ``MIN_KEYFRAMES`` cameras, or when they stay in place.
-    """
-    if len(T_net_cam) < MIN_KEYFRAMES:
-        raise DegenerateError(f'expected at least {MIN_KEYFRAMES} cameras, found '
-                              f'{len(T_net_cam)}; map a longer walk')
-    T, scale = _start(T_net_cam, T_map_cam)
-    for _ in range(ITERATIONS):
-        moved = T_net_cam.copy()
-        moved[:, :3, 3] *= scale
-        apart, turned = pose_error(T @ moved, T_map_cam)
-        weight = 1 / (1 + _squared(apart) + _squared(turned))
-        T, scale = _fit(T_net_cam, T_map_cam, weight / weight.sum())
-    return T, scale
-
-
-def _start(T_net_cam: FloatArray, T_map_cam: FloatArray) -> tuple[FloatArray, float]:
-    """Medians: of the ratios of the longer distances between cameras, and of their offsets."""
-    i, j = np.triu_indices(len(T_net_cam), 1)
-    net, target = (np.linalg.norm(T[i, :3, 3] - T[j, :3, 3], axis=1)
-                   for T in (T_net_cam, T_map_cam))
-    far = (target >= np.median(target)) & (net > 0)
-    if not far.any() or not target[far].all():
-        raise DegenerateError(STILL)
-    scale = float(np.median(target[far] / net[far]))
-    R = _rotation(T_net_cam, T_map_cam, np.ones(len(T_net_cam)))
-    offsets = T_map_cam[:, :3, 3] - scale * T_net_cam[:, :3, 3] @ R.T
-    return make_transform(R, np.median(offsets, 0)), scale
-
-
-def _fit(T_net_cam: FloatArray, T_map_cam: FloatArray, share: np.ndarray
-         ) -> tuple[FloatArray, float]:
-    R = _rotation(T_net_cam, T_map_cam, share)
-    source, target = T_net_cam[:, :3, 3] @ R.T, T_map_cam[:, :3, 3]
-    mean_source, mean_target = share @ source, share @ target
-    source, target = source - mean_source, target - mean_target
-    along = float(share @ np.sum(source * target, 1))
-    if along <= 0:
-        raise DegenerateError(STILL)
-    scale = along / float(share @ np.sum(source**2, 1))
-    return make_transform(R, mean_target - scale * mean_source), scale
-
-
-def _rotation(T_net_cam: FloatArray, T_map_cam: FloatArray, share: np.ndarray) -> np.ndarray:
-    """The weighted mean of the rotations between orientations (chordal)."""
-    turns = T_map_cam[:, :3, :3] @ np.swapaxes(T_net_cam[:, :3, :3], -1, -2)
-    U, _, Vt = np.linalg.svd(np.einsum('n,nij->ij', share, turns))
-    return U @ np.diag((1, 1, np.sign(np.linalg.det(U @ Vt)))) @ Vt
-
-
-def _squared(errors: np.ndarray) -> np.ndarray:
-    """Squares of errors as multiples of their typical size."""
-    typical = MAD_TO_STD * float(np.median(errors))
-    return (errors / max(typical, 1e-6))**2
-
-
-def _rms(T: FloatArray, T_true: FloatArray) -> tuple[float, float]:
-    distance, degrees = pose_error(T, T_true)
-    return (float(np.sqrt(np.mean(distance**2))),
-            float(np.deg2rad(np.sqrt(np.mean(degrees**2)))))
-
-
-def _pose(frame: Frame) -> FloatArray:
-    if frame.T_map_cam is None:
-        raise ValueError(f'expected a frame with a pose, found {frame.source} without')
-    return frame.T_map_cam
 
 
 def _evenly(frames: Sequence[Frame], count: int) -> list[Frame]:
@@ -287,27 +196,6 @@ def _evenly(frames: Sequence[Frame], count: int) -> list[Frame]:
 
 
 # -- reading -------------------------------------------------------------------------------
-
-
-def depth_agreement(prediction: Prediction, link: NetworkLink, camera: Camera | None,
-                    points: FloatArray) -> tuple[float, int]:
-    """Share of the map's landmarks in view whose depth the network confirms, and their number.
-
-    The landmarks were measured without the network's camera head, and the depth head does not
-    know the pose: both agree only where the pose is right.
-    """
-    height, width = prediction.depth.shape[1:]
-    camera = camera or Camera.from_matrix(prediction.K[0], (width, height))
-    T = link.pose(prediction.T_world_cam[0])
-    in_cam = transform_points(inverse(T), points)
-    pixels = np.rint(camera.project(in_cam))
-    with np.errstate(invalid='ignore'):
-        inside = (pixels >= 0).all(1) & (pixels < (width, height)).all(1) & (in_cam[:, 2] > 0)
-    u, v = pixels[inside].astype(int).T
-    depth = link.scale * prediction.depth[0, v, u]
-    ratio = in_cam[inside, 2][depth > 0] / depth[depth > 0]
-    confirmed = np.abs(ratio - 1) < SAME_DEPTH
-    return float(confirmed.mean()) if len(ratio) else 0.0, len(ratio)
 
 
 class NetworkLocalizer:
