@@ -40,6 +40,7 @@ T = TypeVar('T')
 FIRST_VIEWS = 8  # start a map early: a robot waits for its first pose
 FEWEST_VIEWS = 4  # of a window that is not full because the camera leaves what is mapped
 LEAVING = 0.6  # share of the landmarks seen in the best frame since the last window
+LONG_AGO_NS = -2**63
 CORNERS = 300
 CORNER_QUALITY = 0.01
 CORNER_SPACING = 1 / 40  # of the image width
@@ -118,7 +119,8 @@ class LiveWindows(WindowedReconstructor):
                  relocalise: Callable[[Frame], Estimate] | None = None,
                  on_ready: Callable[[], None] = lambda: None) -> None:
         # Frames are selected already; each view that costs a prediction is worth a keyframe.
-        one_each = replace(config, keyframes=replace(config.keyframes, min_gap=1))
+        one_each = replace(config, keyframes=replace(config.keyframes, min_gap=1,
+                                                     motion_share=0.0))
         super().__init__(one_each, network, encoder, memory, windows=network.windows)
         self.T_map_first = np.eye(4)
         self.frame = 'first camera'
@@ -130,7 +132,7 @@ class LiveWindows(WindowedReconstructor):
         self._arrived: deque[Placed] = deque()
         self._new: list[tuple[int, Estimate]] = []
         self._late: list[Estimate] = []
-        self._seen_ns, self._told_ns = 0, 0
+        self._seen_ns = self._told_ns = LONG_AGO_NS
         self._best = 0  # inliers since the last window
         self._leaving, self._tied, self._flushing = False, True, False
 
@@ -151,7 +153,7 @@ class LiveWindows(WindowedReconstructor):
         check_rgb(frame)
         self._check_size(frame)
         if frame.stamp_ns < self._seen_ns:  # the stamps jumped back: a bag that loops
-            self._told_ns = 0
+            self._told_ns = LONG_AGO_NS
         self._seen_ns = frame.stamp_ns
         is_view = self._selection.takes(frame)
         if is_view:
