@@ -34,7 +34,7 @@ from feedforward_recon.model.configs import CONFIGS, build
 from feedforward_recon.model.dpt import DptConfig
 from feedforward_recon.model.network import VggtConfig
 from feedforward_recon.model.predictor import NetworkPredictor
-from feedforward_recon.model.scene_memory import recalled, why_not
+from feedforward_recon.model.scene_memory import RememberingNetwork, recalled, why_not
 from feedforward_recon.model.vit import VitConfig
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Prediction, Status
@@ -54,14 +54,22 @@ class Oracle:
     noise: metres and radians. limit: images that fit into memory.
     """
 
+    novelty = 0.01
+
     def __init__(self, frames, noise=0.0, limit=1000, seed=0):
         self.known = {frame.image.tobytes(): frame for frame in frames}
         self.noise, self.limit, self.rng = noise, limit, np.random.default_rng(seed)
         self.T_net_map = make_transform(so3_exp(np.array([0.5, -1, 0.3])), np.array([3, -2, 1.0]))
         self.writes = 0
 
-    def predict(self, images, memory=None, *, write=True):
-        self.writes += write
+    def write(self, images):
+        self.writes += 1
+        return self.predict(images), tuple(images)
+
+    def ask(self, image, memory):
+        return self.predict([image]), self.novelty
+
+    def predict(self, images):
         if len(images) > self.limit:
             raise MemoryError(f'{len(images)} images')
         frames = [self.known[image.tobytes()] for image in images]
@@ -71,9 +79,8 @@ class Oracle:
         T = self.T_net_map @ T
         T[:, :3, 3] *= SCALE
         depth = SCALE * np.stack([frame.depth for frame in frames])
-        return (Prediction(T, np.repeat(CAMERA.K[None], len(T), 0), depth.astype(np.float32),
-                           np.full_like(depth, 2, np.float32)),
-                (*(memory or ()), *images) if write else memory)
+        return Prediction(T, np.repeat(CAMERA.K[None], len(T), 0), depth.astype(np.float32),
+                          np.full_like(depth, 2, np.float32))
 
 
 @pytest.fixture(scope='module')
@@ -92,7 +99,7 @@ def points(frames):
 
 
 def linked(frames, points, oracle):
-    return remember(oracle, frames[::3], frames[1::3], points, 2.0, lambda memory: memory)
+    return remember(oracle, frames[::3], frames[1::3], points, 2.0)
 
 
 def bare(frame):
@@ -111,6 +118,15 @@ def test_an_exact_network_answers_in_the_map(frames, points):
         distance, degrees = pose_error(answer.T_map_cam, frame.T_map_cam)
         assert distance < 1e-6 and degrees < 1e-5
     assert oracle.writes == 0
+
+
+def test_without_other_images_of_the_walk_nothing_is_known_of_novelty(frames, points):
+    memory, link = remember(Oracle(frames), frames, [], points, 2.0)
+    assert len(memory) == len(frames) == link.keyframes
+    stranger = Oracle(frames)
+    stranger.novelty = 1.5
+    answer = NetworkLocalizer(stranger, memory, link, points).localize(bare(frames[0]))
+    assert answer.status is Status.UNCERTAIN
 
 
 def test_the_covariance_is_that_of_the_errors(frames, points):
@@ -137,6 +153,10 @@ def test_a_wrong_pose_is_refused(frames, points):
     assert answer.reason in ('DEPTH_DISAGREES', 'NO_LANDMARKS_IN_VIEW')
     unknown = NetworkLocalizer(Oracle(frames), memory, replace(link, position=99.0), points)
     assert unknown.localize(bare(frames[2])).reason == 'MAP_NOT_RECOGNISED'
+    elsewhere = Oracle(frames)
+    elsewhere.novelty = 0.04
+    answer = NetworkLocalizer(elsewhere, memory, link, points).localize(bare(frames[2]))
+    assert answer.reason == 'UNKNOWN_PLACE' and answer.T_map_cam is None
 
 
 def test_the_link_ignores_a_few_wrong_cameras(frames):
@@ -166,11 +186,11 @@ def test_a_straight_walk_is_enough_and_standing_still_is_not():
 def test_a_network_that_does_not_know_how_it_moves_gets_its_scale_from_depth(frames, points):
     oracle = Oracle(frames)
 
-    def still(images, memory=None, *, write=True):
-        prediction, memory = Oracle.predict(oracle, images, memory, write=write)
+    def still(images):
+        prediction = Oracle.predict(oracle, images)
         T = prediction.T_world_cam.copy()
         T[:, :3, 3] = 0
-        return replace(prediction, T_world_cam=T), memory
+        return replace(prediction, T_world_cam=T)
     oracle.predict = still
     _, link = linked(frames, points, oracle)
     assert link.scale_source == 'depth' and link.scale == pytest.approx(1 / SCALE, rel=0.02)
@@ -222,13 +242,12 @@ def images():
 
 
 def test_the_memory_has_a_fixed_size_and_queries_leave_it_alone(small, images):
-    predictor = NetworkPredictor(small)
-    sizes = []
-    for count in (10, 40):
-        _, memory = predictor.predict(images[:count])
-        memory = memory.with_few_camera_tokens(8)
+    network, sizes = RememberingNetwork(NetworkPredictor(small)), []
+    for count in (35, 40):
+        _, memory = network.write(images[:count])
         before = {name: tensor.clone() for name, tensor in memory.tensors().items()}
-        answers = [predictor.predict([images[i]], memory, write=False)[0] for i in (3, 1, 3)]
+        answers, novelties = zip(*(network.ask(images[i], memory) for i in (3, 1, 3)), strict=True)
+        assert novelties[0] == novelties[2] and -1e-6 < min(novelties) < 2
         assert all(torch.equal(before[name], t) for name, t in memory.tensors().items())
         # What is asked in between changes nothing.
         np.testing.assert_array_equal(answers[0].T_world_cam, answers[2].T_world_cam)
@@ -269,10 +288,11 @@ def test_a_map_is_asked_as_it_was_written(folder, weights, walk_folder, tmp_path
     frames = [np.full((60, 80, 3), value, np.uint8) for value in (9, 200)]
     answers = []
     for kept in (memory, again):
-        predictor, state = recalled(kept, 'tiny', weights=str(weights))
-        answers.append([predictor.predict([image], state, write=False)[0] for image in frames])
-    for a, b in zip(*answers, strict=True):
+        network, state = recalled(kept, 'tiny', weights=str(weights))
+        answers.append([network.ask(image, state) for image in frames])
+    for (a, new_a), (b, new_b) in zip(*answers, strict=True):
         assert np.array_equal(a.T_world_cam, b.T_world_cam) and np.array_equal(a.depth, b.depth)
+        assert new_a == new_b
     capsys.readouterr()
     assert command('localize', folder, walk_folder, '--model', 'tiny', '--weights', weights,
                    '--no-refine', '--step', 10, '--json') in (0, 1)

@@ -146,9 +146,9 @@ def _network_localizer(saved: SavedMap, network: NetworkChoice, encoder: Path | 
         raise MapError(f'{saved.path}: expected a map that a network remembers, found none in '
                        'it; map with --model vgg-t3 (or --attention ttt or hybrid), or leave '
                        '--model out')
-    predictor, state = recalled(memory, network.model, network.device, network.weights)
+    asked, state = recalled(memory, network.model, network.device, network.weights)
     refiner = saved.localizer(saved.load_encoder(encoder)) if network.refine else None
-    return NetworkLocalizer(predictor, state, memory.link, saved.memory.points, refiner)
+    return NetworkLocalizer(asked, state, memory.link, saved.memory.points, refiner)
 
 
 def _localize(saved: SavedMap | None, localizer: Finder, images: FrameSource

@@ -34,7 +34,8 @@ class NetworkLink:
     better. keyframes: images written. fit_position, fit_angle: rms of what their cameras differ
     by after the fit (map units, radians). checked: images asked for afterwards; position, angle:
     rms error of their answers; agreement: median share of the landmarks in their view that their
-    depth confirmed. depth: typical depth of the map, map units.
+    depth confirmed; novelty: 90 % of them are no newer to the network (see ``SceneNetwork``).
+    depth: typical depth of the map, map units.
     """
 
     T_map_net: tuple[tuple[float, ...], ...]
@@ -48,6 +49,7 @@ class NetworkLink:
     position: float = 0.0
     angle: float = 0.0
     agreement: float = 0.0
+    novelty: float = 0.0
 
     def pose(self, T_net_cam: FloatArray) -> FloatArray:
         """Poses [..., 4, 4] of the network's world in the map."""

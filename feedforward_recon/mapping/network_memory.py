@@ -4,8 +4,8 @@
            their cameras against those of the map -> similarity from the network's world
            other images of the walk, as queries -> how far answers are off: the covariance
 
-The network stays behind the ``Predictor`` protocol and its memory stays a value, so nothing here
-depends on which network it is.
+The network stays behind the protocol ``SceneNetwork`` and its memory stays a value, so nothing
+here depends on which network it is.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -37,7 +38,6 @@ from feedforward_recon.mapping.network_link import (
     known_pose,
     rms_error,
 )
-from feedforward_recon.model import Predictor
 from feedforward_recon.types import Estimate, FloatArray, Frame, Prediction, Status
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,28 @@ KEYFRAMES = 64  # written together at most
 CHECKED = 16  # other images that are asked for afterwards
 MIN_LANDMARKS = 20  # in view, to judge an answer by
 SURE_SHARE = 0.5  # of the agreement that images of the walk itself reach
+MOST_NOVEL = 2.0
+FAMILIAR = 3.0  # times the novelty of most images of the walk: more is another place
+
+
+class SceneNetwork(Protocol):
+    """A network that can be shown a scene, and asked about it without being changed."""
+
+    def write(self, images: Sequence[NDArray[np.uint8]]) -> tuple[Prediction, Any]:
+        """What images show together, and the memory of them, of bounded size.
+
+        Raises InputError for images that cannot be used, MemoryError when they are too many
+        for the device.
+        """
+        ...
+
+    def ask(self, image: NDArray[np.uint8], memory: Any) -> tuple[Prediction, float]:
+        """What one image shows in the world of the memory, and how novel it is there.
+
+        Novelty is about 0 for an image that was written, at most 2; only ratios mean something.
+        Raises InputError for an image that cannot be used.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -114,25 +136,26 @@ def spanning(T_map_cam: FloatArray, count: int, unit: float) -> np.ndarray:
     return np.array(chosen)
 
 
-def remember(predictor: Predictor, walk: Sequence[Frame], others: Sequence[Frame],
-             points: FloatArray, unit: float,
-             bounded: Callable[[Any], Any]) -> tuple[Any, NetworkLink]:
+def remember(network: SceneNetwork, walk: Sequence[Frame], others: Sequence[Frame],
+             points: FloatArray, unit: float) -> tuple[Any, NetworkLink]:
     """Write keyframes into one memory together, and find out where its world lies.
 
     walk, others: frames whose T_map_cam is known; ``others`` are asked for only. points: the
-    landmarks of the map [V, 3]. unit: its typical depth. bounded: makes a memory small.
+    landmarks of the map [V, 3]. unit: its typical depth.
 
     Raises DegenerateError when the cameras of the walk do not determine a similarity,
     MemoryError when the device has no room for ``MIN_CAMERAS`` images.
     """
     poses = np.stack([known_pose(frame) for frame in walk])
-    written, prediction, memory = _written(predictor, walk, spanning(poses, KEYFRAMES, unit))
-    memory, seen = bounded(memory), [walk[index] for index in written]
+    written, prediction, memory = _written(network, walk, spanning(poses, KEYFRAMES, unit))
+    seen = [walk[index] for index in written]
     asked = _evenly(others or seen, CHECKED)
-    answers = [predictor.predict([frame.image], memory, write=False)[0] for frame in asked]
+    answers = [network.ask(frame.image, memory) for frame in asked]
     links = [_checked(link, answers, asked, points)
              for link in _links(prediction, seen, points, unit)]
     best = min(links, key=lambda link: link.position)
+    if not others:  # what was written is never novel, so any image may be of this place
+        best = replace(best, novelty=MOST_NOVEL)
     log.info('the network remembers %d keyframes; scale from %s; %d other images %.3f units and '
              '%.1f degrees off', best.keyframes, best.scale_source, best.checked, best.position,
              np.rad2deg(best.angle))
@@ -163,13 +186,13 @@ def _links(prediction: Prediction, walk: Sequence[Frame], points: FloatArray, un
     return links
 
 
-def _written(predictor: Predictor, walk: Sequence[Frame], order: np.ndarray
+def _written(network: SceneNetwork, walk: Sequence[Frame], order: np.ndarray
              ) -> tuple[np.ndarray, Prediction, Any]:
     """Predict as many frames together as the device has room for, in the order of the walk."""
     while True:
         chosen = np.sort(order)
         try:
-            prediction, memory = predictor.predict([walk[i].image for i in chosen])
+            prediction, memory = network.write([walk[i].image for i in chosen])
             return chosen, prediction, memory
         except MemoryError:
             if len(order) // 2 < MIN_CAMERAS:
@@ -179,15 +202,16 @@ def _written(predictor: Predictor, walk: Sequence[Frame], order: np.ndarray
         order = order[:len(order) // 2]
 
 
-def _checked(link: NetworkLink, answers: Sequence[Prediction], frames: Sequence[Frame],
-             points: FloatArray) -> NetworkLink:
+def _checked(link: NetworkLink, answers: Sequence[tuple[Prediction, float]],
+             frames: Sequence[Frame], points: FloatArray) -> NetworkLink:
     """The link with the errors of answers to images whose poses are known."""
-    found = link.pose(np.concatenate([answer.T_world_cam for answer in answers]))
+    found = link.pose(np.concatenate([answer.T_world_cam for answer, _ in answers]))
     position, angle = rms_error(found, np.stack([known_pose(frame) for frame in frames]))
     shares = [depth_agreement(answer, link, frame.camera, points)[0]
-              for answer, frame in zip(answers, frames, strict=True)]
+              for (answer, _), frame in zip(answers, frames, strict=True)]
     return replace(link, checked=len(frames), position=position, angle=angle,
-                   agreement=float(np.median(shares)))
+                   agreement=float(np.median(shares)),
+                   novelty=float(np.quantile([novelty for _, novelty in answers], 0.9)))
 
 
 def _evenly(frames: Sequence[Frame], count: int) -> list[Frame]:
@@ -204,9 +228,9 @@ class NetworkLocalizer:
     refiner: finds the pose exactly among the map's landmarks, with the network's as a hint.
     """
 
-    def __init__(self, predictor: Predictor, memory: Any, link: NetworkLink, points: FloatArray,
+    def __init__(self, network: SceneNetwork, memory: Any, link: NetworkLink, points: FloatArray,
                  refiner: Localizer | None = None) -> None:
-        self.predictor, self.memory, self.link = predictor, memory, link
+        self.network, self.memory, self.link = network, memory, link
         self.points, self.refiner = points, refiner
 
     def localize(self, frame: Frame) -> Estimate:
@@ -216,8 +240,8 @@ class NetworkLocalizer:
         cannot be used.
         """
         started = time.perf_counter()
-        prediction, _ = self.predictor.predict([frame.image], self.memory, write=False)
-        answer = self._judged(prediction, frame)
+        prediction, novelty = self.network.ask(frame.image, self.memory)
+        answer = self._judged(prediction, novelty, frame)
         if self.refiner is not None:
             camera = self._camera(frame, prediction)
             refined = self.refiner.localize(replace(frame, camera=camera), answer.T_map_cam)
@@ -235,12 +259,14 @@ class NetworkLocalizer:
             return known
         return Camera.from_matrix(prediction.K[0], size_wh)
 
-    def _judged(self, prediction: Prediction, frame: Frame) -> Estimate:
+    def _judged(self, prediction: Prediction, novelty: float, frame: Frame) -> Estimate:
         """The network's answer, or why it is not to be trusted."""
         share, seen = depth_agreement(prediction, self.link, frame.camera, self.points)
         answer = Estimate(0, Status.NOT_LOCALISED, score=share)
         if not self.link.recognised:
             return replace(answer, reason='MAP_NOT_RECOGNISED')
+        if novelty > FAMILIAR * self.link.novelty:
+            return replace(answer, reason='UNKNOWN_PLACE')
         if seen < MIN_LANDMARKS:
             return replace(answer, reason='NO_LANDMARKS_IN_VIEW')
         if share < SURE_SHARE * self.link.agreement:

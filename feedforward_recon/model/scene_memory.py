@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from feedforward_recon.errors import DegenerateError, MapError
 from feedforward_recon.mapping.network_memory import KEYFRAMES, NetworkMemory, remember, spanning
@@ -17,11 +18,45 @@ from feedforward_recon.model.checkpoints import file_sha256
 from feedforward_recon.model.configs import ALIASES, Network
 from feedforward_recon.model.network import TransformerMemory, Vggt
 from feedforward_recon.model.predictor import NetworkPredictor, load_predictor
-from feedforward_recon.types import FloatArray, Frame, Keyframe
+from feedforward_recon.types import FloatArray, Frame, Keyframe, Prediction
 from feedforward_recon.weights_registry import find_weights, is_path
 
 log = logging.getLogger(__name__)
 CAMERA_TOKENS = 32
+
+
+class RememberingNetwork:
+    """A network of VGGT's kind as a ``SceneNetwork``."""
+
+    def __init__(self, predictor: NetworkPredictor) -> None:
+        """Raises MapError for a network without camera tokens."""
+        if not isinstance(predictor.network, Vggt):
+            raise MapError(why_not(predictor.network))
+        self.predictor, self.network = predictor, predictor.network
+
+    def write(self, images: Sequence[NDArray[np.uint8]]) -> tuple[Prediction, TransformerMemory]:
+        """One joint pass over all images; few camera tokens are kept."""
+        prediction, memory = self.predictor.predict(images)
+        return prediction, memory.with_few_camera_tokens(CAMERA_TOKENS)
+
+    def ask(self, image: NDArray[np.uint8], memory: TransformerMemory
+            ) -> tuple[Prediction, float]:
+        """The pass without writing. Novelty: cosine distance to the nearest camera token kept."""
+        tokens = []
+        hook = self.network.camera_head.register_forward_pre_hook(
+            lambda _, given: tokens.append(given[0][0]))
+        try:
+            prediction, _ = self.predictor.predict([image], memory, write=False)
+        finally:
+            hook.remove()
+        *stored, query = tokens[0]
+        likeness = torch.cosine_similarity(torch.stack(stored), query, dim=-1)
+        return prediction, float(1 - likeness.max())
+
+    def recall(self, tensors: Mapping[str, torch.Tensor]) -> TransformerMemory:
+        """The memory of these tensors on the device of the network."""
+        device = self.predictor.device
+        return self.network.memory_from({key: t.to(device) for key, t in tensors.items()})
 
 
 def why_not(network: Network) -> str:
@@ -49,7 +84,7 @@ def remembered(predictor: NetworkPredictor, model: str, weights: str, frames: It
     unit = _typical_depth(scene.keyframes)
     keyframes, others = _frames_of(scene, frames, unit)
     try:
-        state, link = remember(predictor, keyframes, others, points, unit, _bounded)
+        state, link = remember(RememberingNetwork(predictor), keyframes, others, points, unit)
     except (DegenerateError, MemoryError) as problem:
         log.warning('the map goes without the memory of the network: %s', problem)
         return None
@@ -64,7 +99,7 @@ def remembered(predictor: NetworkPredictor, model: str, weights: str, frames: It
 
 
 def recalled(memory: NetworkMemory, model: str, device: str = 'cpu', weights: str = ''
-             ) -> tuple[NetworkPredictor, Any]:
+             ) -> tuple[RememberingNetwork, TransformerMemory]:
     """The network that wrote a memory, and the memory as it reads it.
 
     weights: file or name; '' takes the name that wrote it.
@@ -80,19 +115,8 @@ def recalled(memory: NetworkMemory, model: str, device: str = 'cpu', weights: st
         raise MapError(f'expected weights of {memory.model} with SHA-256 {memory.sha256[:12]}, '
                        f'which wrote the memory of this map, found {sha256[:12]} in {file}; give '
                        'those with --weights, or map again')
-    predictor = load_predictor(memory.model, memory.attention, device, file)
-    tensors = {key: tensor.to(predictor.device) for key, tensor in memory.tensors.items()}
-    return predictor, _vggt(predictor).memory_from(tensors)
-
-
-def _vggt(predictor: NetworkPredictor) -> Vggt:
-    if not isinstance(predictor.network, Vggt):
-        raise MapError(why_not(predictor.network))
-    return predictor.network
-
-
-def _bounded(memory: TransformerMemory) -> TransformerMemory:
-    return memory.with_few_camera_tokens(CAMERA_TOKENS)
+    network = RememberingNetwork(load_predictor(memory.model, memory.attention, device, file))
+    return network, network.recall(memory.tensors)
 
 
 def _frames_of(scene: SceneMap, frames: Iterable[Frame], unit: float
