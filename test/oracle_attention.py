@@ -41,6 +41,13 @@ def fast_step(weights, initial, k, v, rates, iterations=5):
     return updated
 
 
+def anchored(q, k, v, scores, count, tau):
+    """Softmax over the ``count`` tokens of the highest scores and an empty answer; scores [T]."""
+    best = np.argsort(-scores)[:count]
+    logits = tau * q @ k[best].T
+    return softmax_rows(np.concatenate((np.zeros((len(q), 1)), logits), 1))[:, 1:] @ v[best]
+
+
 def linear(q, k, v):
     """Kernel attention with phi = ELU + 1, by its normalised sum."""
     def phi(x):
