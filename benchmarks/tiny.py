@@ -13,7 +13,7 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.common import KITCHEN, load_frames, write_result
 from feedforward_recon.geometry.transforms import inverse
+from feedforward_recon.model.network import Vggt
 from feedforward_recon.model.predictor import NetworkPredictor, load_predictor
 from feedforward_recon.training.transformer import held_out_scores
 from feedforward_recon.training.transformer_data import HELD_OUT, load_views, render_views
@@ -63,11 +64,11 @@ def scores(windows: list[list[Frame]], predict: Predict) -> Scores:
 
 
 def _errors(frames: list[Frame], said: Prediction) -> PairErrors:
-    true = np.stack([f.T_map_cam for f in frames if f.T_map_cam is not None])
-    centres = true[:, :3, 3]
-    true[:, :3, 3] /= np.linalg.norm(centres[:, None] - centres, axis=-1).max()
+    given = np.stack([f.T_map_cam for f in frames if f.T_map_cam is not None])
+    centres = given[:, :3, 3]
+    given[:, :3, 3] /= np.linalg.norm(centres[:, None] - centres, axis=-1).max()
     mine, true = (torch.from_numpy(np.stack([inverse(T) for T in poses]))[None]
-                  for poses in (said.T_world_cam, true))
+                  for poses in (said.T_world_cam, given))
     depth = torch.tensor([torch.nan])
     if all(f.depth is not None for f in frames):
         truth = np.stack([f.depth for f in frames if f.depth is not None])
@@ -84,7 +85,7 @@ def rows(rooms_folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         pass
     rooms = load_views(rooms_folder, HELD_OUT)
     for name, predictor in predictors.items():
-        mine, without = held_out_scores(predictor.network, rooms)
+        mine, without = held_out_scores(cast(Vggt, predictor.network), rooms)
         yield f'rooms never trained on | {name}', dataclasses.asdict(mine)
     yield 'rooms never trained on | nothing', dataclasses.asdict(without)
     for place in SETS:

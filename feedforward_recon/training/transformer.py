@@ -108,7 +108,7 @@ class TransformerTrainer:
             raise ConfigError('expected a network of the kind of VGGT, found '
                               f'{settings.model!r}; choose tiny')
         self.network = network
-        self.teacher = load(settings.model, settings.teacher, attention='softmax') \
+        self.teacher = cast(Vggt, load(settings.model, settings.teacher, attention='softmax')) \
             if settings.teacher else None
         self.heads = TrainingHeads(network.config.backbone.vit.dim)
         start_well(network)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional as F
 
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
@@ -207,7 +208,7 @@ def _window(room: RoomViews, rng: np.random.Generator, views: int) -> NDArray[np
 
 
 def photometric(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Exposure, colour, contrast and noise of each view changed at random; [B, N, 3, H, W]."""
+    """Exposure, colour, sharpness and noise of each view changed at random; [B, N, 3, H, W]."""
     shape = images.shape
 
     def draw(low: float, high: float, channels: int = 1) -> torch.Tensor:
@@ -218,4 +219,8 @@ def photometric(images: torch.Tensor, generator: torch.Generator) -> torch.Tenso
     gamma = draw(0.6, 1.6)[:, :1] * draw(0.9, 1.1)
     gain = draw(0.6, 1.3)[:, :1] * draw(0.9, 1.1) * draw(0.85, 1.15, 3)[:, :1]
     noise = draw(0.0, 0.03)[:, :1] * torch.randn(shape, generator=generator)
+    grey = images.mean(2, keepdim=True)
+    images = grey + draw(0.2, 1.2)[:, :1] * (images - grey)
+    soft = F.avg_pool2d(F.pad(images.flatten(0, 1), (1, 1, 1, 1), 'replicate'), 3, 1)
+    images = images.lerp(soft.unflatten(0, shape[:2]), draw(-0.5, 1.0).clamp(min=0))
     return (images.clamp(min=1e-3) ** gamma * gain + noise).clamp(0, 1)
