@@ -23,12 +23,11 @@ import torch
 
 from benchmarks.common import REPOSITORY, Clock, write_result
 from feedforward_recon.model.attention import ATTENTION, attention_factory
-from feedforward_recon.model.backbone import Aggregator, BackboneConfig
-from feedforward_recon.model.vit import VitConfig
+from feedforward_recon.model.backbone import Aggregator
+from feedforward_recon.model.configs import config_of
 
 VIEWS = (64, 128, 256, 512, 1024)
-SIZE_HW = (112, 140)  # 80 patches and 5 special tokens per view
-BACKBONE = BackboneConfig(VitConfig(192, 3, 6, grid=16), 6, (1, 2, 4, 5))
+SIZE_HW = (98, 126)  # 63 patches and 5 special tokens per view
 PLOT = REPOSITORY / 'docs' / 'attention_scaling.png'
 Row = dict[str, Any]
 
@@ -36,7 +35,7 @@ Row = dict[str, Any]
 def measure(name: str, views: int) -> Row:
     """Seconds and peak memory of mapping ``views`` images with that attention."""
     torch.manual_seed(0)
-    backbone = Aggregator(BACKBONE, attention_factory(name)).eval()
+    backbone = Aggregator(config_of('tiny').backbone, attention_factory(name)).eval()
     images = torch.rand(1, views, 3, *SIZE_HW)
     states = [block.attn.empty_state(1) for block in backbone.global_blocks]  # type: ignore
     with torch.inference_mode():
@@ -98,8 +97,8 @@ def plot(points: dict[str, list[Row]], path: Path = PLOT) -> None:
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout='constrained')
     for axis, key, label, ticks in (
-            (axes[0], 'ms_per_view', 'CPU ms per view', (25, 50, 100, 200, 400)),
-            (axes[1], 'peak_mb', 'peak memory beyond the model, MB', (100, 300, 1000, 3000))):
+            (axes[0], 'ms_per_view', 'CPU ms per view', (10, 20, 50, 100, 200)),
+            (axes[1], 'peak_mb', 'peak memory beyond the model, MB', (30, 100, 300, 1000))):
         for name, own in points.items():
             axis.plot(VIEWS, [row[key] for row in own], 'o-', label=name)
         axis.set(xscale='log', yscale='log', xlabel='views', ylabel=label, xticks=VIEWS,
