@@ -19,6 +19,7 @@ from feedforward_recon.memory.snapshot import SceneMemory
 from feedforward_recon.memory.writer import MemoryWriter
 from feedforward_recon.model import Encoder
 from feedforward_recon.model.compact import CompactEncoder
+from feedforward_recon.threads import one_thread
 from feedforward_recon.types import Frame, Trajectory
 
 
@@ -65,7 +66,8 @@ class Answerer:
 
     def __call__(self, frame: Frame) -> np.ndarray | None:
         """T_map_cam [4, 4], or None when the localizer refuses."""
-        T_map_cam = self._localizer.localize(frame).T_map_cam
+        with one_thread():  # as in the nodes and the command
+            T_map_cam = self._localizer.localize(frame).T_map_cam
         if T_map_cam is None or self._to_truth is None:
             return T_map_cam
         return self._to_truth.apply_to_poses(T_map_cam)

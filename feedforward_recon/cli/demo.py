@@ -28,6 +28,7 @@ from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.map_folder import SavedMap, check_map_output, load_map, save_map
 from feedforward_recon.mapping.localizer import Localizer
 from feedforward_recon.synthetic import Room, render_walk
+from feedforward_recon.threads import one_thread
 from feedforward_recon.types import Estimate, FloatArray
 
 # Neither room is among those the encoder was trained on (seeds 1000 to 1149).
@@ -76,7 +77,8 @@ def demo_command(out: Out = Path('out/demo'), json_: Json = False) -> int:
     walk = room.walk(FRAMES, WALK_SEED, FPS)
     run = map_frames(render_walk(room, CAMERA, walk, fps=FPS), len(walk), encoder, config)
     saved = save_map(out, run.scene, run.writer, encoder, config)
-    found = _query(load_map(out).localizer(encoder), run, room, walk)
+    with one_thread():
+        found = _query(load_map(out).localizer(encoder), run, room, walk)
     _draw(saved, run, found)
     summary = {**summarise(run, saved), **_findings(found)}
     summary['passed'] = all(passed for _, passed in _verdicts(summary))

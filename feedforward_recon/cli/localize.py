@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Protocol
@@ -35,6 +36,7 @@ from feedforward_recon.map_folder import SavedMap, load_map
 from feedforward_recon.mapping.network_memory import NetworkLocalizer
 from feedforward_recon.readers import SourceOptions, open_source
 from feedforward_recon.readers.source import Source as FrameSource
+from feedforward_recon.threads import one_thread
 from feedforward_recon.types import Estimate, FloatArray, Frame
 from feedforward_recon.writers import check_place, localization_entries, write_entries
 
@@ -124,7 +126,8 @@ def localize_command(map_: MapFolder, source: Source, options: SourceOptions, ou
         localizer = _network_localizer(saved, network, encoder)
     else:
         localizer = saved.localizer(saved.load_encoder(encoder))
-    answers, truth = _localize(None if model else saved, localizer, images)
+    with nullcontext() if model else one_thread():
+        answers, truth = _localize(None if model else saved, localizer, images)
     entries = localization_entries(answers)
     if out is not None:
         write_entries(out, entries)

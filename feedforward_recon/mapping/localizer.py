@@ -29,6 +29,8 @@ NEIGHBOURS = 6
 ELSEWHERE = 4.0
 MIN_SIGMA_PX = 1.5
 OUTLIER_SIGMAS = 3.0
+SETTLED_PX = 2.0  # a refinement that moves the view by less finds the same matches again
+SHIFT_STEP = 10  # one slot in so many tells how far the view moved
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,10 @@ class Localizer:
         poses += [] if T_map_cam_hint is None else [T_map_cam_hint]
         if not poses:
             return _refusal('NO_CONSISTENT_POSE')
-        fits = [self._settled(pose, features, network, camera) for pose in poses]
-        best = max(fits, key=lambda fit: fit.count)
-        final = self._settled(best.T_map_cam, features, network, camera)
+        fits = [(pose, self._settled(pose, features, network, camera)) for pose in poses]
+        start, final = max(fits, key=lambda fit: fit[1].count)
+        if self._shift_px(start, final.T_map_cam, camera) > SETTLED_PX:
+            final = self._settled(final.T_map_cam, features, network, camera)
         return self._judged(final, slots if len(self._values) else network, camera)
 
     def _from_network(self, features: Features) -> Matches:
@@ -172,6 +175,17 @@ class Localizer:
         slot, feature = slot[mutual], feature[mutual]
         return Matches(self.memory.points[slot], features.keypoints[feature], feature,
                        _slot_sigma_px(likeness[mutual]))
+
+    def _shift_px(self, T_before: np.ndarray, T_after: np.ndarray, camera: Camera) -> float:
+        """How far the slots in view moved in the image between two poses, as a median."""
+        points = self.memory.points[::SHIFT_STEP]
+        before, after = (camera.project(transform_points(inverse(T), points))
+                         for T in (T_before, T_after))
+        with np.errstate(invalid='ignore'):
+            inside = np.all((after > 0) & (after < np.array(camera.size_wh)), axis=1)
+            moved = np.linalg.norm(after - before, axis=1)[inside]
+        known = moved[np.isfinite(moved)]
+        return float(np.median(known)) if len(known) else np.inf
 
     def _visible(self, camera: Camera, T_map_cam: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Slots in front of the camera and inside the image, and their pixels [M, 2]."""
