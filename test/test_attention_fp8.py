@@ -10,9 +10,9 @@ from feedforward_recon.model.fp8 import (
     StoredFp8Linear,
     fake_quantise,
     fake_quantised,
-    full_precision,
     linear_rows,
     stored_in_fp8,
+    unquantised,
 )
 
 
@@ -52,7 +52,7 @@ def test_a_network_is_quantised_and_restored_with_the_same_parameters():
     assert isinstance(network[0], FakeFp8Linear)
     assert 0 < (rounded - plain).abs().max() < 0.1
     network.load_state_dict(before)
-    assert torch.equal(full_precision(network)(samples()), plain)
+    assert torch.equal(unquantised(network)(samples()), plain)
 
 
 def test_stored_weights_take_a_quarter_and_answer_the_same():

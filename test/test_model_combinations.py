@@ -14,6 +14,7 @@ from feedforward_recon.model.attention.config import (
     SparseOptions,
     TttOptions,
 )
+from feedforward_recon.model.attention.sparse_linear import replace_local
 from feedforward_recon.model.backbone import BackboneConfig
 from feedforward_recon.model.configs import CONFIGS, OPTIONS, SPARSE_EVERYWHERE, build, network_of
 from feedforward_recon.model.da3 import Da3Config
@@ -117,6 +118,23 @@ def test_lite3r_replaces_every_attention(name, tensors):
     assert len(net.state_dict()) == tensors
     learned = sum(p.numel() for key, p in net.named_parameters() if 'proj_lin' in key)
     assert learned == {'lite3r-vggt': 360_448, 'lite3r-da3': 114_688}[name]
+
+
+@pytest.mark.parametrize('model', ['vggt', 'da3'])
+@torch.inference_mode()
+def test_lite3r_runs(model):
+    """With every attention replaced; VGGT without its point head, points from depth instead."""
+    config = dataclasses.replace(SMALL[model], attention='sparse_linear',
+                                 **({'point_head': False} if model == 'vggt' else {}))
+    net = replace_local(network_of(config, **SPARSELY), SPARSELY['sparse_linear'],
+                        special=5 if model == 'vggt' else 1)
+    golden.fill(net)
+    answer, _ = net.eval()(images(3))
+    assert torch.isfinite(answer.depth).all()
+    if model == 'vggt':
+        seen = answer.points[0, 0] @ answer.T_cam_world[0, 0, :3, :3].mT
+        z = seen[..., 2] + answer.T_cam_world[0, 0, 2, 3]
+        torch.testing.assert_close(z, answer.depth[0, 0], rtol=1e-3, atol=1e-3)
 
 
 def test_exceptions_are_about_networks_that_there_are():

@@ -89,7 +89,7 @@ def fake_quantised(module: nn.Module) -> nn.Module:
     return _relabelled(module, nn.Linear, FakeFp8Linear)
 
 
-def full_precision(module: nn.Module) -> nn.Module:
+def unquantised(module: nn.Module) -> nn.Module:
     """Undo `fake_quantised`."""
     return _relabelled(module, FakeFp8Linear, nn.Linear)
 

@@ -13,8 +13,6 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-SMALLEST_TANGENT = 1e-6
-
 
 def matrix_from_quat(quat_xyzw: torch.Tensor) -> torch.Tensor:
     """Rotations [..., 3, 3] of quaternions [..., 4] of any length but zero."""
