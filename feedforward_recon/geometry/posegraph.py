@@ -8,6 +8,7 @@ Gauss-Newton with analytic Jacobians and Cauchy weights on the edges that are ma
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,6 +99,16 @@ def optimise_pose_graph(graph: PoseGraph, edges: PoseGraphEdges, fixed: np.ndarr
 
     with_scale: scales may change (Sim(3)); otherwise they stay (SE(3)). The cost never rises.
     """
+    for better in pose_graph_steps(graph, edges, fixed, with_scale=with_scale, steps=steps,
+                                   robust_scale=robust_scale):
+        graph = better
+    return graph
+
+
+def pose_graph_steps(graph: PoseGraph, edges: PoseGraphEdges, fixed: np.ndarray, *,
+                     with_scale: bool, steps: int = 20,
+                     robust_scale: float = 3.0) -> Iterator[PoseGraph]:
+    """``optimise_pose_graph`` in pieces: the best graph so far after each step."""
     free = np.zeros((len(fixed), 7), bool)
     free[~fixed] = True
     free[:, 6] &= with_scale
@@ -109,14 +120,14 @@ def optimise_pose_graph(graph: PoseGraph, edges: PoseGraphEdges, fixed: np.ndarr
         delta[columns] = -spsolve(H + damping * sparse.diags(H.diagonal() + 1e-9), g)
         trial = _moved(graph, delta.reshape(-1, 7))
         new = _cost(trial, edges, robust_scale)
+        small = new <= cost and cost - new <= 1e-6 * cost
         if new > cost:
             damping *= 100
-            continue
-        small = cost - new <= 1e-6 * cost
-        graph, cost, damping = trial, new, max(damping / 10, 1e-9)
+        else:
+            graph, cost, damping = trial, new, max(damping / 10, 1e-9)
+        yield graph
         if small:
             break
-    return graph
 
 
 def _weights(r: np.ndarray, edges: PoseGraphEdges, scale: float) -> np.ndarray:

@@ -15,6 +15,7 @@ touches few keyframes, so its Schur complement is one small dense matrix product
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -174,17 +175,26 @@ def bundle_adjust(problem: BundleProblem, steps: int) -> BundleResult:
     The robust cost never increases; fixed poses are returned bit for bit.
     Raises DegenerateError when nothing holds the map in place (no fixed pose).
     """
+    return [part for part in bundle_pieces(problem, steps) if part is not None][-1]
+
+
+def bundle_pieces(problem: BundleProblem, steps: int) -> Iterator[BundleResult | None]:
+    """``bundle_adjust`` in pieces, for callers with other things to do: None, .., the result."""
     if not problem.fixed.any():
         raise DegenerateError('expected at least one fixed keyframe, found none; fix the first '
                               'keyframe so that the map frame is determined')
     state = _State(inverse(problem.T_map_cam), problem.points.copy())
     if not len(problem.pose_index):
-        return BundleResult(problem.T_map_cam, problem.points, 1.0, np.zeros(0), 0.0, 0.0)
+        yield BundleResult(problem.T_map_cam, problem.points, 1.0, np.zeros(0), 0.0, 0.0)
+        return
     layout = _Layout(problem)
     before = cost = _cost(problem, state)
+    yield None
     damping, system = 1e-4, _linearise(problem, layout, state)
     for _ in range(steps):
+        yield None
         trial = _step(problem, layout, state, system, damping)
+        yield None
         new = _cost(problem, trial)
         if new > cost:
             damping *= 10
@@ -197,7 +207,7 @@ def bundle_adjust(problem: BundleProblem, steps: int) -> BundleResult:
     poses = problem.T_map_cam.copy()
     poses[layout.free] = inverse(state.T_cam_map[layout.free])
     error = robust_cost(problem, *residuals(problem, state, jacobians=False))[2]
-    return BundleResult(poses, state.points, state.focal_scale, error, before, cost)
+    yield BundleResult(poses, state.points, state.focal_scale, error, before, cost)
 
 
 def _cost(problem: BundleProblem, state: _State) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -24,6 +25,7 @@ CULL_FACTOR = 3.0
 NEIGHBOURS = 20
 MIN_BASELINE = 0.04  # of the typical depth, for matches to be triangulated
 MATCHED_KEYFRAMES = 2
+POINTS_PIECE = 5000  # observations whose landmarks are refined at once
 
 
 class GrowingMap:
@@ -276,6 +278,18 @@ class GrowingMap:
             moving, holding = moving[:0], np.concatenate([moving, holding])
         return self._refine(moving, holding, newest, config.window_steps)
 
+    def refine_points(self, steps: int) -> Iterator[None]:
+        """Refine all landmarks from all their views, poses held, in pieces of bounded cost.
+
+        The map may grow between the pieces.
+        """
+        views = self.landmarks.views() * self.landmarks.has_point
+        piece = np.cumsum(views) // POINTS_PIECE
+        for number in np.unique(piece[views > 0]):
+            ids = np.flatnonzero((piece == number) & (views > 0))
+            self._refine(np.zeros(0, int), np.arange(len(self)), ids, steps)
+            yield
+
     def refine_all(self, steps: int, *, refine_focal: bool = False) -> BundleResult | None:
         """Bundle adjustment of the whole map (at most ``refine.max_keyframes`` move)."""
         config, count = self.config.refine, len(self)
@@ -286,7 +300,7 @@ class GrowingMap:
 
     def _refine(self, moving: np.ndarray, holding: np.ndarray, ids: np.ndarray, steps: int,
                 refine_focal: bool = False) -> BundleResult | None:
-        problem, rows, ids = self._problem(moving, holding, ids, refine_focal)
+        problem, rows, ids = self.problem(moving, holding, ids, refine_focal)
         if problem is None:
             return None
         result = bundle_adjust(problem, steps)
@@ -300,8 +314,13 @@ class GrowingMap:
         self._cull(rows[result.residual > CULL_FACTOR * self.config.tracking.outlier_px], ids)
         return result
 
-    def _problem(self, moving: np.ndarray, holding: np.ndarray, ids: np.ndarray,
-                 refine_focal: bool) -> tuple[BundleProblem | None, np.ndarray, np.ndarray]:
+    def problem(self, moving: np.ndarray, holding: np.ndarray, ids: np.ndarray,
+                refine_focal: bool = False
+                ) -> tuple[BundleProblem | None, np.ndarray, np.ndarray]:
+        """Bundle adjustment of landmarks ``ids`` and keyframes, with its rows and landmarks.
+
+        Poses in the order of ``moving``, then ``holding``, which stay.
+        """
         table, used = self.landmarks, np.concatenate([moving, holding])
         ids = ids[table.has_point[ids]]
         local = np.full(len(self), -1)
@@ -326,11 +345,10 @@ class GrowingMap:
     def _cull(self, bad_rows: np.ndarray, ids: np.ndarray) -> None:
         """Drop observations that disagree, and positions that too little supports."""
         table = self.landmarks
-        drop = np.zeros(len(table.seen_landmark), bool)
-        drop[bad_rows] = True
-        table.forget(drop)
-        weight = 1 + np.isfinite(table.seen_inv_depth)
-        support = np.bincount(table.seen_landmark, weight, len(table))[ids]
+        table.forget(bad_rows)
+        rows = np.flatnonzero(table.mask(ids)[table.seen_landmark])
+        weight = 1 + np.isfinite(table.seen_inv_depth[rows])
+        support = np.bincount(table.seen_landmark[rows], weight, len(table))[ids]
         table.alive[ids[support == 0]] = False
         table.point_cam[ids[support == 1]] = np.nan
 

@@ -9,6 +9,7 @@ point and is followed all the same.
 from __future__ import annotations
 
 import numpy as np
+from scipy import sparse
 
 from feedforward_recon.geometry.transforms import inverse
 
@@ -70,9 +71,12 @@ class LandmarkTable:
             setattr(self, name, np.concatenate([column, np.asarray(values, column.dtype)]))
 
     def forget(self, rows: np.ndarray) -> None:
-        """Drop observations (bool [O])."""
-        for name in self.OBSERVATION_COLUMNS:
-            setattr(self, name, getattr(self, name)[~rows])
+        """Drop observations [n], given by their places in the columns."""
+        if len(rows):
+            keep = np.ones(len(self.seen_landmark), bool)
+            keep[rows] = False
+            for name in self.OBSERVATION_COLUMNS:
+                setattr(self, name, getattr(self, name)[keep])
 
     def points_map(self, ids: np.ndarray, T_map_cam: np.ndarray) -> np.ndarray:
         """Points [n, 3] in the map frame, given all keyframe poses [K, 4, 4]."""
@@ -99,6 +103,12 @@ class LandmarkTable:
         rows = self.mask(ids)[self.seen_landmark]
         return np.bincount(self.seen_keyframe[rows], minlength=keyframes)
 
+    def shared_by(self, keyframes: np.ndarray, count: int) -> np.ndarray:
+        """How many landmarks ``keyframes`` [k] share with each of ``count``, [k, count]."""
+        seen = sparse.csr_array((np.ones(len(self.seen_keyframe), np.int32),
+                                 (self.seen_keyframe, self.seen_landmark)), (count, len(self)))
+        return (seen[keyframes] @ seen.T).toarray()
+
     def views(self) -> np.ndarray:
         """Number of keyframes that saw each landmark, [M]."""
         return np.bincount(self.seen_landmark, minlength=len(self))
@@ -111,7 +121,8 @@ class LandmarkTable:
         self.seen_landmark = renamed[self.seen_landmark].astype(np.int32)
         self.alive[new] = False
         # A keyframe sees a landmark once: the observation that came first stays.
-        key = self.seen_landmark.astype(np.int64) << 32 | self.seen_keyframe
-        first = np.zeros(len(key), bool)
-        first[np.unique(key, return_index=True)[1]] = True
-        self.forget(~first)
+        rows = np.flatnonzero(self.mask(old)[self.seen_landmark])
+        key = self.seen_landmark[rows].astype(np.int64) << 32 | self.seen_keyframe[rows]
+        again = np.ones(len(rows), bool)
+        again[np.unique(key, return_index=True)[1]] = False
+        self.forget(rows[again])

@@ -12,34 +12,35 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
 
 from feedforward_recon.config import MapperConfig
-from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.pnp import PoseFit
 from feedforward_recon.mapping.bootstrap import Bootstrap
-from feedforward_recon.mapping.cloud import CloudSource, cloud_source, sampled_depth
+from feedforward_recon.mapping.cloud import sampled_depth
 from feedforward_recon.mapping.growing_map import GrowingMap
 from feedforward_recon.mapping.journal import Journal
 from feedforward_recon.mapping.keyframes import KeyframePolicy, View
-from feedforward_recon.mapping.loops import correct, find_loop
+from feedforward_recon.mapping.loops import closing, find_loop
 from feedforward_recon.mapping.matching import Tracks
 from feedforward_recon.mapping.preparation import Preparation
 from feedforward_recon.mapping.relocalisation import relocalise, settle
+from feedforward_recon.mapping.results import MapResults
 from feedforward_recon.mapping.scene_map import Memory, SceneMap, Stats
 from feedforward_recon.mapping.tracking import Tracked, Tracker, exact_fit
 from feedforward_recon.model import Encoder
-from feedforward_recon.types import Estimate, Frame, Keyframe, PointCloud, Status, Trajectory
+from feedforward_recon.types import Estimate, Frame, Status
 
 EASY = 3  # times the fewest inliers: a camera that is tracked well
 FOCAL_ROUNDS = (6, 12, 24, 48)  # keyframes after which a guessed focal length is refined
 
 
-class OnlineReconstructor:
+class OnlineReconstructor(MapResults):
     """Maps a camera walk frame by frame.
 
     memory: gets each keyframe once, after it left the sliding window (``finish`` writes the
@@ -66,7 +67,8 @@ class OnlineReconstructor:
         self._map = GrowingMap(self.config, self.encoder.dim)
         self._tracker = Tracker(self.config.tracking)
         self._bootstrap: Bootstrap | None = None
-        self._due: deque[Callable[[], None]] = deque()
+        self._due: deque[Callable[[], object]] = deque()
+        self._closing: Iterator[None] | None = None
         self._written = 0
 
     # -- the loop --------------------------------------------------------------------------
@@ -84,7 +86,8 @@ class OnlineReconstructor:
               ) -> Estimate:
         """The part of ``process`` that a pose waits for; ``work`` does the rest in pieces.
 
-        Other frames may be tracked between pieces; a new keyframe first ends all of them.
+        Other frames may be tracked between pieces; a new keyframe first ends those that follow
+        the last keyframe, and may come while a loop is being closed.
         on_pose: told the pose in an established map before the frame becomes a keyframe.
         """
         started = time.perf_counter()
@@ -96,20 +99,20 @@ class OnlineReconstructor:
             on_pose(self._measured(view, tracked.fit, novel, _ms_since(started)))
         if tracked is not None and novel:
             tracked = self._extend(view, self._brought_up_to_date(tracked))
-            self._due.extend((self._refine_window, self._close_loops, self._refine_focal,
-                              self._write_memory))
+            self._due.extend((partial(self._map.refine_window, poses_fixed=self.poses == 'given'),
+                              self._close_loops, self._refine_focal, self._write_memory))
         return self._record(view, tracked, novel, started)
 
     def work(self) -> bool:
-        """One piece of what a keyframe is followed by; False when nothing is left."""
-        if not self._due:
+        """One piece of what a keyframe or a loop is followed by; False when nothing is left."""
+        if not self._due and self._closing is None:
             return False
+        piece = self._due.popleft() if self._due else self._close_further
         newest = len(self._map) - 1
         T_map_before = self._map.T_map_cam[newest].copy()
-        self._due.popleft()()
+        piece()
         # Not the transpose: rounding in a rotation would be fed back, and doubled each time.
-        T_new_old = self._map.T_map_cam[newest] @ np.linalg.inv(T_map_before)
-        self._tracker.carried(self._map, T_new_old)
+        self._tracker.carried(self._map, self._map.T_map_cam[newest] @ np.linalg.inv(T_map_before))
         return True
 
     def _work_off(self) -> None:
@@ -118,7 +121,8 @@ class OnlineReconstructor:
 
     def _brought_up_to_date(self, tracked: Tracked) -> Tracked:
         """End the work on the last keyframe; the map has moved under the tracked frame."""
-        self._work_off()
+        while self._due:
+            self.work()
         tracks, T_map_cam = self._tracker.tracks, self._tracker.T_map_cam
         assert tracks is not None
         return replace(tracked, tracks=tracks, fit=replace(tracked.fit, T_map_cam=T_map_cam))
@@ -218,9 +222,6 @@ class OnlineReconstructor:
         self._tracker.corrected(tracks, T_map_cam)
         return replace(tracked, tracks=tracks, fit=replace(tracked.fit, T_map_cam=T_map_cam))
 
-    def _refine_window(self) -> None:
-        self._map.refine_window(poses_fixed=self.poses == 'given')
-
     def _complete_start(self, tracks: Tracks) -> None:
         """Enter and leave the phase in which a monocular map has no depth yet."""
         if self.poses == 'given' or self._preparation.metric:
@@ -236,20 +237,25 @@ class OnlineReconstructor:
     def _close_loops(self) -> None:
         """Tie the newest keyframe to old ones; when the map is off, bend it back."""
         newest = len(self._map) - 1
-        if newest % self.config.loops.every or not self.bends:
+        if newest % self.config.loops.every or not self.bends or self._closing is not None:
             return
         loop = find_loop(self._map, newest, self.config)
         if loop is None:
             return
         self.stats.loops += 1
-        if loop.shift_px > self.config.loops.correct_px:
-            self.stats.corrections += 1
-            self._journal.rescale(correct(self._map, loop, with_scale=not self._is_metric))
+        if loop.shift_px <= self.config.loops.correct_px:
             self._map.tie(newest, loop.features, loop.landmarks)
-            self._map.refine_all(self.config.refine.loop_steps)
-            self._reanchor()
-        else:
-            self._map.tie(newest, loop.features, loop.landmarks)
+            return
+        self.stats.corrections += 1
+        self._closing = closing(self._map, loop, with_scale=not self._is_metric, bent=self._bent)
+
+    def _close_further(self) -> None:
+        if self._closing is not None and next(self._closing, self) is self:
+            self._closing = None
+
+    def _bent(self, scale: np.ndarray) -> None:
+        self._journal.rescale(scale)
+        self._reanchor()
 
     def _refine_focal(self) -> None:
         """A guessed focal length is refined with the whole map, early and then more rarely."""
@@ -313,7 +319,8 @@ class OnlineReconstructor:
 
     def finish(self) -> SceneMap:
         """Refine the whole map, write the rest of the memory, and return the result."""
-        self._work_off()
+        while self.work():
+            pass
         if self.poses == 'estimated' and len(self._map) > 1:
             self._refine_all(refine_focal=self._preparation.camera_source != 'given')
         self._write_memory(everything=True)
@@ -332,67 +339,6 @@ class OnlineReconstructor:
         nearest = int(self._map.neighbours(tracked.fit.T_map_cam, depth)[0])
         self._journal.note(estimate, nearest, self._map.T_map_cam[nearest], index)
         return estimate
-
-    def scene_map(self) -> SceneMap:
-        """The result so far."""
-        return SceneMap(tuple(self.keyframes), self.trajectory(), tuple(self.estimates),
-                        self.cloud(), 1.0 if self._is_metric else None, self.scale_source,
-                        self.camera_source, self.frame)
-
-    @property
-    def frame(self) -> str:
-        """What the axes of the map rest on."""
-        if self.poses == 'given':
-            return 'given poses'
-        return 'first camera' if np.array_equal(self.T_map_first, np.eye(4)) else 'z up'
-
-    @property
-    def _is_metric(self) -> bool:
-        return self.poses == 'given' or self._preparation.metric
-
-    @property
-    def camera(self) -> Camera | None:
-        """The camera in use; None before the first frame."""
-        return self._preparation.camera
-
-    @property
-    def camera_source(self) -> str:
-        """'given', 'guessed' or 'refined'."""
-        return self._preparation.camera_source
-
-    @property
-    def scale_source(self) -> str:
-        """What the unit of the map rests on."""
-        if self.poses == 'given':
-            return 'given poses'
-        return 'depth' if self._preparation.metric else 'unknown'
-
-    @property
-    def keyframes(self) -> list[Keyframe]:
-        """Keyframes with their present poses and points."""
-        return [self._map.exported(id_) for id_ in range(len(self._map))]
-
-    @property
-    def estimates(self) -> list[Estimate]:
-        """One estimate per processed frame, with poses as the map knows them now."""
-        return self._journal.estimates(self._map.T_map_cam)
-
-    def trajectory(self) -> Trajectory:
-        """Poses of all frames that have one, as the map knows them now."""
-        return self._journal.trajectory(self._map.T_map_cam)
-
-    def cloud_source(self, newest_only: bool = False) -> CloudSource:
-        """What the cloud is fused from: sensor depth of keyframes, else landmarks."""
-        return cloud_source(self._map, self.config.cloud, newest_only)
-
-    def cloud(self) -> PointCloud:
-        """Coloured points in the map frame."""
-        return self.cloud_source().fused()
-
-    def keyframe_poses(self) -> Trajectory:
-        """Stamps and present poses of the keyframes."""
-        stamps = np.array([k.stamp_ns for k in self._map.keyframes], np.int64)
-        return Trajectory(stamps, self._map.T_map_cam[:len(stamps)].copy())
 
 
 def _ms_since(started: float) -> float:

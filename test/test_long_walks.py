@@ -1,0 +1,123 @@
+"""Long walks: closing a loop never stalls the worker."""
+
+import numpy as np
+import pytest
+
+from feedforward_recon.config import MapperConfig
+from feedforward_recon.geometry.align import align_points
+from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.geometry.transforms import inverse, se3_exp
+from feedforward_recon.mapping import growing_map
+from feedforward_recon.mapping.loops import Loop, closing
+from feedforward_recon.mapping.online import OnlineReconstructor
+from feedforward_recon.model.compact import CompactEncoder
+from feedforward_recon.synthetic import Room, render_walk
+
+CAMERA = Camera.from_fov(68.0, (320, 240))
+FPS = 10.0
+DRIFT = np.array([0.2, 0.05, 0.1, 0.0, 0.06, 0.0])
+
+
+@pytest.fixture(scope='module')
+def encoder():
+    return CompactEncoder.load()
+
+
+@pytest.fixture(scope='module')
+def frames():
+    room = Room.generate(7)
+    return list(render_walk(room, CAMERA, room.walk(240, seed=0, fps=FPS)[:80], fps=FPS,
+                            noise=1.0, seed=1))
+
+
+def mapped(frames, encoder):
+    mapper = OnlineReconstructor(MapperConfig(), encoder)
+    for frame in frames:
+        mapper.process(frame)
+    return mapper
+
+
+def drift(mapper):
+    """Let the walk have drifted, more and more; returns the loop that would tell.
+
+    The landmarks follow their anchors, and the tracker the newest keyframe, as they would.
+    """
+    map_ = mapper._map
+    true, last = map_.T_map_cam.copy(), len(map_) - 1
+    map_.T_map_cam = se3_exp(np.linspace(0, 1, last + 1)[:, None] * DRIFT) @ true
+    mapper._tracker.carried(map_, map_.T_map_cam[last] @ np.linalg.inv(true[last]))
+    nothing = np.zeros(0, int)
+    return Loop(last, 0, true[last], 1.0, nothing, nothing, 20.0, 10**5), true
+
+
+def apart(map_, true):
+    """Largest distance of keyframes from where they should be, metres."""
+    return np.linalg.norm(map_.T_map_cam[:len(true), :3, 3] - true[:, :3, 3], axis=1).max()
+
+
+def errors_px(map_):
+    """Median reprojection error of all observations, pixels."""
+    table = map_.landmarks
+    rows = np.flatnonzero(table.has_point[table.seen_landmark])
+    points = table.points_map(table.seen_landmark[rows], map_.T_map_cam)
+    T = inverse(map_.T_map_cam[table.seen_keyframe[rows]])
+    p = np.einsum('nij,nj->ni', T[:, :3, :3], points) + T[:, :3, 3]
+    xy = p[:, :2] / p[:, 2:]
+    return np.median(np.linalg.norm(xy - table.seen_xy[rows], axis=1)) * CAMERA.fx
+
+
+def test_a_closed_loop_puts_keyframes_and_points_back(frames, encoder):
+    mapper = mapped(frames[:60], encoder)
+    loop, true = drift(mapper)
+    map_, before_m, bent_px = mapper._map, apart(mapper._map, true), []
+    for _ in closing(map_, loop, with_scale=False,
+                     bent=lambda scale: bent_px.append(errors_px(map_))):
+        pass
+    assert apart(map_, true) < 0.5 * before_m
+    assert np.linalg.norm(map_.T_map_cam[-1, :3, 3] - true[-1, :3, 3]) < 0.1 * before_m
+    assert errors_px(map_) < bent_px[0]
+
+
+def test_no_piece_of_closing_a_loop_adjusts_more_than_a_window(frames, encoder, monkeypatch):
+    """The cost of a piece is bounded by observations, whatever the length of the walk."""
+    mapper = mapped(frames[:60], encoder)
+    seen, poses = [], []
+
+    def noted(problem, steps):
+        seen.append(len(problem.pose_index))
+        poses.append((~problem.fixed).sum())
+        return adjust(problem, steps)
+
+    adjust = growing_map.bundle_adjust
+    monkeypatch.setattr(growing_map, 'bundle_adjust', noted)
+    monkeypatch.setattr(growing_map, 'POINTS_PIECE', 1000)
+    loop, _ = drift(mapper)
+    for _ in closing(mapper._map, loop, with_scale=False, bent=lambda scale: None):
+        pass
+    longest = mapper._map.landmarks.views().max()
+    assert len(seen) > 3 and max(seen) <= 1000 + longest and max(poses) == 0
+
+
+def test_keyframes_come_and_go_while_a_loop_is_being_closed(frames, encoder):
+    mapper = mapped(frames[:50], encoder)
+    loop, _ = drift(mapper)
+    mapper._closing = closing(mapper._map, loop, with_scale=False, bent=mapper._bent)
+    keyframes = mapper.stats.keyframes
+    mapper.work()
+    for frame in frames[50:]:
+        mapper.track(frame)
+        mapper.work()
+    assert mapper.stats.keyframes > keyframes and mapper.stats.lost == 0
+    mapper.finish()
+    found, truth = (np.array([T[:3, 3] for T in poses]) for poses in
+                    (mapper.trajectory().T_map_cam, [f.T_map_cam for f in frames]))
+    assert align_points(found, truth, with_scale=False).rmse < 0.02
+
+
+def test_what_follows_a_keyframe_goes_before_what_follows_a_loop(frames, encoder):
+    mapper, order = mapped(frames[:30], encoder), []
+    mapper._closing = (order.append('loop') for _ in range(2))
+    mapper._due.append(lambda: order.append('keyframe'))
+    while mapper.work():
+        pass
+    assert order == ['keyframe', 'loop', 'loop'] and mapper._closing is None
