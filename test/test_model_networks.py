@@ -105,6 +105,33 @@ def test_full_size_of_vggt(pattern, shape):
     assert expected_tensors(build('vggt-1b', device='meta'))[pattern] == shape
 
 
+def numberless(names):
+    """Names in which all blocks of a stack are one."""
+    return {re.sub(r'(blocks|trunk)\.\d+\.', r'\1.N.', name) for name in names}
+
+
+def test_vggt_of_full_size_has_the_names_of_the_small_one(golden_dir):
+    published = json.loads((golden_dir / 'vggt_small_keys.json').read_text(encoding='utf-8'))
+    names = expected_tensors(build('vggt-1b', device='meta')).keys()
+    assert numberless(names) == numberless(published) - {'aggregator.patch_embed.mask_token'}
+    for stack, depth in (('aggregator.patch_embed.blocks', 24), ('aggregator.frame_blocks', 24),
+                         ('aggregator.global_blocks', 24), ('camera_head.trunk', 4)):
+        own = [{name.partition(f'{stack}.{n}.')[2] for name in names if f'{stack}.{n}.' in name}
+               for n in range(depth + 1)]
+        assert own[0] and own[:-1] == [own[0]] * depth and not own[-1]
+
+
+def test_vgg_t3_differs_from_vggt_in_its_global_attention_alone():
+    vggt, t3 = (expected_tensors(build(name, device='meta')) for name in ('vggt-1b', 'vgg-t3'))
+    assert all(vggt[key] == t3[key] for key in vggt.keys() & t3.keys())
+    gone, new = vggt.keys() - t3.keys(), t3.keys() - vggt.keys()
+    prefix = r'aggregator\.global_blocks\.\d+\.attn\.'
+    assert len(gone) == 24 * 4 and len(new) == 24 * 6
+    assert all(re.fullmatch(prefix + r'[qk]_norm\.(weight|bias)', key) for key in gone)
+    assert all(re.fullmatch(prefix + r'(w[012]|lr_fc\.(weight|bias)|short_conv_qkv\.2\..*)', key)
+               for key in new)
+
+
 def test_full_size_of_vgg_t3():
     shapes = expected_tensors(build('vgg-t3', device='meta'))
     prefix = 'aggregator.global_blocks.23.attn.'
