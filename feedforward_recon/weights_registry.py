@@ -87,7 +87,9 @@ _ALL = (
     Checkpoint(
         'compact', 'compact', APACHE, 4_292_338, file='compact.safetensors',
         sha256='f5da2afe4c872010e131a7b726f6b0733854f91572d2fa1ae75a42d4ef2300d4'),
-    Checkpoint('tiny', 'tiny', APACHE, 6989976, file='tiny.safetensors'),
+    Checkpoint(
+        'tiny', 'tiny', APACHE, 6_989_976, file='tiny.safetensors',
+        sha256='e0257462c87afb43f654db23af3d7f379f5bb0e3bb0506c1ba76b9858dba67f3'),
     Checkpoint('tiny-ttt', 'tiny-ttt', APACHE, 6_989_976, file='tiny-ttt.safetensors'),
     Checkpoint(
         'vggt-1b', 'vggt-1b', CC_BY_NC, 5_026_367_224, 'facebook/VGGT-1B',
