@@ -26,6 +26,7 @@ from feedforward_recon.model.predictor import (
     check_images,
     is_out_of_memory,
     load_predictor,
+    preparation,
 )
 from feedforward_recon.model.preprocess import crop, longest_side, match_pixels, pad
 from feedforward_recon.model.vit import PATCH, VitConfig
@@ -138,6 +139,13 @@ def said_by(name):
     rays = torch.stack([(u - 21) / 30, (v - 14) / 30, torch.ones_like(u)], -1)
     points = rays * depth[..., None]
     return Pi3Reconstruction(points, points, torch.randn(1, 2, 28, 42), T)
+
+
+@pytest.mark.parametrize(('name', 'expected_hw'), [
+    ('vggt', (392, 518)), ('pi3', (434, 574)), ('speed3r', (448, 560)), ('da3', (378, 504))])
+def test_networks_get_images_of_the_sizes_that_they_were_trained_with(name, expected_hw):
+    prepare = preparation(build(name, device='meta'))
+    assert prepare([np.zeros((480, 640, 3), np.uint8)])[0].image.shape[:2] == expected_hw
 
 
 WAYS = {'vggt': crop, 'pi3': match_pixels, 'da3': longest_side}
