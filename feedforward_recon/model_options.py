@@ -12,7 +12,7 @@ from feedforward_recon.errors import ConfigError
 if TYPE_CHECKING:
     from feedforward_recon.mapping.window_parts import FeedForward
 
-NETWORKS = 'vggt, vgg-t3, pi3, speed3r, da3, tiny'
+NETWORKS = 'vggt, vgg-t3, pi3, speed3r, da3, tiny, tiny-ttt'
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class ModelOptions:
     """
 
     model: str = option('compact', 'network that maps: compact, or one that predicts many images '
-                        f'at once: {NETWORKS}, also vggt-1b, da3-large, da3-base, da3-small')
+                        f'at once: {NETWORKS}, also vggt-1b, da3-large, da3-base, da3-small, '
+                        'lite3r-vggt, lite3r-da3')
     attention: str = option('', 'global attention of the network: softmax, ttt, sparse, '
                             'sparse_linear, latent, hybrid; empty: its own')
     device: str = option('cpu', 'where the network runs: cpu, cuda, cuda:1')

@@ -1,14 +1,19 @@
 """Settings of nodes: one declaration, and files that ROS and the command line both read."""
 
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
-from feedforward_recon.cli.options import settings
+from feedforward_recon.cli.options import MODEL_FLAGS, settings
 from feedforward_recon.config import MapperConfig, from_dict, to_dict
 from feedforward_recon.config_files import SECTION, mapper_settings, shipped_files, write
 from feedforward_recon.errors import ConfigError
+from feedforward_recon.model.attention import ATTENTION
+from feedforward_recon.model.configs import ALIASES, CONFIGS
+from feedforward_recon.model_options import ModelOptions
 from feedforward_recon.node_config import NodeConfig, walk
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +61,35 @@ def test_mapping_file_names_every_setting():
 def test_every_setting_is_documented_and_in_the_reference(setting):
     assert setting.spec.metadata['doc']
     assert f'| `{setting.name}` | ' in shipped_files()['docs/parameters.md']
+
+
+def test_every_network_is_named_where_it_is_chosen():
+    told = re.split(r'[ ,:]+', walk_by_name()['model'].spec.metadata['doc'])
+    sizes_of_tests = {'vggt-small', 'pi3-small'}
+    assert {*CONFIGS, *ALIASES} - sizes_of_tests <= set(told)
+    attention = re.split(r'[ ,:;]+', walk_by_name()['attention'].spec.metadata['doc'])
+    assert set(ATTENTION) <= set(attention)
+
+
+def walk_by_name():
+    return {setting.name: setting for setting in walk(NodeConfig())}
+
+
+def test_the_command_line_and_the_nodes_share_the_options_of_the_network():
+    shared = {spec.name for spec in fields(ModelOptions)}
+    assert shared == {'model', 'attention', 'device', 'weights', 'window', 'anchors'}
+    assert {flag.name for flag in MODEL_FLAGS.values()} == {
+        *(f'--{name}' for name in shared), '--refine/--no-refine'}
+    assert all(walk_by_name()[name].when == 'configure' for name in shared)
+
+
+@pytest.mark.parametrize(('changes', 'named'), [
+    ({'attention': 'ttt'}, 'attention'), ({'device': 'cuda'}, 'device'),
+    ({'window': 8, 'weights': 'x'}, 'weights, window')])
+def test_what_compact_would_not_use_is_refused(changes, named):
+    NodeConfig(model='tiny', **changes).check()
+    with pytest.raises(ConfigError, match=f'expected {named} beside a feed-forward network'):
+        NodeConfig(**changes).check()
 
 
 def test_round_trip_keeps_booleans_and_texts():

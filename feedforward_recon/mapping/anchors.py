@@ -16,6 +16,8 @@ from feedforward_recon.mapping.window_geometry import Samples, samples
 from feedforward_recon.types import FloatArray, Prediction
 
 ALBUM = 100
+OLD_SHARE = 0.5  # of the anchors, at most
+MIN_AGE = 3  # windows
 SIMILAR = 0.6  # cosine of two global descriptors, below which two images are of other places
 Poses = Callable[[int], FloatArray | None]
 
@@ -24,12 +26,14 @@ Poses = Callable[[int], FloatArray | None]
 class Anchor:
     """A mapped image.
 
-    frame: its number in the mapper. T_map_cam: where its window put it. samples: its points.
+    frame: its number in the mapper. window: number of the window that placed it.
+    T_map_cam: where it put it. samples: its points.
     variance: of its position (map units squared) and angle (rad squared).
     look: global descriptor, None for an image that is no keyframe.
     """
 
     frame: int
+    window: int
     image: np.ndarray
     T_map_cam: FloatArray
     samples: Samples
@@ -78,12 +82,14 @@ class Album:
     def __init__(self) -> None:
         self._recent: list[Anchor] = []
         self._old: list[Anchor] = []
+        self._window = 0
 
     def __len__(self) -> int:
         return len(self._recent)
 
     def begin(self, anchors: Anchors | None) -> None:
         """A new window was placed; images of it follow. anchors: what tied it to the map."""
+        self._window += 1
         again = {id(item) for item in anchors.items} if anchors is not None else set()
         left = [item for item in self._recent if id(item) not in again]
         self._old += [item for item in left if item.look is not None]
@@ -95,8 +101,8 @@ class Album:
     def add(self, frame: int, image: np.ndarray, prediction: Prediction,
             variance: tuple[float, float], look: np.ndarray | None) -> None:
         """One image of the window that was begun, as a prediction [1] in the map places it."""
-        self._recent.append(Anchor(frame, image, prediction.T_world_cam[0], samples(prediction),
-                                   variance, look))
+        self._recent.append(Anchor(frame, self._window, image, prediction.T_world_cam[0],
+                                   samples(prediction), variance, look))
 
     def chosen(self, count: int, looks: Iterable[np.ndarray], pose: Poses) -> Anchors:
         """At most ``count`` images, half of them old ones if any look like ``looks``.
@@ -104,7 +110,7 @@ class Album:
         The others come from the later half of the last window, the last image among them.
         pose: where the mapper has a frame now, None where it does not know.
         """
-        old = self._alike(count // 2, looks)
+        old = self._alike(int(count * OLD_SHARE), looks)
         last = len(self._recent) - 1
         index = np.unique(np.linspace(last, last // 2, count - len(old)).round().astype(int))
         items = [*old, *(self._recent[i] for i in index)]
@@ -114,21 +120,22 @@ class Album:
         return Anchors(tuple(items), T, np.arange(len(items)) >= len(old))
 
     def _alike(self, count: int, looks: Iterable[np.ndarray]) -> list[Anchor]:
-        """The old images most alike to any of some looks, each look in its turn."""
-        found: dict[int, Anchor] = {}
-        if not self._old or count < 1:
+        """The old images most alike to any of some looks, the most alike first.
+
+        Not those of the windows just before: they bring the same drift.
+        """
+        old = [item for item in self._old if item.window <= self._window - MIN_AGE]
+        if not old or count < 1:
             return []
-        known = np.stack([item.look for item in self._old if item.look is not None])
-        for score in (known @ look for look in looks):
-            best = int(score.argmax())
-            if score[best] >= SIMILAR:
-                found.setdefault(self._old[best].frame, self._old[best])
-        return [found[frame] for frame in sorted(found)][-count:]
+        known = np.stack([item.look for item in old if item.look is not None])
+        score = np.max([known @ look for look in looks], 0)
+        order = np.argsort(-score, kind='stable')[:count]
+        return [old[i] for i in order if score[i] >= SIMILAR]
 
 
 def _most_redundant(items: list[Anchor]) -> int:
-    """Index of the older of the two images that look most alike."""
+    """Index of the newer of the two images that look most alike: the older one drifted less."""
     looks = np.stack([item.look for item in items if item.look is not None])
     alike = looks @ looks.T
     np.fill_diagonal(alike, -1)
-    return int(min(np.unravel_index(alike.argmax(), alike.shape)))
+    return int(max(np.unravel_index(alike.argmax(), alike.shape)))

@@ -1,0 +1,87 @@
+"""Which mapped images tie the next window to the map."""
+
+import numpy as np
+import pytest
+
+from feedforward_recon.mapping.anchors import ALBUM, MIN_AGE, Album
+from feedforward_recon.types import Prediction
+
+
+def look(angle):
+    """A global descriptor; neighbours in angle look alike."""
+    return np.array([np.cos(angle), np.sin(angle)])
+
+
+def image(number):
+    return np.full((4, 6, 3), number % 251, np.uint8)
+
+
+def prediction(number):
+    T = np.eye(4)
+    T[0, 3] = number
+    return Prediction(T[None], np.eye(3)[None], np.ones((1, 4, 6), np.float32),
+                      np.ones((1, 4, 6), np.float32))
+
+
+def walked(windows, size=4, step=0.1):
+    """An album after windows of images whose looks turn by ``step`` each."""
+    album, number, anchors = Album(), 0, None
+    for _ in range(windows):
+        album.begin(anchors)
+        for _ in range(size):
+            album.add(number, image(number), prediction(number), (1e-4 * number, 1e-6),
+                      look(step * number))
+            number += 1
+        anchors = album.chosen(4, [look(step * number)], lambda frame: None)
+    return album, number
+
+
+def frames(anchors):
+    return [item.frame for item in anchors.items]
+
+
+def test_the_first_anchors_are_the_later_half_with_the_last_image():
+    album, _ = walked(1, size=8)
+    anchors = album.chosen(3, [look(0)], lambda frame: None)
+    assert frames(anchors) == [3, 5, 7] and anchors.recent.all()
+
+
+def test_a_walk_that_comes_back_is_tied_to_its_start():
+    album, _ = walked(6)
+    back = album.chosen(4, [look(0.1), look(0.0)], lambda frame: None)
+    assert {0, 1} <= set(frames(back)) and not back.recent[:2].any()
+    assert back.recent[2:].all() and len(back) == 4
+    new = album.chosen(4, [look(np.pi)], lambda frame: None)
+    assert new.recent.all(), 'another place looks like none that is mapped'
+
+
+def test_the_windows_just_before_are_no_loop():
+    album, number = walked(MIN_AGE)
+    again = album.chosen(4, [look(0.1 * (number - 5))], lambda frame: None)
+    assert again.recent.all()
+
+
+def test_poses_are_those_that_the_map_has_now():
+    album, number = walked(2)
+    moved = np.diag([1.0, 1, 1, 1])
+    moved[1, 3] = 5
+    anchors = album.chosen(4, [look(0)], lambda frame: moved if frame == number - 1 else None)
+    np.testing.assert_array_equal(anchors.T_map_cam[-1], moved)
+    assert anchors.T_map_cam[0, 0, 3] == anchors.items[0].frame
+    assert anchors.variance[0] == pytest.approx(1e-4 * (number - 1))
+
+
+def test_an_album_has_a_fixed_size_and_keeps_what_differs():
+    album, _ = walked(60, size=8, step=0.02)
+    assert len(album._old) == ALBUM
+    assert {item.frame for item in album._old} & set(range(10)), 'the start was given up'
+    angles = np.sort([np.arctan2(*item.look[::-1]) for item in album._old])
+    assert np.diff(angles).max() < 0.3
+
+
+def test_images_that_are_no_keyframes_are_anchors_only_while_they_are_new():
+    album = Album()
+    for window in range(MIN_AGE + 2):
+        album.begin(None)
+        album.add(window, image(window), prediction(window), (0.0, 0.0), None)
+    assert frames(album.chosen(2, [look(0)], lambda frame: None)) == [MIN_AGE + 1]
