@@ -157,7 +157,8 @@ class LocalSparseLinear(SparseLinearAttention):
     def prepared(self, layout: Layout) -> Blocks:
         """How a sequence is cut."""
         special = 0 if layout.positions is None else self.config.special
-        return cut(layout, special, self.config.sparse_linear.window)
+        with self.qkv.weight.device:  # where runs of tokens are numbered
+            return cut(layout, special, self.config.sparse_linear.window)
 
 
 def replace_local(model: nn.Module, options: SparseLinearOptions, special: int = 5) -> nn.Module:
