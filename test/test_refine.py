@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from feedforward_recon.errors import DegenerateError
+from feedforward_recon.geometry import refine
 from feedforward_recon.geometry.refine import BundleProblem, _State, bundle_adjust, residuals
 from feedforward_recon.geometry.transforms import (
     inverse,
@@ -120,3 +121,18 @@ def test_a_map_without_a_fixed_pose_is_refused():
     problem = scene()
     with pytest.raises(DegenerateError, match='fixed keyframe'):
         bundle_adjust(replace(problem, fixed=np.zeros(len(problem.fixed), bool)), 3)
+
+
+def test_a_system_that_rounding_made_indefinite_is_damped(monkeypatch):
+    """Without depth one fixed pose leaves the scale free; weak damping may not be enough."""
+    true, factor, refused = scene(depth=False), refine.cho_factor, []
+
+    def failing_once(S, **options):
+        if not refused:
+            refused.append(S)
+            raise np.linalg.LinAlgError('not positive definite')
+        return factor(S, **options)
+
+    monkeypatch.setattr(refine, 'cho_factor', failing_once)
+    result = bundle_adjust(perturbed(true), 30)
+    assert refused and result.cost_after < 1e-3 * result.cost_before

@@ -195,8 +195,9 @@ def bundle_pieces(problem: BundleProblem, steps: int) -> Iterator[BundleResult |
         yield None
         trial = _step(problem, layout, state, system, damping)
         yield None
-        new = _cost(problem, trial)
-        if new > cost:
+        # Where nothing fixes the scale, rounding can leave the system indefinite.
+        new = np.inf if trial is None else _cost(problem, trial)
+        if trial is None or new > cost:
             damping *= 10
             continue
         small = cost - new < 1e-4 * cost
@@ -247,13 +248,19 @@ def _damped(blocks: np.ndarray, damping: float) -> np.ndarray:
 
 
 def _step(problem: BundleProblem, layout: _Layout, state: _State, system: _System,
-          damping: float) -> _State:
-    """The state after one damped Gauss-Newton step (Schur complement on the points)."""
+          damping: float) -> _State | None:
+    """The state after one damped Gauss-Newton step (Schur complement on the points).
+
+    None when the damping is too weak for a factorisation.
+    """
     V_inv = np.linalg.inv(_damped(system.V, damping))
     S, b = _reduced(problem, layout, system, V_inv, damping)
     step = b  # empty when every pose is held, which SciPy 1.11 cannot factor
     if len(b):
-        step = -cho_solve(cho_factor(S, check_finite=False), b, check_finite=False)
+        try:
+            step = -cho_solve(cho_factor(S, check_finite=False), b, check_finite=False)
+        except np.linalg.LinAlgError:
+            return None
     n = len(layout.free)
     xi = np.zeros((layout.n_poses, 6))
     xi[layout.free] = step[:6 * n].reshape(n, 6)
