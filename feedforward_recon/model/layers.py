@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from feedforward_recon.model.rope import rotate
 
 CHUNK_TOKENS = 1 << 14
+CPU_CHUNK_TOKENS = 1 << 12  # 70 MB of hidden layer in a block of 1024 channels
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class Block(nn.Module):
                 reuse: bool = False) -> torch.Tensor:
         """Tokens [B, T, C] -> [B, T, C]; with ``reuse`` in the place of x (see `in_chunks`)."""
         return in_chunks(lambda part: (self._both_steps(part, positions),), (x,),
-                         rows_per_chunk(x), into=x if reuse else None)[0]
+                         rows_per_chunk(x.shape[1], x.device), into=x if reuse else None)[0]
 
     def _both_steps(self, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         return self.refined(x + self.ls1(self.attn(self.norm1(x), positions)))
@@ -153,13 +154,14 @@ class GlobalBlock(Block):
         shape = x.shape
         x, seen = (t.unflatten(1, (frames, -1)).flatten(0, 1) for t in (x, seen))
         out, = in_chunks(lambda x, seen: (self.refined(x + self.ls1(seen)),), (x, seen),
-                         rows_per_chunk(x), into=x if reuse else None)
+                         rows_per_chunk(x.shape[1], x.device), into=x if reuse else None)
         return out.reshape(shape), state
 
 
-def rows_per_chunk(x: torch.Tensor) -> int:
-    """How many rows of x [B, T, ...] are worked on together."""
-    return max(1, CHUNK_TOKENS // x.shape[1])
+def rows_per_chunk(tokens: int, device: torch.device) -> int:
+    """How many rows [tokens, ...] are worked on together."""
+    limit = min(CHUNK_TOKENS, CPU_CHUNK_TOKENS) if device.type == 'cpu' else CHUNK_TOKENS
+    return max(1, limit // tokens)
 
 
 def in_chunks(function: Callable[..., Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor],

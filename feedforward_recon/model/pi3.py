@@ -192,12 +192,13 @@ class Pi3(nn.Module):
         positions = patch_positions(grid_hw, self.config.registers, x.device,
                                     first=1 if self.config.registers else 0)
         last, after = self._decode(x, states, positions, shape, write)
-        T_world_cam, = in_chunks(partial(self._poses, positions), last, rows_per_chunk(x))
+        rows = rows_per_chunk(len(positions), x.device)
+        T_world_cam, = in_chunks(partial(self._poses, positions), last, rows)
         T_world_cam = T_world_cam.unflatten(0, shape)
         wanted = [demand.of(t.unflatten(0, shape)) for t in last]
         maps = in_chunks(partial(self._dense, positions, grid_hw),
                          [t.flatten(0, 1) for t in (demand.of(T_world_cam), *wanted)],
-                         rows_per_chunk(x), place=demand.place(x.device))
+                         rows, place=demand.place(x.device))
         points, points_cam, logit = (t.unflatten(0, wanted[0].shape[:2]) for t in maps)
         return (Pi3Reconstruction(points, points_cam, logit, T_world_cam),
                 after if demand.memory else states)

@@ -15,8 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from feedforward_recon.errors import InputError
-from feedforward_recon.model import layers
-from feedforward_recon.model.layers import Block, BlockConfig, in_chunks
+from feedforward_recon.model.layers import Block, BlockConfig, in_chunks, rows_per_chunk
 
 PATCH = 14
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -79,8 +78,7 @@ class DinoV2(nn.Module):
         def encoded(part: torch.Tensor) -> tuple[torch.Tensor]:
             part = part.to(device)
             return (self._encoded(part if prepare is None else prepare(part), table),)
-        rows = max(1, layers.CHUNK_TOKENS // (grid_hw[0] * grid_hw[1]))
-        return in_chunks(encoded, (images,), rows)[0]
+        return in_chunks(encoded, (images,), rows_per_chunk(grid_hw[0] * grid_hw[1], device))[0]
 
     def _encoded(self, images: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embed(images)
