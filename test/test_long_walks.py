@@ -1,17 +1,21 @@
-"""Long walks: closing a loop never stalls the worker."""
+"""Long walks: closing a loop never stalls the worker, known places cost hardly any memory."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from feedforward_recon.config import MapperConfig
+from feedforward_recon.config import CloudConfig, MapperConfig
 from feedforward_recon.geometry.align import align_points
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, se3_exp
 from feedforward_recon.mapping import growing_map
+from feedforward_recon.mapping.keyframes import CLOUD_FACTOR, Archive, MapKeyframe
 from feedforward_recon.mapping.loops import Loop, closing
 from feedforward_recon.mapping.online import OnlineReconstructor
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.synthetic import Room, render_walk
+from feedforward_recon.types import Features
 
 CAMERA = Camera.from_fov(68.0, (320, 240))
 FPS = 10.0
@@ -121,3 +125,69 @@ def test_what_follows_a_keyframe_goes_before_what_follows_a_loop(frames, encoder
     while mapper.work():
         pass
     assert order == ['keyframe', 'loop', 'loop'] and mapper._closing is None
+
+
+def bytes_of(keyframe):
+    features = keyframe.features
+    return sum(a.nbytes for a in (
+        features.keypoints, features.descriptors, features.confidence, keyframe.points_cam,
+        keyframe.landmark, keyframe.rgb, keyframe.cloud_cam, keyframe.cloud_rgb))
+
+
+@pytest.fixture(scope='module')
+def laps(frames, encoder):
+    """Four times there and back through the same part of a room, with many keyframes."""
+    config = MapperConfig()
+    config = replace(config, keyframes=replace(config.keyframes, min_gap=1, motion_share=0.02))
+    mapper, counts = OnlineReconstructor(config, encoder), []
+    walked = [frames[:36], frames[35::-1]] * 2
+    for number, lap in enumerate(walked):
+        for index, frame in enumerate(lap):
+            stamp_ns = (number * len(lap) + index) * 100_000_000
+            mapper.process(replace(frame, stamp_ns=stamp_ns))
+        counts.append(mapper.stats.keyframes)
+    return mapper, counts, walked
+
+
+def test_a_known_place_adds_hardly_any_keyframes(laps):
+    mapper, counts, _ = laps
+    assert mapper.stats.lost == 0 and mapper.stats.revisited > 10
+    assert counts[-1] <= 2.5 * counts[0] and counts[-1] - counts[-2] <= 0.25 * counts[0]
+
+
+def test_a_known_place_is_tracked_as_well_as_a_new_one(laps):
+    mapper, _, walked = laps
+    truth = np.array([f.T_map_cam[:3, 3] for lap in walked for f in lap])
+    found = mapper.trajectory().T_map_cam[:, :3, 3]
+    assert align_points(found, truth, with_scale=False).rmse < 0.01
+
+
+def test_old_keyframes_are_small_and_read_as_before(laps, encoder):
+    mapper, _, walked = laps
+    keyframe, size = mapper._map.keyframes[0], CAMERA.width * CAMERA.height
+    # Per feature: pixel, descriptor, confidence, point, landmark, colour; per cloud point: 9.
+    cloud = size / MapperConfig().cloud.stride_px**2 * 9
+    feature = 8 + encoder.dim + 4 + 12 + 4 + 3
+    assert bytes_of(keyframe) <= len(keyframe.features) * feature + cloud + 1000
+    again = encoder.encode(walked[0][0].image)
+    likeness = np.einsum('nd,nd->n', keyframe.descriptors, again.descriptors)
+    assert keyframe.descriptors.dtype == np.float32 and likeness.min() > 0.999
+    np.testing.assert_allclose(np.linalg.norm(keyframe.descriptors, axis=1), 1, atol=1e-5)
+
+
+def test_all_clouds_together_are_bounded():
+    """Twice the keyframes, half the points of each: the sum stays what was set."""
+    config, rng = CloudConfig(max_points=1000), np.random.default_rng(0)
+    archive, keyframes = Archive(config), []
+    for id_ in range(100):
+        features = Features(np.zeros((5, 2), np.float32), np.ones((5, 4), np.float32),
+                            np.ones(5, np.float32), np.ones(4, np.float32))
+        keyframes.append(MapKeyframe(id_, id_, id_, CAMERA, features, np.zeros((5, 3)),
+                                     np.zeros(5, int), np.zeros((5, 3), np.uint8),
+                                     cloud_cam=rng.random((500, 3), np.float32),
+                                     cloud_rgb=np.zeros((500, 3), np.uint8)))
+        archive.pack(keyframes, len(keyframes))
+        assert sum(len(k.cloud_cam) for k in keyframes) <= CLOUD_FACTOR * config.max_points
+    sizes = [len(k.cloud_cam) for k in keyframes]
+    assert min(sizes) > 0 and max(sizes) <= 2 * min(sizes)
+    assert all(len(k.cloud_cam) == len(k.cloud_rgb) for k in keyframes)

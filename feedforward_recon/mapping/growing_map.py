@@ -120,8 +120,8 @@ class GrowingMap:
     def _match_pair(self, new: MapKeyframe, old: MapKeyframe) -> int:
         free = [np.flatnonzero((k.landmark < 0) & np.isnan(k.points_cam[:, 2]))
                 for k in (new, old)]
-        a, b = match_mutual(new.features.descriptors[free[0]],
-                            old.features.descriptors[free[1]],
+        a, b = match_mutual(new.descriptors[free[0]],
+                            old.descriptors[free[1]],
                             self.config.tracking.match_similarity)
         a, b = free[0][a], free[1][b]
         px = [new.features.keypoints[a], old.features.keypoints[b]]
@@ -133,7 +133,7 @@ class GrowingMap:
             error * new.camera.fx < SAME_POINT_PX)
         a, b, count = a[good], b[good], int(good.sum())
         ids = self.landmarks.add(old.id, np.full((count, 3), np.nan),
-                                 old.features.descriptors[b], old.rgb[b])
+                                 old.descriptors[b], old.rgb[b])
         self.landmarks.set_points_map(ids, points[good], self.T_map_cam)
         unknown = np.full(count, np.nan)
         for keyframe, rows, seen, half in ((new, a, px[0], 0), (old, b, px[1], 1)):

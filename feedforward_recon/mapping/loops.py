@@ -75,7 +75,7 @@ def _candidates(map_: GrowingMap, id_: int, config: MapperConfig) -> list[int]:
 
 def _verified(map_: GrowingMap, id_: int, old: int, config: MapperConfig) -> Loop | None:
     keyframe, past = map_.keyframes[id_], map_.keyframes[old]
-    a, b = match_mutual(keyframe.features.descriptors, past.features.descriptors,
+    a, b = match_mutual(keyframe.descriptors, past.descriptors,
                         config.tracking.match_similarity)
     points = map_.points_cam(old)[b]
     known = np.isfinite(points[:, 2])

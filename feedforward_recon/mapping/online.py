@@ -23,9 +23,10 @@ from feedforward_recon.config import MapperConfig
 from feedforward_recon.geometry.pnp import PoseFit
 from feedforward_recon.mapping.bootstrap import Bootstrap
 from feedforward_recon.mapping.cloud import sampled_depth
+from feedforward_recon.mapping.coverage import renewed
 from feedforward_recon.mapping.growing_map import GrowingMap
 from feedforward_recon.mapping.journal import Journal
-from feedforward_recon.mapping.keyframes import KeyframePolicy, View
+from feedforward_recon.mapping.keyframes import Archive, KeyframePolicy, View
 from feedforward_recon.mapping.loops import closing, find_loop
 from feedforward_recon.mapping.matching import Tracks
 from feedforward_recon.mapping.preparation import Preparation
@@ -69,7 +70,7 @@ class OnlineReconstructor(MapResults):
         self._bootstrap: Bootstrap | None = None
         self._due: deque[Callable[[], object]] = deque()
         self._closing: Iterator[None] | None = None
-        self._written = 0
+        self._written, self._archive = 0, Archive(self.config.cloud)
 
     # -- the loop --------------------------------------------------------------------------
 
@@ -88,7 +89,8 @@ class OnlineReconstructor(MapResults):
 
         Other frames may be tracked between pieces; a new keyframe first ends those that follow
         the last keyframe, and may come while a loop is being closed.
-        on_pose: told the pose in an established map before the frame becomes a keyframe.
+        on_pose: told the pose in an established map before the frame becomes a keyframe, or
+        turns out to show a place that is known already.
         """
         started = time.perf_counter()
         view = self._preparation.view(frame, len(self._journal))
@@ -98,7 +100,13 @@ class OnlineReconstructor(MapResults):
         if tracked is not None and on_pose is not None and established:
             on_pose(self._measured(view, tracked.fit, novel, _ms_since(started)))
         if tracked is not None and novel:
-            tracked = self._extend(view, self._brought_up_to_date(tracked))
+            found = tracked.features is not None  # a place lost is tied again by a keyframe
+            tracked = self._described(view, self._brought_up_to_date(tracked))
+            known = self._renewed(view, tracked) if established and not found else None
+            novel = known is None
+            tracked = known or tracked
+        if tracked is not None and novel:
+            tracked = self._extend(view, tracked)
             self._due.extend((partial(self._map.refine_window, poses_fixed=self.poses == 'given'),
                               self._close_loops, self._refine_focal, self._write_memory))
         return self._record(view, tracked, novel, started)
@@ -205,9 +213,27 @@ class OnlineReconstructor(MapResults):
 
     # -- mapping ---------------------------------------------------------------------------
 
+    def _renewed(self, view: View, tracked: Tracked) -> Tracked | None:
+        """The frame with its tracks renewed from old landmarks, where these say it all."""
+        if self.poses == 'given':
+            return None
+        assert tracked.features is not None
+        T_map_cam = tracked.fit.T_map_cam
+        tracks = renewed(view, tracked.features, self._map, T_map_cam, tracked.tracks)
+        if tracks is None:
+            return None
+        self._policy.kept(view, tracks)
+        self._tracker.corrected(tracks, T_map_cam)
+        self.stats.revisited += 1
+        return replace(tracked, tracks=tracks)
+
+    def _described(self, view: View, tracked: Tracked) -> Tracked:
+        return replace(tracked, features=tracked.features or self.encoder.encode(view.image))
+
     def _extend(self, view: View, tracked: Tracked) -> Tracked:
-        """Make a frame a keyframe: describe it, tie it to known landmarks, add new ones."""
-        features = tracked.features or self.encoder.encode(view.image)
+        """Make a frame a keyframe: tie it to known landmarks, add new ones."""
+        features = tracked.features
+        assert features is not None
         tracks = self._map.add_keyframe(view, features, tracked.fit.T_map_cam, tracked.tracks)
         newest = len(self._map) - 1
         self._map.triangulate_pending(newest)
@@ -276,6 +302,7 @@ class OnlineReconstructor(MapResults):
             if self.memory is not None:
                 self.memory.write(self._map.exported(id_))
         self._written = max(self._written, done)
+        self._archive.pack(self._map.keyframes, self._written - self.config.refine.window)
 
     def _reanchor(self) -> None:
         if self.memory is not None and self._written:

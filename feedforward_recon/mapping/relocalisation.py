@@ -63,7 +63,7 @@ def _against(view: View, features: Features, map_: GrowingMap, id_: int,
     ids = np.flatnonzero(near & table.has_point)
     points = np.concatenate([transform_points(map_.T_map_cam[id_], own[known]),
                              table.points_map(ids, map_.T_map_cam)])
-    descriptors = np.concatenate([keyframe.features.descriptors[known], table.descriptor[ids]])
+    descriptors = np.concatenate([keyframe.descriptors[known], table.descriptor[ids]])
     a, b = match_mutual(features.descriptors, descriptors, config.match_similarity)
     return pnp_ransac(points[b], features.keypoints[a], view.camera, config.outlier_px,
                       config.seed)

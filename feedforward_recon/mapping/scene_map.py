@@ -35,7 +35,11 @@ class SceneMap:
 
 @dataclass
 class Stats:
-    """Counts of a run; restarts: monocular maps given up before they had depth."""
+    """Counts of a run.
+
+    restarts: monocular maps given up before they had depth; revisited: frames that would have
+    become keyframes had the map not known what they show.
+    """
 
     frames: int = 0
     keyframes: int = 0
@@ -44,6 +48,7 @@ class Stats:
     loops: int = 0
     corrections: int = 0
     restarts: int = 0
+    revisited: int = 0
 
 
 class Memory(Protocol):

@@ -1,0 +1,67 @@
+"""Places that the map knows well already: nothing there is worth another keyframe.
+
+A robot that goes round in one flat must not fill its memory. Where old landmarks cover what a
+frame shows, the frame only renews the tracks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.spatial import cKDTree
+
+from feedforward_recon.mapping.growing_map import (
+    GUIDED_RADIUS_PX,
+    SAME_DEPTH,
+    SAME_POINT_PX,
+    GrowingMap,
+)
+from feedforward_recon.mapping.keyframes import View
+from feedforward_recon.mapping.matching import Tracks, match_guided
+from feedforward_recon.types import Features
+
+AGE = 20  # keyframes since a landmark was new
+FIRM_VIEWS = 3
+OLD_SHARE = 0.5  # of the tracks, before it is worth looking closer
+COVERED_SHARE = 0.75  # of the image cells with texture
+CELLS = 10  # per image width
+
+
+def old_and_firm(map_: GrowingMap, ids: np.ndarray) -> np.ndarray:
+    """Mask [n] of landmarks that were new long ago and that several keyframes saw."""
+    table = map_.landmarks
+    return (table.has_point[ids] & (table.anchor[ids] < len(map_) - AGE)
+            & (table.views()[ids] >= FIRM_VIEWS))
+
+
+def renewed(view: View, features: Features, map_: GrowingMap, T_map_cam: np.ndarray,
+            tracks: Tracks) -> Tracks | None:
+    """The tracks with all landmarks that can be found again; None if the view is not covered.
+
+    tracks: of this frame, whose pose is T_map_cam.
+    """
+    if old_and_firm(map_, tracks.ids).sum() < OLD_SHARE * len(tracks.ids):
+        return None
+    tracks = _found_again(view, features, map_, T_map_cam, tracks)
+    size = view.camera.width / CELLS
+    textured = np.unique((features.keypoints // size).astype(int), axis=0)
+    known = (tracks.px[old_and_firm(map_, tracks.ids)] // size).astype(int)
+    covered = (textured[:, None] == known[None]).all(2).any(1)
+    return tracks if covered.mean() >= COVERED_SHARE else None
+
+
+def _found_again(view: View, features: Features, map_: GrowingMap, T_map_cam: np.ndarray,
+                 tracks: Tracks) -> Tracks:
+    """Tracks and the landmarks of nearby keyframes that show up where they should."""
+    near = map_.neighbours(T_map_cam, map_.typical_depth(len(map_) - 1))
+    ids, px, depth = map_.visible(near, T_map_cam, view.camera)
+    sensed = view.depth_at(px)
+    hidden = (sensed > 0) & (np.abs(sensed - depth) > 2 * SAME_DEPTH * depth)
+    keep = ~np.isin(ids, tracks.ids) & ~hidden
+    ids, px = ids[keep], px[keep]
+    row, feature = match_guided(px, map_.landmarks.descriptor[ids], features, GUIDED_RADIUS_PX,
+                                map_.config.tracking.match_similarity)
+    found = features.keypoints[feature]
+    alone = cKDTree(tracks.px).query(found)[0] > SAME_POINT_PX if len(tracks.px) \
+        else np.ones(len(found), bool)
+    return Tracks(tracks.gray, np.concatenate([tracks.ids, ids[row[alone]]]),
+                  np.concatenate([tracks.px, found[alone]]))
