@@ -21,16 +21,12 @@ MIN_SPREAD = 0.5  # share of the cells that landmarks must be seen in
 
 
 class PosedMapper(OnlineReconstructor):
-    """The online mapper for poses that come from a network and may move later.
-
-    Loops may bend the map, as they do where poses are estimated.
-    """
+    """The online mapper for poses that come from a network and may move later."""
 
     def __init__(self, config: MapperConfig, encoder: Encoder, memory: Memory | None = None, *,
                  relocalise: Callable[[Frame], Estimate] | None = None,
                  exact: MapperConfig | None = None) -> None:
         super().__init__(config, encoder, memory, poses='given', relocalise=relocalise)
-        self.bends = True
         self._follower = Tracker((exact or config).tracking)
 
     def pose(self, frame: int) -> FloatArray | None:

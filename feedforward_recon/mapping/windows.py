@@ -281,15 +281,13 @@ class WindowedReconstructor:
     def _settings(self, *, wide: bool) -> MapperConfig:
         """Settings of the mapper; wide: gates for poses that have yet to be refined."""
         tracking, refine, cloud = self.config.tracking, self.config.refine, self.config.cloud
-        loops = self.config.loops
         if wide:
             tracking = replace(tracking, outlier_px=WIDE * tracking.outlier_px)
             refine = replace(refine, robust_px=WIDE * refine.robust_px)
-            loops = replace(loops, correct_px=WIDE * loops.correct_px)
         if not self.metric:
             tracking = replace(tracking, depth_noise=self._depth_noise)
             cloud = replace(cloud, voxel_m=cloud.voxel_m / 2)
-        return replace(self.config, tracking=tracking, refine=refine, loops=loops, cloud=cloud)
+        return replace(self.config, tracking=tracking, refine=refine, cloud=cloud)
 
     @staticmethod
     def _place(frame: Frame, prediction: Prediction, shown: bool, score: float,
