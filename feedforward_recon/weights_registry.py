@@ -90,7 +90,9 @@ _ALL = (
     Checkpoint(
         'tiny', 'tiny', APACHE, 6_989_976, file='tiny.safetensors',
         sha256='e0257462c87afb43f654db23af3d7f379f5bb0e3bb0506c1ba76b9858dba67f3'),
-    Checkpoint('tiny-ttt', 'tiny-ttt', APACHE, 6_989_976, file='tiny-ttt.safetensors'),
+    Checkpoint(
+        'tiny-ttt', 'tiny-ttt', APACHE, 7_404_688, file='tiny-ttt.safetensors',
+        sha256='1bb2c1ac5bd48601382b59703766a07a2ee530d117de3666daae2cf5a02e7cd2'),
     Checkpoint(
         'vggt-1b', 'vggt-1b', CC_BY_NC, 5_026_367_224, 'facebook/VGGT-1B',
         revision='860abec7937da0a4c03c41d3c269c366e82abdf9',
