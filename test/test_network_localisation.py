@@ -37,7 +37,7 @@ from feedforward_recon.model.predictor import NetworkPredictor
 from feedforward_recon.model.scene_memory import RememberingNetwork, recalled, why_not
 from feedforward_recon.model.vit import VitConfig
 from feedforward_recon.synthetic import Room, render_walk
-from feedforward_recon.types import Prediction, Status
+from feedforward_recon.types import Estimate, Prediction, Status
 
 SMALL = VggtConfig(BackboneConfig(VitConfig(48, 2, 3, grid=4), 4, (0, 1, 2, 3)),
                    DptConfig(96, 16, (8, 16, 24, 32)))
@@ -157,6 +157,23 @@ def test_a_wrong_pose_is_refused(frames, points):
     elsewhere.novelty = 0.04
     answer = NetworkLocalizer(elsewhere, memory, link, points).localize(bare(frames[2]))
     assert answer.reason == 'UNKNOWN_PLACE' and answer.T_map_cam is None
+
+
+@pytest.mark.parametrize('status', [Status.TRACKING, Status.NOT_LOCALISED])
+def test_the_landmarks_have_the_last_word(frames, points, status):
+    memory, link = linked(frames, points, Oracle(frames))
+    hints = []
+
+    class Landmarks:
+        camera = CAMERA
+
+        def localize(self, frame, hint):
+            hints.append(hint)
+            return Estimate(0, status, reason='TOO_FEW_INLIERS')
+    localizer = NetworkLocalizer(Oracle(frames), memory, link, points, Landmarks())
+    answer = localizer.localize(replace(bare(frames[2]), camera=None))
+    assert answer.status is status and answer.T_map_cam is None
+    np.testing.assert_allclose(hints[0], frames[2].T_map_cam, atol=1e-6)
 
 
 def test_the_link_ignores_a_few_wrong_cameras(frames):

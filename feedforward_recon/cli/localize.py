@@ -82,9 +82,9 @@ NetworkWeights = Annotated[str, typer.Option('--weights', help='File of weights,
                                              '`ffrecon weights list`; default: what made the '
                                              'map.', metavar='FILE|NAME',
                                              rich_help_panel='Network')]
-Refine = Annotated[bool, typer.Option('--refine/--no-refine', help='Refine what the network '
-                                      'says on the landmarks of the map, which also answer '
-                                      'where it refuses.', rich_help_panel='Network')]
+Refine = Annotated[bool, typer.Option('--refine/--no-refine', help='Let the landmarks of the map '
+                                      'decide, with the pose of the network as a hint, or take '
+                                      'its pose as it is.', rich_help_panel='Network')]
 
 
 @takes_source_options
@@ -100,8 +100,8 @@ def localize_command(map_: MapFolder, source: Source, options: SourceOptions, ou
     assumed. If the source carries poses, errors and recall are printed.
 
     With --model the images are shown to the network that made the map (ffrecon map --model vgg-t3
-    or --attention ttt, hybrid), one by one and without writing; its poses are then refined on
-    the landmarks. What only the network vouches for is UNCERTAIN.
+    or --attention ttt, hybrid), one by one and without writing; its poses are hints for the
+    landmarks. With --no-refine they are the answers, UNCERTAIN at best.
 
     --json prints a list with one entry per image: file, stamp_ns, status, T_map_cam (4x4 or
     null), inliers, score, ms. Exit code 1: no image was found in the map.

@@ -20,6 +20,7 @@ from feedforward_recon.types import FloatArray, Frame, Prediction
 MIN_CAMERAS = 3
 SAME_DEPTH = 0.2  # a landmark is confirmed by a depth that differs by less than this share
 USABLE_POSITION, USABLE_ANGLE = 0.3, 0.35  # of the typical depth; radians
+USABLE_AGREEMENT = 0.3
 ITERATIONS = 20
 MAD_TO_STD = 1.4826
 STILL = ('expected cameras that move alike in the map and in the world of the network, found '
@@ -34,7 +35,7 @@ class NetworkLink:
     better. keyframes: images written. fit_position, fit_angle: rms of what their cameras differ
     by after the fit (map units, radians). checked: images asked for afterwards; position, angle:
     rms error of their answers; agreement: median share of the landmarks in their view that their
-    depth confirmed; novelty: 90 % of them are no newer to the network (see ``SceneNetwork``).
+    depth confirmed; novelty: the largest of them (see ``SceneNetwork``).
     depth: typical depth of the map, map units.
     """
 
@@ -64,8 +65,12 @@ class NetworkLink:
 
     @property
     def recognised(self) -> bool:
-        """False when answers to images of the walk itself are too far off to be of use."""
-        return self.position < USABLE_POSITION * self.depth and self.angle < USABLE_ANGLE
+        """False when answers to images of the walk itself are too far off to be of use.
+
+        Or when cameras and depth differ in their unit, so that neither can vouch for the other.
+        """
+        return (self.position < USABLE_POSITION * self.depth and self.angle < USABLE_ANGLE
+                and self.agreement > USABLE_AGREEMENT)
 
 
 def align_cameras(T_net_cam: FloatArray, T_map_cam: FloatArray, scale: float | None = None

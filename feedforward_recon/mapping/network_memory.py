@@ -46,7 +46,7 @@ CHECKED = 16  # other images that are asked for afterwards
 MIN_LANDMARKS = 20  # in view, to judge an answer by
 SURE_SHARE = 0.5  # of the agreement that images of the walk itself reach
 MOST_NOVEL = 2.0
-FAMILIAR = 3.0  # times the novelty of most images of the walk: more is another place
+FAMILIAR = 2.0  # times the largest novelty of images of the walk: more is another place
 
 
 class SceneNetwork(Protocol):
@@ -153,7 +153,7 @@ def remember(network: SceneNetwork, walk: Sequence[Frame], others: Sequence[Fram
     answers = [network.ask(frame.image, memory) for frame in asked]
     links = [_checked(link, answers, asked, points)
              for link in _links(prediction, seen, points, unit)]
-    best = min(links, key=lambda link: link.position)
+    best = min(links, key=lambda link: (not link.recognised, link.position))
     if not others:  # what was written is never novel, so any image may be of this place
         best = replace(best, novelty=MOST_NOVEL)
     log.info('the network remembers %d keyframes; scale from %s; %d other images %.3f units and '
@@ -211,7 +211,7 @@ def _checked(link: NetworkLink, answers: Sequence[tuple[Prediction, float]],
               for (answer, _), frame in zip(answers, frames, strict=True)]
     return replace(link, checked=len(frames), position=position, angle=angle,
                    agreement=float(np.median(shares)),
-                   novelty=float(np.quantile([novelty for _, novelty in answers], 0.9)))
+                   novelty=max(novelty for _, novelty in answers))
 
 
 def _evenly(frames: Sequence[Frame], count: int) -> list[Frame]:
@@ -225,7 +225,8 @@ def _evenly(frames: Sequence[Frame], count: int) -> list[Frame]:
 class NetworkLocalizer:
     """Finds images with a network that remembers the map. Keeps no state between calls.
 
-    refiner: finds the pose exactly among the map's landmarks, with the network's as a hint.
+    refiner: has the last word: it finds the pose among the map's landmarks, with the one of the
+    network, if that is sure, as a hint.
     """
 
     def __init__(self, network: SceneNetwork, memory: Any, link: NetworkLink, points: FloatArray,
@@ -236,7 +237,7 @@ class NetworkLocalizer:
     def localize(self, frame: Frame) -> Estimate:
         """Pose of a frame in the map, or NOT_LOCALISED with the reason.
 
-        A pose that no landmarks have refined is UNCERTAIN. Raises InputError for an image that
+        Without a refiner a pose is UNCERTAIN at best. Raises InputError for an image that
         cannot be used.
         """
         started = time.perf_counter()
@@ -244,8 +245,7 @@ class NetworkLocalizer:
         answer = self._judged(prediction, novelty, frame)
         if self.refiner is not None:
             camera = self._camera(frame, prediction)
-            refined = self.refiner.localize(replace(frame, camera=camera), answer.T_map_cam)
-            answer = refined if refined.T_map_cam is not None else answer
+            answer = self.refiner.localize(replace(frame, camera=camera), answer.T_map_cam)
         return replace(answer, stamp_ns=frame.stamp_ns, source=frame.source,
                        latency_ms=1e3 * (time.perf_counter() - started))
 

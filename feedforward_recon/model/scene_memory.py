@@ -89,9 +89,9 @@ def remembered(predictor: NetworkPredictor, model: str, weights: str, frames: It
         log.warning('the map goes without the memory of the network: %s', problem)
         return None
     if not link.recognised:
-        log.warning('the network does not find images of this walk again (they come out %.2f '
-                    'units and %.0f degrees off): it will refuse queries', link.position,
-                    np.rad2deg(link.angle))
+        log.warning('the network does not find images of this walk again (%.2f units and %.0f '
+                    'degrees off, its depth confirms %.0f %% of the landmarks): it will refuse '
+                    'queries', link.position, np.rad2deg(link.angle), 100 * link.agreement)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.tensors().items()}
     return NetworkMemory(ALIASES.get(model, model), network.config.attention,
                          '' if is_path(name) else name, file_sha256(find_weights(name)), link,
