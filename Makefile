@@ -25,7 +25,7 @@ PACKAGE := $(VENV)/.package-installed
 ROS_WHEELS := $(VENV)/.ros-wheels-installed
 TF2_MSGS := $(VENV)/.tf2-msgs-installed
 TF2_SOURCES := $(wildcard test/ros_support/tf2_msgs/* test/ros_support/tf2_msgs/msg/*)
-SOURCES := feedforward_recon test benchmarks setup.py
+SOURCES := feedforward_recon launch test benchmarks setup.py
 
 .PHONY: demo demo-ros test lint slow ros bench config clean
 .DELETE_ON_ERROR:
@@ -36,10 +36,10 @@ demo: $(PACKAGE)
 demo-ros: $(PACKAGE) ros
 	$(BIN)/python -m feedforward_recon.ros.demo
 
-test: lint ros
+test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' $(PARALLEL) $(PYTEST_ARGS)
 
-lint: $(PACKAGE)
+lint: $(PACKAGE) ros
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 

@@ -52,6 +52,24 @@ def room_frames(room_camera):
 
 
 @pytest.fixture(scope='session')
+def encoder():
+    """The encoder that ships with the package; it keeps nothing between images."""
+    from feedforward_recon.model.compact import CompactEncoder
+
+    return CompactEncoder.load()
+
+
+@pytest.fixture(scope='session')
+def room_walk():
+    """Eighty frames of 320x240 at 10 Hz through a room, with depth, camera and exact poses."""
+    from feedforward_recon.synthetic import Room, render_walk
+
+    room, camera = Room.generate(7), Camera.from_fov(68.0, (320, 240))
+    return list(render_walk(room, camera, room.walk(240, seed=0, fps=10.0)[:80], fps=10.0,
+                            noise=1.0, seed=1))
+
+
+@pytest.fixture(scope='session')
 def walk_folder(tmp_path_factory):
     """Thirty RGB-D frames of 320x240 with exact poses, as a folder with cameras.json."""
     import cv2

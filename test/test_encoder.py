@@ -21,11 +21,6 @@ from feedforward_recon.model.compact import (
 
 
 @pytest.fixture(scope='module')
-def encoder():
-    return CompactEncoder.load()
-
-
-@pytest.fixture(scope='module')
 def picture(room_frames):
     image = room_frames[0].image
     return cv2.resize(image, (320, 240), interpolation=cv2.INTER_CUBIC)

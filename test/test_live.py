@@ -10,7 +10,6 @@ from feedforward_recon.errors import InputError, MapError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, pose_error, se3_exp
 from feedforward_recon.live import NO_MAP, LiveSession
-from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Status
 
@@ -23,15 +22,8 @@ T_FIRST = se3_exp(np.array([0.2, -0.1, 0.5, 1.2, -1.2, 1.2]))
 
 
 @pytest.fixture(scope='module')
-def encoder():
-    return CompactEncoder.load()
-
-
-@pytest.fixture(scope='module')
-def frames():
-    room = Room.generate(7)
-    return list(render_walk(room, CAMERA, room.walk(240, seed=0, fps=FPS)[:60], fps=FPS,
-                            noise=1.0, seed=1))
+def frames(room_walk):
+    return room_walk[:60]
 
 
 @pytest.fixture(scope='module')

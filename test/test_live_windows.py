@@ -15,7 +15,6 @@ from feedforward_recon.geometry.transforms import inverse, pose_error, se3_exp
 from feedforward_recon.live import LiveSession
 from feedforward_recon.mapping.live_windows import FIRST_VIEWS, Selection
 from feedforward_recon.mapping.window_parts import FeedForward, WindowConfig
-from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Status, Trajectory
 
@@ -31,11 +30,6 @@ def walk(seed, count, start=0):
     room = Room.generate(seed)
     return list(render_walk(room, CAMERA, room.walk(240, seed=0, fps=FPS)[start:count], fps=FPS,
                             noise=1.0, seed=1))
-
-
-@pytest.fixture(scope='module')
-def encoder():
-    return CompactEncoder.load()
 
 
 @pytest.fixture(scope='module')

@@ -13,8 +13,6 @@ from feedforward_recon.mapping import growing_map
 from feedforward_recon.mapping.keyframes import CLOUD_FACTOR, Archive, MapKeyframe
 from feedforward_recon.mapping.loops import Loop, closing
 from feedforward_recon.mapping.online import OnlineReconstructor
-from feedforward_recon.model.compact import CompactEncoder
-from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Features
 
 CAMERA = Camera.from_fov(68.0, (320, 240))
@@ -23,15 +21,8 @@ DRIFT = np.array([0.2, 0.05, 0.1, 0.0, 0.06, 0.0])
 
 
 @pytest.fixture(scope='module')
-def encoder():
-    return CompactEncoder.load()
-
-
-@pytest.fixture(scope='module')
-def frames():
-    room = Room.generate(7)
-    return list(render_walk(room, CAMERA, room.walk(240, seed=0, fps=FPS)[:80], fps=FPS,
-                            noise=1.0, seed=1))
+def frames(room_walk):
+    return room_walk
 
 
 def mapped(frames, encoder):

@@ -7,18 +7,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_network import SMALL
 from torch import nn
 
 from feedforward_recon.cli import main
 from feedforward_recon.model import configs
-from feedforward_recon.model.backbone import BackboneConfig
-from feedforward_recon.model.dpt import DptConfig
-from feedforward_recon.model.network import VggtConfig
-from feedforward_recon.model.vit import VitConfig
 from feedforward_recon.weights_registry import FOLDER_VARIABLE, package_folder
-
-SMALL = VggtConfig(BackboneConfig(VitConfig(48, 2, 3, grid=4), 4, (0, 1, 2, 3)),
-                   DptConfig(96, 16, (8, 16, 24, 32)))
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from small_network import SMALL
 
 from feedforward_recon.cli import main
 from feedforward_recon.errors import DegenerateError, MapError
@@ -29,18 +30,12 @@ from feedforward_recon.mapping.network_memory import (
     remember,
     spanning,
 )
-from feedforward_recon.model.backbone import BackboneConfig
 from feedforward_recon.model.configs import CONFIGS, build
-from feedforward_recon.model.dpt import DptConfig
-from feedforward_recon.model.network import VggtConfig
 from feedforward_recon.model.predictor import NetworkPredictor
 from feedforward_recon.model.scene_memory import RememberingNetwork, recalled, why_not
-from feedforward_recon.model.vit import VitConfig
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Estimate, Prediction, Status
 
-SMALL = VggtConfig(BackboneConfig(VitConfig(48, 2, 3, grid=4), 4, (0, 1, 2, 3)),
-                   DptConfig(96, 16, (8, 16, 24, 32)))
 CAMERA = Camera.from_fov(68.0, (160, 120))
 SCALE = 0.4  # units of the oracle's world per metre
 

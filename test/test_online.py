@@ -14,7 +14,6 @@ from feedforward_recon.mapping.cloud import voxel_fused
 from feedforward_recon.mapping.loops import Loop, closing
 from feedforward_recon.mapping.offline import reconstruct
 from feedforward_recon.mapping.online import OnlineReconstructor
-from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Status
 
@@ -36,16 +35,8 @@ class Notes:
 
 
 @pytest.fixture(scope='module')
-def encoder():
-    return CompactEncoder.load()
-
-
-@pytest.fixture(scope='module')
-def frames():
-    """Eighty frames of a walk through a room, with depth, camera and true poses."""
-    room = Room.generate(7)
-    return list(render_walk(room, CAMERA, room.walk(240, seed=0, fps=FPS)[:80], fps=FPS,
-                            noise=1.0, seed=1))
+def frames(room_walk):
+    return room_walk
 
 
 @pytest.fixture(scope='module')

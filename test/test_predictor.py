@@ -6,18 +6,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_network import SMALL
 
 from feedforward_recon.cli import main
 from feedforward_recon.errors import CheckpointError, InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.model import configs
 from feedforward_recon.model import predictor as module
-from feedforward_recon.model.backbone import BackboneConfig
 from feedforward_recon.model.checkpoints import expected_tensors
 from feedforward_recon.model.configs import build
 from feedforward_recon.model.da3 import Da3Reconstruction
-from feedforward_recon.model.dpt import DptConfig
-from feedforward_recon.model.network import Reconstruction, VggtConfig
+from feedforward_recon.model.network import Reconstruction
 from feedforward_recon.model.pi3 import Pi3Reconstruction
 from feedforward_recon.model.pose_encoding import decode_cameras, encode_cameras, inverse
 from feedforward_recon.model.predictor import (
@@ -29,10 +28,7 @@ from feedforward_recon.model.predictor import (
     preparation,
 )
 from feedforward_recon.model.preprocess import crop, longest_side, match_pixels, pad
-from feedforward_recon.model.vit import PATCH, VitConfig
-
-SMALL = VggtConfig(BackboneConfig(VitConfig(48, 2, 3, grid=4), 4, (0, 1, 2, 3)),
-                   DptConfig(96, 16, (8, 16, 24, 32)))
+from feedforward_recon.model.vit import PATCH
 
 
 @pytest.fixture

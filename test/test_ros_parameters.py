@@ -52,7 +52,7 @@ def put(node, name, value):
 
 def test_every_setting_is_a_parameter_with_its_default(make_node):
     node = make_node()
-    parameters = declare(node)
+    parameters = declare(node, NodeConfig)
     assert parameters.config == NodeConfig()
     values = {s.name: node.get_parameter(s.name).value for s in walk(NodeConfig())}
     assert from_dict(NodeConfig, nested(values)) == NodeConfig()
@@ -61,14 +61,14 @@ def test_every_setting_is_a_parameter_with_its_default(make_node):
 
 def test_a_node_may_have_defaults_of_its_own(make_node):
     node = make_node()
-    assert declare(node, mode='localization').config == NodeConfig(mode='localization')
+    assert declare(node, NodeConfig, mode='localization').config == NodeConfig(mode='localization')
     assert node.get_parameter('mode').value == 'localization'
 
 
 @pytest.mark.parametrize('name', ['mapping', 'localization'])
 def test_ros_reads_the_shipped_files_without_a_warning(make_node, name):
     node = make_node('--ros-args', '--params-file', str(ROOT / f'config/{name}.yaml'))
-    parameters = declare(node)
+    parameters = declare(node, NodeConfig)
     assert parameters.config == NodeConfig(mode=name)
     assert parameters.unknown == ()
 
@@ -77,7 +77,7 @@ def test_a_whole_number_stands_for_a_real_one(make_node, tmp_path):
     file = tmp_path / 'p.yaml'
     file.write_text('/**: {ros__parameters: {tf_rate_hz: 30, localizer: {search_px: 9}}}')
     node = make_node('--ros-args', '--params-file', str(file), '-p', 'path_length:=7')
-    parameters = declare(node)
+    parameters = declare(node, NodeConfig)
     assert node.get_parameter('tf_rate_hz').type_ == Parameter.Type.DOUBLE
     assert put(node, 'tf_rate_hz', 40).successful
     config = parameters.config
@@ -87,7 +87,7 @@ def test_a_whole_number_stands_for_a_real_one(make_node, tmp_path):
 
 def test_descriptors_tell_meaning_range_and_choices(make_node):
     node = make_node()
-    declare(node)
+    declare(node, NodeConfig)
     for setting in walk(NodeConfig()):
         told, meta = node.describe_parameter(setting.name), setting.spec.metadata
         assert told.description.startswith(meta['doc'])
@@ -112,12 +112,12 @@ def test_descriptors_tell_meaning_range_and_choices(make_node):
 ])
 def test_wrong_values_at_start_are_one_sentence(make_node, overrides, message):
     with pytest.raises(ConfigError, match=message):
-        declare(make_node(**overrides))
+        declare(make_node(**overrides), NodeConfig)
 
 
 def test_unknown_names_are_warned_about_with_the_nearest_known(make_node, capfd):
     node = make_node(memory__slot=3, zzz=1, use_sim_time=True)
-    parameters = declare(node)
+    parameters = declare(node, NodeConfig)
     assert parameters.unknown == ('memory.slot', 'zzz')
     said = capfd.readouterr().err
     assert 'memory.slot is unknown and changes nothing; did you mean memory.slots?' in said
@@ -137,7 +137,7 @@ def test_unknown_names_are_warned_about_with_the_nearest_known(make_node, capfd)
 ])
 def test_a_refused_change_has_a_reason_and_changes_nothing(make_node, name, value, reason):
     node = make_node()
-    parameters = declare(node)
+    parameters = declare(node, NodeConfig)
     before, told = node.get_parameter(name).value, []
     parameters.on_change(told.append)
     result = put(node, name, value)
@@ -151,7 +151,7 @@ def test_listeners_hear_an_accepted_change_once(make_node, monkeypatch, iron_or_
     node = make_node()
     if not iron_or_later:
         monkeypatch.delattr(type(node), 'add_post_set_parameters_callback')
-    parameters, told = declare(node), []
+    parameters, told = declare(node, NodeConfig), []
     parameters.on_change(told.append)
     assert put(node, 'localizer.search_px', 5.0).successful
     assert put(node, 'localizer.search_px', 5.0).successful  # nothing new
@@ -162,7 +162,7 @@ def test_listeners_hear_an_accepted_change_once(make_node, monkeypatch, iron_or_
 
 def test_several_changes_are_all_or_nothing(make_node):
     node = make_node()
-    parameters, told = declare(node), []
+    parameters, told = declare(node, NodeConfig), []
     parameters.on_change(told.append)
     pair = [Parameter('map_frame', value='odom'), Parameter('odom_frame', value='map')]
     assert node.set_parameters_atomically(pair).successful
@@ -174,7 +174,7 @@ def test_several_changes_are_all_or_nothing(make_node):
 
 def test_a_configured_node_changes_only_live_settings(make_node):
     node = make_node()
-    parameters = declare(node)
+    parameters = declare(node, NodeConfig)
     assert put(node, 'memory.slots', 5).successful
     parameters.locked = True
     result = put(node, 'memory.slots', 6)

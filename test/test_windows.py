@@ -14,7 +14,6 @@ from feedforward_recon.map_folder import save_map
 from feedforward_recon.mapping.window_geometry import agreement
 from feedforward_recon.mapping.windows import WindowConfig, WindowedReconstructor
 from feedforward_recon.memory import MemoryWriter
-from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Prediction, Status, Trajectory
 
@@ -66,11 +65,6 @@ class Notes:
 
     def reanchor(self, poses):
         pass
-
-
-@pytest.fixture(scope='module')
-def encoder():
-    return CompactEncoder.load()
 
 
 @pytest.fixture(scope='module')

@@ -92,23 +92,14 @@ def _right_jacobian_inverse(omega: np.ndarray) -> np.ndarray:
     return np.eye(3) + 0.5 * W + c[:, None, None] * (W @ W)
 
 
-def optimise_pose_graph(graph: PoseGraph, edges: PoseGraphEdges, fixed: np.ndarray, *,
-                        with_scale: bool, steps: int = 20,
-                        robust_scale: float = 3.0) -> PoseGraph:
-    """The graph that agrees best with its edges; nodes with ``fixed`` (bool [N]) stay.
-
-    with_scale: scales may change (Sim(3)); otherwise they stay (SE(3)). The cost never rises.
-    """
-    for better in pose_graph_steps(graph, edges, fixed, with_scale=with_scale, steps=steps,
-                                   robust_scale=robust_scale):
-        graph = better
-    return graph
-
-
 def pose_graph_steps(graph: PoseGraph, edges: PoseGraphEdges, fixed: np.ndarray, *,
                      with_scale: bool, steps: int = 20,
                      robust_scale: float = 3.0) -> Iterator[PoseGraph]:
-    """``optimise_pose_graph`` in pieces: the best graph so far after each step."""
+    """The graph that agrees best with its edges, step by step: the best so far after each.
+
+    Nodes with ``fixed`` (bool [N]) stay. with_scale: scales may change (Sim(3)); otherwise they
+    stay (SE(3)). The cost never rises.
+    """
     free = np.zeros((len(fixed), 7), bool)
     free[~fixed] = True
     free[:, 6] &= with_scale

@@ -96,7 +96,7 @@ class _Layout:
     def __init__(self, problem: BundleProblem) -> None:
         count, obs = len(problem.points), np.arange(len(problem.pose_index))
         ones = np.ones(len(obs))
-        self.n_poses, self.n_points = len(problem.fixed), count
+        self.n_poses = len(problem.fixed)
         self.by_pose = sparse.csr_matrix((ones, (problem.pose_index, obs)),
                                          (self.n_poses, len(obs)))
         self.by_point = sparse.csr_matrix((ones, (problem.point_index, obs)),

@@ -34,11 +34,6 @@ class TwoView:
     inliers: np.ndarray
     angle_deg: np.ndarray
 
-    @property
-    def parallax_deg(self) -> float:
-        """Median ray angle of the inliers."""
-        return float(np.median(self.angle_deg[self.inliers]))
-
 
 def relative_pose(xy_a: np.ndarray, xy_b: np.ndarray, focal_px: float,
                   threshold_px: float = 1.0, seed: int = 0) -> TwoView:

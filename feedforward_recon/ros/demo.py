@@ -114,13 +114,14 @@ class Observer:
         """Call a std_srvs/Trigger service."""
         from std_srvs.srv import Trigger
 
-        client = self.node.create_client(Trigger, name)
+        client: Any = self.node.create_client(Trigger, name)
         if not self.watch(client.service_is_ready, START_S):
             return False, f'no service {name}'
         future = client.call_async(Trigger.Request())
         if not self.watch(future.done, timeout_s):
             return False, f'no answer from {name}'
-        return future.result().success, future.result().message
+        answer = future.result()
+        return answer.success, answer.message
 
     def trajectories(self) -> tuple[Trajectory, Trajectory]:
         """Measured and true camera poses."""

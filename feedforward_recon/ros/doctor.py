@@ -122,7 +122,7 @@ class Examination:
         return {name: self._ask(name) for name in services}
 
     def _ask(self, service: str) -> dict[str, Any]:
-        client = self.node.create_client(Trigger, service)
+        client: Any = self.node.create_client(Trigger, service)
         future = client.call_async(Trigger.Request())
         self._executor.spin_until_future_complete(future, timeout_sec=ANSWER_S)
         answer = future.result() if future.done() else None

@@ -36,4 +36,4 @@ def fill(field: array, content: np.ndarray) -> None:
     on Humble (minutes for a map) and copied element by element elsewhere.
     """
     del field[:]
-    field.frombytes(np.ascontiguousarray(content).reshape(-1).view(np.uint8))
+    field.frombytes(np.ascontiguousarray(content).reshape(-1).view(np.uint8).data)

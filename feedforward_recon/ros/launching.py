@@ -95,9 +95,9 @@ def camera_node(mode: str | Substitution) -> list[Action]:
 def _node(context: LaunchContext, name: list[str | Substitution]) -> list[Action]:
     given = {setting: context.launch_configurations[setting] for setting in SETTINGS
              if context.launch_configurations[setting]}
-    for name in ('map', 'weights'):  # the node may run in another folder
-        if name in given and (name == 'map' or is_path(given[name])):
-            given[name] = str(Path(given[name]).expanduser().absolute())
+    for setting in ('map', 'weights'):  # the node may run in another folder
+        if setting in given and (setting == 'map' or is_path(given[setting])):
+            given[setting] = str(Path(given[setting]).expanduser().absolute())
     flags = {flag: ParameterValue(LaunchConfiguration(flag), value_type=bool)
              for flag in ('use_sim_time', 'autostart')}
     texts = {setting: ParameterValue(value, value_type=str) for setting, value in given.items()}

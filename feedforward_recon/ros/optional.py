@@ -86,21 +86,23 @@ def _tested_bridge(module: Any) -> Any:
     rng = np.random.default_rng(0)
     rgb = rng.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
     grey = rgb[..., 0]
-    colours = {'rgb8': (rgb, rgb), 'bgr8': (rgb[..., ::-1], rgb),
-               'mono8': (grey, np.repeat(grey[..., None], 3, -1))}
-    depths = {'16UC1': rng.integers(1, 65536, (HEIGHT, WIDTH)).astype(np.uint16),
-              '32FC1': rng.uniform(0.1, 9, (HEIGHT, WIDTH)).astype(np.float32)}
+    colours: dict[str, tuple[np.ndarray, np.ndarray]] = {
+        'rgb8': (rgb, rgb), 'bgr8': (rgb[..., ::-1], rgb),
+        'mono8': (grey, np.repeat(grey[..., None], 3, -1))}
+    depths: dict[str, np.ndarray] = {
+        '16UC1': rng.integers(1, 65536, (HEIGHT, WIDTH)).astype(np.uint16),
+        '32FC1': rng.uniform(0.1, 9, (HEIGHT, WIDTH)).astype(np.float32)}
     for padding in (0, PADDING):
         rows = 'padded rows' if padding else 'rows without padding'
         for encoding, (stored, expected) in colours.items():
             found = bridge.imgmsg_to_cv2(_image(stored, encoding, padding), 'rgb8')
             _demand(np.array_equal(found, expected), f'{encoding}, {rows}')
         for encoding, depth in depths.items():
-            for order in '<>':
-                message = _image(depth.astype(depth.dtype.newbyteorder(order)), encoding, padding)
+            little, big = depth.dtype.newbyteorder('<'), depth.dtype.newbyteorder('>')
+            for layout, order in ((little, ''), (big, ', big-endian')):
+                message = _image(depth.astype(layout), encoding, padding)
                 found = bridge.imgmsg_to_cv2(message, 'passthrough')
-                _demand(np.array_equal(found, depth),
-                        f'{encoding}, {rows}{", big-endian" if order == ">" else ""}')
+                _demand(np.array_equal(found, depth), f'{encoding}, {rows}{order}')
     return bridge
 
 
@@ -119,16 +121,17 @@ def _image(pixels: np.ndarray, encoding: str, padding: int) -> Image:
 def _tested_clouds(module: Any) -> Any:
     """The module point_cloud2, after it read points with gaps between fields and rows."""
     rng = np.random.default_rng(1)
-    layout = np.dtype({'names': ['x', 'y', 'z', 'rgb'], 'formats': ['<f4'] * 3 + ['<u4'],
+    names = ('x', 'y', 'z', 'rgb')
+    layout = np.dtype({'names': names, 'formats': ['<f4'] * 3 + ['<u4'],
                        'offsets': [4, 8, 12, 20], 'itemsize': 28})
     points = np.zeros((2, 3), layout)
     for name in 'xyz':
         points[name] = rng.normal(size=(2, 3))
     points['rgb'] = rng.integers(0, 2**24, (2, 3))
     for padding, rows in ((0, 'rows without padding'), (8, 'padded rows')):
-        found = module.read_points(_cloud(points, padding), field_names=list(layout.names))
+        found = module.read_points(_cloud(points, padding), field_names=list(names))
         _demand(isinstance(found, np.ndarray), 'no array comes back')
-        for name in layout.names:
+        for name in names:
             _demand(np.array_equal(np.ravel(found[name]), points[name].ravel()),
                     f'field {name}, {rows}')
     return module
@@ -142,8 +145,9 @@ def _cloud(points: np.ndarray, padding: int) -> PointCloud2:
     message = PointCloud2(height=height, width=width, point_step=layout.itemsize,
                           row_step=rows.shape[1], is_dense=True)
     kinds = {'f': PointField.FLOAT32, 'u': PointField.UINT32}
+    fields = [(name, *place[:2]) for name, place in (layout.fields or {}).items()]
     message.fields = [PointField(name=name, offset=offset, datatype=kinds[kind.kind], count=1)
-                      for name, (kind, offset) in layout.fields.items()]
+                      for name, kind, offset in fields]
     message.data.frombytes(rows.tobytes())
     return message
 

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from rcl_interfaces.msg import (
     FloatingPointRange,
@@ -25,9 +25,12 @@ from rclpy.parameter import Parameter
 from feedforward_recon.config import from_dict
 from feedforward_recon.config_files import ROS_OWN, nested
 from feedforward_recon.errors import ConfigError
-from feedforward_recon.node_config import NodeConfig, Setting, walk
+from feedforward_recon.node_config import Setting, walk
 
-T = TypeVar('T')
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar('T', bound='DataclassInstance')
 INT64 = 2 ** 63
 
 
@@ -103,7 +106,7 @@ class Parameters(Generic[T]):
                                       if change.name in self._settings})
 
 
-def declare(node: Node, cls: type[T] = NodeConfig, **defaults: Any) -> Parameters[T]:
+def declare(node: Node, cls: type[T], **defaults: Any) -> Parameters[T]:
     """Declare every setting of ``cls`` as a parameter of the node.
 
     ``defaults`` replace those of single settings. Raises ConfigError for a value in the

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # x y z float32, then 0x00RRGGBB in the bits of a float32 (PCL's convention).
-LAYOUT = np.dtype({'names': ['x', 'y', 'z', 'rgb'], 'formats': ['<f4', '<f4', '<f4', '<u4'],
+_NAMES = ('x', 'y', 'z', 'rgb')
+LAYOUT = np.dtype({'names': _NAMES, 'formats': ['<f4', '<f4', '<f4', '<u4'],
                    'offsets': [0, 4, 8, 12], 'itemsize': 16})
 _FORMATS = {PointField.INT8: 'i1', PointField.UINT8: 'u1', PointField.INT16: 'i2',
             PointField.UINT16: 'u2', PointField.INT32: 'i4', PointField.UINT32: 'u4',
@@ -35,7 +36,7 @@ def cloud_msg(cloud: PointCloud, frame_id: str, ns: int) -> PointCloud2:
                           is_bigendian=False, point_step=LAYOUT.itemsize,
                           row_step=LAYOUT.itemsize * len(points), is_dense=True)
     message.fields = [PointField(name=name, offset=4 * index, datatype=PointField.FLOAT32, count=1)
-                      for index, name in enumerate(LAYOUT.names)]
+                      for index, name in enumerate(_NAMES)]
     fill(message.data, points)
     return message
 

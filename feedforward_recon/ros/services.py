@@ -57,7 +57,7 @@ class Services:
     async def _ask(self, worker: Worker, run: Callable[[], Any],
                    timeout_s: float | None = None) -> Any:
         """What ``run`` returns on a worker. Raises what it raises, or ReconError: too late."""
-        future: Future = Future()
+        future: Any = Future()
 
         def done(result: Any, error: Exception | None) -> None:
             if not future.done():
@@ -142,7 +142,8 @@ class Services:
             camera = None
         arrival = Arrival(stamp_ns(message.header), frame_id, message, None, camera,
                           time.monotonic_ns())
-        node.executor.create_task(self._answer_query, arrival)
+        if node.executor is not None:
+            node.executor.create_task(self._answer_query, arrival)
 
     async def _answer_query(self, arrival: Arrival) -> None:
         body = None

@@ -75,8 +75,8 @@ class _Edge:
         if self.stamps_ns[after] == stamp_ns:
             return self.transforms[after]
         start_ns, end_ns = self.stamps_ns[after - 1:after + 1]
-        return _between(*self.transforms[after - 1:after + 1],
-                        (stamp_ns - start_ns) / (end_ns - start_ns))
+        start, end = self.transforms[after - 1:after + 1]
+        return _between(start, end, (stamp_ns - start_ns) / (end_ns - start_ns))
 
     def _outside(self, kind: Literal['future', 'past'], gap_ns: int, child: str
                  ) -> TransformError:

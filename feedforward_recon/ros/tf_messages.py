@@ -6,11 +6,11 @@ and a compiler. Without it a node works, says so, and neither reads nor sends tr
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
-TFMessage: Any
 try:
-    from tf2_msgs.msg import TFMessage
+    TFMessage: Any = import_module('tf2_msgs.msg').TFMessage
 except ImportError:
     TFMessage = None
 

@@ -18,7 +18,6 @@ from feedforward_recon.types import Frame
 
 WALL_TEXELS_PER_M = 300.0
 BOX_TEXELS_PER_M = 420.0
-LONGEST_SIDE_TEXELS = 1600
 
 
 @dataclass(frozen=True)

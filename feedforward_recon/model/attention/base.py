@@ -10,6 +10,7 @@ that went in. Nothing of a scene is kept in a module.
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
@@ -75,7 +76,7 @@ class Alone:
         return tensor
 
 
-class QkvAttention(nn.Module):
+class QkvAttention(nn.Module, ABC):
     """Base of the variants: projections with the official names, and the order of a call.
 
     A variant defines `empty_state`, `write` and `read`; also `prepared` and `readable` if
@@ -133,25 +134,25 @@ class QkvAttention(nn.Module):
         frames = self.config.frames_per_chunk(tokens_per_frame, x.device.type)
         return x.split(frames * tokens_per_frame, 1)
 
+    @abstractmethod
     def empty_state(self, batch: int) -> State:
         """The state of ``batch`` scenes of which nothing is known."""
-        raise NotImplementedError
 
     def prepared(self, layout: Layout) -> Any:
         """What `write` and `read` need to know of a frame, worked out once per call."""
         return layout
 
+    @abstractmethod
     def write(self, chunks: tuple[torch.Tensor, ...], state: Any, layout: Any) -> State:
         """The state with the frames of all chunks added."""
-        raise NotImplementedError
 
     def readable(self, state: Any) -> Any:
         """What `read` needs; by default the state itself."""
         return state
 
+    @abstractmethod
     def read(self, chunk: torch.Tensor, memory: Any, layout: Any) -> torch.Tensor:
         """Outputs [B, heads, T, head_dim] of the tokens of one chunk."""
-        raise NotImplementedError
 
     def raw_queries(self, x: torch.Tensor) -> torch.Tensor:
         """Queries [B, h, T, d] as projected. Writing and reading each project what they need."""
