@@ -129,7 +129,7 @@ class LiveSession:
             return estimate
         if self._mapper is None:
             self._mapper = self._new_mapper(T_map_first)
-        if isinstance(self._mapper, LiveWindows) and T_map_first is not None:
+        if T_map_first is not None and not self._mapper.stats.keyframes:
             self._mapper.T_map_first = T_map_first
         return self._mapper.process(frame) if settle else self._mapper.track(frame, on_pose)
 

@@ -87,11 +87,11 @@ class Surroundings:
 
     def _take_odometry(self, message: Any) -> None:
         at, turn = message.pose.pose.position, message.pose.pose.orientation
-        self.buffer.set(message.header.frame_id or self._config.odom_frame,
-                        message.child_frame_id or self._config.base_frame,
-                        make_transform(matrix_from_quat_xyzw(np.array(
-                            [turn.x, turn.y, turn.z, turn.w])), np.array([at.x, at.y, at.z])),
-                        _stamp_ns(message))
+        self.frames.take_odometry(
+            message.header.frame_id or self._config.odom_frame,
+            message.child_frame_id or self._config.base_frame,
+            make_transform(matrix_from_quat_xyzw(np.array([turn.x, turn.y, turn.z, turn.w])),
+                           np.array([at.x, at.y, at.z])), _stamp_ns(message))
 
     def _take_imu(self, message: Any) -> None:
         force = message.linear_acceleration

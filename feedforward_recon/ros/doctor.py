@@ -57,7 +57,7 @@ class Examination:
                              active_since_ns=self.now_ns)
         self.health.use_sim_time = node.get_parameter('use_sim_time').value
         self.inputs = Inputs(node, config, self.health, on_frame=self._look,
-                             on_jump=lambda: None, on_calibration=lambda _: None,
+                             on_jump=lambda _: None, on_calibration=lambda _: None,
                              on_odometry=lambda _: None)
         self.camera_frame = config.camera_frame or DEFAULT_FRAME
         self.transforms = TransformBuffer()

@@ -50,24 +50,55 @@ class Frames:
         self.config = config
         self.buffer = buffer
         self._up: tuple[str, np.ndarray] | None = None
+        self._odometry_seen = False
+
+    def forget(self) -> None:
+        """Nobody listens any more: the robot may come back with another odometry, or none."""
+        self.buffer.clear()
+        self._odometry_seen = False
 
     # -- the tree --------------------------------------------------------------------------
 
     def child_frame(self, camera_frame: str) -> str:
-        """The frame that hangs below the map: the root of the tree that the camera is in."""
+        """The frame that hangs below the map: the root of the tree that the camera is in.
+
+        Odometry that was once seen counts as there: where it is late or silent nothing can be
+        sent, because the robot hangs below it.
+        """
         config = self.config
+        self._odometry_seen |= self.knows_odometry(camera_frame)
         if config.tf_mode == 'none':
             return ''
         if config.tf_mode == 'map_to_odom':
             return config.odom_frame
-        start = config.base_frame if config.tf_mode == 'map_to_base' else camera_frame
-        return self._root(start)
+        if config.tf_mode == 'map_to_base':
+            return self._below((config.map_frame, config.odom_frame), config.base_frame)
+        if config.tf_mode == 'auto' and self._odometry_seen \
+                and not self.knows_odometry(camera_frame):
+            return config.odom_frame
+        return self._below((config.map_frame,), camera_frame)
 
-    def _root(self, frame: str) -> str:
-        while (parent := self.buffer.parent_of(frame)) is not None \
-                and parent != self.config.map_frame:
+    def _below(self, tops: tuple[str, ...], frame: str) -> str:
+        """The uppermost frame above a frame that is below the tops."""
+        while (parent := self.buffer.parent_of(frame)) is not None and parent not in tops:
             frame = parent
         return frame
+
+    def conflict(self, parent: str, child: str) -> str:
+        """Why parent -> child would give the child a second parent on TF, or ''."""
+        other = self.buffer.parent_of(child, on_tf=True)
+        if other in (None, parent):
+            return ''
+        mode = '' if self.config.tf_mode == 'auto' else 'set tf_mode to auto, or '
+        return (f'{parent} -> {child} is not sent, because TF has {other} -> {child} and a frame '
+                f'has one parent; {mode}stop the publisher of {other} -> {child}')
+
+    def loop(self, parent: str, child: str) -> str:
+        """Why parent -> child would make a loop on TF, or ''."""
+        if child not in self.buffer.ancestry(parent):
+            return ''
+        return (f'{parent} -> {child} is not sent, because TF has {parent} below {child}; stop '
+                f'the publisher of {self.buffer.parent_of(parent)} -> {parent}')
 
     def mode(self, camera_frame: str) -> str:
         """The mode in force, as ``tf_mode`` names it."""
@@ -82,6 +113,25 @@ class Frames:
         """TF tells where the camera sits on the robot."""
         return self.buffer.can(self.config.base_frame, camera_frame)
 
+    def knows_odometry(self, camera_frame: str) -> bool:
+        """TF or the odometry topic tell where the camera is in the odometry's frame."""
+        return self.buffer.can(self.config.odom_frame, camera_frame)
+
+    def take_odometry(self, parent: str, child: str, T_parent_child: np.ndarray, stamp_ns: int
+                      ) -> None:
+        """A message of an odometry topic: one more edge of the tree, where TF has none.
+
+        It hangs the top of the tree that TF has above the child, so that no frame loses the
+        parent that TF gives it. Raises InputError for what is no transform.
+        """
+        above = [child]
+        while (frame := self.buffer.parent_of(above[-1], on_tf=True)) is not None:
+            above.append(frame)
+        if parent.lstrip('/') in above[1:]:
+            return
+        T_child_top = self.buffer.lookup_near(child, above[-1], stamp_ns)
+        self.buffer.set(parent, above[-1], T_parent_child @ T_child_top, stamp_ns, on_tf=False)
+
     def is_driven(self, child_frame: str, camera_frame: str) -> bool:
         """Something below the child of the map moves the robot: its lengths are metres.
 
@@ -91,7 +141,7 @@ class Frames:
             return True
         body = self.config.base_frame if self.knows_base(camera_frame) else camera_frame
         return self.buffer.can(child_frame, body) \
-            and self.buffer.latest_common(child_frame, body) is not None
+            and self.buffer.moves(child_frame, body)
 
     def missing(self, camera_frame: str) -> tuple[tuple[str, str], ...]:
         """Pairs of frames that the chosen mode needs connected and TF does not connect."""
@@ -126,19 +176,18 @@ class Frames:
     def body_of_camera(self, camera_frame: str, stamp_ns: int) -> np.ndarray:
         """T_body_cam [4, 4]: from TF, or the one rotation between optical and body axes.
 
-        A mount that moves, and that TF does not know at the stamp, is taken as last told.
+        A mount that moves, and that TF does not know at the stamp, is taken as nearest to it.
         """
-        base = self.config.base_frame
         if not self.knows_base(camera_frame):
             return T_BODY_OPTICAL
-        try:
-            return self.buffer.lookup(base, camera_frame, stamp_ns)
-        except TransformError:
-            return self.buffer.lookup(base, camera_frame, None)
+        return self.buffer.lookup_near(self.config.base_frame, camera_frame, stamp_ns)
 
     def _levelled(self, camera_frame: str, stamp_ns: int, T_body_cam: np.ndarray
                   ) -> tuple[np.ndarray, str]:
-        """R_map_body [3, 3] with z up and no yaw, from the best that is known."""
+        """R_map_body [3, 3] with z up and no yaw, from the best that is known.
+
+        Odometry that is some milliseconds late, or begins later, tells as well where up is.
+        """
         if self._up is not None:
             imu_frame, up_imu = self._up
             try:
@@ -147,7 +196,7 @@ class Frames:
             except TransformError:
                 pass  # the IMU is not in the tree: the next best source answers
         try:
-            T_odom_cam = self.buffer.lookup(self.config.odom_frame, camera_frame, stamp_ns)
+            T_odom_cam = self.buffer.lookup_near(self.config.odom_frame, camera_frame, stamp_ns)
             return _without_yaw((T_odom_cam @ inverse(T_body_cam))[:3, :3]), 'odometry'
         except TransformError:
             return np.eye(3), 'level base' if self.knows_base(camera_frame) else 'level camera'
@@ -155,20 +204,22 @@ class Frames:
     # -- poses -----------------------------------------------------------------------------
 
     def body_pose(self, T_map_cam: np.ndarray, covariance: np.ndarray, camera_frame: str,
-                  stamp_ns: int, metres_per_unit: float | None) -> BodyPose:
+                  stamp_ns: int, metres_per_unit: float | None, *, alone: bool = False
+                  ) -> BodyPose:
         """A measured camera pose as robot pose and transform, at the stamp of the image.
 
+        alone: the pose of the robot without a transform, which needs less of TF.
         Raises TransformError while TF does not know what it needs at that stamp.
         """
         scale = metres_per_unit or 1.0
         T_map_cam, covariance = _scaled(T_map_cam, covariance, scale)
         base = self.config.base_frame
-        from_tf = self.knows_base(camera_frame)
+        from_tf = self.knows_base(camera_frame) or self.config.tf_mode == 'map_to_base'
         T_cam_body = self.buffer.lookup(camera_frame, base, stamp_ns) if from_tf \
             else inverse(T_BODY_OPTICAL)
         if metres_per_unit is None:  # metres and units of unknown length do not add up
             T_cam_body = make_transform(T_cam_body[:3, :3], np.zeros(3))
-        child = self.child_frame(camera_frame)
+        child = '' if alone else self.child_frame(camera_frame)
         T_cam_child = self.buffer.lookup(camera_frame, child, stamp_ns) if child else np.eye(4)
         if metres_per_unit is None and not self.is_driven(child, camera_frame):
             T_cam_child = make_transform(T_cam_child[:3, :3], np.zeros(3))

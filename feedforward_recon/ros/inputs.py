@@ -113,12 +113,12 @@ class DepthPairing:
 class Inputs:
     """Subscriptions of a node while it is active.
 
-    on_frame: gets each usable image. on_jump: the stamps went back. on_calibration: the camera
-    is known, or known differently. on_odometry: gets every Odometry message.
+    on_frame: gets each usable image. on_jump: the stamps went back, to this one. on_calibration:
+    the camera is known, or known differently. on_odometry: gets every Odometry message.
     """
 
     def __init__(self, node: Node, config: NodeConfig, health: Health, *,
-                 on_frame: Callable[[Arrival], None], on_jump: Callable[[], None],
+                 on_frame: Callable[[Arrival], None], on_jump: Callable[[int], None],
                  on_calibration: Callable[[Camera], None],
                  on_odometry: Callable[[Odometry], None]) -> None:
         self._node, self._config, self._health = node, config, health
@@ -228,7 +228,7 @@ class Inputs:
         if fault is StampFault.JUMP_BACK:
             self._pairing.forget_after(stamp_ns(message.header))
             self._held.clear()
-            self._on_jump()
+            self._on_jump(stamp_ns(message.header))
         if fault in REFUSED:
             return
         arrived_ns = time.monotonic_ns()

@@ -37,7 +37,7 @@ from feedforward_recon.ros.health import Health
 from feedforward_recon.ros.inputs import Arrival, Inputs
 from feedforward_recon.ros.late import LatePoses, News
 from feedforward_recon.ros.outputs import Outputs
-from feedforward_recon.ros.positioning import STEADY, Positioning
+from feedforward_recon.ros.positioning import STEADY, FirstPose, Positioning
 from feedforward_recon.ros.services import Services
 from feedforward_recon.ros.tf_messages import NO_TF, TFMessage
 from feedforward_recon.ros.worker import FrameQueue, Job, Mailbox, Worker
@@ -232,9 +232,9 @@ class CameraNode(LifecycleNode):
         topic = self.health.inputs['image'].topic if 'image' in self.health.inputs else 'image'
         return Frame(arrival.stamp_ns, image, depth, camera, topic)
 
-    def _use(self, item: tuple[Arrival, np.ndarray]) -> Answer:
+    def _use(self, item: tuple[Arrival, FirstPose]) -> Answer:
         """Worker: one image through the session."""
-        arrival, T_map_first = item
+        arrival, first = item
         session = self.session
         assert session is not None
         frame, generation, told = self.decode(arrival), self._generation, []
@@ -246,7 +246,7 @@ class CameraNode(LifecycleNode):
             info = session.info
             self.mailbox.post(lambda: self._tell(generation, arrival, estimate, info))
 
-        estimate = session.process(frame, T_map_first, settle=self.config.queue == 'offline',
+        estimate = session.process(frame, first.T_map_cam, settle=self.config.queue == 'offline',
                                    on_pose=tell)
         self._late.used(arrival, estimate)
         keyframes = session.keyframe_poses() if estimate.is_keyframe else None
@@ -258,15 +258,17 @@ class CameraNode(LifecycleNode):
             self._take_over(info, estimate)
             self.positioning.measured(arrival, estimate, info)
 
-    def _on_answer(self, generation: int, item: tuple[Arrival, Any] | None,
+    def _on_answer(self, generation: int, item: tuple[Arrival, FirstPose] | None,
                    answer: Answer | None, error: Exception | None) -> None:
         if generation != self._generation or self.outputs is None:
             return
         if error is not None or answer is None or item is None:
             self._refused(error)
             return
-        arrival = item[0]
+        arrival, first = item
         self.health.frames += 1
+        if answer.info.mode == 'mapping' and answer.info.keyframes:
+            self.positioning.map_has(first)
         self._take_over(answer.info, answer.estimate)
         if answer.estimate.T_map_cam is not None and not answer.told:
             self.positioning.measured(arrival, answer.estimate, answer.info)
@@ -307,16 +309,23 @@ class CameraNode(LifecycleNode):
         self.health.latency.add((time.monotonic_ns() - arrival.arrived_ns) / 1e6)
         self.health.poses.add(self.now_ns())
 
-    def _on_jump(self) -> None:
-        self.positioning.clear()
+    def _on_jump(self, stamp: int) -> None:
+        self.positioning.jumped(stamp)
         if self.queue is not None:
             self.queue.clear()
 
     def _on_calibration(self, camera: Camera) -> None:
         session, worker = self.session, self.worker
-        if session is not None and worker is not None:
-            worker.ask(Job(lambda: session.set_camera(camera),
-                           lambda text, _: self.notice('CALIBRATION_LATE', text or '')))
+        if session is None or worker is None:
+            return
+
+        def done(answer: tuple[str, SessionInfo] | None, _: Exception | None) -> None:
+            text, info = answer or ('', session.info)
+            self.notice('CALIBRATION_LATE', text)
+            if text and not info.keyframes:
+                self.new_map(info)
+
+        worker.ask(Job(lambda: (session.set_camera(camera), session.info), done))
 
     def _on_odometry(self, message: Odometry) -> None:
         self.positioning.take_odometry(message, stamp_ns(message.header))

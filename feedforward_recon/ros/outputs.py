@@ -24,6 +24,7 @@ from feedforward_recon.ros.convert import (
 from feedforward_recon.ros.frames import UNKNOWN_VARIANCE, BodyPose
 from feedforward_recon.ros.pointcloud import cloud_msg
 from feedforward_recon.ros.tf_messages import TFMessage
+from feedforward_recon.ros.tf_sent import SentTransforms
 from feedforward_recon.types import FloatArray, PointCloud, Trajectory
 
 LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
@@ -48,6 +49,7 @@ class Outputs:
         self._query_pose = create(PoseWithCovarianceStamped, 'query_pose', 10)
         self._query_result = create(String, 'query_result', 10)
         self._tf = create(TFMessage, '/tf', QoSProfile(depth=100)) if TFMessage else None
+        self.sent = SentTransforms()
         self._node = node
         self._all = (self._pose, self._odometry, self._path, self._cloud, self._cloud_map,
                      self._markers, self._query_pose, self._query_result, self._tf)
@@ -91,6 +93,7 @@ class Outputs:
 
     def transforms(self, transforms: list[TransformStamped]) -> None:
         """Send transforms on /tf."""
+        self.sent.add(transforms)
         if transforms and self._tf is not None:
             self._tf.publish(TFMessage(transforms=transforms))
 

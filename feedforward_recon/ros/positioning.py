@@ -1,8 +1,9 @@
 """Where the node meets TF: transforms in, poses and one transform out.
 
 A measured pose waits, bounded in time and number, until TF knows the frames at the stamp of its
-image. ``map -> odom`` is sent again on a timer, dated into the future by a tolerance, because a
-correction holds on; without odometry only what was measured is sent, at the image's stamp.
+image; then it is published without a transform. ``map -> odom`` is sent again on a timer, dated
+into the future by a tolerance, because a correction holds on; without odometry only what was
+measured is sent, at the image's stamp.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from geometry_msgs.msg import PoseWithCovarianceStamped
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from feedforward_recon.ros.node import CameraNode
 
 WAITING_POSES = 64
+HEARD_S = 10.0  # somebody who sent a transform so lately sends it still
 STEADY = Clock(clock_type=ClockType.STEADY_TIME)
 
 
@@ -49,6 +51,13 @@ class Waiting:
     until_s: float
 
 
+class FirstPose(NamedTuple):
+    """T_map_cam [4, 4] of an image, should it start the map, and what told where up is."""
+
+    T_map_cam: np.ndarray
+    up_source: str
+
+
 class Positioning:
     """Transforms and poses of one node; lives on the executor's thread."""
 
@@ -58,21 +67,22 @@ class Positioning:
         self.frames = Frames(node.config, self.buffer)
         self.metres_per_unit: float | None = None
         self._scale = OdometryScale()
-        self._waiting: deque[Waiting] = deque(maxlen=WAITING_POSES)
+        self._waiting: deque[Waiting] = deque()
         self._handles: list[Any] = []
         self._timer: Any = None
         self._camera_frame = ''
         self._correction: BodyPose | None = None
         self._corrected_s = 0.0
-        self._started_s = 0.0
-        self._up_source = ''
+        self._first_image_s: float | None = None
+        self._map_began = False
+        self._others: dict[str, float] = {}  # children of the map by others: heard until when
 
     # -- life ------------------------------------------------------------------------------
 
     def start(self, config: NodeConfig) -> None:
         """Listen to TF, IMU and initial poses."""
         self.frames.config = config
-        self._started_s = time.monotonic()
+        self._first_image_s = None
         create = self._node.create_subscription
         latched = QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         self._handles = [
@@ -97,17 +107,21 @@ class Positioning:
         if self._timer is not None:
             self._node.destroy_timer(self._timer)
             self._timer = None
-        self.clear()
+        self.frames.forget()
+        self._others.clear()
+        self._waiting.clear()
+        self._correction = None
 
-    def clear(self) -> None:
-        """The clock jumped: what TF said before means nothing now."""
-        self.buffer.clear()
+    def jumped(self, stamp: int) -> None:
+        """Stamps jumped back: where things were means nothing now, who carries whom stays."""
+        self.buffer.jumped(stamp)
         self._waiting.clear()
         self._correction = None
 
     def new_map(self) -> None:
         """Another map: its unit and its place are not yet known."""
         self._waiting.clear()
+        self._map_began = False
         self._correction, self.metres_per_unit = None, None
         self._scale = OdometryScale()
 
@@ -115,8 +129,15 @@ class Positioning:
 
     def _take_tf(self, message: Any, static: bool) -> None:
         """Everything but what hangs below the map: that is for us to say."""
-        others = [t for t in message.transforms
-                  if t.header.frame_id.lstrip('/') != self.frames.config.map_frame]
+        outputs, others = self._node.outputs, []
+        for stamped in message.transforms:
+            if outputs is not None and stamped in outputs.sent:
+                continue
+            if stamped.header.frame_id.lstrip('/') != self.frames.config.map_frame:
+                others.append(stamped)
+            else:
+                until_s = np.inf if static else time.monotonic() + HEARD_S
+                self._others[stamped.child_frame_id.lstrip('/')] = until_s
         for sentence in self.buffer.take(SimpleNamespace(transforms=others), static):
             self._node.notice('TF_REFUSED', sentence)
         self._flush()
@@ -125,11 +146,12 @@ class Positioning:
         """Odometry is one more edge of the tree."""
         config = self.frames.config
         try:
-            self.buffer.set(message.header.frame_id or config.odom_frame,
-                            message.child_frame_id or config.base_frame,
-                            matrix_from_pose(message.pose.pose), stamp)
+            self.frames.take_odometry(message.header.frame_id or config.odom_frame,
+                                      message.child_frame_id or config.base_frame,
+                                      matrix_from_pose(message.pose.pose), stamp)
         except InputError as error:
             self._node.notice('ODOMETRY_REFUSED', str(error))
+        self._flush()
 
     def _take_imu(self, message: Imu) -> None:
         force = message.linear_acceleration
@@ -156,26 +178,44 @@ class Positioning:
 
     # -- the start of a map ----------------------------------------------------------------
 
-    def first_pose(self, arrival: Arrival) -> np.ndarray | None:
-        """T_map_cam if this image should start the map; None while TF may still tell more."""
+    def first_pose(self, arrival: Arrival) -> FirstPose | None:
+        """The pose of this image if it should start the map; None while TF may tell more.
+
+        Where there is a map nothing waits. The pose comes along all the same: a late calibration
+        may end that map on the worker at any moment.
+        """
         self._camera_frame = arrival.frame_id
-        if self._tf_may_come(arrival.frame_id):
+        if self._first_image_s is None:
+            self._first_image_s = time.monotonic()
+        if not self._node.health.keyframes and self._tf_may_come(arrival.frame_id):
             return None
-        T_map_cam, source = self.frames.first_pose(arrival.frame_id, arrival.stamp_ns,
-                                                   arrival.depth is not None)
-        if source != self._up_source:
-            self._up_source = source
-            self._node.get_logger().info(f'the map is upright by: {source}')
-        return T_map_cam
+        return FirstPose(*self.frames.first_pose(arrival.frame_id, arrival.stamp_ns,
+                                                 arrival.depth is not None))
+
+    def map_has(self, first: FirstPose) -> None:
+        """The map has a keyframe since this image: say once what told where up is."""
+        if not self._map_began:
+            self._map_began = True
+            self._node.get_logger().info(f'the map is upright by: {first.up_source}')
 
     def _tf_may_come(self, camera_frame: str) -> bool:
-        """Somebody publishes TF, the robot is not in it yet, and we have not waited long."""
-        if self.frames.knows_base(camera_frame) \
-                or time.monotonic() - self._started_s > self.frames.config.tf_wait_s:
+        """Somebody may tell of robot or odometry, and since the first image it was not long."""
+        frames = self.frames
+        if self._first_image_s is None \
+                or time.monotonic() - self._first_image_s > frames.config.tf_wait_s:
             return False
-        node = self._node
-        others = node.count_publishers('/tf') - 1 + node.count_publishers('/tf_static')
-        return others > 0
+        moving = self._publishers('/tf') - (TFMessage is not None)  # but ourselves
+        return (not frames.knows_base(camera_frame)
+                and moving + self._publishers('/tf_static') > 0) \
+            or (not frames.knows_odometry(camera_frame) and moving + self._publishers('odom') > 0)
+
+    def _publishers(self, topic: str) -> int:
+        return self._node.count_publishers(self._node.resolve_topic_name(topic))
+
+    def _odometry_is_announced(self) -> bool:
+        """An odometry topic has a publisher that has said nothing yet."""
+        odom = self._node.health.inputs.get('odom')
+        return odom is not None and bool(odom.publishers) and not odom.messages
 
     # -- poses -----------------------------------------------------------------------------
 
@@ -186,45 +226,106 @@ class Positioning:
         self._flush()
 
     def _flush(self) -> None:
+        """Publish what TF knows by now; what has waited long enough, without a transform."""
         while self._waiting:
             waiting = self._waiting[0]
             try:
-                self._publish(waiting)
+                body = self._joined(waiting)
             except TransformError as error:
-                if time.monotonic() < waiting.until_s:
+                if time.monotonic() < waiting.until_s and len(self._waiting) < WAITING_POSES:
                     return
-                self._node.notice('TF_LATE', f'a pose was not published: {error}')
-            except InputError as error:
-                self._node.notice('POSE_REFUSED', f'a pose was not published: {error}')
-            if self._waiting:
                 self._waiting.popleft()
+                self._publish_alone(waiting, error)
+            else:
+                self._waiting.popleft()
+                self._publish(waiting.arrival, body)
 
-    def _publish(self, waiting: Waiting) -> None:
-        arrival, outputs = waiting.arrival, self._node.outputs
-        if outputs is None:
-            return
+    def _joined(self, waiting: Waiting) -> BodyPose:
+        """The robot's pose with the transform to send; raises TransformError until TF knows."""
+        arrival, estimate = waiting.arrival, waiting.estimate
         if self._tf_may_come(arrival.frame_id):
             raise TransformError('the robot is not on TF yet', 'missing')
-        body = self.body(arrival, waiting.estimate, waiting.info)
-        outputs.pose(body)
+        auto = self.frames.config.tf_mode == 'auto'
+        if auto and not self.frames.knows_odometry(arrival.frame_id) \
+                and self._odometry_is_announced():
+            raise TransformError('expected odometry, because its topic has a publisher, found '
+                                 'no message yet; check that the driver sends it', 'missing')
+        metres = waiting.info.metres_per_unit or self._odometry_scale(arrival, estimate)
+        return self._body(arrival, estimate, metres)
+
+    def _publish_alone(self, waiting: Waiting, late: TransformError) -> None:
+        """The pose of a robot whose odometry is late: nothing else may be above the robot."""
+        try:
+            body = self.body(waiting.arrival, waiting.estimate, waiting.info)
+        except TransformError as error:
+            self._node.notice('TF_LATE', f'a pose was not published: {error}')
+            return
+        self._node.notice('TF_LATE', f'a pose was published without a transform: {late}')
+        self._publish(waiting.arrival, body)
+
+    def _publish(self, arrival: Arrival, body: BodyPose) -> None:
+        outputs = self._node.outputs
+        if outputs is None:
+            return
+        try:
+            outputs.pose(body)
+        except InputError as error:
+            self._node.notice('POSE_REFUSED', f'a pose was not published: {error}')
+            return
         self._node.posed(arrival)
         if body.child_frame and not self._scale_is_due(body.child_frame, arrival.frame_id):
+            self._send(body, arrival.frame_id)
+
+    def _send(self, body: BodyPose, camera_frame: str) -> None:
+        """Send the transform of a measured pose, unless TF has no place for it."""
+        assert self._node.outputs is not None
+        own = [t for t in self._node.outputs.own_body(body, camera_frame)
+               if self._may_send(camera_frame, t.child_frame_id)]
+        self._correction = None
+        if self._may_send(self.frames.config.map_frame, body.child_frame):
             self._correction, self._corrected_s = body, time.monotonic()
-            outputs.transforms([self._transform(body, body.stamp_ns),
-                                *outputs.own_body(body, arrival.frame_id)])
+            own.insert(0, self._transform(body, body.stamp_ns))
+            self._look_for_others(body.child_frame, camera_frame)
+        self._node.outputs.transforms(own)
+
+    def _may_send(self, parent: str, child: str) -> bool:
+        """TF has no other parent for the child."""
+        conflict, loop = self.frames.conflict(parent, child), self.frames.loop(parent, child)
+        self._node.notice('TWO_PARENTS', conflict)
+        self._node.notice('TF_REFUSED', loop)
+        return not (conflict or loop)
+
+    def _look_for_others(self, child: str, camera_frame: str) -> None:
+        """Somebody else places what we place below the map, or the robot, which hangs there."""
+        map_frame = self.frames.config.map_frame
+        for frame in {child, *self.buffer.ancestry(camera_frame)}:
+            if self._others.get(frame, 0.0) > time.monotonic():
+                self._node.notice(
+                    'TWO_PUBLISHERS', f'somebody else sends {map_frame} -> {frame}, and this node '
+                    f'sends {map_frame} -> {child}, so the robot jumps between two places; stop '
+                    'the other one (AMCL, slam_toolbox, a second node, a bag with recorded TF, a '
+                    'static_transform_publisher), or set tf_mode to none')
 
     def body(self, arrival: Arrival, estimate: Estimate, info: SessionInfo) -> BodyPose:
-        """The robot's pose for a camera's; raises TransformError while TF lacks frames."""
+        """The robot's pose for a camera's, with nothing for TF.
+
+        Raises TransformError where TF does not know the mount of the camera at the stamp.
+        """
+        return self._body(arrival, estimate, info.metres_per_unit or self._scale.metres_per_unit,
+                          alone=True)
+
+    def _body(self, arrival: Arrival, estimate: Estimate, metres_per_unit: float | None, *,
+              alone: bool = False) -> BodyPose:
         assert estimate.T_map_cam is not None and estimate.covariance is not None
-        self.metres_per_unit = info.metres_per_unit or self._odometry_scale(arrival, estimate)
+        self.metres_per_unit = metres_per_unit
         return self.frames.body_pose(estimate.T_map_cam, estimate.covariance, arrival.frame_id,
-                                     arrival.stamp_ns, self.metres_per_unit)
+                                     arrival.stamp_ns, metres_per_unit, alone=alone)
 
     def _odometry_scale(self, arrival: Arrival, estimate: Estimate) -> float | None:
         """Metres per unit of a monocular map, once odometry has told."""
         odom = self.frames.config.odom_frame
-        if estimate.T_map_cam is None or not self.buffer.can(odom, arrival.frame_id):
-            return None
+        if estimate.T_map_cam is None or not self.frames.knows_odometry(arrival.frame_id):
+            return self._scale.metres_per_unit
         T_odom_cam = self.buffer.lookup(odom, arrival.frame_id, arrival.stamp_ns)
         if self._scale.add(estimate.T_map_cam[:3, 3], T_odom_cam[:3, 3]):
             self._tell_scale()
@@ -263,7 +364,8 @@ class Positioning:
         if body is None or outputs is None or body.child_frame != config.odom_frame:
             return
         age_s = time.monotonic() - self._corrected_s
-        if config.pose_timeout_s == 0 or age_s < config.pose_timeout_s:
+        if (config.pose_timeout_s == 0 or age_s < config.pose_timeout_s) \
+                and self._may_send(config.map_frame, body.child_frame):
             stamp = self._node.now_ns() + int(config.tf_tolerance_s * 1e9)
             outputs.transforms([self._transform(body, stamp)])
 

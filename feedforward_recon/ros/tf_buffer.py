@@ -5,13 +5,15 @@ thread and a second executor, and does not come as a wheel. What a camera node n
 poses between frames at the stamp of an image, exact sentences when there are none.
 
 Each frame has one parent. Between two samples of an edge the translation is linear and the
-rotation turns at constant rate (slerp); outside them nothing is made up. Not thread-safe: the
-node's single-threaded executor owns it.
+rotation turns at constant rate (slerp); outside them nothing is made up. When time jumps, samples
+are forgotten, but not who is whose parent. Not thread-safe: the node's single-threaded executor
+owns it.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,17 +47,24 @@ class TransformError(InputError):
 
 @dataclass
 class _Edge:
-    """Samples of T_parent_child [4, 4], ordered by stamp; a static edge has one."""
+    """Samples of T_parent_child [4, 4], ordered by stamp; a static edge has one.
+
+    on_tf: TF tells of this edge, not an odometry topic alone. last: what was told last, also
+    before a jump of time, after which there may be no samples.
+    """
 
     parent: str
     static: bool
+    on_tf: bool
+    last: np.ndarray = field(default_factory=lambda: np.eye(4))
     stamps_ns: list[int] = field(default_factory=list)
     transforms: list[np.ndarray] = field(default_factory=list)
 
     def add(self, stamp_ns: int, T_parent_child: np.ndarray, history_ns: int) -> None:
         """Keep a sample in its place, a second one of the same stamp instead of the first."""
         if self.static or (self.stamps_ns and stamp_ns < self.stamps_ns[-1] - JUMP_NS):
-            self.stamps_ns, self.transforms = [], []
+            self.forget()
+        self.last = T_parent_child
         place = bisect_left(self.stamps_ns, stamp_ns)
         same = place < len(self.stamps_ns) and self.stamps_ns[place] == stamp_ns
         self.stamps_ns[place:place + same] = [stamp_ns]
@@ -63,10 +72,25 @@ class _Edge:
         old = bisect_left(self.stamps_ns, self.stamps_ns[-1] - history_ns)
         del self.stamps_ns[:old], self.transforms[:old]
 
+    def forget(self) -> None:
+        """Time jumped: the stamps of the samples mean nothing now."""
+        self.stamps_ns, self.transforms = [], []
+
+    def near(self, stamp_ns: int, child: str) -> np.ndarray:
+        """T_parent_child at a stamp, outside the samples at the nearest of them."""
+        if not self.stamps_ns:
+            return self.last
+        return self.at(min(max(stamp_ns, self.stamps_ns[0]), self.stamps_ns[-1]), child)
+
     def at(self, stamp_ns: int, child: str) -> np.ndarray:
         """T_parent_child at a stamp. Raises TransformError outside the samples."""
         if self.static:
             return self.transforms[0]
+        if not self.stamps_ns:
+            raise TransformError(
+                f'expected the transform {self.parent!r} -> {child!r} at the stamp asked for, '
+                'found none since the stamps jumped; wait for it or check its publisher',
+                'future')
         if stamp_ns > self.stamps_ns[-1]:
             raise self._outside('future', stamp_ns - self.stamps_ns[-1], child)
         if stamp_ns < self.stamps_ns[0]:
@@ -103,24 +127,28 @@ class TransformBuffer:
         self._edges: dict[str, _Edge] = {}
 
     def set(self, parent: str, child: str, T_parent_child: np.ndarray, stamp_ns: int,
-            static: bool = False) -> None:
+            static: bool = False, on_tf: bool = True) -> None:
         """Add a sample of an edge; a frame that gets another parent leaves the first.
 
         A stamp more than 1 s before the edge's newest means that time jumped: the edge forgets.
+        on_tf: False for what another topic tells; that never replaces what TF tells.
         Raises InputError for empty names and what is no rigid transform, TransformError when
         the child is the parent or above it. The tree stays as it was then.
         """
         parent, child = _name(parent), _name(child)
         T_parent_child = np.array(T_parent_child, float)
         _check(parent, child, T_parent_child)
-        if child in self._ancestry(parent):
+        if child in self.ancestry(parent):
             raise TransformError(
                 f'expected a tree of frames, found {parent!r} -> {child!r} where {child!r} is '
                 f'{"the parent itself" if child == parent else f"already above {parent!r}"}; '
                 'stop one of the publishers', 'loop')
         edge = self._edges.get(child)
+        if edge is not None and edge.on_tf and not on_tf:
+            return
         if edge is None or (edge.parent, edge.static) != (parent, static):
-            edge = self._edges[child] = _Edge(parent, static)
+            edge = self._edges[child] = _Edge(parent, static, on_tf)
+        edge.on_tf = on_tf
         edge.add(stamp_ns, T_parent_child, self._history_ns)
 
     def take(self, tf_message: Any, static: bool = False) -> list[str]:
@@ -139,70 +167,87 @@ class TransformBuffer:
         return refused
 
     def clear(self) -> None:
-        """Forget what moves, because the clock jumped; static transforms stay."""
+        """Forget all that moves; static transforms stay, since their publishers send them once."""
         self._edges = {child: edge for child, edge in self._edges.items() if edge.static}
 
-    def parent_of(self, frame: str) -> str | None:
-        """The frame above, or None at a root and for unknown frames."""
+    def jumped(self, stamp_ns: int) -> None:
+        """Time jumped back to a stamp: forget samples, not who is whose parent.
+
+        An edge whose newest sample is near the stamp has made the jump already.
+        """
+        for edge in self._edges.values():
+            if not edge.static and edge.stamps_ns and edge.stamps_ns[-1] > stamp_ns + JUMP_NS:
+                edge.forget()
+
+    def parent_of(self, frame: str, on_tf: bool = False) -> str | None:
+        """The frame above, or None at a root and for unknown frames.
+
+        on_tf: only what TF tells counts.
+        """
         edge = self._edges.get(_name(frame))
-        return None if edge is None else edge.parent
+        return None if edge is None or (on_tf and not edge.on_tf) else edge.parent
 
     def can(self, target: str, source: str) -> bool:
         """True when a chain of transforms joins the frames, whatever its stamps."""
         return self._common(_name(target), _name(source)) is not None
 
-    def latest_common(self, target: str, source: str) -> int | None:
-        """The newest stamp at which all edges between the frames are known.
+    def moves(self, target: str, source: str) -> bool:
+        """True when an edge between the frames is not static.
 
-        None when no edge between them moves: any stamp will do.
         Raises TransformError where no chain joins them.
         """
-        moving = [self._edges[child] for leg in self._legs(_name(target), _name(source))
-                  for child in leg if not self._edges[child].static]
-        return min((edge.stamps_ns[-1] for edge in moving), default=None)
+        return any(not self._edges[child].static
+                   for leg in self._legs(_name(target), _name(source)) for child in leg)
 
-    def lookup(self, target: str, source: str, stamp_ns: int | None) -> np.ndarray:
-        """T_target_source [4, 4] at a stamp (None: ``latest_common``).
+    def lookup(self, target: str, source: str, stamp_ns: int) -> np.ndarray:
+        """T_target_source [4, 4] at a stamp.
 
         Raises TransformError, which names the missing or the late edge.
         """
-        target, source = _name(target), _name(source)
-        if stamp_ns is None:
-            stamp_ns = self.latest_common(target, source) or 0
-        up, down = (self._climbed(leg, stamp_ns) for leg in self._legs(target, source))
-        return inverse(up) @ down
+        return self._joined(target, source, lambda edge, child: edge.at(stamp_ns, child))
 
-    def _climbed(self, leg: list[str], stamp_ns: int) -> np.ndarray:
-        """T_top_bottom [4, 4] over the edges above the frames of a leg, bottom first."""
-        T_top_bottom = np.eye(4)
-        for child in leg:
-            T_top_bottom = self._edges[child].at(stamp_ns, child) @ T_top_bottom
-        return T_top_bottom
+    def lookup_near(self, target: str, source: str, stamp_ns: int) -> np.ndarray:
+        """T_target_source [4, 4], of each edge what is known nearest to the stamp.
 
-    def _ancestry(self, frame: str) -> list[str]:
+        Raises TransformError where no chain joins the frames.
+        """
+        return self._joined(target, source, lambda edge, child: edge.near(stamp_ns, child))
+
+    def _joined(self, target: str, source: str, of_edge: Callable[[_Edge, str], np.ndarray]
+                ) -> np.ndarray:
+        """T_target_source [4, 4] over the frames' lowest common ancestor."""
+        tops = []
+        for leg in self._legs(_name(target), _name(source)):
+            T_top_bottom = np.eye(4)
+            for child in leg:
+                T_top_bottom = of_edge(self._edges[child], child) @ T_top_bottom
+            tops.append(T_top_bottom)
+        return inverse(tops[0]) @ tops[1]
+
+    def ancestry(self, frame: str) -> list[str]:
         """The frame, its parent, and so on to the root."""
-        found = [frame]
+        found = [_name(frame)]
         while (edge := self._edges.get(found[-1])) is not None:
             found.append(edge.parent)
         return found
 
     def _common(self, target: str, source: str) -> str | None:
         """The lowest frame above both, or None."""
-        above = set(self._ancestry(target))
-        return next((frame for frame in self._ancestry(source) if frame in above), None)
+        above = set(self.ancestry(target))
+        return next((frame for frame in self.ancestry(source) if frame in above), None)
 
     def _legs(self, target: str, source: str) -> tuple[list[str], list[str]]:
         """The frames from each of the two up to below their common ancestor."""
         common = self._common(target, source)
         if common is None:
             raise self._missing(target, source)
-        first, second = (self._ancestry(frame) for frame in (target, source))
+        first, second = (self.ancestry(frame) for frame in (target, source))
         return first[:first.index(common)], second[:second.index(common)]
 
     def _missing(self, target: str, source: str) -> TransformError:
         known = self._edges.keys() | {edge.parent for edge in self._edges.values()}
         unheard = [frame for frame in (target, source) if frame not in known]
-        roots = [self._ancestry(frame)[-1] for frame in (target, source)]
+        roots = [self.ancestry(frame)[-1] for frame in (target, source)]
         found = f'no transform with {" or ".join(map(repr, unheard))} yet' if unheard \
             else f'two trees with the roots {roots[0]!r} and {roots[1]!r}'
         return TransformError(
