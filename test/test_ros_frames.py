@@ -1,11 +1,14 @@
 """Frames of a robot and the scale of its map: laws that hold for every tree and mount."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from feedforward_recon.geometry.transforms import (
     inverse,
     make_transform,
+    quat_xyzw_from_matrix,
     se3_exp,
     so3_exp,
     so3_log,
@@ -13,6 +16,7 @@ from feedforward_recon.geometry.transforms import (
 from feedforward_recon.node_config import NodeConfig
 from feedforward_recon.ros.frames import R_BODY_OPTICAL, Frames, OdometryScale
 from feedforward_recon.ros.tf_buffer import TransformBuffer, TransformError
+from feedforward_recon.ros.tf_sent import SentTransforms
 
 MS, STAMP = 1_000_000, 5_000_000_000
 CAMERA = 'camera_optical_frame'
@@ -208,6 +212,149 @@ def test_what_tf_lacks_is_named_and_no_pose_is_made_up(rng):
     late = robot(rng)
     with pytest.raises(TransformError, match='future'):
         late.body_pose(np.eye(4), np.eye(6), CAMERA, STAMP + 10 * MS, 1.0)
+
+
+# -- one parent ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('source', ['tf', 'topic'])
+def test_odometry_that_was_seen_stays_above_the_robot_when_time_jumps(rng, source):
+    frames = robot(rng, odom=False)
+    assert frames.child_frame(CAMERA) == 'base_link'
+    if source == 'tf':
+        frames.buffer.set('odom', 'base_link', np.eye(4), STAMP)
+    else:
+        frames.take_odometry('odom', 'base_link', np.eye(4), STAMP)
+    assert frames.child_frame(CAMERA) == 'odom' and frames.mode(CAMERA) == 'map_to_odom'
+    back = STAMP - 4_000_000_000
+    frames.buffer.jumped(back)
+    assert frames.child_frame(CAMERA) == 'odom'
+    with pytest.raises(TransformError, match="'odom' -> 'base_link'"):
+        frames.body_pose(np.eye(4), np.eye(6), CAMERA, back, 1.0)
+    alone = frames.body_pose(np.eye(4), np.eye(6), CAMERA, back, 1.0, alone=True)
+    assert (alone.child_frame, alone.body_frame) == ('', 'base_link')
+    frames.forget()
+    assert frames.child_frame(CAMERA) == 'base_link'
+
+
+def test_odometry_stays_remembered_while_its_tree_is_put_together_anew(rng):
+    """The topic hangs base_link below odom, then TF tells that base_link hangs elsewhere."""
+    frames = robot(rng, odom=False)
+    frames.take_odometry('odom', 'base_link', np.eye(4), STAMP)
+    assert frames.child_frame(CAMERA) == 'odom'
+    frames.buffer.set('base_footprint', 'base_link', random_transform(rng), 0, static=True)
+    assert frames.child_frame(CAMERA) == 'odom'
+    with pytest.raises(TransformError, match='odom'):
+        frames.body_pose(np.eye(4), np.eye(6), CAMERA, STAMP, 1.0)
+    frames.take_odometry('odom', 'base_link', np.eye(4), STAMP)
+    assert frames.body_pose(np.eye(4), np.eye(6), CAMERA, STAMP, 1.0).child_frame == 'odom'
+
+
+def test_a_mount_that_moves_is_still_a_mount_after_a_jump(rng):
+    frames = robot(rng, odom=False)
+    frames.buffer.set('base_link', 'mount', random_transform(rng), STAMP)  # a pan-tilt unit
+    told = frames.body_of_camera(CAMERA, STAMP)
+    frames.buffer.jumped(0)
+    assert frames.child_frame(CAMERA) == 'base_link' and frames.knows_base(CAMERA)
+    np.testing.assert_array_equal(frames.body_of_camera(CAMERA, 0), told)
+    frames.first_pose(CAMERA, 0, metric=True)
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_the_odometry_topic_takes_no_frame_its_parent(seed):
+    """Odometry of base_link, while TF has base_link below base_footprint."""
+    rng = np.random.default_rng(seed)
+    frames, T_odom_base = robot(rng, odom=False), random_transform(rng)
+    frames.buffer.set('base_footprint', 'base_link', random_transform(rng), 0, static=True)
+    frames.take_odometry('odom', 'base_link', T_odom_base, STAMP)
+    np.testing.assert_allclose(frames.buffer.lookup('odom', 'base_link', STAMP), T_odom_base,
+                               atol=1e-9)
+    assert frames.buffer.parent_of('base_link') == 'base_footprint'
+    frames.buffer.set('odom', 'base_footprint', np.eye(4), STAMP)
+    frames.take_odometry('/odom', 'base_link', T_odom_base, STAMP)  # TF tells it already
+    np.testing.assert_array_equal(frames.buffer.lookup('odom', 'base_footprint', STAMP),
+                                  np.eye(4))
+
+
+@pytest.mark.parametrize(('tf_mode', 'edge', 'parent', 'child', 'other'), [
+    ('map_to_base', ('odom', 'base_link'), 'map', 'base_link', 'odom'),
+    ('map_to_odom', ('world', 'odom'), 'map', 'odom', 'world'),
+    ('auto', ('hand', f'{CAMERA}_body'), CAMERA, f'{CAMERA}_body', 'hand')])
+def test_no_frame_gets_a_second_parent(rng, tf_mode, edge, parent, child, other):
+    frames = robot(rng, tf_mode=tf_mode, odom=False)
+    assert frames.conflict(parent, child) == ''
+    frames.buffer.set(*edge, np.eye(4), STAMP)
+    if parent == 'map':
+        assert frames.child_frame(CAMERA) == child
+    sentence = frames.conflict(parent, child)
+    assert f'{parent} -> {child} is not sent' in sentence
+    assert f'stop the publisher of {other} -> {child}' in sentence
+    assert ('set tf_mode to auto' in sentence) == (tf_mode != 'auto')
+
+
+@pytest.mark.parametrize('seed', range(10))
+def test_in_mode_auto_whatever_tree_there_is_only_its_root_is_hung_below_the_map(seed):
+    rng = np.random.default_rng(seed)
+    frames = Frames(NodeConfig(), TransformBuffer())
+    names = ['odom', 'base_link', CAMERA, 'x', 'y']
+    for _ in range(20):
+        parent, child = rng.choice(names, 2, replace=False)
+        try:
+            if rng.integers(2):
+                frames.take_odometry(parent, child, np.eye(4), STAMP)
+            else:
+                frames.buffer.set(parent, child, np.eye(4), STAMP, bool(rng.integers(2)))
+        except TransformError:
+            continue  # a loop
+        sent = frames.child_frame(CAMERA)
+        assert frames.conflict('map', sent) == '' or not frames.buffer.can(sent, CAMERA)
+
+
+def test_the_map_is_not_hung_below_itself(rng):
+    frames = robot(rng, odom=False)
+    assert frames.loop('map', frames.child_frame(CAMERA)) == ''
+    frames.buffer.set('base_link', 'map', np.eye(4), STAMP)
+    sentence = frames.loop('map', frames.child_frame(CAMERA))
+    assert 'map below base_link' in sentence and 'base_link -> map' in sentence
+
+
+def test_map_to_base_hangs_the_robot_below_the_map_though_a_topic_knows_odometry(rng):
+    """Nobody sends odom -> base_link on TF: the topic alone gives the robot no parent."""
+    frames = robot(rng, odom=False, tf_mode='map_to_base')
+    frames.take_odometry('odom', 'base_link', random_transform(rng), STAMP)
+    assert frames.child_frame(CAMERA) == 'base_link'
+    assert frames.conflict('map', 'base_link') == ''
+
+
+@pytest.mark.parametrize('early_ns', [-1_000_000_000, 20_000_000])
+def test_odometry_that_begins_later_or_lags_still_tells_where_up_is(rng, early_ns):
+    frames = robot(rng)
+    frames.buffer.set('odom', 'base_link', random_transform(rng), STAMP + 500_000_000)
+    T_map_cam, source = frames.first_pose(CAMERA, STAMP + early_ns, metric=True)
+    expected, _ = frames.first_pose(CAMERA, max(STAMP, STAMP + early_ns), metric=True)
+    assert source == 'odometry'
+    np.testing.assert_array_equal(T_map_cam, expected)
+
+
+def test_of_many_transforms_only_our_own_are_known_as_such(rng):
+    def stamped(parent, child, T, stamp_ns):
+        turn = quat_xyzw_from_matrix(T[:3, :3])
+        stamp = SimpleNamespace(sec=1, nanosec=stamp_ns)
+        return SimpleNamespace(
+            header=SimpleNamespace(frame_id=parent, stamp=stamp), child_frame_id=child,
+            transform=SimpleNamespace(
+                translation=SimpleNamespace(**dict(zip('xyz', T[:3, 3].tolist(), strict=True))),
+                rotation=SimpleNamespace(**dict(zip('xyzw', turn.tolist(), strict=True)))))
+
+    sent, T = SentTransforms(), random_transform(rng)
+    sent.add([stamped('map', 'odom', T, 5)])
+    assert stamped('/map', 'odom', T.copy(), 5) in sent
+    for theirs in (('map', 'odom', random_transform(rng), 5), ('map', 'odom', T, 6),
+                   ('map', 'base_link', T, 5)):
+        assert stamped(*theirs) not in sent
+    for stamp in range(10, 10_000):
+        sent.add([stamped('map', 'odom', T, stamp)])
+    assert stamped('map', 'odom', T, 9_999) in sent and stamped('map', 'odom', T, 5) not in sent
+    assert len(sent._kept) < 2000
 
 
 # -- scale --------------------------------------------------------------------------------------

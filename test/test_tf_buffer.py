@@ -98,14 +98,20 @@ def test_nothing_is_extrapolated(robot, stamp, kind, words):
 def test_static_edges_hold_at_any_stamp(robot):
     np.testing.assert_array_equal(robot.lookup('base', 'camera', 0),
                                   robot.lookup('base', 'camera', 99 * SECOND))
-    assert robot.latest_common('base', 'camera') is None
+    assert not robot.moves('base', 'camera') and robot.moves('map', 'camera')
 
 
-def test_the_latest_common_stamp_is_that_of_the_slowest_edge(robot):
+@pytest.mark.parametrize(('asked', 'nearest'), [(0, 10), (10.5, 10.5), (99, 11)])
+def test_the_nearest_known_is_told_where_the_stamp_is_not_known(robot, asked, nearest):
+    np.testing.assert_array_equal(robot.lookup_near('map', 'camera', int(asked * SECOND)),
+                                  robot.lookup('map', 'camera', int(nearest * SECOND)))
+
+
+def test_each_edge_is_told_as_it_is_nearest_to_the_stamp(robot):
     robot.set('odom', 'base', np.eye(4), 12 * SECOND)
-    assert robot.latest_common('map', 'camera') == 11 * SECOND
-    np.testing.assert_array_equal(robot.lookup('map', 'camera', None),
-                                  robot.lookup('map', 'camera', 11 * SECOND))
+    np.testing.assert_array_equal(
+        robot.lookup_near('map', 'base', 12 * SECOND),
+        robot.lookup('map', 'odom', 11 * SECOND) @ robot.lookup('odom', 'base', 12 * SECOND))
 
 
 @pytest.mark.parametrize(('target', 'source', 'words'), [
@@ -116,7 +122,8 @@ def test_a_missing_edge_is_named(robot, target, source, words):
     robot.set('torso', 'arm', np.eye(4), 0)
     assert not robot.can(target, source)
     for ask in (lambda: robot.lookup(target, source, 0),
-                lambda: robot.latest_common(target, source)):
+                lambda: robot.lookup_near(target, source, 0),
+                lambda: robot.moves(target, source)):
         with pytest.raises(TransformError, match=words) as caught:
             ask()
         assert caught.value.kind == 'missing'
@@ -129,11 +136,11 @@ def test_a_frame_is_where_it_is_even_when_nobody_speaks_of_it():
 @pytest.mark.parametrize(('parent', 'child'), [('camera', 'map'), ('base', 'odom'),
                                                ('base', 'base')])
 def test_loops_are_refused_and_the_tree_stays(robot, parent, child):
-    before = robot.lookup('map', 'camera', None)
+    before = robot.lookup('map', 'camera', 11 * SECOND)
     with pytest.raises(TransformError, match='tree') as caught:
         robot.set(parent, child, np.eye(4), 11 * SECOND)
     assert caught.value.kind == 'loop'
-    np.testing.assert_array_equal(robot.lookup('map', 'camera', None), before)
+    np.testing.assert_array_equal(robot.lookup('map', 'camera', 11 * SECOND), before)
 
 
 def test_a_new_parent_replaces_the_old_one(robot):
@@ -147,7 +154,7 @@ def test_history_is_bounded_and_the_newest_stays():
     for stamp in range(0, 100 * SECOND, 50 * MS):
         buffer.set('odom', 'base', np.eye(4), stamp)
     assert len(buffer._edges['base'].stamps_ns) == 21
-    assert buffer.latest_common('odom', 'base') == 100 * SECOND - 50 * MS
+    buffer.lookup('odom', 'base', 100 * SECOND - 50 * MS)
     with pytest.raises(TransformError, match='past'):
         buffer.lookup('odom', 'base', 0)
 
@@ -164,8 +171,8 @@ def test_late_samples_find_their_place_and_repeated_stamps_replace():
 
 def test_a_jump_back_clears_the_edge_that_jumped_and_no_other(robot):
     robot.set('odom', 'base', np.eye(4), 2 * SECOND)
-    assert robot.latest_common('odom', 'base') == 2 * SECOND
-    assert robot.latest_common('map', 'odom') == 11 * SECOND
+    np.testing.assert_array_equal(robot.lookup('odom', 'base', 2 * SECOND), np.eye(4))
+    robot.lookup('map', 'odom', 11 * SECOND)
     with pytest.raises(TransformError, match='future'):
         robot.lookup('odom', 'base', 10 * SECOND)
 
@@ -173,6 +180,42 @@ def test_a_jump_back_clears_the_edge_that_jumped_and_no_other(robot):
 def test_clear_keeps_what_is_static(robot):
     robot.clear()
     assert robot.can('base', 'camera') and not robot.can('map', 'camera')
+
+
+def test_a_jump_of_time_forgets_where_but_not_on_what(robot):
+    """/tf_static is sent once, and a robot hangs below its odometry at any time."""
+    mount = robot.lookup('base', 'camera', 0)
+    last = robot.lookup('map', 'camera', 11 * SECOND)
+    robot.jumped(2 * SECOND)
+    np.testing.assert_array_equal(robot.lookup('base', 'camera', 2 * SECOND), mount)
+    assert robot.ancestry('camera') == ['camera', 'base', 'odom', 'map']
+    for stamp in (2 * SECOND, 10 * SECOND):
+        with pytest.raises(TransformError, match='none since the stamps jumped') as caught:
+            robot.lookup('map', 'camera', stamp)
+        assert caught.value.kind == 'future'
+    np.testing.assert_array_equal(robot.lookup_near('map', 'camera', 2 * SECOND), last)
+    for parent, child in (('map', 'odom'), ('odom', 'base')):
+        robot.set(parent, child, np.eye(4), 2 * SECOND)
+    np.testing.assert_array_equal(robot.lookup('map', 'camera', 2 * SECOND), mount)
+
+
+def test_what_jumped_before_the_images_is_not_forgotten(robot):
+    robot.set('odom', 'base', np.eye(4), 2 * SECOND)
+    robot.jumped(2 * SECOND + 30 * MS)
+    np.testing.assert_array_equal(robot.lookup('odom', 'base', 2 * SECOND), np.eye(4))
+    with pytest.raises(TransformError):
+        robot.lookup('map', 'odom', 11 * SECOND)
+
+
+def test_what_another_topic_tells_never_replaces_what_tf_tells(robot, rng):
+    T_odom_base = robot.lookup('odom', 'base', 11 * SECOND)
+    robot.set('wheels', 'base', random_transform(rng), 11 * SECOND, on_tf=False)
+    np.testing.assert_array_equal(robot.lookup('odom', 'base', 11 * SECOND), T_odom_base)
+    robot.set('earth', 'map', np.eye(4), 11 * SECOND, on_tf=False)
+    assert robot.parent_of('map') == 'earth' and robot.parent_of('map', on_tf=True) is None
+    robot.set('earth', 'map', np.eye(4), 12 * SECOND)
+    assert robot.parent_of('map', on_tf=True) == 'earth'
+    robot.lookup('earth', 'map', 11 * SECOND)
 
 
 @pytest.mark.parametrize('T', [np.full((4, 4), np.nan), np.diag([2.0, 2, 2, 1]),
