@@ -1,15 +1,23 @@
 """Parts of the nodes without DDS: pairing of depth, queues and threads."""
 
 import threading
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from ros_support.harness import missing_ros
 
 if missing_ros():
     pytest.skip(missing_ros(), allow_module_level=True)
 
+from geometry_msgs.msg import TransformStamped
+
 from feedforward_recon.errors import ReconError
-from feedforward_recon.ros.inputs import DepthPairing
+from feedforward_recon.node_config import NodeConfig
+from feedforward_recon.ros.health import Health
+from feedforward_recon.ros.inputs import Arrival, DepthPairing
+from feedforward_recon.ros.outputs import Outputs
+from feedforward_recon.ros.positioning import WAITING_POSES, Positioning
 from feedforward_recon.ros.worker import FrameQueue, Job, Worker
 
 MS = 1_000_000
@@ -72,6 +80,160 @@ def test_after_the_time_went_back_nothing_of_the_future_is_paired():
     pairing.forget_after(100 * MS)
     assert pairing.add_image(100 * MS, 'image') == []
     assert pairing.add_depth(100 * MS, 'depth') == [('image', 'depth')]
+
+
+# -- poses and transforms -----------------------------------------------------------------------
+
+SECOND, CAMERA = 1000 * MS, 'camera_optical_frame'
+
+
+class Node:
+    """What Positioning needs of a node; keeps what is published and said."""
+
+    def __init__(self, **config):
+        self.config, self.health = NodeConfig(**config), Health('node')
+        self.publishers, self.codes, self.log = {'/tf': 1}, [], []
+        self.poses, self.sent, self.posed = [], [], lambda arrival: None
+        self.outputs = SimpleNamespace(
+            pose=self.poses.append, transforms=self.sent.extend, sent=(),
+            own_body=lambda *args: Outputs.own_body(self.outputs, *args))
+        self.session = self.worker = None
+        self.positioning = Positioning(self)
+
+    def create_subscription(self, *_):
+        return None
+
+    def create_timer(self, *_, **__):
+        return SimpleNamespace()
+
+    def resolve_topic_name(self, name):
+        return name
+
+    def count_publishers(self, topic):
+        return self.publishers.get(topic, 0)
+
+    def get_logger(self):
+        return SimpleNamespace(info=self.log.append)
+
+    def now_ns(self):
+        return 0
+
+    def notice(self, code, sentence):
+        self.codes += [code] if sentence else []
+
+    def look(self, stamp):
+        """An image that is measured at once; False when it has to wait for TF."""
+        arrival = Arrival(stamp, CAMERA, None, None, None, 0)
+        if self.positioning.first_pose(arrival) is None:
+            return False
+        estimate = SimpleNamespace(T_map_cam=np.eye(4), covariance=np.eye(6))
+        self.positioning.measured(arrival, estimate, SimpleNamespace(metres_per_unit=1.0))
+        return True
+
+    def stamps(self):
+        return [pose.stamp_ns for pose in self.poses]
+
+    def children(self):
+        return [(t.header.frame_id, t.child_frame_id) for t in self.sent]
+
+    def mount(self):
+        self.positioning.buffer.set('base_link', CAMERA, np.eye(4), 0, static=True)
+
+    def drive(self, stamp):
+        self.positioning.buffer.set('odom', 'base_link', np.eye(4), stamp)
+
+
+@pytest.fixture
+def started():
+    def start(**config):
+        node = Node(**config)
+        node.positioning.start(node.config)
+        return node
+    return start
+
+
+def test_poses_that_wait_for_odometry_are_bounded_in_number_in_order_and_not_lost(started):
+    node = started(tf_wait_s=10.0)
+    node.mount()
+    node.drive(0)
+    expected = [index * 30 * MS for index in range(1, 101)]
+    assert all(node.look(stamp) for stamp in expected)
+    assert node.stamps() == expected[:100 - WAITING_POSES + 1] and not node.sent
+    assert set(node.codes) == {'TF_LATE'}
+    node.drive(3000 * MS)
+    node.positioning._flush()
+    assert node.stamps() == expected
+    assert set(node.children()) == {('map', 'odom')} and len(node.sent) == WAITING_POSES - 1
+
+
+@pytest.mark.parametrize(('topic', 'known'), [('/tf', False), ('/tf_static', False),
+                                              ('odom', True), ('/tf', True)])
+def test_a_map_waits_for_what_somebody_may_publish_and_not_for_ever(started, topic, known):
+    node = started(tf_wait_s=0.2)
+    node.publishers[topic] = node.publishers.get(topic, 0) + 1
+    if known:
+        node.mount()
+    assert not node.look(SECOND)
+    node.positioning._first_image_s -= 0.3
+    assert node.look(2 * SECOND) and node.poses
+
+
+def test_a_map_that_is_there_or_a_tf_without_others_makes_no_image_wait(started):
+    alone = started(tf_wait_s=10.0)
+    assert alone.look(SECOND) and alone.children() == [
+        ('map', CAMERA), (CAMERA, f'{CAMERA}_body')]
+    mapped = started(tf_wait_s=10.0)
+    mapped.publishers['/tf'] = 2
+    mapped.health.keyframes = 1
+    assert mapped.look(SECOND)
+
+
+def test_what_made_the_map_upright_is_said_once_per_map(started):
+    node = started()
+    arrival = Arrival(SECOND, CAMERA, None, None, None, 0)
+    first = node.positioning.first_pose(arrival)
+    node.mount()
+    for pose in (first, node.positioning.first_pose(arrival), first):
+        node.positioning.map_has(pose)
+    assert node.log == ['the map is upright by: level camera']
+    node.positioning.new_map()
+    node.positioning.map_has(node.positioning.first_pose(arrival))
+    assert node.log[1:] == ['the map is upright by: level base']
+
+
+def test_a_correction_is_not_sent_on_when_its_frame_gets_another_parent(started):
+    node = started()
+    node.mount()
+    node.drive(SECOND)
+    assert node.look(SECOND)
+    node.positioning._tick()
+    assert node.children() == [('map', 'odom')] * 2
+    node.positioning.buffer.set('earth', 'odom', np.eye(4), SECOND)
+    node.positioning._tick()
+    assert len(node.sent) == 2 and 'TWO_PARENTS' in node.codes
+
+
+@pytest.mark.parametrize(('parent', 'child', 'own', 'said'), [
+    ('map', 'odom', False, True), ('map', 'base_link', False, True),
+    ('map', 'odom', True, False), ('map', 'table', False, False)])
+def test_who_else_sends_below_the_map_is_told_from_ourselves(started, parent, child, own, said):
+    node = started()
+    node.mount()
+    theirs = TransformStamped(child_frame_id=child)
+    theirs.header.frame_id = parent
+    node.outputs.sent = (theirs,) if own else ()
+    node.positioning._take_tf(SimpleNamespace(transforms=[theirs]), False)
+    node.drive(SECOND)
+    assert node.look(SECOND)
+    assert ('TWO_PUBLISHERS' in node.codes) == said
+    assert node.children() == [('map', 'odom')]
+
+
+def test_the_body_that_we_name_below_the_camera_is_not_taken_from_somebody_else(started):
+    node = started()
+    node.positioning.buffer.set('hand', f'{CAMERA}_body', np.eye(4), SECOND)
+    assert node.look(SECOND)
+    assert node.children() == [('map', CAMERA)] and node.codes == ['TWO_PARENTS']
 
 
 # -- threads ------------------------------------------------------------------------------------

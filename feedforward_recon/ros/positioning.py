@@ -269,12 +269,11 @@ class Positioning:
             return
         try:
             outputs.pose(body)
+            self._node.posed(arrival)
+            if body.child_frame and not self._scale_is_due(body.child_frame, arrival.frame_id):
+                self._send(body, arrival.frame_id)
         except InputError as error:
             self._node.notice('POSE_REFUSED', f'a pose was not published: {error}')
-            return
-        self._node.posed(arrival)
-        if body.child_frame and not self._scale_is_due(body.child_frame, arrival.frame_id):
-            self._send(body, arrival.frame_id)
 
     def _send(self, body: BodyPose, camera_frame: str) -> None:
         """Send the transform of a measured pose, unless TF has no place for it."""
