@@ -70,6 +70,14 @@ def test_the_first_pose_sets_the_frame_of_the_map_and_nothing_else(frames, encod
     assert (here.info.frame, there.info.frame) == ('first camera', 'z up')
 
 
+def test_the_image_that_starts_the_map_brings_its_pose_not_a_black_one_before(frames, encoder):
+    session = LiveSession(CONFIG, encoder)
+    session.process(replace(frames[0], image=np.zeros_like(frames[0].image)), np.eye(4))
+    for frame, T_map_first in ((frames[1], T_FIRST), (frames[2], np.eye(4))):
+        session.process(frame, T_map_first)
+    np.testing.assert_allclose(session.keyframe_poses().T_map_cam[0], T_FIRST, atol=1e-9)
+
+
 def test_a_saved_map_finds_the_frames_between_in_its_own_frame(saved, located, frames):
     assert saved.info.frame == 'z up' and saved.info.metres_per_unit == 1.0
     T_world_map = frames[0].T_map_cam @ inverse(T_FIRST)

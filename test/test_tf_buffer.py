@@ -185,6 +185,7 @@ def test_clear_keeps_what_is_static(robot):
 def test_a_jump_of_time_forgets_where_but_not_on_what(robot):
     """/tf_static is sent once, and a robot hangs below its odometry at any time."""
     mount = robot.lookup('base', 'camera', 0)
+    robot.set('base', 'camera', mount, 11 * SECOND, static=True)  # its stamp says nothing
     last = robot.lookup('map', 'camera', 11 * SECOND)
     robot.jumped(2 * SECOND)
     np.testing.assert_array_equal(robot.lookup('base', 'camera', 2 * SECOND), mount)
