@@ -12,6 +12,7 @@ A call that fails leaves the session as it was.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +29,7 @@ from feedforward_recon.mapping.cloud import CloudSource
 from feedforward_recon.mapping.live_windows import LiveWindows
 from feedforward_recon.mapping.localizer import Localizer
 from feedforward_recon.mapping.online import OnlineReconstructor
-from feedforward_recon.mapping.scene_map import SceneMap
+from feedforward_recon.mapping.scene_map import SceneMap, Stats
 from feedforward_recon.mapping.window_parts import FeedForward
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.model import Encoder
@@ -77,11 +78,24 @@ def session_of(config: NodeConfig, on_ready: Callable[[], None] = lambda: None) 
     return session
 
 
+@dataclass
+class _LastSave:
+    """The last save of one map: SHA-256 of its map.yaml, and how far the map was."""
+
+    sha256: str = ''
+    stand: tuple[int, int] = (0, 0)
+
+
+class _OutOfTimeError(Exception):
+    """Polishing was told to end."""
+
+
 class LiveSession:
     """A map that is being made, or one that was loaded, and the mode it is used in.
 
     load_network: brings the feed-forward network that maps, once mapping begins; None maps with
-    the encoder alone. on_ready: called on another thread when ``work`` has something to do.
+    the encoder alone. hurry: once set, the memory is saved without being polished.
+    on_ready: called on another thread when ``work`` has something to do.
     Raises what load_network raises.
     """
 
@@ -102,6 +116,8 @@ class LiveSession:
         self._frozen_at = -1  # keyframes in the memory that the localizer reads
         self._hint: np.ndarray | None = None
         self._odometry_scale: float | None = None
+        self.hurry = threading.Event()
+        self._last_save = _LastSave()
 
     def configure(self, config: MapperConfig) -> None:
         """Take over settings of the localizer that changed while running."""
@@ -205,15 +221,62 @@ class LiveSession:
                            f'{self._saved.path}, which is saved already')
         check_map_output(path)
         scene = self._finished()
-        if self._odometry_scale is not None and scene.metres_per_unit is None:
-            scene = replace(scene, metres_per_unit=self._odometry_scale, scale_source='odometry')
-        copy = MemoryWriter.from_state(self.config.memory, self._writer.state())
+        return self._saving(path, lambda: scene, polished=True)
+
+    def autosave(self, path: str | Path) -> Callable[[], SavedMap] | None:
+        """A job that writes the map as it stands, neither refined nor polished.
+
+        Taking it keeps nobody waiting. None while there is nothing that was not saved before.
+        Raises InputError for an impossible path.
+        """
+        mapper = self._mapper
+        if self._saved is not None or mapper is None or not self._writer.filled \
+                or self._stand == self._last_save.stand:
+            return None
+        check_map_output(path)
+        return self._saving(path, mapper.draft(), polished=False)
+
+    @property
+    def unsaved_keyframes(self) -> int:
+        """Keyframes of a map that changed since it was saved; 0 when nothing would be lost."""
+        return 0 if self._saved is not None or self._stand == self._last_save.stand \
+            else self.info.keyframes
+
+    @property
+    def _stand(self) -> tuple[int, int]:
+        """Changes with the map; the frames between two keyframes do not count."""
+        stats = Stats() if self._mapper is None else self._mapper.stats
+        return stats.keyframes, stats.corrections
+
+    def _saving(self, path: str | Path, scene: Callable[[], SceneMap], *,
+                polished: bool) -> Callable[[], SavedMap]:
+        state, stand, last = self._writer.state(), self._stand, self._last_save
+        metres, config, encoder = self._odometry_scale, self.config, self.encoder
 
         def job() -> SavedMap:
-            copy.polish()
-            return save_map(path, scene, copy, self.encoder, self.config)
+            made = scene()
+            if metres is not None and made.metres_per_unit is None:
+                made = replace(made, metres_per_unit=metres, scale_source='odometry')
+            copy = MemoryWriter.from_state(config.memory, state)
+            if polished and not self._polish(copy):
+                copy = MemoryWriter.from_state(config.memory, state)
+            saved = save_map(path, made, copy, encoder, config, replaces=last.sha256)
+            last.sha256, last.stand = saved.sha256, stand
+            return saved
 
         return job
+
+    def _polish(self, writer: MemoryWriter) -> bool:
+        """Polish a copy of the memory; False when there was no time left to end it."""
+        def check(_: int) -> None:
+            if self.hurry.is_set():
+                raise _OutOfTimeError
+
+        try:
+            writer.polish(progress=check)
+        except _OutOfTimeError:
+            return False
+        return True
 
     def load(self, path: str | Path) -> SavedMap:
         """Localise in a saved map from now on; the map that was being made is given up.
@@ -275,6 +338,7 @@ class LiveSession:
         self._mapper, self._saved, self._localizer = None, None, None
         self._writer = MemoryWriter(self.config.memory, self.encoder.dim)
         self._frozen_at, self._hint, self._odometry_scale = -1, None, None
+        self._last_save = _LastSave()
 
     def _finished(self) -> SceneMap:
         """The map with everything done that can be; mapping may go on."""

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import logging
+import shutil
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -38,15 +40,19 @@ from feedforward_recon.types import PointCloud, Trajectory
 from feedforward_recon.writers import (
     MAP_MARKER,
     atomic_folder,
+    backups,
     check_output,
     check_place,
     read_ply,
+    recover,
     write_ply,
     write_poses,
     write_tum,
 )
 
+log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
+BACKUPS = 5
 MEMORY, RESERVOIR = 'memory.safetensors', 'reservoir.safetensors'
 NETWORK = 'network.safetensors'
 POSES, TRAJECTORY, CLOUD = 'poses.json', 'trajectory.tum', 'cloud.ply'
@@ -79,11 +85,17 @@ class MapInfo:
 
 @dataclass(frozen=True)
 class SavedMap:
-    """A map folder whose map.yaml and memory have been read and verified."""
+    """A map folder whose map.yaml and memory have been read and verified.
+
+    sha256: of map.yaml, which tells of all other files. backup: where ``save_map`` put the map
+    that was there before.
+    """
 
     path: Path
     info: MapInfo
     memory: SceneMemory
+    sha256: str = ''
+    backup: Path | None = None
 
     def load_encoder(self, weights: str | Path | None = None) -> Encoder:
         """The encoder that wrote this map: the shipped one, or ``weights`` of your own.
@@ -158,10 +170,14 @@ def check_map_output(path: str | Path) -> None:
 
 
 def save_map(path: str | Path, scene: SceneMap, writer: MemoryWriter, encoder: Encoder,
-             config: MapperConfig, network: NetworkMemory | None = None) -> SavedMap:
+             config: MapperConfig, network: NetworkMemory | None = None, *,
+             replaces: str | None = None) -> SavedMap:
     """Write a map folder, read it back and return it; replaces an older map, nothing else.
 
     network: what a feed-forward network remembers of the same scene.
+    replaces: ``SavedMap.sha256`` of the one map that may be replaced; any other map that is there
+    is kept as a backup beside it. None replaces whatever map there is. Of ``BACKUPS`` + 1
+    backups the one with the fewest keyframes goes, so that a good map outlives many small ones.
 
     Raises InputError when the folder cannot be written, MapError when there is nothing to save
     or the disk does not give back what was written.
@@ -171,7 +187,12 @@ def save_map(path: str | Path, scene: SceneMap, writer: MemoryWriter, encoder: E
                        f'{len(scene.keyframes)} keyframes and {writer.filled} points; give sharp '
                        'images of a textured place, from a camera that moves sideways')
     memory = writer.snapshot()
-    with atomic_folder(path) as folder:
+    before = backups(path)
+
+    def is_another(target: Path) -> bool:
+        return replaces is not None and _sha256(target / MAP_MARKER) != replaces
+
+    with atomic_folder(path, keeps=is_another) as folder:
         try:
             memory.save(folder / MEMORY)
             save_file(writer.state(), folder / RESERVOIR)
@@ -187,7 +208,24 @@ def save_map(path: str | Path, scene: SceneMap, writer: MemoryWriter, encoder: E
             raise InputError(f'{path}: expected a place to write, found {error}; choose another '
                              'output or free space') from error
         _check_written(folder, memory)
-    return load_map(path)
+    made = [backup for backup in backups(path) if backup not in before]
+    if made:
+        _drop_smallest(made[0], before)
+    return replace(load_map(path), backup=made[0] if made else None)
+
+
+def _drop_smallest(newest: Path, others: list[Path]) -> None:
+    """Keep the newest backup and ``BACKUPS`` - 1 others, those with the most keyframes."""
+    if len(others) >= BACKUPS:
+        shutil.rmtree(min(others, key=_keyframes), ignore_errors=True)
+
+
+def _keyframes(folder: Path) -> int:
+    """Keyframes that a map folder tells of; -1 where it is none that can be read."""
+    try:
+        return _read_description(folder).keyframes
+    except MapError:
+        return -1
 
 
 def _write_description(folder: Path, scene: SceneMap, encoder: Encoder,
@@ -225,9 +263,11 @@ def load_map(path: str | Path) -> SavedMap:
     Raises MapError for what is missing, damaged, or written by a newer version.
     """
     folder = Path(path).expanduser()
+    if recover(folder):
+        log.warning('%s: a process died while it saved here; the map from before is back', folder)
     info = _read_description(folder)
     file = _verified(folder / MEMORY, info.files.get(MEMORY))
-    return SavedMap(folder, info, SceneMemory.load(file))
+    return SavedMap(folder, info, SceneMemory.load(file), _sha256(folder / MAP_MARKER))
 
 
 def _read_description(folder: Path) -> MapInfo:

@@ -23,6 +23,9 @@ class NodeConfig(ModelOptions, MapperConfig):
 
     map: str = option('', 'folder that save_map writes and load_map reads; ~ is the home folder',
                       live=True)
+    autosave_s: float = option(60.0, 'a growing map is saved to the folder map this often, '
+                               'unrefined and unpolished; 0: never', low=0.0, high=86_400.0,
+                               unit='s', live=True)
     mode: Literal['mapping', 'localization'] = option(
         'mapping', 'what the node does when it starts', choices=('mapping', 'localization'))
     autostart: bool = option(True, 'configure and activate without being asked to',

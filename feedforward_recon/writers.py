@@ -5,6 +5,7 @@ Quaternions appear here because file formats ask for them; names say their order
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import secrets
@@ -12,6 +13,8 @@ import shutil
 import tempfile
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +27,7 @@ from feedforward_recon.readers.source import seconds
 from feedforward_recon.types import Estimate, FloatArray, PointCloud, Trajectory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 MAP_MARKER = 'map.yaml'
 _PLY_VERTEX = np.dtype([('xyz', '<f4', 3), ('rgb', 'u1', 3)])
@@ -194,19 +197,23 @@ def check_place(path: str | Path) -> None:
 
 
 @contextmanager
-def atomic_folder(path: str | Path, marker: str = MAP_MARKER) -> Iterator[Path]:
+def atomic_folder(path: str | Path, marker: str = MAP_MARKER, *,
+                  keeps: Callable[[Path], bool] = lambda _: False) -> Iterator[Path]:
     """A temporary folder that takes the place of ``path`` when the block ends well.
 
     Everything is flushed to disk before it is renamed. When the block fails, the temporary folder
     goes and what was at ``path`` stays as it was. Only a folder that holds ``marker`` (one of
-    ours) or nothing is ever replaced. A power cut between the two renames leaves the old folder
-    beside the path, named ``.<name>.*.old``.
+    ours) or nothing is ever replaced. A process that dies between the renames leaves the old
+    folder beside the path, and ``recover`` brings it back.
+    keeps: asked just before the renames whether the folder that is there becomes a backup
+    (``backups``) instead of being removed.
     Raises InputError, before the block runs, when the output cannot be written or would
     overwrite something else.
     """
     target = Path(path).expanduser().resolve()
     check_output(target, marker)
-    token = secrets.token_hex(4)
+    recover(target, marker)
+    token = f'{os.getpid()}-{secrets.token_hex(4)}'
     part = target.with_name(f'.{target.name}.{token}.part')
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -218,11 +225,58 @@ def atomic_folder(path: str | Path, marker: str = MAP_MARKER) -> Iterator[Path]:
         check_output(target, marker)
         try:
             _flush_tree(part)
-            _swap(part, target, target.with_name(f'.{target.name}.{token}.old'))
+            kept = (target / marker).exists() and keeps(target)
+            _swap(part, target, target.with_name(
+                f'.{target.name}.{token}.{"kept" if kept else "old"}'), marker)
         except OSError as error:
             raise not_writable(target, error) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def recover(path: str | Path, marker: str = MAP_MARKER) -> bool:
+    """Tidy up after processes that died while they saved; True if the old folder came back.
+
+    What a living process is writing stays as it is.
+    """
+    target = Path(path).expanduser().resolve()
+    left = [folder for folder in target.parent.glob(f'.{glob.escape(target.name)}.*-*.*')
+            if folder.suffix in ('.part', '.old', '.kept') and not _writer_lives(folder)]
+    came_back = False
+    for folder in sorted(left, key=lambda folder: -folder.stat().st_mtime):
+        if folder.suffix != '.part' and not target.exists() and (folder / marker).exists():
+            os.rename(folder, target)
+            came_back = True
+        else:
+            _discard(folder, target, marker)
+    return came_back
+
+
+def _writer_lives(folder: Path) -> bool:
+    """The process whose number is in the name of a temporary folder is still there."""
+    number = folder.name.split('.')[-2].partition('-')[0]
+    return not number.isdigit() or Path(f'/proc/{number}').exists() or number == str(os.getpid())
+
+
+def backups(path: str | Path) -> list[Path]:
+    """Folders that other ones took the place of, newest first: ``<name>.backup-<UTC>``."""
+    target = Path(path).expanduser().resolve()
+    return sorted(target.parent.glob(f'{glob.escape(target.name)}.backup-*'), reverse=True)
+
+
+def _discard(folder: Path, target: Path, marker: str) -> None:
+    """Remove a folder that was replaced, or keep it under the name of a backup."""
+    if folder.suffix != '.kept':
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    written = datetime.fromtimestamp((folder / marker).stat().st_mtime, timezone.utc)
+    name = f'{target.name}.backup-{written:%Y%m%dT%H%M%S}'
+    free = target.with_name(name)
+    for number in count(2):  # maps that were saved within one second
+        if not free.exists():
+            break
+        free = target.with_name(f'{name}-{number}')
+    os.rename(folder, free)
 
 
 def check_output(path: Path, marker: str = MAP_MARKER) -> None:
@@ -254,7 +308,7 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _swap(part: Path, target: Path, old: Path) -> None:
+def _swap(part: Path, target: Path, old: Path, marker: str) -> None:
     """Rename part to target; the folder that was there comes back if that fails."""
     existed = target.exists()
     if existed:
@@ -265,5 +319,6 @@ def _swap(part: Path, target: Path, old: Path) -> None:
         if existed:
             os.rename(old, target)
         raise
+    if existed:
+        _discard(old, target, marker)
     _flush(target.parent)
-    shutil.rmtree(old, ignore_errors=True)

@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from feedforward_recon.config import MapperConfig
 from feedforward_recon.errors import InputError, MapError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, pose_error, se3_exp
 from feedforward_recon.live import NO_MAP, LiveSession
+from feedforward_recon.map_folder import load_map
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Status
 
@@ -142,6 +144,52 @@ def test_saving_does_not_disturb_mapping(frames, encoder, tmp_path):
     assert estimate.status.has_pose
     keyframes = job().info.keyframes
     assert keyframes <= session.info.keyframes
+
+
+def test_an_autosave_holds_the_map_as_it_stands(frames, encoder, tmp_path):
+    config = replace(CONFIG, refine=replace(CONFIG.refine, window=3))
+    session = LiveSession(config, encoder)
+    for frame in frames[:40]:
+        session.process(frame)
+    poses = session.keyframe_poses()
+    job = session.autosave(tmp_path / 'map')
+    for frame in frames[40:]:
+        session.process(frame)
+    saved = job()
+    assert saved.info.keyframes == len(poses) and saved.info.tracked == 40
+    assert saved.localizer(encoder).localize(frames[20]).status.has_pose
+    np.testing.assert_array_equal(session.keyframe_poses().stamps_ns[:len(poses)],
+                                  poses.stamps_ns)
+
+
+def test_only_a_map_that_grew_is_saved_again(frames, encoder, tmp_path):
+    session = LiveSession(replace(CONFIG, refine=replace(CONFIG.refine, window=3)), encoder)
+    assert session.autosave(tmp_path / 'map') is None and session.unsaved_keyframes == 0
+    for frame in frames[:30]:
+        session.process(frame)
+    assert session.unsaved_keyframes == session.info.keyframes
+    first = session.autosave(tmp_path / 'map')()
+    assert session.autosave(tmp_path / 'map') is None and session.unsaved_keyframes == 0
+    for frame in frames[30:]:
+        session.process(frame)
+    again = session.autosave(tmp_path / 'map')()
+    assert again.info.keyframes > first.info.keyframes and again.backup is None
+    session.reset()
+    for frame in frames[:30]:
+        session.process(frame)
+    other = session.autosave(tmp_path / 'map')()
+    assert load_map(other.backup).sha256 == again.sha256
+
+
+def test_a_save_in_a_hurry_leaves_out_the_polishing(frames, encoder, tmp_path):
+    session = LiveSession(replace(CONFIG, memory=replace(CONFIG.memory, polish_steps=50_000)),
+                          encoder)
+    for frame in frames[:30]:
+        session.process(frame)
+    session.hurry.set()
+    saved = session.save(tmp_path / 'map')()
+    state = session._writer.snapshot().tensors()
+    assert all(torch.equal(state[name], value) for name, value in saved.memory.tensors().items())
 
 
 def test_reset_starts_again(frames, elsewhere, encoder, located):

@@ -12,11 +12,12 @@ from oracle import CAMERA, DIM, OracleScene, poses_around
 
 from feedforward_recon.config import LocalizerConfig, MapperConfig, MemoryConfig
 from feedforward_recon.errors import InputError, MapError
-from feedforward_recon.map_folder import check_map_output, load_map, save_map
+from feedforward_recon.map_folder import BACKUPS, check_map_output, load_map, save_map
 from feedforward_recon.mapping.localizer import Localizer
 from feedforward_recon.mapping.scene_map import SceneMap
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.types import Estimate, PointCloud, Status, Trajectory
+from feedforward_recon.writers import backups
 
 CONFIG = MapperConfig(memory=MemoryConfig(hidden_dim=64, blocks=2, slots=2000, reservoir=3000,
                                           batch=256, steps_per_keyframe=1),
@@ -213,6 +214,24 @@ def test_a_failed_save_leaves_the_older_map(folder, monkeypatch):
         save_map(folder, scene, writer, Encoder(), CONFIG)
     assert (folder / 'map.yaml').read_bytes() == before
     assert [f.name for f in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_map_of_another_run_is_kept_and_the_own_one_replaced(folder):
+    scene, writer = make(keyframes=2)
+    old = load_map(folder)
+    first = save_map(folder, scene, writer, Encoder(), CONFIG, replaces='')
+    assert load_map(first.backup).sha256 == old.sha256
+    again = save_map(folder, scene, writer, Encoder(), CONFIG, replaces=first.sha256)
+    assert again.backup is None and backups(folder) == [first.backup]
+
+
+def test_many_small_maps_do_not_push_out_the_large_one(folder):
+    large = load_map(folder).info.keyframes
+    scene, writer = make(keyframes=2)
+    for _ in range(BACKUPS + 2):
+        save_map(folder, scene, writer, Encoder(), CONFIG, replaces='')
+    kept = [load_map(path).info.keyframes for path in backups(folder)]
+    assert len(kept) == BACKUPS and large > 2 and large in kept
 
 
 def test_an_unwritable_place_is_refused_before_the_work(tmp_path):

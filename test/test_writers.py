@@ -16,8 +16,10 @@ from feedforward_recon.types import Estimate, PointCloud, Status, Trajectory
 from feedforward_recon.writers import (
     PosedImage,
     atomic_folder,
+    backups,
     localization_entries,
     read_ply,
+    recover,
     write_colmap,
     write_kitti,
     write_ply,
@@ -272,3 +274,47 @@ def test_input_and_output_load_no_optional_package():
     found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
                            check=True)
     assert found.stdout.strip() == '[]'
+
+
+# Whoever dies while saving
+
+
+def died(tmp_path, monkeypatch, *, at, keeps):
+    """Replace map 'old' by 'new' in a process that dies at its n-th rename; what recover says."""
+    target = tmp_path / 'map'
+    with atomic_folder(target) as folder:
+        write_map(folder, 'old')
+    pid = os.fork()
+    if pid == 0:
+        count, rename = iter(range(9)), os.rename
+
+        def deadly(a, b):
+            if next(count) == at:
+                os._exit(0)
+            rename(a, b)
+
+        monkeypatch.setattr('os.rename', deadly)
+        with atomic_folder(target, keeps=lambda _: keeps) as folder:
+            write_map(folder, 'new')
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return recover(target)
+
+
+@pytest.mark.parametrize('keeps', [False, True])
+@pytest.mark.parametrize('at', range(4))
+def test_at_whatever_rename_a_process_dies_no_map_is_lost(tmp_path, monkeypatch, at, keeps):
+    came_back = died(tmp_path, monkeypatch, at=at, keeps=keeps)
+    content = (tmp_path / 'map/map.yaml').read_text()
+    assert content == ('old' if at <= 1 else 'new') and came_back == (at == 1)
+    assert (tmp_path / 'map/sub/data.bin').read_text() == content
+    beside = [folder / 'map.yaml' for folder in backups(tmp_path / 'map')]
+    assert [file.read_text() for file in beside] == ['old'] * (keeps and content == 'new')
+    assert len(list(tmp_path.iterdir())) == 1 + len(beside)
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path):
+    with atomic_folder(tmp_path / 'map') as folder:
+        write_map(folder, 'one')
+        assert not recover(tmp_path / 'map')
+        assert folder.exists()

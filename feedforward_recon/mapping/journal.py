@@ -28,6 +28,12 @@ class Journal:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def copy(self) -> Journal:
+        """The same entries; those noted later are missing."""
+        other = Journal()
+        other._entries = list(self._entries)
+        return other
+
     def note(self, estimate: Estimate, keyframe: int, T_map_keyframe: np.ndarray | None,
              index: int | None = None) -> None:
         """Append an estimate, or replace that of frame ``index``."""

@@ -318,6 +318,11 @@ class LiveWindows(WindowedReconstructor):
             trajectory=Trajectory(scene.trajectory.stamps_ns[order],
                                   scene.trajectory.T_map_cam[order]))
 
+    def draft(self) -> Callable[[], SceneMap]:
+        """The map as it stands, unrefined."""
+        scene = self.scene_map()
+        return lambda: scene
+
     @property
     def camera(self) -> Camera | None:
         """The camera in use; None before there is a map."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -31,6 +32,21 @@ class MapResults:
         return SceneMap(tuple(self.keyframes), self.trajectory(), tuple(self.estimates),
                         self.cloud(), 1.0 if self._is_metric else None, self.scale_source,
                         self.camera_source, self.frame)
+
+    def draft(self) -> Callable[[], SceneMap]:
+        """The map as it stands, unrefined; put together by the caller's thread of choice.
+
+        Taking it costs little however long the walk was, and mapping may go on meanwhile.
+        """
+        T_map_cam, journal = self._map.T_map_cam.copy(), self._journal.copy()
+        keyframes, source = list(self._map.keyframes), self.cloud_source()
+        about = (1.0 if self._is_metric else None, self.scale_source, self.camera_source,
+                 self.frame)
+        return lambda: SceneMap(
+            tuple(k.exported(T, k.points_cam)
+                  for k, T in zip(keyframes, T_map_cam, strict=True)),
+            journal.trajectory(T_map_cam), tuple(journal.estimates(T_map_cam)), source.fused(),
+            *about)
 
     @property
     def frame(self) -> str:

@@ -36,6 +36,7 @@ from feedforward_recon.ros.diagnostics import diagnostic_status
 from feedforward_recon.ros.health import Health
 from feedforward_recon.ros.inputs import Arrival, Inputs
 from feedforward_recon.ros.late import LatePoses, News
+from feedforward_recon.ros.map_keeper import MapKeeper
 from feedforward_recon.ros.outputs import Outputs
 from feedforward_recon.ros.positioning import STEADY, FirstPose, Positioning
 from feedforward_recon.ros.services import Services
@@ -73,6 +74,7 @@ class CameraNode(LifecycleNode):
         self.worker: Worker | None = None
         self.clerk = Worker('clerk', self.mailbox)
         self.clerk.start()
+        self.keeper = MapKeeper(self.clerk, self.get_logger(), self.notice)
         self.queue: FrameQueue | None = None
         self.positioning = Positioning(self)
         self._answering = Services(self)
@@ -134,6 +136,9 @@ class CameraNode(LifecycleNode):
         self.worker.start()
         self.outputs = Outputs(self, config)
         self.new_map(session.info)
+        self.keeper.take(session, self.worker, config.autosave_s)
+        if config.mode == 'mapping':
+            self.keeper.announce(config.map, config.autosave_s)
         self.parameters.locked = True
         self._enter('inactive')
         return DONE
@@ -180,6 +185,8 @@ class CameraNode(LifecycleNode):
     def _drop(self) -> None:
         """Let go of everything that configure made; late answers are not listened to."""
         self._generation += 1
+        self.save_at_the_end()
+        self.keeper.drop()
         if self.worker is not None:
             self.worker.stop(timeout_s=0.0)
         if self.outputs is not None:
@@ -195,6 +202,11 @@ class CameraNode(LifecycleNode):
     def _enter(self, state: str) -> None:
         self.health.state = state
         self.get_logger().info(state)
+
+    def save_at_the_end(self) -> None:
+        """Stop listening, and save what mapping made and nobody saved."""
+        self._stop_listening()
+        self.keeper.save_at_the_end(self.config.map, self.config.autosave_s)
 
     def close(self) -> bool:
         """End the threads; False when one is still busy after two seconds."""
@@ -389,6 +401,7 @@ class CameraNode(LifecycleNode):
         if TFMessage is None:
             self.notice('NO_TF2_MSGS', NO_TF)
         self._publish_cloud_map()
+        self.keeper.tick(self.config.map, self.config.autosave_s)
         now_ns = self.now_ns()
         message = DiagnosticArray(status=[diagnostic_status(health, self.causes(), now_ns)])
         message.header.stamp = stamp_msg(now_ns)

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import rclpy
 import torch
@@ -17,6 +18,40 @@ from feedforward_recon.errors import ReconError
 from feedforward_recon.ros.node import CameraNode
 
 STOP_POLL_S = 0.1
+# `ros2 launch` sends SIGINT, after 5 s SIGTERM, after another 5 s SIGKILL.
+END_S = 8.0
+ANSWER_S = 0.3  # callers of services get their answers
+IMPATIENT_S = 1.0  # terminal and launch both send the first SIGINT; a later one is meant
+
+
+def _stopped_by_signals() -> threading.Event:
+    """Set by SIGINT or SIGTERM; another SIGINT a second later ends the process at once."""
+    stop, first_s = threading.Event(), [0.0]
+
+    def handle(number: int, _: object) -> None:
+        if stop.is_set() and number == signal.SIGINT \
+                and time.monotonic() - first_s[0] > IMPATIENT_S:
+            os._exit(130)  # saves go to a temporary folder: the map from before stays whole
+        if not stop.is_set():
+            first_s[0] = time.monotonic()
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return stop
+
+
+def _save(node: CameraNode, executor: SingleThreadedExecutor) -> None:
+    """End the save that is under way, or save what nobody saved; answer who waits for it."""
+    node.save_at_the_end()
+    end_s = time.monotonic() + END_S
+    while node.keeper.is_busy and time.monotonic() < end_s:
+        executor.spin_once(timeout_sec=STOP_POLL_S)
+    if node.keeper.is_busy:
+        node.get_logger().error(f'not saved within {END_S:g} s: {node.config.map} is as it was')
+    end_s = time.monotonic() + ANSWER_S
+    while time.monotonic() < end_s:
+        executor.spin_once(timeout_sec=STOP_POLL_S)
 
 
 def run_camera_node(name: str, mode: str) -> None:
@@ -27,9 +62,7 @@ def run_camera_node(name: str, mode: str) -> None:
         torch.set_num_threads(1)
     # Our own handlers: those of rclpy take the context away while it is being waited on.
     rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    stop = _stopped_by_signals()
     try:
         node = CameraNode(name, mode)
     except ReconError as error:
@@ -40,6 +73,7 @@ def run_camera_node(name: str, mode: str) -> None:
     executor.add_node(node)
     while not stop.is_set() and rclpy.ok():
         executor.spin_once(timeout_sec=STOP_POLL_S)
+    _save(node, executor)
     idle = node.close()
     executor.shutdown(timeout_sec=1.0)
     if not idle:

@@ -20,7 +20,7 @@ from std_srvs.srv import SetBool, Trigger
 from feedforward_recon.errors import ReconError
 from feedforward_recon.geometry.transforms import quat_xyzw_from_matrix
 from feedforward_recon.live import SessionInfo
-from feedforward_recon.map_folder import MEMORY, SavedMap
+from feedforward_recon.map_folder import SavedMap
 from feedforward_recon.ros.convert import stamp_ns
 from feedforward_recon.ros.diagnostics import report_json
 from feedforward_recon.ros.frames import BodyPose
@@ -165,12 +165,13 @@ class Services:
 
     async def _save(self) -> tuple[bool, str]:
         session, worker = self._working()
-        path = self._node.config.map
-        job = await self._ask(worker, lambda: session.save(path))
-        saved: SavedMap = await self._ask(self._node.clerk, job)
-        files = saved.info.files[MEMORY]
-        return True, (f'saved {saved.path.resolve()}: {saved.info.keyframes} keyframes, memory '
-                      f'of {files["bytes"]} bytes, SHA-256 {files["sha256"]}')
+        future: Any = Future()
+        self._node.keeper.save(session, worker, self._node.config.map,
+                               lambda *answer: future.set_result(answer))
+        text, error = await future
+        if error is not None:
+            raise error
+        return True, text
 
     async def _load_map(self, _: Trigger.Request, response: Trigger.Response
                         ) -> Trigger.Response:
@@ -178,11 +179,12 @@ class Services:
 
     async def _load(self) -> tuple[bool, str]:
         session, worker = self._working()
-        path = self._node.config.map
+        path, given_up = self._node.config.map, session.unsaved_keyframes
         saved: SavedMap = await self._ask(worker, lambda: session.load(path))
         self._node.new_map(session.info)
+        lost = f'; the map of {given_up} keyframes being made was not saved' if given_up else ''
         return True, (f'loaded {saved.path.resolve()}: {saved.info.keyframes} keyframes; '
-                      'localising in it')
+                      f'localising in it{lost}')
 
     async def _reset(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         return await self._answer(response, self._forget)

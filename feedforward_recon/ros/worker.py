@@ -16,8 +16,6 @@ from typing import Any
 
 from rclpy.node import Node
 
-from feedforward_recon.errors import ReconError
-
 
 class Mailbox:
     """Calls that other threads ask the executor's thread to make, in order."""
@@ -126,7 +124,7 @@ class Worker(threading.Thread):
         self._work.release()
 
     def stop(self, timeout_s: float) -> bool:
-        """Finish what is running and end; False if it takes longer than this."""
+        """Finish what was asked for and end; False if it takes longer than this."""
         self._stopping = True
         if self._frames is not None:
             self._frames.close()
@@ -143,7 +141,7 @@ class Worker(threading.Thread):
                     continue
                 self._work.acquire()
             if self._stopping:
-                self._refuse()
+                self._end()
                 return
             self._step()
 
@@ -157,11 +155,10 @@ class Worker(threading.Thread):
             self._mailbox.post(lambda: on_answer(None, None, error))
         return bool(more)
 
-    def _refuse(self) -> None:
-        """Answer everybody who waits: a service that is never answered hangs its caller."""
-        error = ReconError('the node was told to stop; ask again when it is active')
+    def _end(self) -> None:
+        """Do what was asked for before: a map may have to be saved, and callers wait."""
         while self._jobs:
-            self._answer(self._jobs.popleft(), None, error)
+            self._step()
 
     def _answer(self, job: Job, result: Any, error: Exception | None) -> None:
         self._mailbox.post(lambda: job.done(result, error))

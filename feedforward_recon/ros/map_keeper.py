@@ -1,0 +1,143 @@
+"""Keeps the map of a node from being lost: says what becomes of its folder, saves it in time.
+
+    configure -> announce          what the folder holds, and what this run will do to it
+    timer     -> tick              saves a map that grew, every autosave_s
+    ~/save_map -> save             refined and polished
+    the end   -> save_at_the_end   what is not saved yet; a save under way ends, without polishing
+
+Jobs take the state of the session on the worker and write it on the clerk, so that images never
+wait for a disk.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rclpy.impl.rcutils_logger import RcutilsLogger
+
+from feedforward_recon.errors import MapError, ReconError
+from feedforward_recon.live import LiveSession
+from feedforward_recon.map_folder import MEMORY, SavedMap, load_map
+from feedforward_recon.ros.worker import Job, Worker
+from feedforward_recon.writers import MAP_MARKER, backups
+
+RETRY_S = 10.0  # after a save that failed
+
+
+class MapKeeper:
+    """Saves of one node. Everything here is called on the executor's thread.
+
+    notice: tells of a fault in the log and the diagnostics, (code, sentence).
+    """
+
+    def __init__(self, clerk: Worker, log: RcutilsLogger, notice: Callable[[str, str], None]
+                 ) -> None:
+        self._clerk, self._log, self._notice = clerk, log, notice
+        self._session: LiveSession | None = None
+        self._worker: Worker | None = None
+        self._under_way = 0
+        self._due_s = 0.0
+
+    @property
+    def is_busy(self) -> bool:
+        """A save is under way."""
+        return self._under_way > 0
+
+    def take(self, session: LiveSession, worker: Worker, autosave_s: float) -> None:
+        """Keep the map of this session from now on."""
+        self._session, self._worker = session, worker
+        self._due_s = time.monotonic() + autosave_s
+
+    def drop(self) -> None:
+        """The session is given up; what is being saved still is."""
+        self._session = self._worker = None
+
+    def announce(self, folder: str, autosave_s: float) -> None:
+        """Say what the folder holds and what mapping will do to it."""
+        if not folder:
+            self._log.warning('the map is kept in memory only: the parameter map is empty; give '
+                              'a folder (map:=FOLDER) to save it')
+            return
+        how = f'saved every {autosave_s:g} s, at the end and by ~/save_map' if autosave_s \
+            else 'saved by ~/save_map alone (autosave_s is 0)'
+        path = Path(folder).expanduser().absolute()
+        self._log.info(f'{_about(path)} this run starts a new map, {how}')
+
+    def save(self, session: LiveSession, worker: Worker, folder: str,
+             done: Callable[[str | None, Exception | None], None]) -> None:
+        """Save refined and polished; ``done`` gets the sentence for the caller, or the error."""
+        self._begin(worker, lambda: session.save(folder), done)
+
+    def tick(self, folder: str, autosave_s: float) -> None:
+        """Once a second: save what grew, when it is time."""
+        if autosave_s and not self.is_busy and time.monotonic() >= self._due_s:
+            self._due_s = time.monotonic() + autosave_s
+            self._autosave(folder)
+
+    def save_at_the_end(self, folder: str, autosave_s: float) -> None:
+        """Save what is not saved yet; a save under way is ended without polishing."""
+        session = self._session
+        if session is None:
+            return
+        session.hurry.set()
+        if folder and autosave_s:
+            self._autosave(folder)
+        elif session.unsaved_keyframes and not self.is_busy:
+            self._log.warning(f'not saved: the map of {session.unsaved_keyframes} keyframes ends '
+                              'here, because ' + ('autosave_s is 0' if folder else
+                                                  'the parameter map is empty'))
+
+    def _autosave(self, folder: str) -> None:
+        session, worker = self._session, self._worker
+        if folder and session is not None and worker is not None:
+            self._begin(worker, lambda: session.autosave(folder), lambda *_: None)
+
+    def _begin(self, worker: Worker, take: Callable[[], Callable[[], SavedMap] | None],
+               done: Callable[[str | None, Exception | None], None]) -> None:
+        self._under_way += 1
+
+        def taken(job: Any, error: Exception | None) -> None:
+            if job is None:
+                self._ended(None, error, done)
+            else:
+                self._clerk.ask(Job(job, lambda saved, error: self._ended(saved, error, done)))
+
+        worker.ask(Job(take, taken))
+
+    def _ended(self, saved: SavedMap | None, error: Exception | None,
+               done: Callable[[str | None, Exception | None], None]) -> None:
+        self._under_way -= 1
+        text = None if saved is None else _said(saved)
+        if text is not None:
+            self._log.info(text)
+        elif error is not None:
+            self._due_s = min(self._due_s, time.monotonic() + RETRY_S)
+            told = str(error) if isinstance(error, ReconError) else f'internal error: {error!r}'
+            self._notice('NOT_SAVED', f'the map was not saved, what was in the folder is '
+                         f'unchanged: {told}')
+        done(text, error)
+
+
+def _said(saved: SavedMap) -> str:
+    files = saved.info.files[MEMORY]
+    kept = '' if saved.backup is None else f'; the map that was there is now {saved.backup}'
+    return (f'saved {saved.path.resolve()}: {saved.info.keyframes} keyframes, memory of '
+            f'{files["bytes"]} bytes, SHA-256 {files["sha256"]}{kept}')
+
+
+def _about(path: Path) -> str:
+    """What a folder holds, in a sentence."""
+    older = len(backups(path))
+    beside = f' ({older} backups beside it)' if older else ''
+    if not path.exists() and not older:
+        return f'{path}: no map there yet;'
+    try:
+        info = load_map(path).info
+    except MapError as error:
+        return f'{path}{beside}: {error};'
+    written = time.strftime('%Y-%m-%d %H:%M', time.localtime((path / MAP_MARKER).stat().st_mtime))
+    return (f'{path} holds a map of {info.keyframes} keyframes, saved {written}{beside}; it stays '
+            f'until the first save, which keeps it as {path.name}.backup-<UTC>;')
