@@ -77,12 +77,26 @@ class Preparation:
         """Depth with 0 wherever it is missing, not finite or too far; None without any."""
         if frame.depth is None or not self.metric:
             return None
-        if frame.depth.shape != frame.image.shape[:2]:
-            raise InputError(f'expected depth of the image size {frame.image.shape[:2]}, found '
-                             f'{frame.depth.shape} in {frame.source}; align depth to the image')
+        depth = fitted_depth(frame)
         with np.errstate(invalid='ignore'):
-            good = (frame.depth > 0) & (frame.depth < self.config.max_depth_m)
-        return np.where(good, frame.depth, 0).astype(np.float32) if good.any() else None
+            good = (depth > 0) & (depth < self.config.max_depth_m)
+        return np.where(good, depth, 0).astype(np.float32) if good.any() else None
+
+
+def fitted_depth(frame: Frame) -> np.ndarray:
+    """Depth of a frame at the size of its image; another size is scaled to it (nearest).
+
+    Raises InputError for depth whose sides are in another ratio: it shows something else.
+    """
+    assert frame.depth is not None
+    (height, width), size_hw = frame.depth.shape, frame.image.shape[:2]
+    if (height, width) == size_hw:
+        return frame.depth
+    if abs(width * size_hw[0] - height * size_hw[1]) > max(size_hw):
+        raise InputError(f'expected depth with the sides of the image, {size_hw[1]}x{size_hw[0]} '
+                         f'or scaled, found {width}x{height} in {frame.source}; register depth '
+                         'to the image')
+    return cv2.resize(frame.depth, size_hw[::-1], interpolation=cv2.INTER_NEAREST)
 
 
 def check_rgb(frame: Frame) -> None:
