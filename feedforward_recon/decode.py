@@ -132,6 +132,23 @@ def depth_in_metres(values: np.ndarray, units_per_metre: float | None = None
     return depth
 
 
+def scaled_depth(depth: NDArray[np.float32], size_wh: tuple[int, int], where: str
+                 ) -> NDArray[np.float32]:
+    """Depth at the size of its image: each pixel takes the nearest measurement.
+
+    Nothing is interpolated, so nothing is invented between an object and what is behind it.
+    Raises InputError for depth whose sides are in another ratio: it shows something else.
+    """
+    height, width = depth.shape
+    if (width, height) == size_wh:
+        return depth
+    if abs(width * size_wh[1] - height * size_wh[0]) > max(size_wh):  # over a pixel apart
+        raise InputError(f'{where}: expected depth of {size_wh[0]}x{size_wh[1]} like the image, '
+                         f'or scaled from that, found {width}x{height}; register the depth to the '
+                         'image or leave it out')
+    return cv2.resize(depth, size_wh, interpolation=cv2.INTER_NEAREST).astype(np.float32)
+
+
 def _pixels(raw: RawImage, layout: PixelFormat, where: str) -> np.ndarray:
     """The samples [rows, W] or [rows, W, C] in native byte order, without row padding."""
     dtype = np.dtype(layout.dtype).newbyteorder('>' if raw.is_bigendian else '<')

@@ -43,7 +43,7 @@ class NodeConfig(ModelOptions, MapperConfig):
     use_depth: bool = option(True, 'use depth images when there are any')
     rectified: bool = option(False, 'images are rectified already: the projection matrix P of '
                              'CameraInfo holds, its distortion does not')
-    depth_slop_ms: float = option(20.0, 'largest difference between the stamps of an image and '
+    depth_slop_ms: float = option(50.0, 'largest difference between the stamps of an image and '
                                   'its depth', low=0.0, high=1000.0, unit='ms', live=True)
     # Fast DDS repairs a lost first message of a reliable publisher after 3 s at the latest.
     info_wait_s: float = option(4.0, 'images wait this long for the first CameraInfo; then '

@@ -21,7 +21,7 @@ TRANSPORTS = {'image': '/compressed', 'depth': '/compressedDepth'}
 PUBLISHERS = ('create_publisher', 'create_lifecycle_publisher')
 # Where the code computes a code, and the values it computes.
 COMPUTED = {f'STAMPS_{fault.value}' for fault in StampFault} | set(TRACKING) | {
-    code if code == 'DEPTH_EMPTY' else f'IMAGE_{code}' for code in PICTURES}
+    code if code.startswith('DEPTH') else f'IMAGE_{code}' for code in PICTURES}
 
 
 # -- what the code says -------------------------------------------------------------------------

@@ -443,7 +443,8 @@ def test_changing_resolution_is_refused(image_set, room_frames):
 
 
 @pytest.mark.parametrize(('depth', 'words'), [
-    (np.ones((60, 80)), 'expected depth of 160x120 like the image, found 80x60'),
+    (np.ones((60, 100)), 'expected depth of 160x120 like the image, or scaled from that, found '
+     '100x60'),
     (np.zeros((120, 160)), 'no valid value')])
 def test_unusable_depth_is_refused(image_set, depth, words):
     write_depth(image_set / 'depth/3.png', depth, 1000)

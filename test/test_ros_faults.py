@@ -16,7 +16,8 @@ from ros_support.camera import OPTICAL, FakeCamera, stamps, walk
 from ros_support.probe import Probe
 from std_srvs.srv import Trigger
 
-from feedforward_recon.ros.convert import depth_msg, image_msg, info_msg
+from feedforward_recon.ros.convert import depth_msg, image_msg, info_msg, stamp_ns
+from feedforward_recon.ros.fields import header_msg
 
 SECOND = 1_000_000_000
 QUICK = {'memory.polish_steps': 20, 'memory.slots': 8000, 'memory.hidden_dim': 64,
@@ -159,6 +160,34 @@ def test_depth_without_measurements(robot, frames, value):
     empty = [replace(f, depth=np.full_like(f.depth, value)) for f in frames[:8]]
     robot.stream(empty)
     assert robot.says('DEPTH_EMPTY')
+
+
+def test_images_whose_depth_comes_too_late_are_used_without(robot, frames):
+    """Thrice in step, so that a metric map starts; then depth is 200 ms off."""
+    def late(message):
+        message.header = header_msg(OPTICAL, stamp_ns(message.header) + SECOND // 5)
+        return message
+
+    assert robot.probe.call(Trigger, '/mapping_node/reset').success
+    assert robot.posed(robot.stream(frames[:3])) > 0
+    sent = robot.stream(frames[3:16], hz=3.0, depth=late)
+    assert robot.says('DEPTH_UNPAIRED')
+    assert robot.posed(sent) >= 10  # the last ones may still wait for their depth
+    assert robot.report()['scale_source'] == 'depth'
+
+
+def test_depth_in_another_frame_is_called_unregistered(robot, frames):
+    def elsewhere(message):
+        message.header.frame_id = 'depth_optical_frame'
+        return message
+
+    robot.stream(frames[:4], depth=elsewhere)
+    assert robot.says('DEPTH_UNREGISTERED')
+
+
+def test_depth_in_centimetres_is_called_wrong(robot, frames):
+    robot.stream([replace(f, depth=f.depth / np.float32(10)) for f in frames[:8]])
+    assert robot.says('DEPTH_UNIT')
 
 
 @pytest.mark.parametrize(('spoil', 'words'), [

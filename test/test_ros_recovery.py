@@ -266,11 +266,18 @@ def test_depth_that_ends_leaves_a_metric_map(robot, frames):
     assert robot.errors().max() < 0.05
 
 
-def test_depth_of_another_size_is_refused_in_words(robot, frames):
-    small = [replace(f, depth=np.ascontiguousarray(f.depth[::2, ::2])) for f in frames[:3]]
-    assert robot.walk(small, timeout_s=0.3) == 0
+def test_depth_of_half_the_size_is_scaled(robot, frames):
+    small = [replace(f, depth=np.ascontiguousarray(f.depth[1::2, 1::2])) for f in frames[:5]]
+    assert robot.walk(small) == 5
+    assert robot.report()['scale_source'] == 'depth'
+    assert robot.errors().max() < 0.05
+
+
+def test_depth_of_other_proportions_is_refused_in_words(robot, frames):
+    wide = [replace(f, depth=np.ascontiguousarray(f.depth[::2])) for f in frames[:3]]
+    assert robot.walk(wide, timeout_s=0.3) == 0
     assert robot.says('IMAGE_REFUSED')
-    assert any('align depth' in cause['sentence'] for cause in robot.report()['causes'])
+    assert any('register the depth' in cause['sentence'] for cause in robot.report()['causes'])
 
 
 def test_asking_often_does_not_look_like_a_repeated_image(robot, frames):

@@ -56,7 +56,8 @@ class GrowingMap:
         self.T_map_cam = np.concatenate([self.T_map_cam, T_map_cam[None]])
         tracks = self._snapped(keyframe, tracks)
         self._observe(keyframe, view, tracks.ids, tracks.px)
-        new = spread(features.keypoints, features.confidence, tracks.px, view.camera.size_wh,
+        quality = features.confidence + (depth > 0)  # with depth first: known at once, and well
+        new = spread(features.keypoints, quality, tracks.px, view.camera.size_wh,
                      self.config.tracking.max_tracks)
         new = new[keyframe.landmark[new] < 0]
         ids = self.landmarks.add(id_, points[new], features.descriptors[new], keyframe.rgb[new])
@@ -106,9 +107,12 @@ class GrowingMap:
     def triangulate_matches(self, id_: int) -> int:
         """New landmarks from features that match those of other keyframes by descriptor.
 
-        Only features whose depth is unknown: with sensor depth there is nothing to gain.
+        Not in a keyframe with sensor depth, however sparse: there the landmarks with depth, and
+        followed ones whose parallax grows, hold the camera better (docs/experiments.md).
         """
         table, found = self.landmarks, 0
+        if np.isfinite(self.keyframes[id_].points_cam[:, 2]).any():
+            return 0
         tied = table.shared(table.seen_by(id_), len(self))[:id_]
         baseline = np.linalg.norm(self.T_map_cam[:id_, :3, 3] - self.T_map_cam[id_, :3, 3], axis=1)
         apart = baseline > MIN_BASELINE * self.typical_depth(id_)

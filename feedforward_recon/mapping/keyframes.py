@@ -14,6 +14,7 @@ from feedforward_recon.mapping.matching import Tracks
 from feedforward_recon.types import Features, Keyframe
 
 DEPTH_EDGE = 0.04
+MIN_SAMPLES = 3  # measurements within two pixels, to tell an edge from a surface
 CLOUD_FACTOR = 8  # points kept for the cloud, times those that are shown
 
 
@@ -32,18 +33,38 @@ class View:
     T_given: np.ndarray | None = None
 
     def depth_at(self, px: np.ndarray) -> np.ndarray:
-        """Sensor depth [N] at pixels [N, 2]; 0 where unknown, outside, or at a depth edge."""
-        if self.depth is None:
+        """Sensor depth [N] at pixels [N, 2]; 0 where unknown, outside, or at a depth edge.
+
+        The median of what was measured within one pixel. Where some of the nine are missing
+        (registered, sparse or holed depth), all that was measured within two pixels has to
+        agree, or an edge would go unseen.
+        """
+        if self.depth is None or not len(px):
             return np.zeros(len(px))
         height, width = self.depth.shape
-        u, v = np.rint(px).astype(int).T if len(px) else np.zeros((2, 0), int)
-        inside = (u >= 1) & (v >= 1) & (u < width - 1) & (v < height - 1)
-        u, v = np.where(inside, u, 1), np.where(inside, v, 1)
-        dv, du = np.mgrid[-1:2, -1:2].reshape(2, 9)
-        around = self.depth[v[:, None] + dv, u[:, None] + du]  # [N, 9]
-        low, high = around.min(1), around.max(1)
-        good = inside & (low > 0) & (high - low < DEPTH_EDGE * high)
-        return np.where(good, np.median(around, 1), 0.0)
+        centre = np.rint(px).astype(int)
+        inside = ((centre >= 1) & (centre < (width - 1, height - 1))).all(1)
+        near = np.sort(_around(self.depth, centre, 1), 1)  # NaN last
+        count = np.isfinite(near).sum(1)
+        rows, middle = np.arange(len(px)), np.maximum(count - 1, 0)
+        depth = (near[rows, middle // 2] + near[rows, -(-middle // 2)]) / 2
+        low, high = near[:, 0].copy(), near[rows, middle]
+        holed = np.flatnonzero(inside & (count > 0) & (count < near.shape[1]))
+        wide = np.sort(_around(self.depth, centre[holed], 2), 1)
+        found = np.isfinite(wide).sum(1)
+        low[holed] = np.where(found >= MIN_SAMPLES, wide[:, 0], np.nan)
+        high[holed] = wide[np.arange(len(wide)), found - 1]
+        return np.where(inside & (high - low < DEPTH_EDGE * high), depth, 0.0)
+
+
+def _around(depth: np.ndarray, centre: np.ndarray, radius: int) -> np.ndarray:
+    """What was measured around pixels [N, 2] (u, v), [N, (2 radius + 1)^2]; NaN if nothing."""
+    step = np.arange(-radius, radius + 1)
+    u = np.clip(centre[:, :1] + step, 0, depth.shape[1] - 1)
+    v = np.clip(centre[:, 1:] + step, 0, depth.shape[0] - 1)
+    found = depth[v[:, :, None], u[:, None, :]].reshape(len(centre), len(step)**2).astype(float)
+    found[found <= 0] = np.nan
+    return found
 
 
 def sharpness(gray: np.ndarray) -> float:

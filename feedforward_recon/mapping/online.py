@@ -72,6 +72,16 @@ class OnlineReconstructor(MapResults):
         self._closing: Iterator[None] | None = None
         self._written, self._archive = 0, Archive(self.config.cloud)
 
+    def _start_again(self) -> None:
+        self.stats.restarts += len(self._map) > 0
+        self._start_map()
+        self._journal.forget_poses()
+
+    @property
+    def _is_starting(self) -> bool:
+        """There is no map yet, or a monocular one without depth so far."""
+        return not len(self._map) or self._bootstrap is not None
+
     # -- the loop --------------------------------------------------------------------------
 
     def process(self, frame: Frame) -> Estimate:
@@ -93,10 +103,13 @@ class OnlineReconstructor(MapResults):
         turns out to show a place that is known already.
         """
         started = time.perf_counter()
+        if self._preparation.gains_depth(frame) and self._is_starting:
+            self._start_again()
+            self._preparation.metric = True
         view = self._preparation.view(frame, len(self._journal))
         tracked = self._track(view, frame)
         novel = tracked is not None and self._is_novel(view, tracked)
-        established = len(self._map) > 0 and self._bootstrap is None
+        established = not self._is_starting
         if tracked is not None and on_pose is not None and established:
             on_pose(self._measured(view, tracked.fit, novel, _ms_since(started)))
         if tracked is not None and novel:
@@ -176,9 +189,7 @@ class OnlineReconstructor(MapResults):
         assert self._bootstrap is not None
         tracks = self._tracker.flow(view, self._map, self.T_map_first)
         if self._bootstrap.is_hopeless(tracks):
-            self.stats.restarts += 1
-            self._start_map()
-            self._journal.forget_poses()
+            self._start_again()
             return self._first(view, self.T_map_first)
         tracked = self._bootstrap.second_view(view, tracks, self.T_map_first)
         if tracked is None:

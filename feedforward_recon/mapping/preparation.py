@@ -14,6 +14,11 @@ from feedforward_recon.mapping.keyframes import View, sharpness
 from feedforward_recon.types import Frame
 
 log = logging.getLogger(__name__)
+# Depth cameras see little below 0.3 m and stereo little beyond 50 m: where nearly all of an image
+# is nearer, or half of it farther, its numbers are in another unit.
+NEAREST_M, FARTHEST_M = 0.5, 100.0
+WRONG_UNIT = ('cannot be in metres (16-bit depth: millimetres), so the map would have a wrong '
+              'scale')
 
 
 class Preparation:
@@ -28,6 +33,7 @@ class Preparation:
         self.camera: Camera | None = None
         self.camera_source = 'given'
         self.metric = False
+        self._warned = False
 
     def view(self, frame: Frame, index: int) -> View:
         """The frame in the form that all steps share.
@@ -44,12 +50,17 @@ class Preparation:
         return View(index, frame.stamp_ns, image, gray, camera, self._depth(frame),
                     sharpness(gray), frame.source, frame.T_map_cam)
 
+    def gains_depth(self, frame: Frame) -> bool:
+        """The first frames came without depth, this one has it: a map may still be metric."""
+        return self.camera is not None and not self.metric and frame.depth is not None
+
     def refocus(self, camera: Camera) -> None:
         """Use a refined camera for the frames that come without one."""
         self.camera, self.camera_source = camera, 'refined'
 
     def _start(self, frame: Frame, size_wh: tuple[int, int]) -> None:
         self.metric = frame.depth is not None
+        self._warned = False
         if frame.camera is not None:
             self.camera = frame.camera
             return
@@ -80,9 +91,27 @@ class Preparation:
         if frame.depth.shape != frame.image.shape[:2]:
             raise InputError(f'expected depth of the image size {frame.image.shape[:2]}, found '
                              f'{frame.depth.shape} in {frame.source}; align depth to the image')
+        depth = frame.depth
+        if not self._warned and is_in_another_unit(depth):
+            log.warning('%s: the values of its depth %s; check the unit of the depth camera',
+                        frame.source, WRONG_UNIT)
+            self._warned = True
         with np.errstate(invalid='ignore'):
-            good = (frame.depth > 0) & (frame.depth < self.config.max_depth_m)
-        return np.where(good, frame.depth, 0).astype(np.float32) if good.any() else None
+            good = (depth > 0) & (depth < self.config.max_depth_m)
+        return np.where(good, depth, 0).astype(np.float32) if good.any() else None
+
+
+def is_in_another_unit(depth: np.ndarray) -> bool:
+    """Nobody sees rooms like this: nearly all of a depth image [H, W] too near, or half too far.
+
+    Depth of less than a tenth of the image says nothing.
+    """
+    sample = depth[::4, ::4]
+    seen = sample[np.isfinite(sample) & (sample > 0)]
+    if len(seen) < max(0.1 * sample.size, 1):
+        return False
+    middle, far = np.percentile(seen, (50, 95))
+    return bool(far < NEAREST_M or middle > FARTHEST_M)
 
 
 def check_rgb(frame: Frame) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from feedforward_recon.decode import Calibration, camera_from_calibration
+from feedforward_recon.decode import Calibration, camera_from_calibration, scaled_depth
 from feedforward_recon.errors import ConfigError, InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.types import Frame
@@ -205,9 +205,8 @@ def _checked(frames: Iterator[Frame], mixed_sizes: bool) -> Iterator[Frame]:
             raise InputError(f'{frame.source}: expected {_size(first.image)} pixels like '
                              f'{first.source}, found {_size(frame.image)}; use images of one '
                              'size')
-        _check_depth(frame)
-        previous = frame
-        yield frame
+        previous = _with_depth_checked(frame)
+        yield previous
 
 
 def check_stamps(before_ns: int, after_ns: int, where: str) -> None:
@@ -219,16 +218,15 @@ def check_stamps(before_ns: int, after_ns: int, where: str) -> None:
                          f'found {found}; sort the images or split the recording')
 
 
-def _check_depth(frame: Frame) -> None:
+def _with_depth_checked(frame: Frame) -> Frame:
+    """The frame with depth of the size of its image; refuses depth without a measurement."""
     if frame.depth is None:
-        return
-    if frame.depth.shape != frame.image.shape[:2]:
-        raise InputError(f'{frame.source}: expected depth of {_size(frame.image)} like the image, '
-                         f'found {_size(frame.depth)}; register the depth to the image or leave '
-                         'it out')
-    if not frame.depth.any():
+        return frame
+    depth = scaled_depth(frame.depth, (frame.image.shape[1], frame.image.shape[0]), frame.source)
+    if not depth.any():
         raise InputError(f'{frame.source}: expected depth, found no valid value in the whole '
                          'image; check the depth camera or leave the depth out')
+    return frame if depth is frame.depth else replace(frame, depth=depth)
 
 
 def _size(image: NDArray) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from feedforward_recon.mapping.preparation import WRONG_UNIT
 from feedforward_recon.ros.health import (
     RECENT_NS,
     SECOND,
@@ -213,11 +214,22 @@ def _transforms(look: _Look) -> Iterator[Cause]:
                     'camera_frame to the optical frame of the camera')
 
 
+def _registration(look: _Look) -> Iterator[Cause]:
+    image, depth = look.image, look.health.inputs.get('depth')
+    if image is None or depth is None or not image.frame_id or not depth.frame_id \
+            or image.frame_id == depth.frame_id:
+        return
+    yield Cause('DEPTH_UNREGISTERED', f'{depth.topic} is in the frame {depth.frame_id}, the '
+                f'images are in {image.frame_id}: depth that is not registered to the image gives '
+                'wrong points; switch on the registration of the driver (a topic such as '
+                'aligned_depth_to_color or depth_registered), or set use_depth to false')
+
+
 def _pictures(look: _Look) -> Iterator[Cause]:
     topics = {kind: input_.topic for kind, input_ in look.health.inputs.items()}
     for code, times in look.health.pictures.faults.items():
         if times >= PERSISTENT:
-            kind = 'depth' if code == 'DEPTH_EMPTY' else 'image'
+            kind = 'depth' if code.startswith('DEPTH') else 'image'
             yield Cause(f'IMAGE_{code}' if kind == 'image' else code,
                         f'the last {times} images of {topics.get(kind, kind)} '
                         f'{PICTURES[code]}')
@@ -231,6 +243,7 @@ PICTURES = {
     'REPEATED': 'are identical; the driver repeats one image, or the simulation stands still',
     'DEPTH_EMPTY': 'hold no measurement (all 0 or NaN); check the range of the sensor and its '
                    'projector, or set use_depth to false',
+    'DEPTH_UNIT': f'hold values that {WRONG_UNIT}; check the unit of the depth camera',
 }
 
 
@@ -266,4 +279,5 @@ TRACKING = {
 }
 
 RULES: tuple[Callable[[_Look], Iterator[Cause]], ...] = (
-    _pause, _clock, _arrival, _stamps, _calibration, _transforms, _pictures, _sizes, _noticed)
+    _pause, _clock, _arrival, _stamps, _calibration, _transforms, _registration, _pictures,
+    _sizes, _noticed)

@@ -14,6 +14,8 @@ from enum import Enum
 import cv2
 import numpy as np
 
+from feedforward_recon.mapping.preparation import is_in_another_unit
+
 SECOND = 1_000_000_000
 RECENT_NS = 10 * SECOND  # a fault is reported for this long after it happened
 AHEAD_NS = 10 * SECOND  # stamps that run ahead of the clock by more at once have jumped
@@ -170,7 +172,7 @@ class ImageWatch:
     """Looks at the pixels: images and depth that cannot be mapped, and for how many frames.
 
     faults: fault now -> consecutive images with it. Codes: BLACK, WHITE, FLAT, BLURRED,
-    REPEATED, DEPTH_EMPTY.
+    REPEATED, DEPTH_EMPTY, DEPTH_UNIT.
     """
 
     def __init__(self) -> None:
@@ -185,6 +187,8 @@ class ImageWatch:
             now.add('REPEATED')
         if depth is not None and _measured_share(depth) < FEW_DEPTHS:
             now.add('DEPTH_EMPTY')
+        if depth is not None and is_in_another_unit(depth):
+            now.add('DEPTH_UNIT')
         self._before = sample
         self.faults = {code: self.faults.get(code, 0) + 1 for code in sorted(now - {''})}
 

@@ -128,6 +128,7 @@ class Inputs:
         self._held: deque[tuple[Any, Any | None, int]] = deque(maxlen=WAITING_IMAGES)
         self._cameras: dict[str, Camera] = {}
         self._subscriptions: dict[str, Any] = {}
+        self._depth_paired = False  # some image had depth of its moment
         self._began_ns: int | None = None  # steady clock when images came, or came again
         health.camera_info, health.info_wh = InfoState.UNKNOWN, None
         for kind, (topic, _, needed) in self._wanted().items():
@@ -255,6 +256,10 @@ class Inputs:
             return False
         return bool(depth.messages or self._node.count_publishers(depth.topic))
 
+    def _first_depth_may_come(self) -> bool:
+        """No image had depth yet, and a metric map has to start with one that has."""
+        return not self._depth_paired and self._waited_s() < self._config.silence_s
+
     def _comes(self, kind: str) -> bool:
         """Something has arrived lately."""
         arrived_ns = self._health.inputs[kind].arrived_ns
@@ -271,11 +276,13 @@ class Inputs:
 
     def _pass_on(self, pairs: list[tuple[Any, Any | None]]) -> None:
         for (image, arrived_ns), depth in pairs:
+            self._depth_paired |= depth is not None
             if depth is None and self._depth_is_expected():
                 self._notice('DEPTH_UNPAIRED', 'images come without depth of the same moment '
-                             f'(within {self._config.depth_slop_ms:g} ms) and are left out; '
+                             f'(within {self._config.depth_slop_ms:g} ms) and are used without; '
                              'synchronise the sensors or raise depth_slop_ms')
-                continue
+                if self._first_depth_may_come():
+                    continue
             self._held.append((image, depth, arrived_ns))
         self._release()
 

@@ -19,6 +19,7 @@ from nav_msgs.msg import Odometry
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.utilities import get_rmw_implementation_identifier
 
+from feedforward_recon.decode import scaled_depth
 from feedforward_recon.errors import InputError, ReconError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.live import LiveSession, SessionInfo, session_of
@@ -240,7 +241,8 @@ class CameraNode(LifecycleNode):
         if camera is not None and camera.size_wh != size_wh:
             raise InputError(f'expected a calibration for {size_wh[0]}x{size_wh[1]} images, found '
                              f'one for {camera.width}x{camera.height}; calibrate at this size')
-        depth = None if arrival.depth is None else depth_metres(arrival.depth)
+        depth = None if arrival.depth is None else scaled_depth(
+            depth_metres(arrival.depth), size_wh, self.health.inputs['depth'].topic)
         topic = self.health.inputs['image'].topic if 'image' in self.health.inputs else 'image'
         return Frame(arrival.stamp_ns, image, depth, camera, topic)
 
