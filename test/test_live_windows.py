@@ -14,6 +14,7 @@ from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, pose_error, se3_exp
 from feedforward_recon.live import LiveSession
 from feedforward_recon.mapping.live_windows import FIRST_VIEWS, Selection
+from feedforward_recon.mapping.posed import PosedMapper
 from feedforward_recon.mapping.window_parts import FeedForward, WindowConfig
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Status, Trajectory
@@ -286,3 +287,13 @@ def test_views_are_frames_that_show_something_new(frames):
     assert 8 <= sum(taken) <= 35
     black = replace(frames[0], image=np.zeros_like(frames[0].image))
     assert not any(Selection(CONFIG).takes(black) for _ in range(5))
+
+
+def test_following_before_there_is_a_keyframe_gives_no_pose(frames, encoder):
+    """Views with too little texture start no map, and their poses are told all the same."""
+    mapper = PosedMapper(CONFIG, encoder)
+    dark = replace(frames[0], image=np.zeros_like(frames[0].image))
+    assert mapper.process(dark).T_map_cam is None
+    estimate = mapper.follow(replace(dark, stamp_ns=frames[1].stamp_ns), note=True, refresh=False)
+    assert estimate.status is Status.INITIALISING and estimate.T_map_cam is None
+    assert len(mapper.estimates) == 2

@@ -61,7 +61,9 @@ class PosedMapper(OnlineReconstructor):
         if note:
             self.stats.frames += 1
             self.stats.lost += tracked is None
-            self._journal.note(estimate, len(self._map) - 1, self._map.T_map_cam[-1])
+            newest = len(self._map) - 1  # the views so far may have had too little texture
+            self._journal.note(estimate, newest,
+                               self._map.T_map_cam[newest] if newest >= 0 else None)
         return estimate
 
     def _answer(self, view: View, tracked: Tracked | None, latency_ms: float) -> Estimate:
