@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from ros_support import launch_doubles as doubles
-from ros_support.manifests import console_scripts
+from ros_support.manifests import STARTED, console_scripts
 
 ROOT = Path(__file__).resolve().parent.parent
 NAV2 = {'namespace', 'use_sim_time', 'params_file', 'autostart', 'use_respawn', 'log_level',
@@ -254,6 +254,13 @@ def test_arguments_have_the_names_of_nav2_and_each_is_used(name):
     expected = NAV2 | OWN | (REPLAY if name == 'replay' else set())
     assert set(runs[0].launch_configurations) == expected
     assert set.union(*(run.launch_configurations.used for run in runs)) == expected
+
+
+def test_packages_that_are_started_are_known():
+    """package.xml has to name them (test_packaging.py)."""
+    started = [program for name in RUNS for run in runs_of(name) for program in run.started]
+    packages = {program.package or f'{program.name}{program.words[0]}' for program in started}
+    assert packages == STARTED | {'feedforward_recon'}
 
 
 def test_an_argument_that_nobody_declares_is_refused():

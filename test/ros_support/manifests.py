@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parents[2]
+# Of other packages, what the launch files start.
+STARTED = {'rviz2', 'ros2bag'}
 
 
 def setup_arguments() -> dict[str, Any]:
