@@ -66,5 +66,6 @@ def generate_launch_description() -> LaunchDescription:
         DeclareLaunchArgument('mode', default_value='mapping',
                               choices=['mapping', 'localization'],
                               description='what the node does with the images'),
-        *arguments(mode, use_sim_time='true'), *environment(), *camera_node(mode),
-        OpaqueFunction(function=_player)])
+        *arguments(mode, use_sim_time='true'), *environment(),
+        # First: what it refuses ends the launch, and a node that was just started would outlive it.
+        OpaqueFunction(function=_player), *camera_node(mode)])
