@@ -67,5 +67,5 @@ def generate_launch_description() -> LaunchDescription:
                               choices=['mapping', 'localization'],
                               description='what the node does with the images'),
         *arguments(mode, use_sim_time='true'), *environment(),
-        # First: what it refuses ends the launch, and a node that was just started would outlive it.
+        # First: what it refuses ends the launch, and a node just started would outlive that.
         OpaqueFunction(function=_player), *camera_node(mode)])
