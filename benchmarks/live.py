@@ -98,9 +98,11 @@ def live(source: Path, folder: Path) -> dict[str, Any]:
     """Play the walk in a loop, each in its own process: camera, node, and this one."""
     from ros_support.harness import NodeProcess, own_domain
 
+    from feedforward_recon.ros.camera_topics import CAMERA_TOPICS
+
     with own_domain('live') as domain:
         os.environ.update(domain.environment)
-        node = NodeProcess(domain, folder / 'node.log', 'mapping_node')
+        node = NodeProcess(domain, folder / 'node.log', 'mapping_node', remap=CAMERA_TOPICS)
         player = NodeProcess(domain, folder / 'player.log', 'player_node', parameters={
             'source': source, 'stamps': 'now', 'loop': True})
         try:
@@ -120,11 +122,13 @@ def _watched(domain: Any, node: Any) -> tuple[Watch, list[dict[str, str]]]:
     from ros_support.probe import Probe, profile
     from sensor_msgs.msg import CameraInfo
 
+    from feedforward_recon.ros.camera_topics import CAMERA_TOPICS
     from feedforward_recon.ros.convert import matrix_from_pose, stamp_ns
 
     watch, reports, probe = Watch(), [], Probe(domain)
     subscribe = probe.node.create_subscription
-    subscribe(CameraInfo, '/camera_info', lambda m: watch.image(stamp_ns(m.header)), profile())
+    subscribe(CameraInfo, CAMERA_TOPICS['camera_info'],
+              lambda m: watch.image(stamp_ns(m.header)), profile())
     subscribe(PoseWithCovarianceStamped, '/pose', lambda m: watch.pose(
         stamp_ns(m.header), matrix_from_pose(m.pose.pose)[:3, 3]), profile())
     subscribe(PoseStamped, '/ground_truth', lambda m: watch.true.update(

@@ -15,7 +15,8 @@ from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
-from feedforward_recon.ros.launching import PACKAGE, arguments, camera_node, environment
+from feedforward_recon.ros.camera_topics import CAMERA_TOPICS
+from feedforward_recon.ros.launching import PACKAGE, TRUTH, arguments, camera_node, environment
 from launch import LaunchDescription
 
 
@@ -25,18 +26,20 @@ def _player(context: LaunchContext) -> list[Action]:
     if bool(source) == bool(bag):
         raise ValueError(f"expected one of source and bag, found source:='{source}' and "
                          f"bag:='{bag}'; give a folder, video, bag or synthetic:SEED")
-    return [_from_bag(context) if bag else _from_source()]
+    return [_from_bag(context) if bag else _from_source(context)]
 
 
-def _from_source() -> Action:
+def _from_source(context: LaunchContext) -> Action:
+    packed = context.launch_configurations['image_transport'] == 'compressed'
     settings = {name: ParameterValue(LaunchConfiguration(name), value_type=type_)
                 for name, type_ in (('source', str), ('rate', float), ('loop', bool))}
     return Node(
         package=PACKAGE, executable='player_node', name='player_node',
         namespace=LaunchConfiguration('namespace'), output='screen',
-        parameters=[{**settings, 'publish_clock': True}],
-        remappings=[(topic, LaunchConfiguration(f'{topic}_topic'))
-                    for topic in ('image', 'camera_info', 'depth')])
+        parameters=[{**settings, 'publish_clock': True,
+                     'image_transport': 'compressed' if packed else 'raw'}],
+        remappings=[(topic, LaunchConfiguration(f'{name}_topic'))
+                    for name, topic in CAMERA_TOPICS.items()])
 
 
 def _from_bag(context: LaunchContext) -> Action:
@@ -58,10 +61,11 @@ def generate_launch_description() -> LaunchDescription:
         DeclareLaunchArgument('rate', default_value='1.0',
                               description='speed relative to the recording; with source, 0 is '
                               'as fast as it is taken'),
-        DeclareLaunchArgument('loop', default_value='false', choices=['true', 'false'],
+        DeclareLaunchArgument('loop', default_value='false', choices=TRUTH,
                               description='start again at the end'),
         DeclareLaunchArgument('mode', default_value='mapping',
                               choices=['mapping', 'localization'],
                               description='what the node does with the images'),
-        *arguments(mode, use_sim_time='true'), *environment(), *camera_node(mode),
-        OpaqueFunction(function=_player)])
+        *arguments(mode, use_sim_time='true'), *environment(),
+        # First: what it refuses ends the launch, and a node just started would outlive that.
+        OpaqueFunction(function=_player), *camera_node(mode)])

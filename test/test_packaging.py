@@ -10,12 +10,16 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 from ros_support.harness import missing_ros
+from ros_support.manifests import STARTED, exec_depends
 
 import feedforward_recon
 
 ROOT = Path(__file__).resolve().parents[1]
 # Distribution names where they differ from the module that is imported.
 MODULE_OF = {'opencv-python': 'cv2', 'pyyaml': 'yaml', 'rerun-sdk': 'rerun'}
+# Modules that rosdep knows in the versions that we need; the others come from pip.
+ROSDEP = {'numpy': 'python3-numpy', 'cv2': 'python3-opencv', 'scipy': 'python3-scipy',
+          'yaml': 'python3-yaml'}
 
 
 @pytest.fixture(scope='module')
@@ -78,6 +82,46 @@ def test_development_pins_satisfy_the_lower_bounds(setup_arguments):
         assert requirement.specifier.contains(pinned[requirement.name.lower()]), requirement
 
 
+def imported(path):
+    """Names of the packages that a file imports; `import_module('a.b')` too."""
+    code = list(ast.walk(ast.parse(path.read_text(encoding='utf-8'))))
+    names = {n.module for n in code if isinstance(n, ast.ImportFrom)}
+    names |= {alias.name for n in code if isinstance(n, ast.Import) for alias in n.names}
+    names |= {call.args[0].value for call in calls(code, 'import_module')
+              if isinstance(call.args[0], ast.Constant)}
+    return {name.split('.')[0] for name in names}
+
+
+def calls(code, name):
+    return [n for n in code if isinstance(n, ast.Call) and getattr(n.func, 'id', '') == name]
+
+
+def modules_from_pip(setup_arguments):
+    names = {Requirement(r).name for r in setup_arguments['install_requires']}
+    return {MODULE_OF.get(name, name.replace('-', '_')) for name in names} - ROSDEP.keys()
+
+
+def test_package_xml_declares_exactly_what_is_used(setup_arguments):
+    """Imports of nodes and launch files, optional libraries, and what launch files start."""
+    ros = ROOT / 'feedforward_recon' / 'ros'
+    used = set().union(*(imported(path) for path in (*ros.glob('*.py'),
+                                                     *(ROOT / 'launch').glob('*.py'))))
+    used -= {*sys.stdlib_module_names, 'feedforward_recon', '_typeshed',
+             *modules_from_pip(setup_arguments)}
+    used |= {call.args[0].value for call in calls(ast.walk(ast.parse(
+        (ros / 'optional.py').read_text(encoding='utf-8'))), '_choose')}
+    everywhere = set().union(*(imported(path) for path in ros.parent.rglob('*.py')))
+    used |= everywhere & ROSDEP.keys()
+    assert sorted(exec_depends()) == sorted({ROSDEP.get(name, name) for name in used} | STARTED)
+
+
+def test_colcon_test_finds_pytest(setup_arguments, package_xml):
+    """Colcon chooses pytest where an extra named test asks for it; `setup.py test` is gone."""
+    assert 'pytest' in {Requirement(r).name for r in setup_arguments['extras_require']['test']}
+    assert 'tests_require' not in setup_arguments
+    assert package_xml.findtext('test_depend') == 'python3-pytest'
+
+
 def test_every_import_is_declared(setup_arguments):
     """Each third-party module the package imports comes with the package or with an extra."""
     declared = {Requirement(r).name for r in setup_arguments['install_requires']}
@@ -88,10 +132,7 @@ def test_every_import_is_declared(setup_arguments):
     for path in (ROOT / 'feedforward_recon').rglob('*.py'):
         if 'ros' in path.relative_to(ROOT).parts:
             continue
-        code = ast.parse(path.read_text(encoding='utf-8'))
-        names = {n.module.split('.')[0] for n in ast.walk(code) if isinstance(n, ast.ImportFrom)}
-        names |= {alias.name.split('.')[0] for n in ast.walk(code) if isinstance(n, ast.Import)
-                  for alias in n.names}
+        names = imported(path)
         assert names <= known, f'{path}: {sorted(names - known)}'
 
 

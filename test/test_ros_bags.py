@@ -21,6 +21,7 @@ from feedforward_recon.geometry.transforms import inverse
 from feedforward_recon.live import LiveSession
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.playback import PlayerConfig, open_playback, rounds
+from feedforward_recon.ros.camera_topics import CAMERA_TOPICS
 from feedforward_recon.ros.convert import matrix_from_pose, matrix_from_transform
 from feedforward_recon.ros.frames import T_BODY_OPTICAL
 from feedforward_recon.ros.tf_messages import TFMessage
@@ -40,7 +41,8 @@ def play(start_node, probe):
     def run(source, count, **parameters):
         poses = probe.collect(PoseWithCovarianceStamped, '/pose', depth=1000)
         player = start_node('player_node', parameters={
-            'source': source, 'rate': 0.0, 'frame_id': OPTICAL, **parameters})
+            'source': source, 'rate': 0.0, 'frame_id': OPTICAL, **parameters},
+            remap={topic: name for name, topic in CAMERA_TOPICS.items()})
         assert probe.spin_until(lambda: not player.is_running(), 40), player.output
         assert player.wait(1) == 0, player.output
         arrived = -1

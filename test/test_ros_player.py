@@ -14,6 +14,8 @@ from feedforward_recon.playback import (
 )
 
 FRAMES, FPS = 6, 20.0
+# What the launch files listen to by default.
+IMAGE, INFO, DEPTH = 'camera/image_raw', 'camera/camera_info', 'camera/depth/image_raw'
 ROOM = {'synthetic.width': 320, 'synthetic.height': 240, 'synthetic.frames': FRAMES,
         'synthetic.fps': FPS, 'start_delay_s': 0.5}
 
@@ -51,8 +53,8 @@ def test_every_frame_arrives_as_it_was_rendered(play, probe, reliable):
     )
 
     images, depths = (probe.collect(Image, name, reliable=reliable)
-                      for name in ('image', 'depth'))
-    infos = probe.collect(CameraInfo, 'camera_info', reliable=reliable)
+                      for name in (IMAGE, DEPTH))
+    infos = probe.collect(CameraInfo, INFO, reliable=reliable)
     poses = probe.collect(PoseStamped, 'ground_truth')
     player = play(parameters={'reliable': reliable})
     assert probe.spin_until(lambda: not player.is_running(), 30), player.output
@@ -77,7 +79,7 @@ def test_compressed_images_and_depth_follow_a_remapping(play, probe):
     images = probe.collect(CompressedImage, 'front/color/compressed')
     depths = probe.collect(CompressedImage, 'front/depth/compressedDepth')
     player = play(parameters={'image_transport': 'compressed'},
-                  remap={'image': '/front/color', 'depth': '/front/depth'})
+                  remap={IMAGE: '/front/color', DEPTH: '/front/depth'})
     assert probe.spin_until(lambda: len(images) == len(depths) == FRAMES, 30), player.output
     frame = truth()[0]
     error = np.abs(image_rgb(images[0]).astype(int) - frame.image)
@@ -92,7 +94,7 @@ def test_a_clock_leads_through_the_recording(play, probe):
 
     events = []
     probe.node.create_subscription(Clock, '/clock', lambda m: events.append(m.clock), 100)
-    images = probe.collect(Image, 'image')
+    images = probe.collect(Image, IMAGE)
     player = play(parameters={'publish_clock': True, 'rate': 0.1, 'synthetic.frames': 4})
     assert probe.spin_until(lambda: not player.is_running(), 30), player.output
     assert probe.spin_until(lambda: len(images) == 4, 2)
@@ -105,7 +107,7 @@ def test_a_clock_leads_through_the_recording(play, probe):
 def test_as_fast_as_it_is_taken_loses_nothing(play, probe):
     from sensor_msgs.msg import Image
 
-    images = probe.collect(Image, 'image', depth=5)
+    images = probe.collect(Image, IMAGE, depth=5)
     player = play(parameters={'rate': 0.0, 'synthetic.frames': 40, 'use_depth': False})
     assert probe.spin_until(lambda: not player.is_running(), 30), player.output
     probe.spin_until(lambda: len(images) == 40, 1.0)
@@ -115,7 +117,7 @@ def test_as_fast_as_it_is_taken_loses_nothing(play, probe):
 def test_stamps_of_now_and_no_end_until_interrupted(play, probe):
     from sensor_msgs.msg import CameraInfo, Image
 
-    images, infos = probe.collect(Image, 'image'), probe.collect(CameraInfo, 'camera_info')
+    images, infos = probe.collect(Image, IMAGE), probe.collect(CameraInfo, INFO)
     before_ns = probe.node.get_clock().now().nanoseconds
     player = play(parameters={'stamps': 'now', 'loop': True})
     assert probe.spin_until(lambda: len(images) > FRAMES + 2, 30), player.output
@@ -136,11 +138,11 @@ def test_a_folder_without_calibration_plays_without_camera_info(play, probe, wal
     for frame in frames:
         name = frame['file']
         (folder / name.rsplit('/')[-1]).write_bytes((walk_folder / name).read_bytes())
-    images = probe.collect(Image, 'image')
+    images = probe.collect(Image, IMAGE)
     player = play(str(folder))
     assert probe.spin_until(lambda: len(images) == 3, 30), player.output
     assert 'no calibration' in player.output
-    assert not probe.node.get_publishers_info_by_topic('/camera_info')
+    assert not probe.node.get_publishers_info_by_topic(f'/{INFO}')
 
 
 @pytest.mark.parametrize(('source', 'reason'), [('', 'set the parameter source'),

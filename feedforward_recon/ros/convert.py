@@ -65,7 +65,7 @@ def image_rgb(msg: Image | CompressedImage, where: str = 'image') -> NDArray[np.
     if hasattr(msg, 'format'):
         return decode_compressed(msg.data, where)
     bridge = chosen('cv_bridge')
-    if bridge is not None and msg.encoding in BRIDGED_COLOUR and _is_whole(msg):
+    if bridge is not None and msg.encoding in BRIDGED_COLOUR and _is_plain(msg):
         image = np.ascontiguousarray(bridge.imgmsg_to_cv2(msg, 'rgb8'))
         shared = np.may_share_memory(image, np.frombuffer(msg.data, np.uint8))
         return image.copy() if shared else image
@@ -82,16 +82,19 @@ def depth_metres(msg: Image | CompressedImage, where: str = 'depth') -> NDArray[
             return decode_compressed_depth(msg.data, msg.format, where)
         return depth_in_metres(decode_depth_image(msg.data, where))
     bridge = chosen('cv_bridge')
-    if bridge is not None and msg.encoding in BRIDGED_DEPTH and _is_whole(msg):
+    if bridge is not None and msg.encoding in BRIDGED_DEPTH and _is_plain(msg):
         return depth_in_metres(np.asarray(bridge.imgmsg_to_cv2(msg, 'passthrough')))
     return decode_depth(_raw(msg), where)
 
 
-def _is_whole(msg: Image) -> bool:
-    """What an optional library may see; the rest is for `decode`, which says what is wrong."""
+def _is_plain(msg: Image) -> bool:
+    """What an optional library may see: whole, little-endian, rows without padding.
+
+    The rest is for `decode`, which also says what is wrong.
+    """
     pixel_bytes = {'rgb8': 3, 'bgr8': 3, 'mono8': 1, '16UC1': 2, '32FC1': 4}[msg.encoding]
-    return min(msg.height, msg.width) > 0 and msg.step >= msg.width * pixel_bytes \
-        and len(msg.data) >= msg.height * msg.step
+    return min(msg.height, msg.width) > 0 and not msg.is_bigendian \
+        and msg.step == msg.width * pixel_bytes and len(msg.data) >= msg.height * msg.step
 
 
 def _raw(msg: Image) -> RawImage:

@@ -29,6 +29,7 @@ import numpy as np
 from feedforward_recon.cli.terminal import note, print_json, print_table
 from feedforward_recon.evaluation import absolute_trajectory_error, localisation_score
 from feedforward_recon.geometry.align import Alignment, align_points
+from feedforward_recon.ros.camera_topics import CAMERA_TOPICS
 from feedforward_recon.types import Trajectory
 
 ROOM, OTHER_ROOM = 7, 8
@@ -60,6 +61,8 @@ def running(module: str, log: Path, **parameters: Any) -> Iterator[subprocess.Po
     for name, value in parameters.items():
         text = f"'{value}'" if isinstance(value, (str, Path)) else json.dumps(value)
         words += ['-p', f'{name.replace("__", ".")}:={text}']
+    for name, topic in CAMERA_TOPICS.items():
+        words += ['-r', f'{name}:={topic}']
     with log.open('a') as output:
         process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT,
                                    start_new_session=True)

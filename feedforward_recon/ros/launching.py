@@ -15,6 +15,7 @@ from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterFile, ParameterValue
 from launch_ros.substitutions import FindPackageShare
 
+from feedforward_recon.ros.camera_topics import CAMERA_TOPICS
 from feedforward_recon.weights_registry import is_path
 
 PACKAGE = 'feedforward_recon'
@@ -22,7 +23,9 @@ PACKAGE = 'feedforward_recon'
 TF = [('/tf', 'tf'), ('/tf_static', 'tf_static')]
 INPUTS = ('image', 'camera_info', 'depth', 'odom', 'imu')
 # Left empty, these keep what params_file says.
-SETTINGS = ('map', 'model', 'attention', 'device', 'weights')
+SETTINGS = ('image_transport', 'depth_transport', 'map', 'model', 'attention', 'device', 'weights')
+TRUTH = ['true', 'false', 'True', 'False']
+TRANSPORTS = ['', 'raw', 'compressed', 'auto']
 RESPAWN_DELAY_S = 2.0
 
 
@@ -33,35 +36,39 @@ def config_file(*name: str | Substitution) -> list[str | Substitution]:
 
 def arguments(mode: str | Substitution, use_sim_time: str = 'false') -> list[Action]:
     """The arguments of every launch file; mode: mapping or localization."""
-    truth = ['true', 'false', 'True', 'False']
     return [
         DeclareLaunchArgument('namespace', default_value='',
                               description='namespace of the node and of its relative topics'),
-        DeclareLaunchArgument('use_sim_time', default_value=use_sim_time, choices=truth,
+        DeclareLaunchArgument('use_sim_time', default_value=use_sim_time, choices=TRUTH,
                               description='take the time from /clock'),
         DeclareLaunchArgument('params_file', default_value=config_file(mode, '.yaml'),
                               description='YAML file with the parameters of the node'),
-        DeclareLaunchArgument('autostart', default_value='true', choices=truth,
+        DeclareLaunchArgument('autostart', default_value='true', choices=TRUTH,
                               description='configure and activate the node without being asked'),
-        DeclareLaunchArgument('use_respawn', default_value='false', choices=truth,
+        DeclareLaunchArgument('use_respawn', default_value='false', choices=TRUTH,
                               description='start the node again when it dies'),
         DeclareLaunchArgument('log_level', default_value='info',
                               choices=['debug', 'info', 'warn', 'error', 'fatal'],
                               description='least severe message that is shown'),
-        DeclareLaunchArgument('use_rviz', default_value='false', choices=truth,
+        DeclareLaunchArgument('use_rviz', default_value='false', choices=TRUTH,
                               description='show map, pose and image in RViz'),
         DeclareLaunchArgument('rviz_config', default_value=config_file(mode, '.rviz'),
                               description='RViz configuration'),
-        DeclareLaunchArgument('image_topic', default_value='camera/image_raw',
+        DeclareLaunchArgument('image_topic', default_value=CAMERA_TOPICS['image'],
                               description='images; compressed ones are found beside it'),
-        DeclareLaunchArgument('camera_info_topic', default_value='camera/camera_info',
+        DeclareLaunchArgument('camera_info_topic', default_value=CAMERA_TOPICS['camera_info'],
                               description='calibration of the camera'),
-        DeclareLaunchArgument('depth_topic', default_value='camera/depth/image_raw',
+        DeclareLaunchArgument('depth_topic', default_value=CAMERA_TOPICS['depth'],
                               description='depth registered to the images, where there is any'),
         DeclareLaunchArgument('odom_topic', default_value='odom',
                               description='odometry of the robot, where there is any'),
         DeclareLaunchArgument('imu_topic', default_value='imu',
                               description='IMU, which tells where up is, where there is any'),
+        DeclareLaunchArgument('image_transport', default_value='', choices=TRANSPORTS,
+                              description='images raw, compressed, or whichever is published '
+                              '(auto); empty: as in params_file'),
+        DeclareLaunchArgument('depth_transport', default_value='', choices=TRANSPORTS,
+                              description='the same for depth; empty: as in params_file'),
         DeclareLaunchArgument('map', default_value='',
                               description='folder of the map; empty: as in params_file'),
         DeclareLaunchArgument('model', default_value='',

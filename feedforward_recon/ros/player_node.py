@@ -1,7 +1,8 @@
 """`ros2 run feedforward_recon player_node`: plays recorded or rendered frames as a camera does.
 
-A folder, a video, a bag or a synthetic room becomes image, camera_info and, where there are
-any, depth and ground_truth, with equal stamps. It ends by itself with exit code 0.
+A folder, a video, a bag or a synthetic room becomes images, camera_info and, where there are
+any, depth and ground_truth, with equal stamps, on the topics that the launch files listen to.
+It ends by itself with exit code 0.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from feedforward_recon import encode
 from feedforward_recon.errors import ReconError
 from feedforward_recon.playback import PlayerConfig, Timeline, open_playback, rounds
 from feedforward_recon.ros import parameters
+from feedforward_recon.ros.camera_topics import CAMERA_TOPICS
 from feedforward_recon.ros.convert import (
     depth_msg,
     fill,
@@ -64,11 +66,13 @@ class PlayerNode(Node):
         qos = QoSProfile(depth=QUEUE, reliability=reliability)
         compressed = self.config.image_transport == 'compressed'
         type_ = CompressedImage if compressed else Image
-        image, depth = (self.resolve_topic_name(name) for name in ('image', 'depth'))
+        image, depth = (self.resolve_topic_name(name) for name in
+                        (CAMERA_TOPICS['image'], CAMERA_TOPICS['depth']))
         yield 'image', self.create_publisher(
             type_, f'{image}/compressed' if compressed else image, qos)
         if self._source.calibrated:
-            yield 'camera_info', self.create_publisher(CameraInfo, 'camera_info', qos)
+            yield 'camera_info', self.create_publisher(
+                CameraInfo, CAMERA_TOPICS['camera_info'], qos)
         if self._source.has_depth:
             yield 'depth', self.create_publisher(
                 type_, f'{depth}/compressedDepth' if compressed else depth, qos)

@@ -65,14 +65,14 @@ def _finite(points: np.ndarray) -> NDArray[np.bool_]:
 
 
 def _points(msg: PointCloud2, names: list[str]) -> np.ndarray:
-    """Structured array [N] of the fields, read by the tested library where there is one."""
+    """Structured array [N] of the fields; plain messages are for the tested library, if any."""
     used, rows = msg.width * msg.point_step, msg.height
     data = np.frombuffer(msg.data, np.uint8)
     if rows * used and (msg.row_step < used or len(data) < (rows - 1) * msg.row_step + used):
         raise InputError(f'expected {rows} rows of {used} bytes in steps of {msg.row_step}, found '
                          f'{len(data)} bytes; the cloud is truncated or mislabelled')
     library = chosen('sensor_msgs_py')
-    if library is not None:
+    if library is not None and msg.row_step == used and not msg.is_bigendian:
         return np.ravel(library.read_points(msg, field_names=names))
     order = '>' if msg.is_bigendian else '<'
     fields = {field.name: field for field in msg.fields}
