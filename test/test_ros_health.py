@@ -152,10 +152,10 @@ def test_calibration_is_judged_against_the_images(focal, info, image, state):
     assert info_state([focal, 0, 320, 0, focal, 240, 0, 0, 1], info, image) is state
 
 
-def test_warnings_are_counted_and_only_the_first_is_news():
+def test_what_was_noticed_is_counted_and_the_newest_is_a_cause_for_a_while():
     health, now = healthy()
-    assert health.warn('REFUSED', 'an image was refused', now)
-    assert not health.warn('REFUSED', 'another was refused', now)
+    health.warn('REFUSED', 'an image was refused', now)
+    health.warn('REFUSED', 'another was refused', now)
     assert health.warnings['REFUSED'].times == 2
     assert causes(health, now)[0].sentence == 'another was refused'
     assert codes(health, now + 11 * SECOND, silence_s=60) == []
