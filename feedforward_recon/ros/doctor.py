@@ -158,7 +158,8 @@ def _about_transports(examination: Examination) -> Iterator[str]:
     """Where images were found that are not what was asked for."""
     for kind in ('image', 'depth'):
         found = examination.health.inputs[kind].topic
-        if found != examination.node.resolve_topic_name(kind):
+        setting = getattr(examination.config, f'{kind}_transport')
+        if setting == 'auto' and found != examination.node.resolve_topic_name(kind):
             yield (f'{kind}: only compressed ones are published, on {found}; the nodes find them '
                    f'with the parameter or launch argument {kind}_transport:=auto (the default) '
                    'or compressed, and the same topics as here')
@@ -250,6 +251,7 @@ def examine(context: rclpy.Context, config: NodeConfig, remaps: dict[str, str], 
         examination.listen(seconds)
         nodes = examination.ask_nodes()
         found = examination.found(transport, seconds)
+        notes = list(_about_transports(examination))
     finally:
         examination.close()
         node.destroy_node()
@@ -258,7 +260,7 @@ def examine(context: rclpy.Context, config: NodeConfig, remaps: dict[str, str], 
     told = report(health, [*_about_libraries(machine), *found], examination.now_ns)
     kept = ('level', 'causes', 'inputs', 'camera_info', 'tf_mode', 'conversions', 'use_sim_time')
     findings = {key: told[key] for key in kept}
-    findings['notes'] = list(_about_transports(examination))
+    findings['notes'] = notes
     for name, theirs in nodes.items():
         findings['causes'] += [{**cause, 'sentence': f'{name}: {cause["sentence"]}'}
                                for cause in theirs.get('causes', [])]
