@@ -34,10 +34,12 @@ class NodeConfig(ModelOptions, MapperConfig):
                         'oldest and counts it, offline makes the sender wait',
                         choices=('live', 'offline'))
     queue_size: int = option(2, 'images that may wait', low=1, high=1000)
-    image_transport: str = option('raw', 'compressed listens to <image>/compressed',
-                                  choices=('raw', 'compressed'))
-    depth_transport: str = option('raw', 'compressed listens to <depth>/compressedDepth',
-                                  choices=('raw', 'compressed'))
+    image_transport: str = option('auto', 'compressed listens to <image>/compressed; auto does so '
+                                  'where only that is published',
+                                  choices=('auto', 'raw', 'compressed'))
+    depth_transport: str = option('auto', 'compressed listens to <depth>/compressedDepth; auto '
+                                  'does so where only that is published',
+                                  choices=('auto', 'raw', 'compressed'))
     image_qos: str = option('auto', 'reliability of the sensor inputs; auto is reliable when '
                             'every publisher is', choices=('auto', 'reliable', 'best_effort'))
     use_depth: bool = option(True, 'use depth images when there are any')

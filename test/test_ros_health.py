@@ -152,10 +152,10 @@ def test_calibration_is_judged_against_the_images(focal, info, image, state):
     assert info_state([focal, 0, 320, 0, focal, 240, 0, 0, 1], info, image) is state
 
 
-def test_warnings_are_counted_and_only_the_first_is_news():
+def test_what_was_noticed_is_counted_and_the_newest_is_a_cause_for_a_while():
     health, now = healthy()
-    assert health.warn('REFUSED', 'an image was refused', now)
-    assert not health.warn('REFUSED', 'another was refused', now)
+    health.warn('REFUSED', 'an image was refused', now)
+    health.warn('REFUSED', 'another was refused', now)
     assert health.warnings['REFUSED'].times == 2
     assert causes(health, now)[0].sentence == 'another was refused'
     assert codes(health, now + 11 * SECOND, silence_s=60) == []
@@ -225,6 +225,78 @@ def test_an_optional_input_that_nobody_publishes_is_no_cause():
     health, now = healthy()
     health.inputs['depth'] = InputHealth('/depth', 'depth', needed=False, publishers=())
     assert codes(health, now, silence_s=1) == []
+
+
+def test_a_camera_that_starts_late_is_not_accused_before_its_publisher_was_there_as_long():
+    health, _ = silent_input(publishers=())
+    image, start = health.inputs['image'], NOW + 30 * SECOND
+    for second in range(10):
+        image.published((BEST_EFFORT,) if second >= 2 else (), start + second * SECOND)
+        expected = ['NO_PUBLISHER'] if second < 2 else [] if second < 5 else ['QOS']
+        assert codes(health, start + second * SECOND) == expected
+    image.published((), start)
+    image.published((RELIABLE,), start + 20 * SECOND)
+    assert codes(health, start + 21 * SECOND) == []
+
+
+def test_images_that_are_only_compressed_are_named_with_the_setting_for_them():
+    health, now = silent_input(publishers=(), alternatives=('/a', '/image/compressed'))
+    (cause,) = causes(health, now)
+    assert cause.code == 'NO_PUBLISHER'
+    assert '/image/compressed is published; set image_transport to auto' in cause.sentence
+
+
+def test_a_single_calibration_is_enough():
+    """It may be sent once, long ago, with any stamp."""
+    health, now = healthy(90)
+    info = health.inputs['camera_info'] = InputHealth('/camera_info', 'camera_info', needed=False,
+                                                      publishers=(RELIABLE,))
+    assert codes(health, now) == ['NOTHING_SENT']
+    info.received(NOW, NOW - 3600 * SECOND)
+    info.received(NOW, 0)
+    info.received(NOW, NOW)
+    info.received(NOW, NOW)
+    info.lost_total(3, now)
+    assert codes(health, now) == []
+
+
+def other_input(kind, **changes):
+    """A healthy node, and an optional input that is published; nothing has come of it."""
+    health, now = healthy(90, **changes)
+    health.inputs[kind] = InputHealth(f'/{kind}', kind, needed=False, publishers=(RELIABLE,))
+    return health, now
+
+
+@pytest.mark.parametrize(('kind', 'changes', 'expected'), [
+    ('odom', {'scale_source': 'depth', 'tf_mode': 'map_to_base'}, []),
+    ('odom', {'scale_source': 'depth', 'tf_mode': 'map_to_odom'}, ['NOTHING_SENT']),
+    ('odom', {'scale_source': 'unknown'}, ['NOTHING_SENT']),
+    ('depth', {'mode': 'mapping'}, ['LARGE_IMAGES_LOST']),
+    ('depth', {'mode': 'localization', 'has_map': True}, []),
+])
+def test_an_optional_input_is_missed_only_where_it_would_help(kind, changes, expected):
+    health, now = other_input(kind, **changes)
+    assert codes(health, now) == expected
+    health.inputs[kind].received(NOW, NOW)
+    assert codes(health, now) == ['SILENT'] * len(expected)
+
+
+def test_odometry_is_not_missed_where_depth_tells_the_scale():
+    health, now = other_input('odom')
+    depth = health.inputs['depth'] = InputHealth('/depth', 'depth', needed=False)
+    depth.received(now, now)
+    assert codes(health, now) == []
+
+
+def test_localising_without_a_map_is_the_first_cause_and_at_once():
+    health, _ = healthy(0, mode='localization')
+    (cause,) = causes(health, NOW)
+    assert (cause.code, cause.blocking, cause.certain) == ('NO_MAP', True, True)
+    assert 'map:=FOLDER' in cause.sentence and '~/load_map' in cause.sentence
+    health.inputs['image'].publishers = ()
+    assert codes(health, NOW + 5 * SECOND) == ['NO_MAP', 'NO_PUBLISHER']
+    health.has_map = True
+    assert codes(health, NOW + 5 * SECOND) == ['NO_PUBLISHER']
 
 
 @pytest.mark.parametrize(('transport', 'present', 'absent'), [

@@ -26,11 +26,17 @@ PROFILES = ('FASTDDS_DEFAULT_PROFILES_FILE', 'FASTRTPS_DEFAULT_PROFILES_FILE')
 
 @dataclass(frozen=True)
 class Cause:
-    """A code for programs, a sentence for people; ``blocking`` ones leave no pose at all."""
+    """A code for programs, a sentence for people; ``blocking`` ones leave no pose at all.
+
+    about: the topic or frames that are meant, where one code may stand for several causes.
+    certain: it does not come and go by itself, so the log need not wait whether it stays.
+    """
 
     code: str
     sentence: str
     blocking: bool = False
+    about: str = ''
+    certain: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,25 @@ class _Look:
     def waited_long(self) -> bool:
         return self.now_ns - self.health.active_since_ns >= self.silence_ns
 
+    def waits_long(self, input_: InputHealth) -> bool:
+        """Its publisher has been there for a while, and we have listened as long."""
+        since_ns = max(input_.published_ns or 0, self.health.active_since_ns)
+        return self.now_ns - since_ns >= self.silence_ns
+
+    def misses(self, input_: InputHealth) -> bool:
+        """Something would be better if messages of this input came.
+
+        Depth only serves mapping. Odometry serves the transform map -> odom, and the scale where
+        depth does not tell it.
+        """
+        health, depth = self.health, self.health.inputs.get('depth')
+        if input_.kind == 'depth':
+            return health.mode == 'mapping'
+        if input_.kind == 'odom':
+            metric = health.scale_source != 'unknown' or (depth is not None and depth.messages)
+            return health.tf_mode == 'map_to_odom' or not metric
+        return True
+
     @property
     def image(self) -> InputHealth | None:
         return self.health.inputs.get('image')
@@ -102,7 +127,15 @@ def causes(health: Health, now_ns: int, *, silence_s: float = 3.0,
 
 def _pause(look: _Look) -> Iterator[Cause]:
     if look.health.paused:
-        yield Cause('PAUSED', 'paused, images are not used; call ~/pause with false to go on')
+        yield Cause('PAUSED', 'paused, images are not used; call ~/pause with false to go on',
+                    certain=True)
+
+
+def _map(look: _Look) -> Iterator[Cause]:
+    if look.health.mode == 'localization' and not look.health.has_map:
+        yield Cause('NO_MAP', 'expected a map to localise in, found none; start with map:=FOLDER, '
+                    'or set the parameter map to a map folder and call ~/load_map', True,
+                    certain=True)
 
 
 def _clock(look: _Look) -> Iterator[Cause]:
@@ -113,56 +146,77 @@ def _clock(look: _Look) -> Iterator[Cause]:
 
 def _arrival(look: _Look) -> Iterator[Cause]:
     for input_ in look.inputs:
+        if not look.misses(input_):
+            continue
         if input_.arrived_ns is None:
             if look.waited_long:
-                yield from _never(input_, look.transport)
-        elif look.now_ns - input_.arrived_ns >= look.silence_ns:
-            silent_s = (look.now_ns - input_.arrived_ns) / SECOND
-            why = 'its publisher is gone' if input_.publishers == () else \
-                'the driver hangs or the connection is cut'
-            yield Cause('SILENT', f'{input_.topic} has been silent for {silent_s:.0f} s; {why}',
-                        input_.needed)
-        if input_.recently('lost', look.now_ns):
-            yield Cause('FRAMES_LOST', f'{input_.lost} messages of {input_.topic} were lost on '
-                        f'the way; {look.transport.advice(input_.nbytes or VGA_BYTES)}',
-                        input_.needed and input_.lost > input_.messages)
+                yield from _never(look, input_)
+        elif input_.kind != 'camera_info':  # a single one is enough
+            yield from _no_longer(look, input_)
 
 
-def _never(input_: InputHealth, transport: Transport) -> Iterator[Cause]:
+def _no_longer(look: _Look, input_: InputHealth) -> Iterator[Cause]:
+    """An input that has come; now it is silent, or some of it is lost."""
+    topic, silent_ns = input_.topic, look.now_ns - (input_.arrived_ns or 0)
+    if silent_ns >= look.silence_ns:
+        why = 'its publisher is gone' if input_.publishers == () else \
+            'the driver hangs or the connection is cut'
+        yield Cause('SILENT', f'{topic} has been silent for {silent_ns / SECOND:.0f} s; {why}',
+                    input_.needed, topic)
+    if input_.recently('lost', look.now_ns):
+        yield Cause('FRAMES_LOST', f'{input_.lost} messages of {topic} were lost on the way; '
+                    f'{look.transport.advice(input_.nbytes or VGA_BYTES)}',
+                    input_.needed and input_.lost > input_.messages, topic)
+
+
+def _never(look: _Look, input_: InputHealth) -> Iterator[Cause]:
     """An input of which nothing has arrived yet."""
     topic = input_.topic
     if not input_.publishers:
         if input_.needed:
-            others = ', '.join(input_.alternatives[:4])
-            hint = f'topics of this type: {others}' if others else \
-                'no topic of this type exists: is the driver running, with the same ' \
-                'ROS_DOMAIN_ID?'
-            yield Cause('NO_PUBLISHER', f'nobody publishes {topic}; remap it ({hint})', True)
+            yield Cause('NO_PUBLISHER', _about_nobody(topic, input_.alternatives), True, topic)
+        return
+    if not look.waits_long(input_):
         return
     names = ', '.join(publisher.node for publisher in input_.publishers)
     best_effort = [p for p in input_.publishers if not p.reliable]
     if input_.unmatched or (input_.reliable and len(best_effort) == len(input_.publishers)):
         yield Cause('QOS', f'{topic} is published by {names} as best effort but subscribed to '
-                    'as reliable, so nothing can arrive; set image_qos to auto', input_.needed)
+                    'as reliable, so nothing can arrive; set image_qos to auto', input_.needed,
+                    topic)
     elif input_.kind in ('image', 'depth'):
         yield Cause('LARGE_IMAGES_LOST', f'{topic} is published by {names} but nothing arrives: '
                     'the publisher sends nothing, or large images are lost on the way; '
-                    f'{transport.advice(input_.nbytes or VGA_BYTES)}', input_.needed)
+                    f'{look.transport.advice(input_.nbytes or VGA_BYTES)}', input_.needed, topic)
     else:
         yield Cause('NOTHING_SENT', f'{topic} is published by {names} but nothing arrives; '
-                    'check that the driver sends it', input_.needed)
+                    'check that the driver sends it', input_.needed, topic)
+
+
+def _about_nobody(topic: str, others: tuple[str, ...]) -> str:
+    """What to do where nobody publishes the images; others: topics that have some."""
+    if f'{topic}/compressed' in others:
+        return (f'nobody publishes {topic}, but {topic}/compressed is published; set '
+                'image_transport to auto or compressed')
+    if others:
+        return f'nobody publishes {topic}; remap it to one of these: {", ".join(others[:4])}'
+    return (f'nobody publishes {topic}, and no topic of this type exists; start the camera '
+            'driver, with the same ROS_DOMAIN_ID')
 
 
 def _stamps(look: _Look) -> Iterator[Cause]:
     for input_ in look.inputs:
+        if input_.kind == 'camera_info':  # of whatever time, one serves all images
+            continue
         for fault, sentence in STAMPS.items():
             if input_.recently(fault, look.now_ns):
                 yield Cause(f'STAMPS_{fault.value}', f'{input_.topic}: {sentence} '
                             f'({input_.faults[fault]} times)',
-                            fault is StampFault.ZERO and input_.needed)
+                            fault is StampFault.ZERO and input_.needed, input_.topic)
         if input_.stamp_ns and abs(input_.offset_ns) > OFFSET_NS \
                 and look.health.clock_running:
-            yield Cause('CLOCK_OFFSET', _about_offset(input_, look.health.use_sim_time))
+            yield Cause('CLOCK_OFFSET', _about_offset(input_, look.health.use_sim_time),
+                        about=input_.topic)
 
 
 STAMPS = {
@@ -207,7 +261,8 @@ def _transforms(look: _Look) -> Iterator[Cause]:
     for parent, child in look.health.tf_missing:
         yield Cause('TF_MISSING', f'TF does not connect {parent} and {child}; start '
                     'robot_state_publisher, the odometry or a static_transform_publisher, or '
-                    'set base_frame, odom_frame and camera_frame', True)
+                    'set base_frame, odom_frame and camera_frame', True,
+                    f'{parent}, {child}')
     image = look.image
     if image is not None and image.messages and image.frame_id == '':
         yield Cause('FRAME_ID_EMPTY', f'{image.topic} has an empty header.frame_id; set '
@@ -253,13 +308,17 @@ def _sizes(look: _Look) -> Iterator[Cause]:
             before, now = input_.size_before, input_.size_wh
             yield Cause('SIZE_CHANGED', f'{input_.topic} changed from {before[0]}x{before[1]} to '
                         f'{now[0]}x{now[1]}; a map needs one size: set it in the driver, or call '
-                        'reset to start a new map')
+                        'reset to start a new map', about=input_.topic)
+
+
+def noticed(health: Health, now_ns: int) -> list[Cause]:
+    """What happened lately, in any state of the node."""
+    return [Cause(warned.code, warned.sentence, certain=True)
+            for warned in health.warnings.values() if abs(now_ns - warned.last_ns) <= RECENT_NS]
 
 
 def _noticed(look: _Look) -> Iterator[Cause]:
-    for warned in look.health.warnings.values():
-        if abs(look.now_ns - warned.last_ns) <= RECENT_NS:
-            yield Cause(warned.code, warned.sentence)
+    yield from noticed(look.health, look.now_ns)
 
 
 def _tracking(look: _Look) -> Iterator[Cause]:
@@ -279,5 +338,5 @@ TRACKING = {
 }
 
 RULES: tuple[Callable[[_Look], Iterator[Cause]], ...] = (
-    _pause, _clock, _arrival, _stamps, _calibration, _transforms, _registration, _pictures,
+    _map, _pause, _clock, _arrival, _stamps, _calibration, _transforms, _registration, _pictures,
     _sizes, _noticed)

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import rclpy
 import typer
 from rclpy.executors import SingleThreadedExecutor
+from rclpy.logging import LoggingSeverity
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from rclpy.utilities import get_rmw_implementation_identifier, remove_ros_args
@@ -153,6 +154,17 @@ def _about_graph(node: Node) -> Iterator[Cause]:
                     'run the nodes (and this doctor) with use_sim_time:=true')
 
 
+def _about_transports(examination: Examination) -> Iterator[str]:
+    """Where images were found that are not what was asked for."""
+    for kind in ('image', 'depth'):
+        found = examination.health.inputs[kind].topic
+        setting = getattr(examination.config, f'{kind}_transport')
+        if setting == 'auto' and found != examination.node.resolve_topic_name(kind):
+            yield (f'{kind}: only compressed ones are published, on {found}; the nodes find them '
+                   f'with the parameter or launch argument {kind}_transport:=auto (the default) '
+                   'or compressed, and the same topics as here')
+
+
 def environment(transport: Transport) -> dict[str, str]:
     """What this machine and this terminal bring along."""
     known = {'middleware': transport.rmw, 'Python': sys.version.split()[0]}
@@ -180,7 +192,8 @@ def _about_libraries(environment_: dict[str, str]) -> Iterator[Cause]:
 Seconds = Annotated[float, typer.Option('--seconds', min=1.0, max=600.0,
                                         help='How long to listen.')]
 Json = Annotated[bool, typer.Option('--json', help='One JSON object on stdout.')]
-Compressed = Annotated[bool, typer.Option('--compressed', help='Look at <image>/compressed.')]
+Compressed = Annotated[bool, typer.Option('--compressed', help='Look at <image>/compressed, also '
+                                          'where raw images are published.')]
 SimTime = Annotated[bool, typer.Option('--sim-time', help='Use the clock of a simulation or a '
                                        'bag (/clock).')]
 
@@ -209,7 +222,7 @@ def doctor_command(
     """
     remaps = dict(zip(TOPICS, (image, camera_info, depth, odom), strict=True))
     config = from_dict(NodeConfig, {
-        'image_transport': 'compressed' if compressed else 'raw', 'base_frame': base_frame,
+        'image_transport': 'compressed' if compressed else 'auto', 'base_frame': base_frame,
         'odom_frame': odom_frame, 'tf_mode': tf_mode, 'info_wait_s': min(2.0, seconds / 2)})
     context = rclpy.Context()
     rclpy.init(args=sys.argv, context=context)
@@ -231,12 +244,14 @@ def examine(context: rclpy.Context, config: NodeConfig, remaps: dict[str, str], 
     for name, topic in remaps.items():
         arguments += ['-r', f'{name}:={topic}'] if topic != name else []
     node = rclpy.create_node(NAME, context=context, cli_args=arguments)
+    node.get_logger().set_level(LoggingSeverity.WARN)  # the table says it all
     transport = Transport.here(get_rmw_implementation_identifier())
     examination = Examination(node, config)
     try:
         examination.listen(seconds)
         nodes = examination.ask_nodes()
         found = examination.found(transport, seconds)
+        notes = list(_about_transports(examination))
     finally:
         examination.close()
         node.destroy_node()
@@ -245,6 +260,7 @@ def examine(context: rclpy.Context, config: NodeConfig, remaps: dict[str, str], 
     told = report(health, [*_about_libraries(machine), *found], examination.now_ns)
     kept = ('level', 'causes', 'inputs', 'camera_info', 'tf_mode', 'conversions', 'use_sim_time')
     findings = {key: told[key] for key in kept}
+    findings['notes'] = notes
     for name, theirs in nodes.items():
         findings['causes'] += [{**cause, 'sentence': f'{name}: {cause["sentence"]}'}
                                for cause in theirs.get('causes', [])]
@@ -258,6 +274,9 @@ def _print(findings: dict[str, Any]) -> None:
     if findings['nodes']:
         print_table('Nodes', {name: f'{told["level"]}: {told["summary"]}'
                               for name, told in findings['nodes'].items()})
+    if findings['notes']:
+        print_table('To know', {f'{number}.': note
+                                for number, note in enumerate(findings['notes'], 1)})
     if findings['causes']:
         print_table('Wrong, most likely cause first', {
             f'{number}. {cause["code"]}': cause['sentence']

@@ -108,8 +108,9 @@ class InputHealth:
 
     kind: 'image', 'camera_info', 'depth' or 'odom'. needed: nothing works without it.
     reliable: how this side subscribes. publishers: as the graph shows them, None before it was
-    looked at. alternatives: other topics of the same type. lost, unmatched: totals of the
-    events "message lost" and "incompatible QoS". offset_ns: clock minus newest stamp.
+    looked at. published_ns: since when somebody publishes it, None while nobody does.
+    alternatives: other topics that could be meant. lost, unmatched: totals of the events "message
+    lost" and "incompatible QoS". offset_ns: clock minus newest stamp.
     """
 
     topic: str
@@ -117,6 +118,7 @@ class InputHealth:
     needed: bool = True
     reliable: bool = True
     publishers: tuple[Publisher, ...] | None = None
+    published_ns: int | None = None
     alternatives: tuple[str, ...] = ()
     lost: int = 0
     unmatched: int = 0
@@ -151,6 +153,14 @@ class InputHealth:
         self.messages += 1
         self.rate.add(now_ns)
         return fault
+
+    def published(self, publishers: tuple[Publisher, ...], now_ns: int) -> None:
+        """The graph shows who publishes the topic."""
+        self.publishers = publishers
+        if not publishers:
+            self.published_ns = None
+        elif self.published_ns is None:
+            self.published_ns = now_ns
 
     def resubscribed(self, reliable: bool) -> None:
         """This side subscribed anew; what the old subscription lost no longer matters."""
@@ -249,11 +259,12 @@ class Health:
     """Everything that is known about a node now.
 
     state: of its life cycle. paused: somebody asked to leave images unused. mode, status,
-    reason: as in ``types.Estimate``. frames, dropped, refused: images used, given up in the
-    queue, and not usable. latency: image stamp or arrival to pose, milliseconds. info_wh: what
-    CameraInfo describes. window: what the window of a network waits for. tf_missing: (parent,
-    child) frames that TF does not connect. conversions: what converts which message, as chosen at
-    start. clock_running: False while simulated time stands at 0.
+    reason: as in ``types.Estimate``. has_map: there is something to localise in. frames, dropped,
+    refused: images used, given up in the queue, and not usable. latency: image stamp or arrival
+    to pose, milliseconds. info_wh: what CameraInfo describes. window: what the window of a network
+    waits for. tf_missing: (parent, child) frames that TF does not connect. conversions: what
+    converts which message, as chosen at start. clock_running: False while simulated time stands
+    at 0.
     """
 
     name: str
@@ -262,6 +273,7 @@ class Health:
     mode: str = 'mapping'
     status: str = 'INITIALISING'
     reason: str = ''
+    has_map: bool = False
     active_since_ns: int = 0
     use_sim_time: bool = False
     clock_running: bool = True
@@ -284,9 +296,8 @@ class Health:
     poses: RateMeter = field(default_factory=RateMeter)
     warnings: dict[str, Warned] = field(default_factory=dict)
 
-    def warn(self, code: str, sentence: str, now_ns: int) -> bool:
-        """Note something noticed; True the first time, when it deserves a line in the log."""
+    def warn(self, code: str, sentence: str, now_ns: int) -> None:
+        """Note something noticed; it is one of the causes for a while."""
         before = self.warnings.get(code)
         times = before.times + 1 if before else 1
         self.warnings[code] = Warned(code, sentence, times, now_ns)
-        return before is None

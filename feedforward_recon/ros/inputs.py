@@ -1,8 +1,8 @@
 """What a node listens to: from sensor messages to frames that may be used.
 
 Every sensor input takes the reliability of its publishers: a best-effort subscriber would match
-all of them, but loses large images between processes (docs/ros.md). Messages are only looked at
-here; decoding is the worker's.
+all of them, but loses large images between processes (docs/ros.md). Images are taken raw or
+compressed, as they are published. Messages are only looked at here; decoding is the worker's.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ from feedforward_recon.ros.health import (
     StampFault,
     info_state,
 )
+from feedforward_recon.ros.milestones import about_camera
 
 WAITING_IMAGES = 8
+ALONE_S = 0.5  # compressed images are taken once nobody has published raw ones for this long
 DEFAULT_FRAME = 'camera_optical_frame'
 REFUSED = (StampFault.ZERO, StampFault.EQUAL, StampFault.REVERSED)
 
@@ -110,6 +112,20 @@ class DepthPairing:
         return near if abs(near[0] - stamp) == gap_ns <= self.slop_ns else None
 
 
+@dataclass(frozen=True)
+class Source:
+    """A topic that an input may be read from, and the type of its messages."""
+
+    topic: str
+    type: type
+
+    def publishers(self, node: Node) -> list[Any]:
+        """Endpoints that publish this type of images on this topic."""
+        name = f'sensor_msgs/msg/{self.type.__name__}'
+        return [endpoint for endpoint in node.get_publishers_info_by_topic(self.topic)
+                if endpoint.topic_type == name]
+
+
 class Inputs:
     """Subscriptions of a node while it is active.
 
@@ -130,9 +146,15 @@ class Inputs:
         self._subscriptions: dict[str, Any] = {}
         self._depth_paired = False  # some image had depth of its moment
         self._began_ns: int | None = None  # steady clock when images came, or came again
+        self._sources = self._wanted()
+        self._chosen = {kind: sources[0] for kind, sources in self._sources.items()}
+        self._unheard_ns: dict[str, int] = {}  # steady clock since when another has publishers
+        self._latched = False  # how CameraInfo is subscribed to
         health.camera_info, health.info_wh = InfoState.UNKNOWN, None
-        for kind, (topic, _, needed) in self._wanted().items():
-            health.inputs[kind] = InputHealth(topic, kind, needed, reliable=self._reliable(topic))
+        health.inputs.clear()
+        for kind, source in self._chosen.items():
+            health.inputs[kind] = InputHealth(source.topic, kind, needed=kind == 'image',
+                                              reliable=self._reliable(source.topic))
             self._subscribe(kind)
 
     def _now_ns(self) -> int:
@@ -145,22 +167,18 @@ class Inputs:
 
     # -- subscriptions ---------------------------------------------------------------------
 
-    def _wanted(self) -> dict[str, tuple[str, type, bool]]:
-        """Kind -> topic, type and whether nothing works without it."""
+    def _wanted(self) -> dict[str, list[Source]]:
+        """Kind -> what it may be read from, best first."""
         config = self._config
-        compressed, packed = (config.image_transport == 'compressed',
-                              config.depth_transport == 'compressed')
         # Remapping first: a rule for `image` has to hold for `image/compressed` as well.
         topic = {name: self._node.resolve_topic_name(name)
                  for name in ('image', 'camera_info', 'depth', 'odom')}
-        wanted = {
-            'image': (topic['image'] + ('/compressed' if compressed else ''),
-                      CompressedImage if compressed else Image, True),
-            'camera_info': (topic['camera_info'], CameraInfo, False),
-            'odom': (topic['odom'], Odometry, False)}
+        wanted = {'image': _transports(topic['image'], '/compressed', config.image_transport),
+                  'camera_info': [Source(topic['camera_info'], CameraInfo)],
+                  'odom': [Source(topic['odom'], Odometry)]}
         if config.use_depth:
-            wanted['depth'] = (topic['depth'] + ('/compressedDepth' if packed else ''),
-                               CompressedImage if packed else Image, False)
+            wanted['depth'] = _transports(topic['depth'], '/compressedDepth',
+                                          config.depth_transport)
         return wanted
 
     def _reliable(self, topic: str) -> bool:
@@ -171,43 +189,84 @@ class Inputs:
             p.qos_profile.reliability == ReliabilityPolicy.RELIABLE for p in publishers)
 
     def _subscribe(self, kind: str) -> None:
-        topic, type_, _ = self._wanted()[kind]
-        input_ = self._health.inputs[kind]
+        source, input_ = self._chosen[kind], self._health.inputs[kind]
         everything = self._config.queue == 'offline' and input_.reliable
+        latched = kind == 'camera_info' and self._latched
         qos = QoSProfile(
             history=HistoryPolicy.KEEP_ALL if everything else HistoryPolicy.KEEP_LAST, depth=10,
             reliability=ReliabilityPolicy.RELIABLE if input_.reliable
-            else ReliabilityPolicy.BEST_EFFORT, durability=DurabilityPolicy.VOLATILE)
+            else ReliabilityPolicy.BEST_EFFORT,
+            durability=DurabilityPolicy.TRANSIENT_LOCAL if latched else DurabilityPolicy.VOLATILE)
         handler = {'image': self._image, 'camera_info': self._info, 'depth': self._depth,
                    'odom': self._odometry}[kind]
         self._subscriptions[kind] = self._node.create_subscription(
-            type_, topic, handler, qos,
+            source.type, source.topic, handler, qos,
             event_callbacks=subscription_events(
                 lambda total: input_.lost_total(total, self._now_ns()),
                 lambda total: setattr(input_, 'unmatched', total)))
 
     def watch(self) -> None:
-        """Look at who publishes; subscribe anew where the reliability has to change."""
+        """Look at who publishes; subscribe anew where topic or QoS have to change."""
         for kind, input_ in self._health.inputs.items():
+            self._choose(kind)
             found = self._node.get_publishers_info_by_topic(input_.topic)
-            input_.publishers = tuple(
+            input_.published(tuple(
                 Publisher(p.node_name, p.qos_profile.reliability == ReliabilityPolicy.RELIABLE)
-                for p in found)
+                for p in found), self._now_ns())
             reliable = self._reliable(input_.topic)
             if found and reliable != input_.reliable:
                 self._node.get_logger().info(
                     f'{input_.topic}: subscribing as {"reliable" if reliable else "best effort"}'
                     ', like its publishers')
-                self._node.destroy_subscription(self._subscriptions.pop(kind))
-                input_.resubscribed(reliable)
-                self._subscribe(kind)
+                self._subscribe_anew(kind, reliable)
+            if kind == 'camera_info' and found:
+                self._follow_durability(found)
             if not found and not input_.messages and input_.needed:
-                input_.alternatives = self._alternatives(self._wanted()[kind][1])
+                input_.alternatives = self._alternatives()
 
-    def _alternatives(self, type_: type) -> tuple[str, ...]:
-        name = f'sensor_msgs/msg/{type_.__name__}'
-        return tuple(topic for topic, types in self._node.get_topic_names_and_types()
-                     if name in types and self._node.count_publishers(topic))
+    def _subscribe_anew(self, kind: str, reliable: bool) -> None:
+        self._node.destroy_subscription(self._subscriptions.pop(kind))
+        self._health.inputs[kind].resubscribed(reliable)
+        self._subscribe(kind)
+
+    def _choose(self, kind: str) -> None:
+        """Read an input from the best source that somebody publishes.
+
+        The best of all at once, another only when it has been alone for a moment: a driver does
+        not advertise all of its topics at the same time.
+        """
+        sources, chosen = self._sources[kind], self._chosen[kind]
+        if len(sources) == 1:
+            return
+        best = next((s for s in sources if s.publishers(self._node)), chosen)
+        now_ns = time.monotonic_ns()
+        since_ns = self._unheard_ns.setdefault(kind, now_ns)
+        if best == chosen:
+            self._unheard_ns.pop(kind)
+        elif best == sources[0] or now_ns - since_ns >= ALONE_S * SECOND:
+            self._unheard_ns.pop(kind)
+            self._chosen[kind] = best
+            input_ = self._health.inputs[kind]
+            input_.topic, input_.published_ns = best.topic, None
+            self._node.get_logger().info(
+                f'{kind}: listening to {best.topic} ({best.type.__name__})' + (
+                    '' if best == sources[0] else f'; nobody publishes raw {sources[0].topic}'))
+            self._subscribe_anew(kind, self._reliable(best.topic))
+
+    def _follow_durability(self, publishers: list[Any]) -> None:
+        """A calibration that was sent once, before we came, is only heard by latched listeners."""
+        latched = all(p.qos_profile.durability == DurabilityPolicy.TRANSIENT_LOCAL
+                      for p in publishers)
+        if latched != self._latched:
+            self._latched = latched
+            self._subscribe_anew('camera_info', self._health.inputs['camera_info'].reliable)
+
+    def _alternatives(self) -> tuple[str, ...]:
+        """Topics with images, raw or compressed, that somebody publishes."""
+        names = {f'sensor_msgs/msg/{type_.__name__}' for type_ in (Image, CompressedImage)}
+        return tuple(sorted(topic for topic, types in self._node.get_topic_names_and_types()
+                            if names.intersection(types) and self._node.count_publishers(topic)
+                            and not topic.endswith('/compressedDepth')))
 
     def stop(self) -> None:
         """Unsubscribe."""
@@ -219,6 +278,11 @@ class Inputs:
     def _received(self, kind: str, message: Any) -> StampFault | None:
         size_wh = (message.width, message.height) if hasattr(message, 'width') else None
         nbytes = len(message.data) if hasattr(message, 'data') else 0
+        if not self._health.inputs[kind].messages and kind in ('image', 'depth'):
+            size = '' if size_wh is None else f'{size_wh[0]}x{size_wh[1]} '
+            how = message.format if size_wh is None else message.encoding
+            self._node.get_logger().info(
+                f'first {kind} on {self._health.inputs[kind].topic}: {size}{how}')
         return self._health.inputs[kind].received(
             self._now_ns(), stamp_ns(message.header), size_wh=size_wh, nbytes=nbytes,
             frame_id=message.header.frame_id, jump_ns=int(self._config.jump_s * SECOND))
@@ -254,7 +318,8 @@ class Inputs:
             return False
         if not self._comes('depth') and self._waited_s() >= self._config.silence_s:
             return False
-        return bool(depth.messages or self._node.count_publishers(depth.topic))
+        return bool(depth.messages or any(source.publishers(self._node)
+                                          for source in self._sources['depth']))
 
     def _first_depth_may_come(self) -> bool:
         """No image had depth yet, and a metric map has to start with one that has."""
@@ -316,6 +381,9 @@ class Inputs:
         before = self._cameras.get(message.header.frame_id)
         if camera is not None and camera != before:
             self._cameras[message.header.frame_id] = camera
+            if before is None or before.size_wh != camera.size_wh:  # an autofocus changes the rest
+                self._node.get_logger().info(
+                    f'{health.inputs["camera_info"].topic}: {about_camera(camera)}')
             self._on_calibration(camera)
         self._release()
 
@@ -349,6 +417,12 @@ class Inputs:
             self._on_odometry(message)
 
     def _notice(self, code: str, sentence: str) -> None:
-        if self._health.warn(code, sentence, self._now_ns()):
-            self._node.get_logger().warning(sentence)
+        self._health.warn(code, sentence, self._now_ns())
+
+
+def _transports(topic: str, ending: str, setting: str) -> list[Source]:
+    """What images may be read from: raw, or compressed beside it or on the topic itself."""
+    raw, beside = Source(topic, Image), Source(topic + ending, CompressedImage)
+    return {'raw': [raw], 'compressed': [beside],
+            'auto': [raw, beside, Source(topic, CompressedImage)]}[setting]
 

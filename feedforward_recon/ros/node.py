@@ -25,7 +25,8 @@ from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.live import LiveSession, SessionInfo, session_of
 from feedforward_recon.node_config import NodeConfig
 from feedforward_recon.ros import parameters
-from feedforward_recon.ros.causes import Cause, Transport, causes
+from feedforward_recon.ros.cause_log import CauseLog, Line
+from feedforward_recon.ros.causes import Cause, Transport, causes, noticed
 from feedforward_recon.ros.convert import (
     conversion_paths,
     depth_metres,
@@ -38,6 +39,7 @@ from feedforward_recon.ros.health import Health
 from feedforward_recon.ros.inputs import Arrival, Inputs
 from feedforward_recon.ros.late import LatePoses, News
 from feedforward_recon.ros.map_keeper import MapKeeper
+from feedforward_recon.ros.milestones import Milestones
 from feedforward_recon.ros.outputs import Outputs
 from feedforward_recon.ros.positioning import STEADY, FirstPose, Positioning
 from feedforward_recon.ros.services import Services
@@ -79,6 +81,7 @@ class CameraNode(LifecycleNode):
         self.queue: FrameQueue | None = None
         self.positioning = Positioning(self)
         self._answering = Services(self)
+        self._cause_log, self._milestones = CauseLog(), Milestones()
         self._transport = Transport.here(get_rmw_implementation_identifier())
         self._generation = 0
         self._cloud_due_s = 0.0
@@ -100,9 +103,9 @@ class CameraNode(LifecycleNode):
         return self.get_clock().now().nanoseconds
 
     def notice(self, code: str, sentence: str) -> None:
-        """Tell what happened: once in the log, and for a while in the diagnostics."""
-        if sentence and self.health.warn(code, sentence, self.now_ns()):
-            self.get_logger().warning(sentence)
+        """Tell what happened: for a while in the diagnostics, and so once in the log."""
+        if sentence:
+            self.health.warn(code, sentence, self.now_ns())
 
     def _say_what_is_used(self) -> None:
         self.health.conversions = conversion_paths()
@@ -115,6 +118,11 @@ class CameraNode(LifecycleNode):
         self._starter.cancel()
         if self.trigger_configure() is DONE:
             self.trigger_activate()
+        else:
+            name = self.get_fully_qualified_name()
+            self.get_logger().error(
+                f'the node stays unconfigured; correct that (`ros2 param set {name} ...`), then '
+                f'run `ros2 lifecycle set {name} configure` and the same with activate')
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Load the networks and, to localise, the map."""
@@ -147,6 +155,8 @@ class CameraNode(LifecycleNode):
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Listen to the camera."""
         self.health.active_since_ns = self.now_ns()
+        if self.outputs is not None:
+            self.outputs.new_time_line()
         self.positioning.start(self.config)
         self.inputs = Inputs(self, self.config, self.health, on_frame=self._on_frame,
                              on_jump=self._on_jump, on_calibration=self._on_calibration,
@@ -179,6 +189,7 @@ class CameraNode(LifecycleNode):
         if self.inputs is not None:
             self.inputs.stop()
             self.inputs = None
+            self._cause_log.forget()
         if self.queue is not None:
             self.queue.clear()
         self.positioning.stop()
@@ -311,11 +322,19 @@ class CameraNode(LifecycleNode):
         health.mode, health.keyframes = info.mode, info.keyframes
         health.memory_bytes, health.window = info.memory_bytes, info.window
         health.scale_source, health.camera_source = info.scale_source, info.camera_source
+        health.has_map = info.has_map
+        for sentence in self._milestones.reached(health):
+            self.get_logger().info(sentence)
 
     def new_map(self, info: SessionInfo) -> None:
         """Another map than before: what was known of the old one is void."""
         self.health.keyframes, self.health.mode = info.keyframes, info.mode
         self.health.status, self.health.reason = 'INITIALISING', ''
+        self.health.has_map, self.health.scale_source = info.has_map, info.scale_source
+        self._milestones = Milestones()
+        self._cause_log.forget_status()
+        if self.outputs is not None:
+            self.outputs.new_time_line()
         self.positioning.new_map()
 
     def posed(self, arrival: Arrival) -> None:
@@ -325,6 +344,8 @@ class CameraNode(LifecycleNode):
 
     def _on_jump(self, stamp: int) -> None:
         self.positioning.jumped(stamp)
+        if self.outputs is not None:
+            self.outputs.new_time_line()
         if self.queue is not None:
             self.queue.clear()
 
@@ -404,10 +425,23 @@ class CameraNode(LifecycleNode):
             self.notice('NO_TF2_MSGS', NO_TF)
         self._publish_cloud_map()
         self.keeper.tick(self.config.map, self.config.autosave_s)
-        now_ns = self.now_ns()
-        message = DiagnosticArray(status=[diagnostic_status(health, self.causes(), now_ns)])
+        now_ns, found = self.now_ns(), self.causes()
+        active = health.state == 'active'
+        for line in self._cause_log.look(found if active else noticed(health, now_ns),
+                                         time.monotonic()):
+            self._log(line)
+        message = DiagnosticArray(status=[diagnostic_status(health, found, now_ns)])
         message.header.stamp = stamp_msg(now_ns)
         self._diagnostics.publish(message)
+
+    def _log(self, line: Line) -> None:
+        logger = self.get_logger()  # which wants each severity on a line of its own
+        if line.level == 'ERROR':
+            logger.error(line.text)
+        elif line.level == 'WARNING':
+            logger.warning(line.text)
+        else:
+            logger.info(line.text)
 
     def _watch(self) -> None:
         self.mailbox.empty()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from feedforward_recon.ros.tf_sent import SentTransforms
 from feedforward_recon.types import FloatArray, PointCloud, Trajectory
 
 LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+REMEMBERED = 64
 # A keyframe as a little pyramid: apex, then the corners of the image, as shares of a metre.
 FRUSTUM = 0.05 * np.array([[0, 0, 0], [-1, -0.75, 1], [1, -0.75, 1], [1, 0.75, 1],
                            [-1, 0.75, 1]])
@@ -51,6 +53,7 @@ class Outputs:
         self._tf = create(TFMessage, '/tf', QoSProfile(depth=100)) if TFMessage else None
         self.sent = SentTransforms()
         self._node = node
+        self._sent_ns: deque[int] = deque(maxlen=REMEMBERED)  # stamps of poses
         self._all = (self._pose, self._odometry, self._path, self._cloud, self._cloud_map,
                      self._markers, self._query_pose, self._query_result, self._tf)
 
@@ -70,7 +73,10 @@ class Outputs:
     # -- poses -----------------------------------------------------------------------------
 
     def pose(self, body: BodyPose) -> None:
-        """Publish a measured pose as pose and odometry."""
+        """Publish a measured pose as pose and odometry, once for each stamp."""
+        if body.stamp_ns in self._sent_ns:
+            return
+        self._sent_ns.append(body.stamp_ns)
         message = self._stamped(body)
         self._pose.publish(message)
         odometry = Odometry(header=message.header, child_frame_id=body.body_frame,
@@ -78,6 +84,14 @@ class Outputs:
         # The velocity is not measured: a variance that no filter will follow says so.
         odometry.twist.covariance = covariance_list(UNKNOWN_VARIANCE * np.eye(6))
         self._odometry.publish(odometry)
+
+    def is_old(self, stamp_ns: int) -> bool:
+        """A pose with a later stamp went out already."""
+        return bool(self._sent_ns) and stamp_ns < max(self._sent_ns)
+
+    def new_time_line(self) -> None:
+        """Another map, or stamps that went back: the stamps sent so far mean nothing."""
+        self._sent_ns.clear()
 
     def query(self, body: BodyPose | None, result_json: str) -> None:
         """Answer a query image: the pose if there is one, and what is to say about it."""

@@ -109,8 +109,9 @@ class Services:
             raise ReconError(f'no image yet on {self._node.resolve_topic_name("image")}; ask '
                              '~/doctor why')
         estimate, body, text = await self._locate(arrival, self._node.config.localize_timeout_s)
-        if body is not None and self._node.outputs is not None:
-            self._node.outputs.pose(body)
+        outputs = self._node.outputs
+        if body is not None and outputs is not None and not outputs.is_old(body.stamp_ns):
+            outputs.pose(body)
         return estimate.T_map_cam is not None, text
 
     async def _locate(self, arrival: Arrival, timeout_s: float | None = None
@@ -129,7 +130,8 @@ class Services:
                 body = node.positioning.body(arrival, estimate, info)
             except TransformError as error:
                 node.notice('TF_LATE', f'a localised pose was not published: {error}')
-        return estimate, body, _as_json(estimate, body, info, node.config.map_frame)
+        age_s = (time.monotonic_ns() - arrival.arrived_ns) / 1e9
+        return estimate, body, _as_json(estimate, body, info, node.config.map_frame, age_s)
 
     def _query(self, message: Image | CompressedImage) -> None:
         node = self._node
@@ -233,13 +235,16 @@ def _refusal(stamp: int, reason: str) -> str:
 
 
 def _as_json(estimate: Estimate, body: BodyPose | None, info: SessionInfo,
-             map_frame: str) -> str:
-    """An answer for programs: the pose of the body in the map, or the reason for none."""
+             map_frame: str, age_s: float) -> str:
+    """An answer for programs: the pose of the body in the map, or the reason for none.
+
+    age_s: seconds since the image arrived.
+    """
     reply: dict[str, Any] = {
         'stamp_ns': estimate.stamp_ns, 'status': estimate.status.value,
         'reason': estimate.reason, 'inliers': estimate.inliers, 'score': estimate.score,
-        'runner_up': estimate.runner_up, 'ms': estimate.latency_ms, 'frame_id': map_frame,
-        'scale_source': info.scale_source, 'pose': None}
+        'runner_up': estimate.runner_up, 'ms': estimate.latency_ms, 'age_s': round(age_s, 3),
+        'frame_id': map_frame, 'scale_source': info.scale_source, 'pose': None}
     if body is not None:
         reply['pose'] = {'position': body.T_map_body[:3, 3].tolist(),
                          'orientation_xyzw': np.asarray(
