@@ -25,6 +25,7 @@ CULL_FACTOR = 3.0
 NEIGHBOURS = 20
 MIN_BASELINE = 0.04  # of the typical depth, for matches to be triangulated
 MATCHED_KEYFRAMES = 2
+SPARSE_DEPTH = 0.5  # share of the features with depth
 POINTS_PIECE = 5000  # observations whose landmarks are refined at once
 
 
@@ -107,11 +108,13 @@ class GrowingMap:
     def triangulate_matches(self, id_: int) -> int:
         """New landmarks from features that match those of other keyframes by descriptor.
 
-        Not in a keyframe with sensor depth, however sparse: there the landmarks with depth, and
-        followed ones whose parallax grows, hold the camera better (docs/experiments.md).
+        Only features whose depth is unknown. Not in a keyframe with sparse sensor depth: there the
+        landmarks with depth, and followed ones whose parallax grows, hold the camera better than
+        many young ones of two views (docs/experiments.md).
         """
         table, found = self.landmarks, 0
-        if np.isfinite(self.keyframes[id_].points_cam[:, 2]).any():
+        share = np.isfinite(self.keyframes[id_].points_cam[:, 2]).mean()
+        if 0 < share < SPARSE_DEPTH:
             return 0
         tied = table.shared(table.seen_by(id_), len(self))[:id_]
         baseline = np.linalg.norm(self.T_map_cam[:id_, :3, 3] - self.T_map_cam[id_, :3, 3], axis=1)
