@@ -1,7 +1,7 @@
 """``LiveSession``: what a running robot asks of the core, whatever transports the images.
 
     frames -> process -> Estimate      mapping: track, extend the map, write the memory
-                                       localization: find each image in a frozen memory
+                                       localization: follow the camera in a frozen memory
               locate                   one image against the memory; never writes
               save, load, reset, set_localization
 
@@ -26,6 +26,7 @@ from feedforward_recon.errors import InputError, MapError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.map_folder import SavedMap, check_map_output, load_map, save_map
 from feedforward_recon.mapping.cloud import CloudSource
+from feedforward_recon.mapping.follower import Follower
 from feedforward_recon.mapping.live_windows import LiveWindows
 from feedforward_recon.mapping.localizer import Localizer
 from feedforward_recon.mapping.online import OnlineReconstructor
@@ -113,6 +114,7 @@ class LiveSession:
         self.memory_bytes = self._writer.snapshot().nbytes  # fixed from the start
         self._saved: SavedMap | None = None
         self._localizer: Localizer | None = None
+        self._follower: Follower | None = None
         self._frozen_at = -1  # keyframes in the memory that the localizer reads
         self._hint: np.ndarray | None = None
         self._odometry_scale: float | None = None
@@ -139,15 +141,26 @@ class LiveSession:
         Raises InputError for an image that cannot be used.
         """
         if self.mode == 'localization':
-            estimate = self.locate(frame, self._hint)
-            if estimate.T_map_cam is not None:
-                self._hint = estimate.T_map_cam
-            return estimate
+            return self._follow(frame, settle)
         if self._mapper is None:
             self._mapper = self._new_mapper(T_map_first)
         if T_map_first is not None and not self._mapper.stats.keyframes:
             self._mapper.T_map_first = T_map_first
         return self._mapper.process(frame) if settle else self._mapper.track(frame, on_pose)
+
+    def _follow(self, frame: Frame, settle: bool) -> Estimate:
+        """One frame of a stream in the memory."""
+        localizer = self._reader()
+        if localizer is None:
+            return _no_map(frame)
+        if self._follower is None or self._follower.localizer is not localizer:
+            self._follower = Follower(localizer, self.config.tracking)
+        estimate = self._follower.process(self._with_camera(frame, localizer.camera), self._hint)
+        if estimate.T_map_cam is not None:
+            self._hint = estimate.T_map_cam
+        if settle:
+            self._follower.work()
+        return estimate
 
     def _new_mapper(self, T_map_first: np.ndarray | None) -> OnlineReconstructor | LiveWindows:
         if self._network is not None:
@@ -158,6 +171,8 @@ class LiveSession:
 
     def work(self) -> bool:
         """One piece of what was put off by ``settle=False``; False when nothing is left."""
+        if self.mode == 'localization':
+            return self._follower is not None and self._follower.work()
         return self._mapper is not None and self._mapper.work()
 
     def late(self) -> list[Estimate]:
@@ -176,13 +191,18 @@ class LiveSession:
         """
         localizer = self._reader()
         if localizer is None:
-            return Estimate(frame.stamp_ns, Status.NOT_LOCALISED, reason=NO_MAP,
-                            source=frame.source)
+            return _no_map(frame)
         return localizer.localize(self._with_camera(frame, localizer.camera), T_map_cam_hint)
 
     def hint(self, T_map_cam: np.ndarray) -> None:
         """Somebody says where the camera is, in map units; tried first, never trusted."""
         self._hint = T_map_cam
+        self._continue_nothing()
+
+    def _continue_nothing(self) -> None:
+        """In a stream that is followed, the next image is looked up in the memory."""
+        if self._follower is not None:
+            self._follower.forget()
 
     def _ask_memory(self, frame: Frame) -> Estimate:
         return self.locate(frame, self._hint)
@@ -297,6 +317,7 @@ class LiveSession:
         """Forget the map that is being made, or in a loaded one where the camera was."""
         if self._saved is not None:
             self._hint = None
+            self._continue_nothing()
             return f'forgot the last pose; the map loaded from {self._saved.path} stays'
         keyframes = self.info.keyframes
         self._clear()
@@ -317,6 +338,7 @@ class LiveSession:
         if not on and self._network is None and self._load_network is not None:
             self._network = self._load_network()
         self.mode = 'localization' if on else 'mapping'
+        self._continue_nothing()
         return f'mode is {self.mode}'
 
     def set_camera(self, camera: Camera) -> str:
@@ -335,7 +357,7 @@ class LiveSession:
         self._odometry_scale = metres_per_unit
 
     def _clear(self) -> None:
-        self._mapper, self._saved, self._localizer = None, None, None
+        self._mapper, self._saved, self._localizer, self._follower = None, None, None, None
         self._writer = MemoryWriter(self.config.memory, self.encoder.dim)
         self._frozen_at, self._hint, self._odometry_scale = -1, None, None
         self._last_save = _LastSave()
@@ -383,3 +405,7 @@ class LiveSession:
             return CloudSource((cloud.xyz,), (cloud.rgb,), (np.eye(4),),
                                self.config.cloud.voxel_m, self.config.cloud.max_points)
         return None if self._mapper is None else self._mapper.cloud_source(newest_only)
+
+
+def _no_map(frame: Frame) -> Estimate:
+    return Estimate(frame.stamp_ns, Status.NOT_LOCALISED, reason=NO_MAP, source=frame.source)

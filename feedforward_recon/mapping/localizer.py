@@ -66,6 +66,14 @@ class Matches:
             return np.linalg.norm(pixels - self.pixels, axis=1) < limit_px
 
 
+@dataclass(frozen=True)
+class Sighting:
+    """An answer, and the matches that agree with its pose (none without a pose)."""
+
+    estimate: Estimate
+    matches: Matches
+
+
 class Localizer:
     """Finds images in a frozen memory. Keeps no state between calls."""
 
@@ -82,21 +90,41 @@ class Localizer:
 
         Raises InputError when neither the frame nor the localizer has a camera.
         """
+        return self.sight(frame, T_map_cam_hint).estimate
+
+    def sight(self, frame: Frame, T_map_cam_hint: np.ndarray | None = None) -> Sighting:
+        """``localize``, and which points of the map are seen where.
+
+        Raises InputError when neither the frame nor the localizer has a camera.
+        """
         started = time.perf_counter()
+        camera = self.camera_of(frame)
+        features = self.encoder.encode(frame.image)
+        found = self._sight_features(features, camera, T_map_cam_hint)
+        estimate = replace(found.estimate, stamp_ns=frame.stamp_ns, source=frame.source,
+                           latency_ms=1e3 * (time.perf_counter() - started))
+        return Sighting(estimate, found.matches)
+
+    def camera_of(self, frame: Frame) -> Camera:
+        """The camera of a frame, or the one that stands in for it.
+
+        Raises InputError when there is neither.
+        """
         camera = frame.camera or self.camera
         if camera is None:
             raise InputError(f'{frame.source or "image"}: expected a camera to localise with, '
                              'found none; give --fx --fy --cx --cy or --fov')
-        features = self.encoder.encode(frame.image)
-        estimate = self.localize_features(features, camera, T_map_cam_hint)
-        return replace(estimate, stamp_ns=frame.stamp_ns, source=frame.source,
-                       latency_ms=1e3 * (time.perf_counter() - started))
+        return camera
 
     def localize_features(self, features: Features, camera: Camera,
                           T_map_cam_hint: np.ndarray | None = None) -> Estimate:
         """Pose of an encoded image (stamp, source and latency are left empty)."""
+        return self._sight_features(features, camera, T_map_cam_hint).estimate
+
+    def _sight_features(self, features: Features, camera: Camera,
+                        T_map_cam_hint: np.ndarray | None) -> Sighting:
         if len(features) < self.config.min_inliers:
-            return _refusal('TOO_FEW_FEATURES')
+            return _refused(_refusal('TOO_FEW_FEATURES'))
         slots, network = self._from_slots(features), _no_matches()
         starts = self._starts(slots, camera)
         if not any(fit.count > self.config.sure_share * len(slots) for fit in starts):
@@ -105,12 +133,15 @@ class Localizer:
         poses = [fit.T_map_cam for fit in starts]
         poses += [] if T_map_cam_hint is None else [T_map_cam_hint]
         if not poses:
-            return _refusal('NO_CONSISTENT_POSE')
+            return _refused(_refusal('NO_CONSISTENT_POSE'))
         fits = [(pose, self._settled(pose, features, network, camera)) for pose in poses]
-        start, final = max(fits, key=lambda fit: fit[1].count)
-        if self._shift_px(start, final.T_map_cam, camera) > SETTLED_PX:
-            final = self._settled(final.T_map_cam, features, network, camera)
-        return self._judged(final, slots if len(self._values) else network, camera)
+        start, (final, matches) = max(fits, key=lambda fit: fit[1][0].count)
+        if self.shift_px(start, final.T_map_cam, camera) > SETTLED_PX:
+            final, matches = self._settled(final.T_map_cam, features, network, camera)
+        estimate = self._judged(final, slots if len(self._values) else network, camera)
+        if estimate.T_map_cam is None:
+            return _refused(estimate)
+        return Sighting(estimate, matches.select(np.flatnonzero(final.inliers)))
 
     def _from_network(self, features: Features) -> Matches:
         """The surest answers of the coordinate network."""
@@ -145,11 +176,11 @@ class Localizer:
         return [] if fit is None or fit.count < config.min_votes else [fit]
 
     def _settled(self, T_map_cam: np.ndarray, features: Features, network: Matches,
-                 camera: Camera) -> PoseFit:
+                 camera: Camera) -> tuple[PoseFit, Matches]:
         """Refine a pose on slots matched again around it; on the network if there are none."""
         matches = self._rematch(features, camera, T_map_cam) if len(self._values) else network
         return refine_pose(T_map_cam, matches.points, matches.pixels, camera,
-                           sigma_px=matches.sigma_px, outlier_px=OUTLIER_SIGMAS)
+                           sigma_px=matches.sigma_px, outlier_px=OUTLIER_SIGMAS), matches
 
     def _rematch(self, features: Features, camera: Camera, T_map_cam: np.ndarray) -> Matches:
         """Slots seen from a pose and features near them that choose each other.
@@ -176,7 +207,7 @@ class Localizer:
         return Matches(self.memory.points[slot], features.keypoints[feature], feature,
                        _slot_sigma_px(likeness[mutual]))
 
-    def _shift_px(self, T_before: np.ndarray, T_after: np.ndarray, camera: Camera) -> float:
+    def shift_px(self, T_before: np.ndarray, T_after: np.ndarray, camera: Camera) -> float:
         """How far the slots in view moved in the image between two poses, as a median."""
         points = self.memory.points[::SHIFT_STEP]
         before, after = (camera.project(transform_points(inverse(T), points))
@@ -231,6 +262,10 @@ def _slot_sigma_px(similarity: np.ndarray) -> np.ndarray:
 
 def _no_matches() -> Matches:
     return Matches(np.zeros((0, 3)), np.zeros((0, 2)), np.zeros(0, np.int64), np.zeros(0))
+
+
+def _refused(estimate: Estimate) -> Sighting:
+    return Sighting(estimate, _no_matches())
 
 
 def _refusal(reason: str) -> Estimate:

@@ -27,6 +27,31 @@ class Tracked:
     features: Features | None = None
 
 
+class Motion:
+    """Constant velocity of a camera from one image to the next."""
+
+    def __init__(self) -> None:
+        self._stamp_ns = 0
+        self._interval_ns = 0
+        self._velocity = np.zeros(6)  # camera-frame tangent per nanosecond
+
+    def moved(self, stamp_ns: int, T_before: np.ndarray | None, T_map_cam: np.ndarray) -> None:
+        """Take the pose at a stamp; T_before: the pose at the stamp before, None if unknown."""
+        interval = stamp_ns - self._stamp_ns
+        self._velocity = np.zeros(6)
+        if T_before is not None and interval > 0:
+            self._velocity = se3_log(inverse(T_before) @ T_map_cam) / interval
+            self._interval_ns = interval
+        self._stamp_ns = stamp_ns
+
+    def predict(self, T_map_cam: np.ndarray, stamp_ns: int) -> np.ndarray:
+        """Pose at a stamp after the last one, ``T_map_cam``; across a long pause it stays."""
+        interval = stamp_ns - self._stamp_ns
+        if not 0 < interval <= MAX_EXTRAPOLATION * max(self._interval_ns, 1):
+            return T_map_cam
+        return T_map_cam @ se3_exp(self._velocity * interval)
+
+
 class Tracker:
     """Motion state of the camera and the tracks of the last frame that was tracked."""
 
@@ -34,9 +59,7 @@ class Tracker:
         self.config = config
         self.tracks: Tracks | None = None
         self.T_map_cam = np.eye(4)
-        self._stamp_ns = 0
-        self._interval_ns = 0
-        self._velocity = np.zeros(6)  # camera-frame tangent per nanosecond
+        self._motion = Motion()
 
     def accept(self, view: View, tracks: Tracks, T_map_cam: np.ndarray,
                *, moved: bool = True) -> None:
@@ -44,12 +67,9 @@ class Tracker:
 
         moved: the motion since the last accepted frame is known (not after a loss).
         """
-        interval = view.stamp_ns - self._stamp_ns
-        self._velocity = np.zeros(6)
-        if moved and self.tracks is not None and interval > 0:
-            self._velocity = se3_log(inverse(self.T_map_cam) @ T_map_cam) / interval
-            self._interval_ns = interval
-        self.tracks, self.T_map_cam, self._stamp_ns = tracks, T_map_cam, view.stamp_ns
+        known = moved and self.tracks is not None
+        self._motion.moved(view.stamp_ns, self.T_map_cam if known else None, T_map_cam)
+        self.tracks, self.T_map_cam = tracks, T_map_cam
 
     def corrected(self, tracks: Tracks, T_map_cam: np.ndarray) -> None:
         """The map moved: the same frame now has another pose and its tracks other names."""
@@ -63,10 +83,7 @@ class Tracker:
 
     def predict(self, stamp_ns: int) -> np.ndarray:
         """Pose at a stamp by constant velocity; across a long pause the camera stays."""
-        interval = stamp_ns - self._stamp_ns
-        if interval > MAX_EXTRAPOLATION * max(self._interval_ns, 1):
-            return self.T_map_cam
-        return self.T_map_cam @ se3_exp(self._velocity * interval)
+        return self._motion.predict(self.T_map_cam, stamp_ns)
 
     def given(self, view: View, map_: GrowingMap, T_map_cam: np.ndarray) -> Tracked:
         """Tracks of a frame whose pose is known; those that disagree with it are dropped."""
