@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 # Name of the result: module and function that measure it.
 ENTRIES = {
     'mapping': ('mapping', 'run'),
+    'sparse_depth': ('sparse_depth', 'run'),
     'localisation': ('localisation', 'run'),
     'wrong_places': ('localisation', 'run_wrong_places'),
     'memory_law': ('memory_law', 'run'),

@@ -65,6 +65,13 @@ def test_at_an_edge_there_is_no_depth(step):
     assert edge.tolist() == [0, 0] and beside.tolist() == [1, 3]
 
 
+def test_beside_a_hole_in_dense_depth_there_is_none():
+    depth = np.full(ROWS.shape, 2.0)
+    depth[80:160, 100:200] = 0
+    found = view(depth).depth_at(np.array([[99.0, 100], [98.0, 100], [150.0, 79], [150.0, 78]]))
+    assert found.tolist() == [0, 2, 0, 2]
+
+
 def test_one_measurement_alone_is_not_believed():
     depth = np.zeros(ROWS.shape)
     depth[100, 100] = 2.0

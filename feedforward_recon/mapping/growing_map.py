@@ -25,7 +25,6 @@ CULL_FACTOR = 3.0
 NEIGHBOURS = 20
 MIN_BASELINE = 0.04  # of the typical depth, for matches to be triangulated
 MATCHED_KEYFRAMES = 2
-SPARSE_DEPTH = 0.5  # share of the features with depth
 POINTS_PIECE = 5000  # observations whose landmarks are refined at once
 
 
@@ -57,7 +56,9 @@ class GrowingMap:
         self.T_map_cam = np.concatenate([self.T_map_cam, T_map_cam[None]])
         tracks = self._snapped(keyframe, tracks)
         self._observe(keyframe, view, tracks.ids, tracks.px)
-        quality = features.confidence + (depth > 0)  # with depth first: known at once, and well
+        quality = features.confidence
+        if keyframe.has_sparse_depth:  # what has depth is scarce: it goes first
+            quality = quality + (depth > 0)
         new = spread(features.keypoints, quality, tracks.px, view.camera.size_wh,
                      self.config.tracking.max_tracks)
         new = new[keyframe.landmark[new] < 0]
@@ -113,8 +114,7 @@ class GrowingMap:
         many young ones of two views (docs/experiments.md).
         """
         table, found = self.landmarks, 0
-        share = np.isfinite(self.keyframes[id_].points_cam[:, 2]).mean()
-        if 0 < share < SPARSE_DEPTH:
+        if self.keyframes[id_].has_sparse_depth:
             return 0
         tied = table.shared(table.seen_by(id_), len(self))[:id_]
         baseline = np.linalg.norm(self.T_map_cam[:id_, :3, 3] - self.T_map_cam[id_, :3, 3], axis=1)

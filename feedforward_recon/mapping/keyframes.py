@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import cv2
 import numpy as np
@@ -14,6 +15,8 @@ from feedforward_recon.mapping.matching import Tracks
 from feedforward_recon.types import Features, Keyframe
 
 DEPTH_EDGE = 0.04
+DENSE = 0.95  # share of measured pixels with a measured neighbour; a Kinect has 0.99
+SPARSE_SHARE = 0.6  # of the features with depth; a Kinect gives 0.65 to 0.75
 MIN_SAMPLES = 3  # measurements within two pixels, to tell an edge from a surface
 CLOUD_FACTOR = 8  # points kept for the cloud, times those that are shown
 
@@ -33,38 +36,50 @@ class View:
     T_given: np.ndarray | None = None
 
     def depth_at(self, px: np.ndarray) -> np.ndarray:
-        """Sensor depth [N] at pixels [N, 2]; 0 where unknown, outside, or at a depth edge.
-
-        The median of what was measured within one pixel. Where some of the nine are missing
-        (registered, sparse or holed depth), all that was measured within two pixels has to
-        agree, or an edge would go unseen.
-        """
+        """Sensor depth [N] at pixels [N, 2]; 0 where unknown, outside, or at a depth edge."""
         if self.depth is None or not len(px):
             return np.zeros(len(px))
-        height, width = self.depth.shape
-        centre = np.rint(px).astype(int)
-        inside = ((centre >= 1) & (centre < (width - 1, height - 1))).all(1)
-        near = np.sort(_around(self.depth, centre, 1), 1)  # NaN last
-        count = np.isfinite(near).sum(1)
-        rows, middle = np.arange(len(px)), np.maximum(count - 1, 0)
-        depth = (near[rows, middle // 2] + near[rows, -(-middle // 2)]) / 2
-        low, high = near[:, 0].copy(), near[rows, middle]
-        holed = np.flatnonzero(inside & (count > 0) & (count < near.shape[1]))
-        wide = np.sort(_around(self.depth, centre[holed], 2), 1)
-        found = np.isfinite(wide).sum(1)
-        low[holed] = np.where(found >= MIN_SAMPLES, wide[:, 0], np.nan)
-        high[holed] = wide[np.arange(len(wide)), found - 1]
-        return np.where(inside & (high - low < DEPTH_EDGE * high), depth, 0.0)
+        centre, size_wh = np.rint(px).astype(int), self.depth.shape[::-1]
+        inside = ((centre >= 1) & (centre < np.array(size_wh) - 1)).all(1)
+        read = _sparse_depth if self.has_sparse_depth else _dense_depth
+        return np.where(inside, read(self.depth, centre), 0.0)
+
+    @cached_property
+    def has_sparse_depth(self) -> bool:
+        """Measured pixels often lack a measured neighbour: lines, grids, scattered points."""
+        if self.depth is None:
+            return False
+        seen = self.depth > 0
+        pairs = ((seen[:-1:4], seen[1::4]), (seen[:, :-1:4].T, seen[:, 1::4].T))
+        return any((here[:len(there)] & there[:len(here)]).sum()
+                   < DENSE * here[:len(there)].sum() for here, there in pairs)
+
+
+def _dense_depth(depth: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """Median of nine pixels that all agree: beside a hole a dense sensor is often wrong."""
+    around = _around(depth, centre, 1)
+    low, high = around.min(1), around.max(1)
+    return np.where((low > 0) & (high - low < DEPTH_EDGE * high), np.median(around, 1), 0.0)
+
+
+def _sparse_depth(depth: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """Median of what was measured within one pixel, if all within two pixels agrees with it."""
+    near, wide = (np.sort(np.where(around > 0, around, np.nan), 1)  # NaN last
+                  for around in (_around(depth, centre, 1), _around(depth, centre, 2)))
+    count, found = np.isfinite(near).sum(1), np.isfinite(wide).sum(1)
+    rows, last = np.arange(len(centre)), np.maximum(count - 1, 0)
+    median = (near[rows, last // 2] + near[rows, -(-last // 2)]) / 2
+    low, high = wide[:, 0], wide[rows, np.maximum(found - 1, 0)]
+    good = (count > 0) & (found >= MIN_SAMPLES) & (high - low < DEPTH_EDGE * high)
+    return np.where(good, median, 0.0)
 
 
 def _around(depth: np.ndarray, centre: np.ndarray, radius: int) -> np.ndarray:
-    """What was measured around pixels [N, 2] (u, v), [N, (2 radius + 1)^2]; NaN if nothing."""
+    """Depth around pixels [N, 2] (u, v), [N, (2 radius + 1)^2]; at the border some repeat."""
     step = np.arange(-radius, radius + 1)
     u = np.clip(centre[:, :1] + step, 0, depth.shape[1] - 1)
     v = np.clip(centre[:, 1:] + step, 0, depth.shape[0] - 1)
-    found = depth[v[:, :, None], u[:, None, :]].reshape(len(centre), len(step)**2).astype(float)
-    found[found <= 0] = np.nan
-    return found
+    return depth[v[:, :, None], u[:, None, :]].reshape(len(centre), len(step)**2)
 
 
 def sharpness(gray: np.ndarray) -> float:
@@ -104,6 +119,11 @@ class MapKeyframe:
             return packed
         values = packed.astype(np.float32)
         return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1)
+
+    @property
+    def has_sparse_depth(self) -> bool:
+        """The sensor measured something, but not most of what the features show."""
+        return 0 < np.isfinite(self.points_cam[:, 2]).mean() < SPARSE_SHARE
 
     def pack(self, cloud_points: int) -> None:
         """Take a third of the bytes; at most ``cloud_points`` of the cloud stay.
