@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
 MAP_MARKER = 'map.yaml'
+BETWEEN_RENAMES_S = 0.1  # far more than a save needs from one to the next
 _PLY_VERTEX = np.dtype([('xyz', '<f4', 3), ('rgb', 'u1', 3)])
 _PLY_PROPERTIES = tuple(f'property float {axis}' for axis in 'xyz') + tuple(
     f'property uchar {channel}' for channel in ('red', 'green', 'blue'))
@@ -240,20 +242,31 @@ def recover(path: str | Path, marker: str = MAP_MARKER) -> bool:
     What a living process is writing stays as it is.
     """
     target = Path(path).expanduser().resolve()
-    left = [folder for folder in target.parent.glob(f'.{glob.escape(target.name)}.*-*.*')
-            if folder.suffix in ('.part', '.old', '.kept') and not _writer_lives(folder)]
     came_back = False
+    left = _left_behind(target)
+    if not target.exists() and any(folder.suffix != '.part' for folder in left):
+        time.sleep(BETWEEN_RENAMES_S)  # somebody may be saving at this very moment
+        left = _left_behind(target)
     for folder in sorted(left, key=lambda folder: -folder.stat().st_mtime):
         if folder.suffix != '.part' and not target.exists() and (folder / marker).exists():
             os.rename(folder, target)
             came_back = True
-        else:
+        elif not _writer_lives(folder):
             _discard(folder, target, marker)
     return came_back
 
 
+def _left_behind(target: Path) -> list[Path]:
+    """Temporary folders of saves to a folder, under way or given up."""
+    return [folder for folder in target.parent.glob(f'.{glob.escape(target.name)}.*-*.*')
+            if folder.suffix in ('.part', '.old', '.kept')]
+
+
 def _writer_lives(folder: Path) -> bool:
-    """The process whose number is in the name of a temporary folder is still there."""
+    """The process whose number is in the name of a temporary folder is still there.
+
+    Or another one that got its number: then the folder is cleared away another time.
+    """
     number = folder.name.split('.')[-2].partition('-')[0]
     return not number.isdigit() or Path(f'/proc/{number}').exists() or number == str(os.getpid())
 

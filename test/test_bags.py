@@ -374,7 +374,7 @@ def test_damaged_metadata_is_refused(tmp_path, room_frames, text):
 @pytest.mark.parametrize(('pixels', 'words'), [
     (np.zeros((120, 160), np.float32), 'no valid value'),
     (np.full((120, 160), np.nan, np.float32), 'no valid value'),
-    (np.ones((60, 80), np.float32), 'expected depth of 160x120')])
+    (np.ones((60, 100), np.float32), 'expected depth of 160x120')])
 def test_unusable_depth_is_refused(tmp_path, room_frames, pixels, words):
     write_messages(tmp_path / 'bag', [('/image', image_message(1, room_frames[0].image)),
                                       ('/depth', image_message(1, pixels, '32FC1'))])

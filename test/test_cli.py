@@ -199,7 +199,7 @@ BAD_WALKS = {
                             'expected 320x240'),
     'missing intrinsics': (lambda w: json_edit(w, lambda f: [e.update(K=None) for e in f]),
                            'intrinsics'),
-    'depth of another size': (lambda w: image_of((64, 48), w / 'depth' / '004.png', np.uint16),
+    'depth of another shape': (lambda w: image_of((64, 40), w / 'depth' / '004.png', np.uint16),
                               'expected depth of 320x240'),
     'zero depth': (lambda w: cv2.imwrite(str(w / 'depth' / '004.png'),
                                          np.zeros((240, 320), np.uint16)), 'no valid value'),

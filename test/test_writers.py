@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -318,3 +319,31 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path):
         write_map(folder, 'one')
         assert not recover(tmp_path / 'map')
         assert folder.exists()
+
+
+SAVES_FOR_EVER = """
+import sys
+from pathlib import Path
+from feedforward_recon.writers import atomic_folder
+for number in range(10**6):
+    with atomic_folder(sys.argv[1], keeps=lambda _: number % 2 == 1) as folder:
+        for name in ('data', 'map.yaml'):
+            (folder / name).write_text(str(number))
+    print(number, flush=True)
+"""
+
+
+def test_a_process_that_is_killed_while_saving_leaves_a_whole_map(tmp_path):
+    target = tmp_path / 'map'
+    for turn in range(5):
+        process = subprocess.Popen([sys.executable, '-c', SAVES_FOR_EVER, str(target)],
+                                   stdout=subprocess.PIPE, text=True)
+        for _ in range(3):
+            last = int(process.stdout.readline())
+        time.sleep(0.004 * turn)
+        process.kill()
+        process.communicate()
+        recover(target)
+        assert (target / 'data').read_text() == (target / 'map.yaml').read_text()
+        assert int((target / 'data').read_text()) >= last
+        assert {folder.name.split('.backup')[0] for folder in tmp_path.iterdir()} == {'map'}

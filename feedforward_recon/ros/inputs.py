@@ -35,6 +35,7 @@ from feedforward_recon.ros.health import (
 from feedforward_recon.ros.milestones import about_camera
 
 WAITING_IMAGES = 8
+PATIENT = 64  # where nothing may be lost and nobody waits for a pose
 ALONE_S = 0.5  # compressed images are taken once nobody has published raw ones for this long
 DEFAULT_FRAME = 'camera_optical_frame'
 REFUSED = (StampFault.ZERO, StampFault.EQUAL, StampFault.REVERSED)
@@ -60,14 +61,14 @@ class DepthPairing:
     """Brings images and depth of one moment together; both must come in order.
 
     Images wait for their depth until a later depth image shows that there is none, and never
-    more than a few of them. Each depth image serves one image, the nearest that waits: frames
+    more than ``patience`` of them. Each depth image serves one image, the nearest that waits: frames
     may follow each other faster than the slop. Stamps are nanoseconds.
     """
 
-    def __init__(self, slop_ns: int) -> None:
-        self.slop_ns = slop_ns
+    def __init__(self, slop_ns: int, patience: int = WAITING_IMAGES) -> None:
+        self.slop_ns, self.patience = slop_ns, patience
         self._images: deque[tuple[int, Any]] = deque()
-        self._depths: deque[tuple[int, Any]] = deque(maxlen=WAITING_IMAGES)
+        self._depths: deque[tuple[int, Any]] = deque(maxlen=patience)
 
     def forget_after(self, stamp: int) -> None:
         """The time line went back to a stamp: what waits with later ones is of the past."""
@@ -95,7 +96,7 @@ class DepthPairing:
                 ready.append((image, near[1]))
                 while self._depths.popleft() is not near:
                     pass
-            elif len(self._images) > WAITING_IMAGES \
+            elif len(self._images) > self.patience \
                     or (self._depths and self._depths[-1][0] > stamp + self.slop_ns):
                 ready.append((image, None))
             else:
@@ -140,7 +141,8 @@ class Inputs:
         self._node, self._config, self._health = node, config, health
         self._on_frame, self._on_jump = on_frame, on_jump
         self._on_calibration, self._on_odometry = on_calibration, on_odometry
-        self._pairing = DepthPairing(int(config.depth_slop_ms * 1e6))
+        self._pairing = DepthPairing(int(config.depth_slop_ms * 1e6),
+                                     PATIENT if config.queue == 'offline' else WAITING_IMAGES)
         self._held: deque[tuple[Any, Any | None, int]] = deque(maxlen=WAITING_IMAGES)
         self._cameras: dict[str, Camera] = {}
         self._subscriptions: dict[str, Any] = {}
