@@ -50,6 +50,7 @@ def test_what_comes_and_goes_is_told_once_until_it_stays_away():
     lines = told(CauseLog(), *[[LOST]] * 5, *flicker, *[[]] * 10, *[[LOST]] * 5)
     assert [line.level for _, line in lines] == ['WARNING', 'INFO', 'WARNING']
     assert lines[1][1].text == 'LOST is over: the camera was found again'
+    assert lines[1][0] > 200, 'said to be over while it still came again'
 
 
 def test_what_is_certain_is_told_at_once_and_an_event_has_no_end():

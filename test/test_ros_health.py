@@ -243,7 +243,8 @@ def test_images_that_are_only_compressed_are_named_with_the_setting_for_them():
     health, now = silent_input(publishers=(), alternatives=('/a', '/image/compressed'))
     (cause,) = causes(health, now)
     assert cause.code == 'NO_PUBLISHER'
-    assert '/image/compressed is published; set image_transport to auto' in cause.sentence
+    assert '/image/compressed is published; listen to that with image_transport auto' \
+        in cause.sentence
 
 
 def test_a_single_calibration_is_enough():

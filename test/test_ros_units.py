@@ -17,6 +17,7 @@ from feedforward_recon.ros.health import Health
 from feedforward_recon.ros.inputs import Arrival, DepthPairing
 from feedforward_recon.ros.outputs import Outputs
 from feedforward_recon.ros.positioning import WAITING_POSES, Positioning
+from feedforward_recon.ros.sources import Choice, transports
 from feedforward_recon.ros.worker import FrameQueue, Job, Worker
 
 MS = 1_000_000
@@ -317,3 +318,34 @@ def test_a_worker_that_stops_does_what_was_asked_for_before():
     hold.set()
     letters.read(2)
     assert said == ['done', 'the last'] and worker.stop(5)
+
+
+# -- raw or compressed --------------------------------------------------------------------------
+
+def test_the_best_source_that_is_published_is_chosen_and_not_in_a_hurry():
+    raw, beside, itself = transports('/image', '/compressed', 'auto')
+    assert (beside.topic, itself.topic) == ('/image/compressed', '/image')
+    choice, published = Choice([raw, beside, itself]), set()
+
+    def look(now_s):
+        return choice.look(published.__contains__, now_s)
+
+    assert not look(0.0) and choice.chosen == raw
+    published.add(beside)
+    assert not look(1.0) and not look(1.2)
+    published.add(raw)  # the driver had only begun
+    assert not look(1.3)
+    published.remove(raw)
+    assert not look(2.0) and not look(2.3) and look(2.5) and choice.chosen == beside
+    published.clear()
+    assert not look(3.0) and not look(9.0) and choice.chosen == beside
+    published.add(raw)
+    assert look(9.1) and choice.chosen == raw
+
+
+@pytest.mark.parametrize(('setting', 'topics'), [('raw', ['/image']),
+                                                 ('compressed', ['/image/compressed'])])
+def test_a_transport_that_was_set_is_kept(setting, topics):
+    choice = Choice(transports('/image', '/compressed', setting))
+    assert [source.topic for source in choice.sources] == topics
+    assert not any(choice.look(lambda _: False, float(now)) for now in range(5))

@@ -196,8 +196,8 @@ def _never(look: _Look, input_: InputHealth) -> Iterator[Cause]:
 def _about_nobody(topic: str, others: tuple[str, ...]) -> str:
     """What to do where nobody publishes the images; others: topics that have some."""
     if f'{topic}/compressed' in others:
-        return (f'nobody publishes {topic}, but {topic}/compressed is published; set '
-                'image_transport to auto or compressed')
+        return (f'nobody publishes {topic}, but {topic}/compressed is published; listen to that '
+                'with image_transport auto or compressed')
     if others:
         return f'nobody publishes {topic}; remap it to one of these: {", ".join(others[:4])}'
     return (f'nobody publishes {topic}, and no topic of this type exists; start the camera '

@@ -40,7 +40,7 @@ from feedforward_recon.ros.tf_buffer import TransformBuffer
 from feedforward_recon.ros.tf_messages import NO_TF, TFMessage
 
 NAME = 'feedforward_recon_doctor'
-LOOK_S, ANSWER_S = 0.5, 3.0
+LOOK_S, ANSWER_S = 0.2, 3.0
 TOPICS = ('image', 'camera_info', 'depth', 'odom')
 LIBRARIES = ('numpy', 'cv2', 'torch', 'scipy')
 MISSING = 'missing'

@@ -33,10 +33,10 @@ from feedforward_recon.ros.health import (
     info_state,
 )
 from feedforward_recon.ros.milestones import about_camera
+from feedforward_recon.ros.sources import Choice, Source, first_message, transports
 
 WAITING_IMAGES = 8
 PATIENT = 64  # where nothing may be lost and nobody waits for a pose
-ALONE_S = 0.5  # compressed images are taken once nobody has published raw ones for this long
 DEFAULT_FRAME = 'camera_optical_frame'
 REFUSED = (StampFault.ZERO, StampFault.EQUAL, StampFault.REVERSED)
 
@@ -61,8 +61,8 @@ class DepthPairing:
     """Brings images and depth of one moment together; both must come in order.
 
     Images wait for their depth until a later depth image shows that there is none, and never
-    more than ``patience`` of them. Each depth image serves one image, the nearest that waits: frames
-    may follow each other faster than the slop. Stamps are nanoseconds.
+    more than ``patience`` of them. Each depth image serves one image, the nearest that waits:
+    frames may follow each other faster than the slop. Stamps are nanoseconds.
     """
 
     def __init__(self, slop_ns: int, patience: int = WAITING_IMAGES) -> None:
@@ -113,20 +113,6 @@ class DepthPairing:
         return near if abs(near[0] - stamp) == gap_ns <= self.slop_ns else None
 
 
-@dataclass(frozen=True)
-class Source:
-    """A topic that an input may be read from, and the type of its messages."""
-
-    topic: str
-    type: type
-
-    def publishers(self, node: Node) -> list[Any]:
-        """Endpoints that publish this type of images on this topic."""
-        name = f'sensor_msgs/msg/{self.type.__name__}'
-        return [endpoint for endpoint in node.get_publishers_info_by_topic(self.topic)
-                if endpoint.topic_type == name]
-
-
 class Inputs:
     """Subscriptions of a node while it is active.
 
@@ -148,15 +134,14 @@ class Inputs:
         self._subscriptions: dict[str, Any] = {}
         self._depth_paired = False  # some image had depth of its moment
         self._began_ns: int | None = None  # steady clock when images came, or came again
-        self._sources = self._wanted()
-        self._chosen = {kind: sources[0] for kind, sources in self._sources.items()}
-        self._unheard_ns: dict[str, int] = {}  # steady clock since when another has publishers
+        self._choices = {kind: Choice(sources) for kind, sources in self._wanted().items()}
         self._latched = False  # how CameraInfo is subscribed to
         health.camera_info, health.info_wh = InfoState.UNKNOWN, None
         health.inputs.clear()
-        for kind, source in self._chosen.items():
-            health.inputs[kind] = InputHealth(source.topic, kind, needed=kind == 'image',
-                                              reliable=self._reliable(source.topic))
+        for kind, choice in self._choices.items():
+            topic = choice.chosen.topic
+            health.inputs[kind] = InputHealth(topic, kind, needed=kind == 'image',
+                                              reliable=self._reliable(topic))
             self._subscribe(kind)
 
     def _now_ns(self) -> int:
@@ -175,12 +160,12 @@ class Inputs:
         # Remapping first: a rule for `image` has to hold for `image/compressed` as well.
         topic = {name: self._node.resolve_topic_name(name)
                  for name in ('image', 'camera_info', 'depth', 'odom')}
-        wanted = {'image': _transports(topic['image'], '/compressed', config.image_transport),
+        wanted = {'image': transports(topic['image'], '/compressed', config.image_transport),
                   'camera_info': [Source(topic['camera_info'], CameraInfo)],
                   'odom': [Source(topic['odom'], Odometry)]}
         if config.use_depth:
-            wanted['depth'] = _transports(topic['depth'], '/compressedDepth',
-                                          config.depth_transport)
+            wanted['depth'] = transports(topic['depth'], '/compressedDepth',
+                                         config.depth_transport)
         return wanted
 
     def _reliable(self, topic: str) -> bool:
@@ -191,7 +176,7 @@ class Inputs:
             p.qos_profile.reliability == ReliabilityPolicy.RELIABLE for p in publishers)
 
     def _subscribe(self, kind: str) -> None:
-        source, input_ = self._chosen[kind], self._health.inputs[kind]
+        source, input_ = self._choices[kind].chosen, self._health.inputs[kind]
         everything = self._config.queue == 'offline' and input_.reliable
         latched = kind == 'camera_info' and self._latched
         qos = QoSProfile(
@@ -232,28 +217,16 @@ class Inputs:
         self._subscribe(kind)
 
     def _choose(self, kind: str) -> None:
-        """Read an input from the best source that somebody publishes.
-
-        The best of all at once, another only when it has been alone for a moment: a driver does
-        not advertise all of its topics at the same time.
-        """
-        sources, chosen = self._sources[kind], self._chosen[kind]
-        if len(sources) == 1:
+        """Read an input from where it is published, raw before compressed."""
+        choice, input_ = self._choices[kind], self._health.inputs[kind]
+        if not choice.look(lambda source: source.is_published(self._node), time.monotonic()):
             return
-        best = next((s for s in sources if s.publishers(self._node)), chosen)
-        now_ns = time.monotonic_ns()
-        since_ns = self._unheard_ns.setdefault(kind, now_ns)
-        if best == chosen:
-            self._unheard_ns.pop(kind)
-        elif best == sources[0] or now_ns - since_ns >= ALONE_S * SECOND:
-            self._unheard_ns.pop(kind)
-            self._chosen[kind] = best
-            input_ = self._health.inputs[kind]
-            input_.topic, input_.published_ns = best.topic, None
-            self._node.get_logger().info(
-                f'{kind}: listening to {best.topic} ({best.type.__name__})' + (
-                    '' if best == sources[0] else f'; nobody publishes raw {sources[0].topic}'))
-            self._subscribe_anew(kind, self._reliable(best.topic))
+        chosen, raw = choice.chosen, choice.sources[0]
+        input_.topic, input_.published_ns = chosen.topic, None
+        why = '' if chosen == raw else f'; nobody publishes raw images on {raw.topic}'
+        self._node.get_logger().info(
+            f'{kind}: listening to {chosen.topic} ({chosen.type.__name__}){why}')
+        self._subscribe_anew(kind, self._reliable(chosen.topic))
 
     def _follow_durability(self, publishers: list[Any]) -> None:
         """A calibration that was sent once, before we came, is only heard by latched listeners."""
@@ -281,10 +254,8 @@ class Inputs:
         size_wh = (message.width, message.height) if hasattr(message, 'width') else None
         nbytes = len(message.data) if hasattr(message, 'data') else 0
         if not self._health.inputs[kind].messages and kind in ('image', 'depth'):
-            size = '' if size_wh is None else f'{size_wh[0]}x{size_wh[1]} '
-            how = message.format if size_wh is None else message.encoding
             self._node.get_logger().info(
-                f'first {kind} on {self._health.inputs[kind].topic}: {size}{how}')
+                first_message(kind, self._health.inputs[kind].topic, message))
         return self._health.inputs[kind].received(
             self._now_ns(), stamp_ns(message.header), size_wh=size_wh, nbytes=nbytes,
             frame_id=message.header.frame_id, jump_ns=int(self._config.jump_s * SECOND))
@@ -320,8 +291,7 @@ class Inputs:
             return False
         if not self._comes('depth') and self._waited_s() >= self._config.silence_s:
             return False
-        return bool(depth.messages or any(source.publishers(self._node)
-                                          for source in self._sources['depth']))
+        return bool(depth.messages or self._choices['depth'].any_published(self._node))
 
     def _first_depth_may_come(self) -> bool:
         """No image had depth yet, and a metric map has to start with one that has."""
@@ -420,11 +390,3 @@ class Inputs:
 
     def _notice(self, code: str, sentence: str) -> None:
         self._health.warn(code, sentence, self._now_ns())
-
-
-def _transports(topic: str, ending: str, setting: str) -> list[Source]:
-    """What images may be read from: raw, or compressed beside it or on the topic itself."""
-    raw, beside = Source(topic, Image), Source(topic + ending, CompressedImage)
-    return {'raw': [raw], 'compressed': [beside],
-            'auto': [raw, beside, Source(topic, CompressedImage)]}[setting]
-

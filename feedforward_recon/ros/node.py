@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from diagnostic_msgs.msg import DiagnosticArray
 from nav_msgs.msg import Odometry
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
-from rclpy.utilities import get_rmw_implementation_identifier
 
 from feedforward_recon.decode import scaled_depth
 from feedforward_recon.errors import InputError, ReconError
@@ -25,25 +23,16 @@ from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.live import LiveSession, SessionInfo, session_of
 from feedforward_recon.node_config import NodeConfig
 from feedforward_recon.ros import parameters
-from feedforward_recon.ros.cause_log import CauseLog, Line
-from feedforward_recon.ros.causes import Cause, Transport, causes, noticed
-from feedforward_recon.ros.convert import (
-    conversion_paths,
-    depth_metres,
-    image_rgb,
-    stamp_msg,
-    stamp_ns,
-)
-from feedforward_recon.ros.diagnostics import diagnostic_status
+from feedforward_recon.ros.causes import Cause
+from feedforward_recon.ros.convert import conversion_paths, depth_metres, image_rgb, stamp_ns
 from feedforward_recon.ros.health import Health
 from feedforward_recon.ros.inputs import Arrival, Inputs
 from feedforward_recon.ros.late import LatePoses, News
 from feedforward_recon.ros.map_keeper import MapKeeper
-from feedforward_recon.ros.milestones import Milestones
 from feedforward_recon.ros.outputs import Outputs
 from feedforward_recon.ros.positioning import STEADY, FirstPose, Positioning
+from feedforward_recon.ros.reporting import Reporting
 from feedforward_recon.ros.services import Services
-from feedforward_recon.ros.tf_messages import NO_TF, TFMessage
 from feedforward_recon.ros.worker import FrameQueue, Job, Mailbox, Worker
 from feedforward_recon.types import Estimate, Frame, Trajectory
 
@@ -81,12 +70,10 @@ class CameraNode(LifecycleNode):
         self.queue: FrameQueue | None = None
         self.positioning = Positioning(self)
         self._answering = Services(self)
-        self._cause_log, self._milestones = CauseLog(), Milestones()
-        self._transport = Transport.here(get_rmw_implementation_identifier())
+        self.reporting = Reporting(self)
         self._generation = 0
         self._cloud_due_s = 0.0
         self._cloud_running = False
-        self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', 10)
         self.create_timer(1.0, self._report, clock=STEADY)
         self.create_timer(0.2, self._watch, clock=STEADY)
         self._say_what_is_used()
@@ -189,7 +176,7 @@ class CameraNode(LifecycleNode):
         if self.inputs is not None:
             self.inputs.stop()
             self.inputs = None
-            self._cause_log.forget()
+            self.reporting.stop()
         if self.queue is not None:
             self.queue.clear()
         self.positioning.stop()
@@ -323,16 +310,14 @@ class CameraNode(LifecycleNode):
         health.memory_bytes, health.window = info.memory_bytes, info.window
         health.scale_source, health.camera_source = info.scale_source, info.camera_source
         health.has_map = info.has_map
-        for sentence in self._milestones.reached(health):
-            self.get_logger().info(sentence)
+        self.reporting.used_image()
 
     def new_map(self, info: SessionInfo) -> None:
         """Another map than before: what was known of the old one is void."""
         self.health.keyframes, self.health.mode = info.keyframes, info.mode
         self.health.status, self.health.reason = 'INITIALISING', ''
         self.health.has_map, self.health.scale_source = info.has_map, info.scale_source
-        self._milestones = Milestones()
-        self._cause_log.forget_status()
+        self.reporting.new_map()
         if self.outputs is not None:
             self.outputs.new_time_line()
         self.positioning.new_map()
@@ -414,34 +399,10 @@ class CameraNode(LifecycleNode):
     # -- diagnostics -----------------------------------------------------------------------
 
     def _report(self) -> None:
-        """Once a second: look at the inputs, publish the diagnostics and the whole cloud."""
-        health = self.health
-        health.use_sim_time = bool(self.get_parameter('use_sim_time').value)
-        health.clock_running = self.now_ns() > 0
-        if self.queue is not None:
-            health.dropped = self.queue.dropped
-        health.tf_mode, health.tf_missing = self.positioning.state()
-        if TFMessage is None:
-            self.notice('NO_TF2_MSGS', NO_TF)
+        """Once a second: tell how the node is, and publish the whole cloud."""
+        self.reporting.tell()
         self._publish_cloud_map()
         self.keeper.tick(self.config.map, self.config.autosave_s)
-        now_ns, found = self.now_ns(), self.causes()
-        active = health.state == 'active'
-        for line in self._cause_log.look(found if active else noticed(health, now_ns),
-                                         time.monotonic()):
-            self._log(line)
-        message = DiagnosticArray(status=[diagnostic_status(health, found, now_ns)])
-        message.header.stamp = stamp_msg(now_ns)
-        self._diagnostics.publish(message)
-
-    def _log(self, line: Line) -> None:
-        logger = self.get_logger()  # which wants each severity on a line of its own
-        if line.level == 'ERROR':
-            logger.error(line.text)
-        elif line.level == 'WARNING':
-            logger.warning(line.text)
-        else:
-            logger.info(line.text)
 
     def _watch(self) -> None:
         self.mailbox.empty()
@@ -450,5 +411,4 @@ class CameraNode(LifecycleNode):
 
     def causes(self) -> list[Cause]:
         """Why there is no pose, if there is none."""
-        return causes(self.health, self.now_ns(), silence_s=self.config.silence_s,
-                      transport=self._transport)
+        return self.reporting.causes()
