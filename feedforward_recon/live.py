@@ -30,7 +30,7 @@ from feedforward_recon.mapping.follower import Follower
 from feedforward_recon.mapping.live_windows import LiveWindows
 from feedforward_recon.mapping.localizer import Localizer
 from feedforward_recon.mapping.online import OnlineReconstructor
-from feedforward_recon.mapping.scene_map import SceneMap, Stats
+from feedforward_recon.mapping.scene_map import Draft, SceneMap, Stats
 from feedforward_recon.mapping.window_parts import FeedForward
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.model import Encoder
@@ -241,7 +241,7 @@ class LiveSession:
                            f'{self._saved.path}, which is saved already')
         check_map_output(path)
         scene = self._finished()
-        return self._saving(path, lambda: scene, polished=True)
+        return self._saving(path, Draft(lambda: scene, []), polished=True)
 
     def autosave(self, path: str | Path) -> Callable[[], SavedMap] | None:
         """A job that writes the map as it stands, neither refined nor polished.
@@ -250,8 +250,7 @@ class LiveSession:
         Raises InputError for an impossible path.
         """
         mapper = self._mapper
-        if self._saved is not None or mapper is None or not self._writer.filled \
-                or self._stand == self._last_save.stand:
+        if mapper is None or not self.unsaved_keyframes:
             return None
         check_map_output(path)
         return self._saving(path, mapper.draft(), polished=False)
@@ -268,18 +267,19 @@ class LiveSession:
         stats = Stats() if self._mapper is None else self._mapper.stats
         return stats.keyframes, stats.corrections
 
-    def _saving(self, path: str | Path, scene: Callable[[], SceneMap], *,
-                polished: bool) -> Callable[[], SavedMap]:
+    def _saving(self, path: str | Path, draft: Draft, *, polished: bool) -> Callable[[], SavedMap]:
         state, stand, last = self._writer.state(), self._stand, self._last_save
         metres, config, encoder = self._odometry_scale, self.config, self.encoder
 
         def job() -> SavedMap:
-            made = scene()
+            made = draft.scene()
             if metres is not None and made.metres_per_unit is None:
                 made = replace(made, metres_per_unit=metres, scale_source='odometry')
             copy = MemoryWriter.from_state(config.memory, state)
             if polished and not self._polish(copy):
                 copy = MemoryWriter.from_state(config.memory, state)
+            for keyframe in draft.pending:
+                copy.write(keyframe)
             saved = save_map(path, made, copy, encoder, config, replaces=last.sha256)
             last.sha256, last.stand = saved.sha256, stand
             return saved

@@ -217,7 +217,9 @@ def save_map(path: str | Path, scene: SceneMap, writer: MemoryWriter, encoder: E
 def _drop_smallest(newest: Path, others: list[Path]) -> None:
     """Keep the newest backup and ``BACKUPS`` - 1 others, those with the most keyframes."""
     if len(others) >= BACKUPS:
-        shutil.rmtree(min(others, key=_keyframes), ignore_errors=True)
+        smallest = min(others, key=_keyframes)
+        log.warning('removed %s, the smallest of %d backups', smallest, len(others) + 1)
+        shutil.rmtree(smallest, ignore_errors=True)
 
 
 def _keyframes(folder: Path) -> int:

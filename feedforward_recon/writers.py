@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
 MAP_MARKER = 'map.yaml'
+BACKUP = re.compile(r'\.backup-\d{8}T\d{6}(-\d+)?')
 BETWEEN_RENAMES_S = 0.1  # far more than a save needs from one to the next
 _PLY_VERTEX = np.dtype([('xyz', '<f4', 3), ('rgb', 'u1', 3)])
 _PLY_PROPERTIES = tuple(f'property float {axis}' for axis in 'xyz') + tuple(
@@ -271,10 +273,13 @@ def _writer_lives(folder: Path) -> bool:
     return not number.isdigit() or Path(f'/proc/{number}').exists() or number == str(os.getpid())
 
 
-def backups(path: str | Path) -> list[Path]:
-    """Folders that other ones took the place of, newest first: ``<name>.backup-<UTC>``."""
+def backups(path: str | Path, marker: str = MAP_MARKER) -> list[Path]:
+    """Folders that others took the place of, newest first: ``<name>.backup-<UTC>[-<number>]``."""
     target = Path(path).expanduser().resolve()
-    return sorted(target.parent.glob(f'{glob.escape(target.name)}.backup-*'), reverse=True)
+    near = target.parent.glob(f'{glob.escape(target.name)}.backup-*')
+    return sorted((folder for folder in near
+                   if BACKUP.fullmatch(folder.name[len(target.name):])
+                   and (folder / marker).is_file()), reverse=True)
 
 
 def _discard(folder: Path, target: Path, marker: str) -> None:

@@ -29,7 +29,7 @@ from feedforward_recon.mapping.keyframes import KeyframePolicy, View, sharpness
 from feedforward_recon.mapping.matching import Tracks, follow
 from feedforward_recon.mapping.online import Memory
 from feedforward_recon.mapping.preparation import check_rgb
-from feedforward_recon.mapping.scene_map import SceneMap
+from feedforward_recon.mapping.scene_map import Draft, SceneMap
 from feedforward_recon.mapping.window_parts import FeedForward, Placed, Placement, Window
 from feedforward_recon.mapping.windows import WindowedReconstructor
 from feedforward_recon.model import Encoder
@@ -318,10 +318,10 @@ class LiveWindows(WindowedReconstructor):
             trajectory=Trajectory(scene.trajectory.stamps_ns[order],
                                   scene.trajectory.T_map_cam[order]))
 
-    def draft(self) -> Callable[[], SceneMap]:
+    def draft(self) -> Draft:
         """The map as it stands, unrefined."""
         scene = self.scene_map()
-        return lambda: scene
+        return Draft(lambda: scene, [] if self._mapper is None else self._mapper.draft().pending)
 
     @property
     def camera(self) -> Camera | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -13,7 +12,7 @@ from feedforward_recon.mapping.cloud import CloudSource, cloud_source
 from feedforward_recon.mapping.growing_map import GrowingMap
 from feedforward_recon.mapping.journal import Journal
 from feedforward_recon.mapping.preparation import Preparation
-from feedforward_recon.mapping.scene_map import SceneMap
+from feedforward_recon.mapping.scene_map import Draft, SceneMap
 from feedforward_recon.types import Estimate, Keyframe, PointCloud, Trajectory
 
 
@@ -26,6 +25,7 @@ class MapResults:
     _map: GrowingMap
     _journal: Journal
     _preparation: Preparation
+    _written: int
 
     def scene_map(self) -> SceneMap:
         """The result so far."""
@@ -33,8 +33,8 @@ class MapResults:
                         self.cloud(), 1.0 if self._is_metric else None, self.scale_source,
                         self.camera_source, self.frame)
 
-    def draft(self) -> Callable[[], SceneMap]:
-        """The map as it stands, unrefined; put together by the caller's thread of choice.
+    def draft(self) -> Draft:
+        """The map as it stands, unrefined.
 
         Taking it costs little however long the walk was, and mapping may go on meanwhile.
         """
@@ -42,11 +42,11 @@ class MapResults:
         keyframes, source = list(self._map.keyframes), self.cloud_source()
         about = (1.0 if self._is_metric else None, self.scale_source, self.camera_source,
                  self.frame)
-        return lambda: SceneMap(
+        return Draft(lambda: SceneMap(
             tuple(k.exported(T, k.points_cam)
                   for k, T in zip(keyframes, T_map_cam, strict=True)),
             journal.trajectory(T_map_cam), tuple(journal.estimates(T_map_cam)), source.fused(),
-            *about)
+            *about), [self._map.exported(id_) for id_ in range(self._written, len(self._map))])
 
     @property
     def frame(self) -> str:

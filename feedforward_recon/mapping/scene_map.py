@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -31,6 +32,18 @@ class SceneMap:
     scale_source: str = 'unknown'
     camera_source: str = 'given'
     frame: str = 'first camera'
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A map as it stands while mapping goes on.
+
+    scene: puts it together, on any thread. pending: keyframes that the memory does not hold yet,
+    because they are still being refined.
+    """
+
+    scene: Callable[[], SceneMap]
+    pending: list[Keyframe]
 
 
 @dataclass

@@ -24,6 +24,7 @@ from feedforward_recon.map_folder import MEMORY, SavedMap, load_map
 from feedforward_recon.ros.worker import Job, Worker
 from feedforward_recon.writers import MAP_MARKER, backups
 
+Done = Callable[[str | None, Exception | None], None]  # the sentence of a save, or its error
 RETRY_S = 10.0  # after a save that failed
 
 
@@ -38,13 +39,13 @@ class MapKeeper:
         self._clerk, self._log, self._notice = clerk, log, notice
         self._session: LiveSession | None = None
         self._worker: Worker | None = None
-        self._under_way = 0
+        self._waiting: list[Done] = []
         self._due_s = 0.0
 
     @property
     def is_busy(self) -> bool:
         """A save is under way."""
-        return self._under_way > 0
+        return bool(self._waiting)
 
     def take(self, session: LiveSession, worker: Worker, autosave_s: float) -> None:
         """Keep the map of this session from now on."""
@@ -67,7 +68,7 @@ class MapKeeper:
         self._log.info(f'{_about(path)} this run starts a new map, {how}')
 
     def save(self, session: LiveSession, worker: Worker, folder: str,
-             done: Callable[[str | None, Exception | None], None]) -> None:
+             done: Done) -> None:
         """Save refined and polished; ``done`` gets the sentence for the caller, or the error."""
         self._begin(worker, lambda: session.save(folder), done)
 
@@ -84,20 +85,31 @@ class MapKeeper:
             return
         session.hurry.set()
         if folder and autosave_s:
-            self._autosave(folder)
+            self._autosave(folder, at_the_end=True)
         elif session.unsaved_keyframes and not self.is_busy:
             self._log.warning(f'not saved: the map of {session.unsaved_keyframes} keyframes ends '
                               'here, because ' + ('autosave_s is 0' if folder else
                                                   'the parameter map is empty'))
 
-    def _autosave(self, folder: str) -> None:
+    def _autosave(self, folder: str, *, at_the_end: bool = False) -> None:
         session, worker = self._session, self._worker
         if folder and session is not None and worker is not None:
-            self._begin(worker, lambda: session.autosave(folder), lambda *_: None)
+            self._begin(worker, lambda: session.autosave(folder),
+                        lambda text, error: self._last_word(text, error, at_the_end))
+
+    def _last_word(self, text: str | None, error: Exception | None, at_the_end: bool) -> None:
+        """At the end nobody is there any more who tells of a notice."""
+        if at_the_end and error is not None:
+            self._log.error(text or str(error))
+
+    def give_up(self, reason: str) -> None:
+        """Nobody can wait any longer: the callers are told so."""
+        for done in list(self._waiting):
+            self._ended(None, ReconError(reason), done)
 
     def _begin(self, worker: Worker, take: Callable[[], Callable[[], SavedMap] | None],
-               done: Callable[[str | None, Exception | None], None]) -> None:
-        self._under_way += 1
+               done: Done) -> None:
+        self._waiting.append(done)
 
         def taken(job: Any, error: Exception | None) -> None:
             if job is None:
@@ -107,17 +119,18 @@ class MapKeeper:
 
         worker.ask(Job(take, taken))
 
-    def _ended(self, saved: SavedMap | None, error: Exception | None,
-               done: Callable[[str | None, Exception | None], None]) -> None:
-        self._under_way -= 1
+    def _ended(self, saved: SavedMap | None, error: Exception | None, done: Done) -> None:
+        if done not in self._waiting:
+            return  # given up meanwhile
+        self._waiting.remove(done)
         text = None if saved is None else _said(saved)
         if text is not None:
             self._log.info(text)
         elif error is not None:
             self._due_s = min(self._due_s, time.monotonic() + RETRY_S)
             told = str(error) if isinstance(error, ReconError) else f'internal error: {error!r}'
-            self._notice('NOT_SAVED', f'the map was not saved, what was in the folder is '
-                         f'unchanged: {told}')
+            text = f'the map was not saved, what was in the folder is unchanged: {told}'
+            self._notice('NOT_SAVED', text)
         done(text, error)
 
 

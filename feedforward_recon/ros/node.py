@@ -35,6 +35,7 @@ from feedforward_recon.ros.reporting import Reporting
 from feedforward_recon.ros.services import Services
 from feedforward_recon.ros.worker import FrameQueue, Job, Mailbox, Worker
 from feedforward_recon.types import Estimate, Frame, Trajectory
+from feedforward_recon.writers import recover
 
 DONE, FAILED = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 
@@ -114,6 +115,9 @@ class CameraNode(LifecycleNode):
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Load the networks and, to localise, the map."""
         config = self.config
+        if config.map and recover(config.map):
+            self.get_logger().warning(f'{config.map}: a process died while it saved here; the map '
+                                      'from before is back')
         try:
             session = session_of(config, self._wake)
         except ReconError as error:

@@ -48,7 +48,7 @@ def _save(node: CameraNode, executor: SingleThreadedExecutor) -> None:
     while node.keeper.is_busy and time.monotonic() < end_s:
         executor.spin_once(timeout_sec=STOP_POLL_S)
     if node.keeper.is_busy:
-        node.get_logger().error(f'not saved within {END_S:g} s: {node.config.map} is as it was')
+        node.keeper.give_up(f'no time left after {END_S:g} s, the process ends')
     end_s = time.monotonic() + ANSWER_S
     while time.monotonic() < end_s:
         executor.spin_once(timeout_sec=STOP_POLL_S)
