@@ -180,6 +180,15 @@ def test_depth_that_comes_with_the_third_image_makes_the_map_metric(walks, encod
     assert tracked >= FRAMES - 2 and scene.scale_source == 'depth' and error_m < 0.02
 
 
+def test_depth_that_comes_to_a_monocular_map_is_told_once_and_not_used(walks, encoder, caplog):
+    frames = [replace(frame, depth=None) if number < 30 else frame
+              for number, frame in enumerate(walks[0])]
+    with caplog.at_level(logging.WARNING):
+        _, _, scene = mapped(frames, encoder)
+    assert scene.metres_per_unit is None
+    assert len([r for r in caplog.records if 'stays monocular' in r.getMessage()]) == 1
+
+
 # -- the unit -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(('factor', 'wrong'), [(1.0, False), (0.1, True), (1000.0, True)])

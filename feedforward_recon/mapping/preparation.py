@@ -33,7 +33,7 @@ class Preparation:
         self.camera: Camera | None = None
         self.camera_source = 'given'
         self.metric = False
-        self._warned = False
+        self._warned: set[str] = set()
 
     def view(self, frame: Frame, index: int) -> View:
         """The frame in the form that all steps share.
@@ -60,7 +60,7 @@ class Preparation:
 
     def _start(self, frame: Frame, size_wh: tuple[int, int]) -> None:
         self.metric = frame.depth is not None
-        self._warned = False
+        self._warned: set[str] = set()
         if frame.camera is not None:
             self.camera = frame.camera
             return
@@ -84,18 +84,26 @@ class Preparation:
         self.camera = frame.camera
         return frame.camera
 
+    def _warn_once(self, sentence: str, source: str) -> None:
+        if sentence not in self._warned:
+            self._warned.add(sentence)
+            log.warning(sentence, source)
+
     def _depth(self, frame: Frame) -> np.ndarray | None:
         """Depth with 0 wherever it is missing, not finite or too far; None without any."""
-        if frame.depth is None or not self.metric:
+        if frame.depth is None:
+            return None
+        if not self.metric:
+            self._warn_once('%s has depth, but the map began without and stays monocular; start a '
+                            'new map to use it', frame.source)
             return None
         if frame.depth.shape != frame.image.shape[:2]:
             raise InputError(f'expected depth of the image size {frame.image.shape[:2]}, found '
                              f'{frame.depth.shape} in {frame.source}; align depth to the image')
         depth = frame.depth
-        if not self._warned and is_in_another_unit(depth):
-            log.warning('%s: the values of its depth %s; check the unit of the depth camera',
-                        frame.source, WRONG_UNIT)
-            self._warned = True
+        if is_in_another_unit(depth):
+            self._warn_once(f'%s: the values of its depth {WRONG_UNIT}; check the unit of the depth '
+                            'camera', frame.source)
         with np.errstate(invalid='ignore'):
             good = (depth > 0) & (depth < self.config.max_depth_m)
         return np.where(good, depth, 0).astype(np.float32) if good.any() else None
