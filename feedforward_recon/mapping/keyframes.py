@@ -17,6 +17,7 @@ from feedforward_recon.types import Features, Keyframe
 DEPTH_EDGE = 0.04
 DENSE = 0.95  # share of measured pixels with a measured neighbour; a Kinect has 0.99
 SPARSE_SHARE = 0.6  # of the features with depth; a Kinect gives 0.65 to 0.75
+EVERY = 7  # rows and columns are looked at; no sensor leaves out just these
 MIN_SAMPLES = 3  # measurements within two pixels, to tell an edge from a surface
 CLOUD_FACTOR = 8  # points kept for the cloud, times those that are shown
 
@@ -49,10 +50,9 @@ class View:
         """Measured pixels often lack a measured neighbour: lines, grids, scattered points."""
         if self.depth is None:
             return False
-        seen = self.depth > 0
-        pairs = ((seen[:-1:4], seen[1::4]), (seen[:, :-1:4].T, seen[:, 1::4].T))
-        return any((here[:len(there)] & there[:len(here)]).sum()
-                   < DENSE * here[:len(there)].sum() for here, there in pairs)
+        lines = (self.depth[::EVERY] > 0, self.depth[:, ::EVERY].T > 0)
+        return any((seen[:, :-1] & seen[:, 1:]).sum() < DENSE * seen[:, :-1].sum()
+                   for seen in lines)
 
 
 def _dense_depth(depth: np.ndarray, centre: np.ndarray) -> np.ndarray:

@@ -60,7 +60,6 @@ class Preparation:
 
     def _start(self, frame: Frame, size_wh: tuple[int, int]) -> None:
         self.metric = frame.depth is not None
-        self._warned: set[str] = set()
         if frame.camera is not None:
             self.camera = frame.camera
             return
@@ -102,8 +101,8 @@ class Preparation:
                              f'{frame.depth.shape} in {frame.source}; align depth to the image')
         depth = frame.depth
         if is_in_another_unit(depth):
-            self._warn_once(f'%s: the values of its depth {WRONG_UNIT}; check the unit of the depth '
-                            'camera', frame.source)
+            self._warn_once(f'%s: the values of its depth {WRONG_UNIT}; check the unit of the '
+                            'depth camera', frame.source)
         with np.errstate(invalid='ignore'):
             good = (depth > 0) & (depth < self.config.max_depth_m)
         return np.where(good, depth, 0).astype(np.float32) if good.any() else None
