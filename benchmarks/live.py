@@ -57,6 +57,7 @@ class Watch:
     usage: list[tuple[float, float, float]] = field(default_factory=list)
     true: dict[int, np.ndarray] = field(default_factory=dict)
     found: dict[int, np.ndarray] = field(default_factory=dict)
+    is_over: bool = False
 
     def start(self) -> None:
         """What came until now was the node waking up."""
@@ -65,10 +66,14 @@ class Watch:
 
     def image(self, stamp_ns: int) -> None:
         """An image was sent."""
+        if self.is_over:
+            return
         self.sent_ns.append(stamp_ns)
 
     def pose(self, stamp_ns: int, position: np.ndarray) -> None:
         """Its pose came."""
+        if self.is_over:
+            return
         self.found[stamp_ns] = position
         self.latency_ms.append((time.time_ns() - stamp_ns) / 1e6)
         self.waiting.append(len(self.sent_ns) - bisect_right(self.sent_ns, stamp_ns))
@@ -113,8 +118,8 @@ def live(source: Path, folder: Path, module: str, seconds: float = SECONDS, *,
          watch_all: bool = False) -> dict[str, Any]:
     """Play the walk in a loop, each in its own process: camera, node, and this one.
 
-    mapping_node saves its map in the folder, localization_node loads it from there.
-    watch_all: listen to everything that the node can publish, not to poses alone.
+    watch_all: listen to everything that the node can publish, not to poses alone. Otherwise
+    mapping_node saves its map in the folder in the end; localization_node loads it from there.
     """
     from ros_support.harness import NodeProcess, own_domain
 
@@ -165,7 +170,8 @@ def _watched(domain: Any, node: Any, seconds: float, watch_all: bool
             log.info('%4.0f s %6.1f MB %6.1f CPU s, %s keyframes', *watch.usage[-1],
                      reports[-1]['keyframes'] if reports else 0)
             probe.spin_for(1.0)
-        if node.name.endswith('mapping_node'):
+        watch.is_over = True
+        if node.name.endswith('mapping_node') and not watch_all:
             answer = probe.call(Trigger, '/mapping_node/save_map', timeout_s=POLISH_S)
             assert answer.success, answer.message
         return watch, reports
@@ -234,7 +240,7 @@ def main() -> None:
     parser.add_argument('--seconds', type=float, default=SECONDS)
     parser.add_argument('--node', default='mapping_node',
                         choices=('mapping_node', 'localization_node'))
-    parser.add_argument('--map', type=Path, help='folder that holds map/, or where it is made')
+    parser.add_argument('--map', type=Path, help='folder that holds map/, for localization_node')
     options = parser.parse_args()
     logging.basicConfig(format='%(message)s', level=logging.INFO)
     with tempfile.TemporaryDirectory() as folder:

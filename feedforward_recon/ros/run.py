@@ -8,23 +8,22 @@ import sys
 import threading
 
 import rclpy
-import torch
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.logging import get_logger
 from rclpy.signals import SignalHandlerOptions
 
 from feedforward_recon.errors import ReconError
 from feedforward_recon.ros.node import CameraNode
+from feedforward_recon.threads import use_one_thread
 
 STOP_POLL_S = 0.1
 
 
 def run_camera_node(name: str, mode: str) -> None:
     """Spin a node until it is told to end; ends the process with 0, or 1 for bad settings."""
-    if 'OMP_NUM_THREADS' not in os.environ:
-        # Small matrices gain little from more, and the camera driver wants the other cores:
-        # on two of them one thread halves the images that are left out (docs/experiments.md).
-        torch.set_num_threads(1)
+    # Small matrices gain little from more, and the camera driver wants the other cores: on two
+    # of them one thread halves the images that are left out (docs/experiments.md).
+    use_one_thread()
     # Our own handlers: those of rclpy take the context away while it is being waited on.
     rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
     stop = threading.Event()
