@@ -235,17 +235,19 @@ def _bag_mapper(bag: Path, out: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """One run of one node with everything watched; its row, and each second on the way."""
+    """One run of one node; its row, and each second on the way."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--seconds', type=float, default=SECONDS)
     parser.add_argument('--node', default='mapping_node',
                         choices=('mapping_node', 'localization_node'))
     parser.add_argument('--map', type=Path, help='folder that holds map/, for localization_node')
+    parser.add_argument('--poses-only', action='store_true', help='listen to no other output')
     options = parser.parse_args()
     logging.basicConfig(format='%(message)s', level=logging.INFO)
     with tempfile.TemporaryDirectory() as folder:
         place = options.map or Path(folder)
-        row = live(_source(Path(folder))[1], place, options.node, options.seconds, watch_all=True)
+        row = live(_source(Path(folder))[1], place, options.node, options.seconds,
+                   watch_all=not options.poses_only)
         log.info('%s', json.dumps(row, indent=1, default=float))
 
 

@@ -162,12 +162,10 @@ def test_an_image_that_is_none_is_refused_and_the_next_goes_on(follower, room_wa
     assert follower.localizer.asked == asked
 
 
-def test_a_spot_that_moves_with_the_camera_is_no_place(follower, room_walk, elsewhere):
-    """A few points agree perfectly with the last pose, while all around is another room."""
-    spot = np.s_[90:150, 120:200]
-    images = [frame.image.copy() for frame in elsewhere[:3]]
-    for image in images:
-        image[spot] = room_walk[12].image[spot]
-    answers = stream(follower, room_walk[10:13] + [replace(room_walk[12], image=image)
-                                                   for image in images])
-    assert all(a.T_map_cam is None for a in answers[3:])
+def test_a_few_points_that_survive_do_not_speak_for_the_camera(follower, room_walk, elsewhere):
+    """A ninth of them agrees perfectly with the last pose, all around is another room."""
+    stream(follower, room_walk[10:13])
+    asked, image = follower.localizer.asked, elsewhere[0].image.copy()
+    image[60:180, 100:220] = room_walk[12].image[60:180, 100:220]
+    follower.process(replace(room_walk[12], image=image, stamp_ns=3 * STEP_NS))
+    assert follower.localizer.asked == asked + 1
