@@ -4,11 +4,10 @@ import os
 import subprocess
 import sys
 
-import cv2
+import numpy as np
 import pytest
-import torch
 
-from feedforward_recon.threads import one_thread
+from feedforward_recon.threads import _knobs, one_thread
 
 PROGRAM = """
 import threading
@@ -57,16 +56,26 @@ def test_the_user_decides_how_memory_is_kept():
 
 def test_one_thread_is_given_back_and_the_user_decides(monkeypatch):
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
-    before = torch.get_num_threads(), cv2.getNumThreads()
+    knobs = _knobs()
+    before = [count() for count, _ in knobs]
     try:
-        torch.set_num_threads(2)
-        cv2.setNumThreads(2)
+        for _, change in knobs:
+            change(2)
+        several = [count() for count, _ in knobs]  # a single core gives BLAS no more than one
         with one_thread():
-            assert (torch.get_num_threads(), cv2.getNumThreads()) == (1, 1)
-        assert (torch.get_num_threads(), cv2.getNumThreads()) == (2, 2)
+            assert {count() for count, _ in knobs} == {1}
+        assert [count() for count, _ in knobs] == several and several[:2] == [2, 2]
         monkeypatch.setenv('OMP_NUM_THREADS', '2')
         with one_thread():
-            assert (torch.get_num_threads(), cv2.getNumThreads()) == (2, 2)
+            assert [count() for count, _ in knobs] == several
     finally:
-        torch.set_num_threads(before[0])
-        cv2.setNumThreads(before[1])
+        for (_, change), count in zip(knobs, before, strict=True):
+            change(count)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='/proc of Linux')
+def test_the_openblas_of_numpy_is_found_where_it_has_one():
+    blas = np.show_config('dicts')['Build Dependencies']['blas']['name']
+    if 'openblas' not in blas:
+        pytest.skip(f'NumPy computes with {blas}')
+    assert len(_knobs()) > 2
