@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 # Two processes, one thread each: many tests wait for nodes. The files stay whole.
 PARALLEL ?= --numprocesses 2 --dist loadfile
 # Small matrices gain nothing from many threads, and a fixed number makes timings comparable.
-export OMP_NUM_THREADS ?= 2
+export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)
 
 BIN := $(VENV)/bin

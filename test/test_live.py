@@ -99,6 +99,29 @@ def test_locating_writes_nothing(located, frames):
                for n, t in located._saved.memory.tensors().items())
 
 
+def test_a_stream_is_followed_and_asks_anew_after_a_hint(located, frames, monkeypatch):
+    asked = []
+    sight = located._localizer.sight
+    monkeypatch.setattr(located._localizer, 'sight',
+                        lambda *arguments: asked.append(1) or sight(*arguments))
+
+    def asks(frame):
+        before = len(asked)
+        assert located.process(frame, settle=False).status.has_pose
+        return len(asked) - before
+
+    first, second, third, *_ = frames[20:]
+    assert [asks(first), asks(second), asks(third)] == [1, 0, 0]
+    assert located.locate(frames[5]).status.has_pose  # one image: the memory, not the stream
+    assert asks(frames[23]) == 0
+    located.hint(np.eye(4))
+    assert [asks(frames[24]), asks(frames[25])] == [1, 0]
+    located.reset()
+    assert [asks(frames[26]), asks(frames[27])] == [1, 0]
+    due = [located.process(frame, settle=False) and located.work() for frame in frames[28:40]]
+    assert any(due) and not all(due)
+
+
 def test_another_place_is_refused(located, elsewhere):
     for frame in elsewhere:
         estimate = located.locate(frame)

@@ -75,9 +75,9 @@ def demo_command(out: Out = Path('out/demo'), json_: Json = False) -> int:
     encoder = CompactEncoder.load(config=config.encoder)
     room = Room.generate(ROOM_SEED)
     walk = room.walk(FRAMES, WALK_SEED, FPS)
-    run = map_frames(render_walk(room, CAMERA, walk, fps=FPS), len(walk), encoder, config)
-    saved = save_map(out, run.scene, run.writer, encoder, config)
     with one_thread():
+        run = map_frames(render_walk(room, CAMERA, walk, fps=FPS), len(walk), encoder, config)
+        saved = save_map(out, run.scene, run.writer, encoder, config)
         found = _query(load_map(out).localizer(encoder), run, room, walk)
     _draw(saved, run, found)
     summary = {**summarise(run, saved), **_findings(found)}

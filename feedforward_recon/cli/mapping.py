@@ -28,6 +28,7 @@ from feedforward_recon.mapping.network_memory import NetworkMemory
 from feedforward_recon.model import Encoder
 from feedforward_recon.readers import SourceOptions, open_source, require_cameras
 from feedforward_recon.readers.source import Source as FrameSource
+from feedforward_recon.threads import one_thread
 from feedforward_recon.writers import MAP_MARKER
 
 
@@ -83,7 +84,8 @@ def map_command(source: Source, out: Out, options: SourceOptions, network: Netwo
     if network.feeds_forward:
         run, remembered = _map_windows(frames, network, poses, describing, chosen)
     else:
-        run = map_frames(frames, len(frames), describing, chosen, poses.value)
+        with one_thread():
+            run = map_frames(frames, len(frames), describing, chosen, poses.value)
     saved = save_map(out, run.scene, run.writer, describing, chosen, remembered)
     _report(run, saved, json_)
 

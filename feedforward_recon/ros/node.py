@@ -75,6 +75,7 @@ class CameraNode(LifecycleNode):
         self._generation = 0
         self._cloud_due_s = 0.0
         self._cloud_running = False
+        self._cloud_is_final = False  # that of a map which changes no more is out
         self.create_timer(1.0, self._report, clock=STEADY)
         self.create_timer(0.2, self._watch, clock=STEADY)
         self._say_what_is_used()
@@ -148,6 +149,7 @@ class CameraNode(LifecycleNode):
         self.health.active_since_ns = self.now_ns()
         if self.outputs is not None:
             self.outputs.new_time_line()
+        self._cloud_is_final = False
         self.positioning.start(self.config)
         self.inputs = Inputs(self, self.config, self.health, on_frame=self._on_frame,
                              on_jump=self._on_jump, on_calibration=self._on_calibration,
@@ -318,6 +320,7 @@ class CameraNode(LifecycleNode):
 
     def new_map(self, info: SessionInfo) -> None:
         """Another map than before: what was known of the old one is void."""
+        self._cloud_is_final = False
         self.health.keyframes, self.health.mode = info.keyframes, info.mode
         self.health.status, self.health.reason = 'INITIALISING', ''
         self.health.has_map, self.health.scale_source = info.has_map, info.scale_source
@@ -372,6 +375,7 @@ class CameraNode(LifecycleNode):
         session, worker = self.session, self.worker
         if session is None or worker is None:
             return
+        frozen = self.health.mode == 'localization'
 
         def fused(source: Any, error: Exception | None) -> None:
             if source is None:
@@ -386,11 +390,17 @@ class CameraNode(LifecycleNode):
                 self.notice('CLOUD', f'the cloud could not be made: {error}')
             elif self.outputs is not None:
                 self.outputs.cloud(cloud, stamp, whole)
+                self._cloud_is_final = whole and frozen and self.health.mode == 'localization'
 
         worker.ask(Job(lambda: session.cloud_source(newest_only=not whole), fused))
 
     def _publish_cloud_map(self) -> None:
-        """The whole cloud, at its period, and only for somebody who listens."""
+        """The whole cloud, at its period, and only for somebody who listens.
+
+        The topic is latched: that of a map in which the node localises is published once.
+        """
+        if self._cloud_is_final and self.health.mode == 'localization':
+            return
         due = not self._cloud_running and time.monotonic() >= self._cloud_due_s
         if self.outputs is None or self.session is None or not due \
                 or not self.outputs.wants('cloud_map'):

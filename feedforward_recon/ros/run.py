@@ -9,13 +9,14 @@ import threading
 import time
 
 import rclpy
-import torch
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.logging import get_logger
 from rclpy.signals import SignalHandlerOptions
 
 from feedforward_recon.errors import ReconError
+from feedforward_recon.heap import give_back_freed_memory
 from feedforward_recon.ros.node import CameraNode
+from feedforward_recon.threads import use_one_thread
 
 STOP_POLL_S = 0.1
 # `ros2 launch` sends SIGINT, after 5 s SIGTERM, after another 5 s SIGKILL.
@@ -56,10 +57,10 @@ def _save(node: CameraNode, executor: SingleThreadedExecutor) -> None:
 
 def run_camera_node(name: str, mode: str) -> None:
     """Spin a node until it is told to end; ends the process with 0, or 1 for bad settings."""
-    if 'OMP_NUM_THREADS' not in os.environ:
-        # Small matrices gain little from more, and the camera driver wants the other cores:
-        # on two of them one thread halves the images that are left out (docs/experiments.md).
-        torch.set_num_threads(1)
+    # Small matrices gain little from more, and the camera driver wants the other cores: on two
+    # of them one thread halves the images that are left out (docs/experiments.md).
+    use_one_thread()
+    give_back_freed_memory()
     # Our own handlers: those of rclpy take the context away while it is being waited on.
     rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
     stop = _stopped_by_signals()
