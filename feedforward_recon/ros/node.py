@@ -21,6 +21,7 @@ from rclpy.utilities import get_rmw_implementation_identifier
 
 from feedforward_recon.errors import InputError, ReconError
 from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.heap import give_back_freed_memory
 from feedforward_recon.live import LiveSession, SessionInfo, session_of
 from feedforward_recon.node_config import NodeConfig
 from feedforward_recon.ros import parameters
@@ -43,6 +44,7 @@ from feedforward_recon.ros.tf_messages import NO_TF, TFMessage
 from feedforward_recon.ros.worker import FrameQueue, Job, Mailbox, Worker
 from feedforward_recon.types import Estimate, Frame, Trajectory
 
+TIDY_S = 5.0  # between two times that freed memory goes back to the system
 DONE, FAILED = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 
 
@@ -83,6 +85,7 @@ class CameraNode(LifecycleNode):
         self._cloud_is_final = False  # that of a map which changes no more is out
         self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', 10)
         self.create_timer(1.0, self._report, clock=STEADY)
+        self.create_timer(TIDY_S, self._tidy, clock=STEADY)
         self.create_timer(0.2, self._watch, clock=STEADY)
         self._say_what_is_used()
         if self.config.autostart:
@@ -394,6 +397,9 @@ class CameraNode(LifecycleNode):
         message = DiagnosticArray(status=[diagnostic_status(health, self.causes(), now_ns)])
         message.header.stamp = stamp_msg(now_ns)
         self._diagnostics.publish(message)
+
+    def _tidy(self) -> None:
+        self.clerk.ask(Job(give_back_freed_memory, lambda *_: None))
 
     def _watch(self) -> None:
         self.mailbox.empty()
