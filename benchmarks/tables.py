@@ -136,16 +136,19 @@ SECTIONS = (
      'Every frame of the kitchen as a keyframe, the whole loop.'),
     ('Live', ('live',),
      {'images': number('images', 0), 'poses': number('poses', 0),
+      'Hz': number('hz', 1), 'of a core': lambda row: (
+          '-' if row.get('core_share') is None else f'{100 * row["core_share"]:.0f} %'),
       'dropped': number('dropped', 0), 'p50 ms': number('p50_ms', 0),
       'p95 ms': number('p95_ms', 0), 'p99 ms': number('p99_ms', 0),
       'longest ms': number('max_ms', 0), 'waiting': number('waiting', 0),
       'ATE cm': number('ate_m', 1, 100),
       'MB': number('rss_mb', 0), 'MB per minute': number('rss_mb_per_minute', 1),
       'same trajectory': lambda row: {None: '-', True: 'yes', False: 'no'}[row.get('same')]},
-     'player_node, mapping_node and a listener in three processes over DDS: the walk, 640x480 at '
-     '15 Hz, in a loop for 60 s. Latency: from the stamp that the player gives an image to the '
+     'player_node, the node and a listener to its poses in three processes over DDS: the walk, '
+     '640x480 at 15 Hz, in a loop for 60 s; localization_node loads what mapping_node saved. '
+     'Latency: from the stamp that the player gives an image to the '
      'arrival of its pose. Waiting: most images that were sent and not answered when a pose '
-     'came. MB: resident memory of mapping_node at the end, and its slope over the last 24 s.'),
+     'came. MB: resident memory of the node at the end, and its slope over the last 24 s.'),
     ('Growth of the global attentions', ('attention_scaling',), ATTENTION,
      'Backbone of `tiny` with initial weights, random images of 126x98 px (68 tokens per '
      'view) mapped in one call, one process per point. Peak: memory beyond the model. Exponent p: '

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import ctypes
 import os
+from typing import Any
 
-# Parameters of mallopt(3) in glibc.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
-LARGE_BYTES = 1 << 20  # blocks from this size on are given back to the system when freed
-KEPT_BYTES = 8 << 20  # free memory at the end of the heap that is kept
+M_ARENA_MAX = -8  # parameter of mallopt(3) in glibc
 HEAPS = 2  # shared by all threads
 
 
-def give_back_freed_memory() -> bool:
-    """Have large blocks go back to the system at once; False where the C library cannot.
+def share_heaps() -> None:
+    """Have glibc keep two heaps for all threads, not one for each of them.
 
-    By default glibc learns to keep blocks of up to 32 MB, in a heap for every thread: the clouds
-    and matrices that come and go while mapping leave holes that no other thread uses.
-    A user who sets glibc's own variables (MALLOC_ARENA_MAX and the like) has decided.
+    A user who sets MALLOC_ARENA_MAX has decided.
     """
-    if any(name.startswith('MALLOC_') for name in os.environ):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if os.name == 'posix' else None
-    if mallopt is None:
-        return False
-    settings = ((M_MMAP_THRESHOLD, LARGE_BYTES), (M_TRIM_THRESHOLD, KEPT_BYTES),
-                (M_ARENA_MAX, HEAPS))
-    return all(mallopt(name, value) == 1 for name, value in settings)
+    mallopt = _function('mallopt')
+    if mallopt is not None and 'MALLOC_ARENA_MAX' not in os.environ:
+        mallopt(M_ARENA_MAX, HEAPS)
+
+
+def give_back_freed_memory() -> None:
+    """Hand the free pages of all heaps to the system; milliseconds.
+
+    glibc learns to keep blocks of up to 32 MB: the clouds and matrices that come and go while
+    mapping leave holes that stay resident. Handing each block back at once (M_MMAP_THRESHOLD)
+    costs a tenth to a third of the time of an image in page faults, this now and then does not.
+    """
+    trim = _function('malloc_trim')
+    if trim is not None:
+        trim(0)
+
+
+def _function(name: str) -> Any:
+    """A function of the C library; None where that is not glibc."""
+    return getattr(ctypes.CDLL(None), name, None) if os.name == 'posix' else None

@@ -158,8 +158,8 @@ class LiveSession:
         estimate = self._follower.process(self._with_camera(frame, localizer.camera), self._hint)
         if estimate.T_map_cam is not None:
             self._hint = estimate.T_map_cam
-        if settle:
-            self._follower.work()
+        while settle and self._follower.work():
+            pass
         return estimate
 
     def _new_mapper(self, T_map_first: np.ndarray | None) -> OnlineReconstructor | LiveWindows:

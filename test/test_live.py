@@ -101,8 +101,8 @@ def test_locating_writes_nothing(located, frames):
 
 def test_a_stream_is_followed_and_asks_anew_after_a_hint(located, frames, monkeypatch):
     asked = []
-    sight = located._localizer.sight
-    monkeypatch.setattr(located._localizer, 'sight',
+    sight = located._localizer.sight_features
+    monkeypatch.setattr(located._localizer, 'sight_features',
                         lambda *arguments: asked.append(1) or sight(*arguments))
 
     def asks(frame):

@@ -51,7 +51,8 @@ def true_positions(frames):
 
 def test_images_are_found_in_the_map_and_other_places_are_not(start_node, probe, frames, saved,
                                                               true_positions):
-    node = start_node('localization_node', parameters={**QUICK, 'map': saved.path})
+    node = start_node('localization_node', parameters={**QUICK, 'map': saved.path,
+                                                       'cloud_period_s': 0.2})
     poses = probe.collect(PoseWithCovarianceStamped, '/pose')
     clouds = probe.collect(PointCloud2, '/cloud_map', latched=True)
     answers = probe.collect(PoseWithCovarianceStamped, '/query_pose')
@@ -90,6 +91,7 @@ def test_images_are_found_in_the_map_and_other_places_are_not(start_node, probe,
     assert json.loads(results[-1].data)['stamp_ns'] == stamp + 1
     assert len(answers) == 1
     assert before == {p.name: p.read_bytes() for p in saved.path.iterdir()}
+    assert len(clouds) == 1, 'a cloud that does not change is latched, not repeated'
 
     # A loaded map is not extended, and the node says why.
     mode = probe.call(SetBool, '/localization_node/set_localization_mode',

@@ -29,7 +29,7 @@ from feedforward_recon.mapping.localizer import (
 from feedforward_recon.mapping.matching import Tracks, follow, spread
 from feedforward_recon.mapping.preparation import check_rgb
 from feedforward_recon.mapping.tracking import MIN_AGREEMENT, Motion
-from feedforward_recon.types import Estimate, Frame, Status
+from feedforward_recon.types import Estimate, Features, Frame, Status
 
 MIN_SURVIVING = 0.2  # share of the points expected in view; fewer may agree by chance
 RENEW_SHARE = 0.5  # of the points of the last answer, below which the memory is asked early
@@ -47,6 +47,15 @@ class Followed:
     T_map_cam: np.ndarray
 
 
+@dataclass(frozen=True)
+class Question:
+    """What the memory is being asked: an image, and where it was followed to."""
+
+    features: Features
+    camera: Camera
+    state: Followed
+
+
 class Follower:
     """Poses of a stream of images. The localizer is only read; what is followed lives here."""
 
@@ -59,6 +68,7 @@ class Follower:
         self._state: Followed | None = None
         self._motion = Motion()
         self._unverified: Frame | None = None  # the newest image, when the memory is due
+        self._question: Question | None = None
         self._answer = Estimate(0, Status.NOT_LOCALISED)
         self._count = self._since = self._doubts = 0
 
@@ -76,7 +86,8 @@ class Follower:
         if fit is None:
             self.forget()
             found = self.localizer.sight(frame, T_map_cam_hint)
-            self._adopt(found, gray, camera)
+            if found.estimate.T_map_cam is not None:
+                self._adopt(self._from_answer(found, gray, camera), found.estimate)
             self._motion.moved(frame.stamp_ns, None, np.eye(4))
             return found.estimate
         self._since += 1
@@ -85,21 +96,42 @@ class Follower:
         return estimate
 
     def work(self) -> bool:
-        """Ask the memory about the newest image, if that is due; False when nothing is left."""
-        frame, state = self._unverified, self._state
-        if frame is None or state is None:
+        """A piece of asking the memory, if that is due; False when nothing is left.
+
+        Other images may be processed between pieces: no piece takes long.
+        """
+        if self._question is not None:
+            question, self._question = self._question, None
+            self._ask(question)
+            return True
+        frame, self._unverified = self._unverified, None
+        if frame is None or self._state is None:
             return False
-        self._unverified = None
-        camera = self.localizer.camera_of(frame)
-        found = self.localizer.sight(frame, state.T_map_cam)
+        features = self.localizer.encoder.encode(frame.image)
+        self._question = Question(features, self.localizer.camera_of(frame), self._state)
+        return True
+
+    def _ask(self, question: Question) -> None:
+        state, camera = question.state, question.camera
+        found = self.localizer.sight_features(question.features, camera, state.T_map_cam)
         if self._agrees(found.estimate, state, camera):
             self._doubts = 0
-            self._adopt(found, state.tracks.gray, camera)
-            return True
+            renewed = self._up_to_date(self._from_answer(found, state.tracks.gray, camera), camera)
+            if renewed is not None:
+                self._adopt(renewed, found.estimate)
+            return
         self._doubts += 1
         if self._doubts >= MAX_DOUBTS:
             self.forget()  # the next image is looked up as if it were the first
-        return True
+
+    def _up_to_date(self, state: Followed, camera: Camera) -> Followed | None:
+        """The points of an answer, followed into the newest image; None if too few are there."""
+        newest = self._state
+        assert newest is not None
+        if newest.tracks.gray is state.tracks.gray:
+            return state
+        found = self._into(state, newest.tracks.gray, newest.T_map_cam, camera)
+        return None if found is None else found[0]
 
     # -- following -------------------------------------------------------------------------
 
@@ -110,6 +142,16 @@ class Follower:
                 or not self.localizer.config.followed_images:
             return None
         T_guess = self._motion.predict(state.T_map_cam, stamp_ns)
+        found = self._into(state, gray, T_guess, camera)
+        if found is None:
+            return None
+        self._state, fit = found
+        self._motion.moved(stamp_ns, state.T_map_cam, fit.T_map_cam)
+        return fit
+
+    def _into(self, state: Followed, gray: np.ndarray, T_guess: np.ndarray, camera: Camera
+              ) -> tuple[Followed, PoseFit] | None:
+        """The points of a state in another image, and its pose; None if too few agree."""
         guess_px = self._guess_px(state, T_guess, camera)
         tracks = follow(state.tracks, gray, guess_px, self.config)
         inside = np.all((guess_px > 0) & (guess_px < np.array(camera.size_wh)), axis=1)
@@ -118,10 +160,8 @@ class Follower:
         fit = self._pose(state, tracks, T_guess, camera, enough)
         if fit is None:
             return None
-        self._motion.moved(stamp_ns, state.T_map_cam, fit.T_map_cam)
-        self._state = replace(state, tracks=tracks.select(np.flatnonzero(fit.inliers)),
-                              T_map_cam=fit.T_map_cam)
-        return fit
+        tracks = tracks.select(np.flatnonzero(fit.inliers))
+        return replace(state, tracks=tracks, T_map_cam=fit.T_map_cam), fit
 
     @staticmethod
     def _guess_px(state: Followed, T_guess: np.ndarray, camera: Camera) -> np.ndarray:
@@ -163,9 +203,10 @@ class Follower:
         planned = self.localizer.config.followed_images
         few = estimate.inliers < RENEW_SHARE * self._count
         due = self._since >= planned or few or estimate.status is Status.UNCERTAIN
-        self._unverified = frame if due else None
+        self._unverified = frame if due and self._question is None else None
         if self._since >= OVERDUE * planned:
-            self.work()
+            while self.work():
+                pass
 
     def _agrees(self, answer: Estimate, state: Followed, camera: Camera) -> bool:
         """Does the memory see the camera about where it was followed to?"""
@@ -174,15 +215,17 @@ class Follower:
         limit_px = ELSEWHERE * self.localizer.config.search_px
         return self.localizer.shift_px(state.T_map_cam, answer.T_map_cam, camera) < limit_px
 
-    def _adopt(self, found: Sighting, gray: np.ndarray, camera: Camera) -> None:
+    def _adopt(self, state: Followed, answer: Estimate) -> None:
         """Go on from an answer of the memory and the points that speak for it."""
-        answer = found.estimate
-        if answer.T_map_cam is None:
-            return
-        chosen = self._chosen(found.matches, camera)
+        self._state, self._answer = state, answer
+        self._count, self._since = len(state.tracks.ids), 0
+
+    def _from_answer(self, found: Sighting, gray: np.ndarray, camera: Camera) -> Followed:
+        """The points of an accepted answer, in its image."""
+        chosen, T_map_cam = self._chosen(found.matches, camera), found.estimate.T_map_cam
+        assert T_map_cam is not None
         tracks = Tracks(gray, np.arange(len(chosen)), chosen.pixels.astype(np.float32))
-        self._state = Followed(tracks, chosen.points, chosen.sigma_px, answer.T_map_cam)
-        self._answer, self._count, self._since = answer, len(chosen), 0
+        return Followed(tracks, chosen.points, chosen.sigma_px, T_map_cam)
 
     def _chosen(self, matches: Matches, camera: Camera) -> Matches:
         """The surest matches of each part of the image, no more than can be followed fast."""

@@ -100,7 +100,7 @@ class Localizer:
         started = time.perf_counter()
         camera = self.camera_of(frame)
         features = self.encoder.encode(frame.image)
-        found = self._sight_features(features, camera, T_map_cam_hint)
+        found = self.sight_features(features, camera, T_map_cam_hint)
         estimate = replace(found.estimate, stamp_ns=frame.stamp_ns, source=frame.source,
                            latency_ms=1e3 * (time.perf_counter() - started))
         return Sighting(estimate, found.matches)
@@ -119,10 +119,11 @@ class Localizer:
     def localize_features(self, features: Features, camera: Camera,
                           T_map_cam_hint: np.ndarray | None = None) -> Estimate:
         """Pose of an encoded image (stamp, source and latency are left empty)."""
-        return self._sight_features(features, camera, T_map_cam_hint).estimate
+        return self.sight_features(features, camera, T_map_cam_hint).estimate
 
-    def _sight_features(self, features: Features, camera: Camera,
-                        T_map_cam_hint: np.ndarray | None) -> Sighting:
+    def sight_features(self, features: Features, camera: Camera,
+                       T_map_cam_hint: np.ndarray | None = None) -> Sighting:
+        """``sight`` of an encoded image (stamp, source and latency are left empty)."""
         if len(features) < self.config.min_inliers:
             return _refused(_refusal('TOO_FEW_FEATURES'))
         slots, network = self._from_slots(features), _no_matches()

@@ -20,6 +20,7 @@ from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackRet
 from feedforward_recon.decode import scaled_depth
 from feedforward_recon.errors import InputError, ReconError
 from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.heap import give_back_freed_memory
 from feedforward_recon.live import LiveSession, SessionInfo, session_of
 from feedforward_recon.node_config import NodeConfig
 from feedforward_recon.ros import parameters
@@ -37,6 +38,7 @@ from feedforward_recon.ros.worker import FrameQueue, Job, Mailbox, Worker
 from feedforward_recon.types import Estimate, Frame, Trajectory
 from feedforward_recon.writers import recover
 
+TIDY_S = 5.0  # between two times that freed memory goes back to the system
 DONE, FAILED = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 
 
@@ -77,6 +79,7 @@ class CameraNode(LifecycleNode):
         self._cloud_running = False
         self._cloud_is_final = False  # that of a map which changes no more is out
         self.create_timer(1.0, self._report, clock=STEADY)
+        self.create_timer(TIDY_S, self._tidy, clock=STEADY)
         self.create_timer(0.2, self._watch, clock=STEADY)
         self._say_what_is_used()
         if self.config.autostart:
@@ -417,6 +420,9 @@ class CameraNode(LifecycleNode):
         self.reporting.tell()
         self._publish_cloud_map()
         self.keeper.tick(self.config.map, self.config.autosave_s)
+
+    def _tidy(self) -> None:
+        self.clerk.ask(Job(give_back_freed_memory, lambda *_: None))
 
     def _watch(self) -> None:
         self.mailbox.empty()

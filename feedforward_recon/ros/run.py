@@ -14,7 +14,7 @@ from rclpy.logging import get_logger
 from rclpy.signals import SignalHandlerOptions
 
 from feedforward_recon.errors import ReconError
-from feedforward_recon.heap import give_back_freed_memory
+from feedforward_recon.heap import share_heaps
 from feedforward_recon.ros.node import CameraNode
 from feedforward_recon.threads import use_one_thread
 
@@ -60,7 +60,7 @@ def run_camera_node(name: str, mode: str) -> None:
     # Small matrices gain little from more, and the camera driver wants the other cores: on two
     # of them one thread halves the images that are left out (docs/experiments.md).
     use_one_thread()
-    give_back_freed_memory()
+    share_heaps()
     # Our own handlers: those of rclpy take the context away while it is being waited on.
     rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
     stop = _stopped_by_signals()
