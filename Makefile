@@ -12,8 +12,9 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
-# Two processes, one thread each: many tests wait for nodes. The files stay whole.
-PARALLEL ?= --numprocesses 2 --dist loadfile
+# Two processes, one thread each: many tests wait for nodes. The files stay whole, in the order
+# that test/conftest.py gives them.
+PARALLEL ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # Small matrices gain nothing from many threads, and a fixed number makes timings comparable.
 export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)

@@ -19,6 +19,11 @@ def pytest_configure(config):
         'data:': DATA.is_dir(), 'ros:': not (missing_ros() or missing_ros('tf2_msgs'))}))
 
 
+def pytest_collection_modifyitems(items):
+    """Files of real nodes first: they take minutes, and nobody should wait for one at the end."""
+    items.sort(key=lambda item: not item.path.name.startswith(('test_ros_', 'test_bag')))
+
+
 @pytest.fixture(scope='session')
 def data_dir():
     """Folder of the real image sets: FFRECON_DATA, or shared/data beside the repository."""
