@@ -225,7 +225,8 @@ def test_a_map_folder_that_is_not_there_leaves_the_node_unconfigured_and_says_wh
 # -- localize -----------------------------------------------------------------------------------
 
 def test_localize_sends_no_pose_again_and_says_how_old_the_image_is(start_node, probe, frames):
-    node = start_node('mapping_node', parameters=QUICK)
+    node = start_node('mapping_node', parameters={**QUICK, 'refine.window': 3,
+                                               'silence_s': 4.0})
     poses = probe.collect(PoseWithCovarianceStamped, '/pose')
     camera = FakeCamera(probe)
     assert camera.heard(), node.output
