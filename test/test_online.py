@@ -254,8 +254,18 @@ def test_the_cloud_is_fused_and_capped(rgbd):
     voxel = CloudConfig().voxel_m
     cells = np.floor(scene.cloud.xyz / voxel).astype(int)
     assert len(np.unique(cells, axis=0)) > 0.9 * len(scene.cloud)
-    capped = voxel_fused(scene.cloud.xyz, scene.cloud.rgb, voxel, 500)
+    capped = voxel_fused([lambda: (scene.cloud.xyz, scene.cloud.rgb)], voxel, 500)
     assert len(capped) == 500 and capped.xyz.dtype == np.float32
+
+
+def test_a_cloud_fused_in_parts_is_the_cloud_fused_at_once(rgbd, monkeypatch):
+    source = rgbd[0].cloud_source()
+    at_once = source.fused()
+    monkeypatch.setattr('feedforward_recon.mapping.cloud.FUSED_AT_ONCE', 5000)
+    assert len(source._parts()) > 3
+    in_parts = source.fused()
+    np.testing.assert_allclose(in_parts.xyz, at_once.xyz, atol=1e-6)
+    assert np.abs(in_parts.rgb.astype(int) - at_once.rgb).max() <= 1
 
 
 def test_work_may_be_put_off_between_frames(frames, encoder):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -11,6 +13,9 @@ from feedforward_recon.geometry.transforms import transform_points
 from feedforward_recon.mapping.growing_map import GrowingMap
 from feedforward_recon.mapping.keyframes import View
 from feedforward_recon.types import PointCloud
+
+FUSED_AT_ONCE = 200_000  # points, of which each takes about 200 bytes meanwhile
+Part = Callable[[], tuple[np.ndarray, np.ndarray]]  # makes points [N, 3] and colours [N, 3]
 
 
 def sampled_depth(view: View, stride_px: int) -> tuple[np.ndarray, np.ndarray]:
@@ -43,11 +48,24 @@ class CloudSource:
         """One averaged point per voxel; in metres if a unit is that long."""
         if not self.xyz:
             return PointCloud()
-        xyz = [transform_points(T, part)
-               for T, part in zip(self.T_map_part, self.xyz, strict=True)]
-        cloud = voxel_fused(np.concatenate(xyz), np.concatenate(self.rgb), self.voxel,
-                            self.max_points)
+        cloud = voxel_fused(self._parts(), self.voxel, self.max_points)
         return PointCloud(cloud.xyz * np.float32(metres_per_unit), cloud.rgb)
+
+    def _parts(self) -> list[Part]:
+        """The parts in the map, made only when they are asked for, some at a time."""
+        batches: list[list[int]] = [[]]
+        count = 0
+        for row, part in enumerate(self.xyz):
+            if count and count + len(part) > FUSED_AT_ONCE:
+                batches.append([])
+                count = 0
+            batches[-1].append(row)
+            count += len(part)
+        return [partial(self._part, rows) for rows in batches]
+
+    def _part(self, rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        xyz = [transform_points(self.T_map_part[row], self.xyz[row]) for row in rows]
+        return np.concatenate(xyz), np.concatenate([self.rgb[row] for row in rows])
 
 
 def cloud_source(map_: GrowingMap, config: CloudConfig, newest_only: bool = False
@@ -73,23 +91,32 @@ def cloud_source(map_: GrowingMap, config: CloudConfig, newest_only: bool = Fals
                        config.voxel_m / 2, config.max_points)
 
 
-def voxel_fused(xyz: np.ndarray, rgb: np.ndarray, voxel: float, max_points: int) -> PointCloud:
-    """Average points [N, 3] and colours [N, 3] per cube of side ``voxel`` (map units).
+def voxel_fused(parts: Sequence[Part], voxel: float, max_points: int) -> PointCloud:
+    """Average the points and colours of all parts per cube of side ``voxel`` (map units).
 
-    Above ``max_points`` the voxels that most points fell into stay.
+    Parts are fused one after another, so that no more than one of them is in memory beside the
+    result. Above ``max_points`` the voxels that most points fell into stay.
     """
-    finite = np.isfinite(xyz).all(1)
-    xyz, rgb = xyz[finite], rgb[finite]
-    if not len(xyz):
+    bounds = [(cells.min(0), cells.max(0)) for part in parts
+              if len(cells := np.floor(_finite(*part())[0] / voxel))]
+    if not bounds:
         return PointCloud()
-    cells = np.floor(xyz / voxel).astype(np.int64)
-    cells -= cells.min(0)
-    span = cells.max(0) + 1
-    key = (cells[:, 0] * span[1] + cells[:, 1]) * span[2] + cells[:, 2]
-    _, index, counts = np.unique(key, return_inverse=True, return_counts=True)
-    fused = [np.stack([np.bincount(index, column) for column in np.asarray(values, float).T], 1)
-             / counts[:, None] for values in (xyz, rgb)]
-    if len(counts) > max_points:
-        keep = np.sort(np.argsort(-counts, kind='stable')[:max_points])
-        fused = [values[keep] for values in fused]
-    return PointCloud(fused[0].astype(np.float32), np.rint(fused[1]).astype(np.uint8))
+    low = np.min([first for first, _ in bounds], 0)
+    span = (np.max([last for _, last in bounds], 0) - low + 1).astype(np.int64)
+    keys, sums = np.zeros(0, np.int64), np.zeros((0, 7))  # of x, y, z, r, g, b and of ones
+    for part in parts:
+        xyz, rgb = _finite(*part())
+        x, y, z = (np.floor(xyz / voxel) - low).astype(np.int64).T
+        keys = np.concatenate([keys, (x * span[1] + y) * span[2] + z])
+        sums = np.concatenate([sums, np.column_stack([xyz, rgb, np.ones(len(xyz))])])
+        keys, index = np.unique(keys, return_inverse=True)
+        sums = np.stack([np.bincount(index, column, len(keys)) for column in sums.T], 1)
+    if len(sums) > max_points:
+        sums = sums[np.sort(np.argsort(-sums[:, 6], kind='stable')[:max_points])]
+    fused = sums[:, :6] / sums[:, 6:]
+    return PointCloud(fused[:, :3].astype(np.float32), np.rint(fused[:, 3:]).astype(np.uint8))
+
+
+def _finite(xyz: np.ndarray, rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    good = np.isfinite(xyz).all(1)
+    return xyz[good], rgb[good]
