@@ -32,6 +32,7 @@ setup(
         'torch>=2.2',
         'opencv-python>=4.8',
         'scipy>=1.11',
+        'threadpoolctl>=3.1',
         'safetensors>=0.4',
         'pyyaml>=6.0',
         'typer>=0.12',

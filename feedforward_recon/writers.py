@@ -267,10 +267,11 @@ def _left_behind(target: Path) -> list[Path]:
 def _writer_lives(folder: Path) -> bool:
     """The process whose number is in the name of a temporary folder is still there.
 
-    Or another one that got its number: then the folder is cleared away another time.
+    Or another one that got its number, or nobody can tell: then the folder is cleared away
+    another time.
     """
-    number = folder.name.split('.')[-2].partition('-')[0]
-    return not number.isdigit() or Path(f'/proc/{number}').exists() or number == str(os.getpid())
+    number, processes = folder.name.split('.')[-2].partition('-')[0], Path('/proc')
+    return not processes.is_dir() or (processes / number).exists()
 
 
 def backups(path: str | Path, marker: str = MAP_MARKER) -> list[Path]:

@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 
-import numpy as np
+import cv2
 import pytest
+import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
-from feedforward_recon.threads import _knobs, one_thread
+from feedforward_recon.threads import one_thread
 
 PROGRAM = """
 import sys
@@ -47,28 +49,25 @@ def test_freed_memory_goes_back_to_the_system():
     assert held_mb > 50 and left_mb == pytest.approx(20, abs=10)
 
 
+def counts():
+    """Threads of torch, of OpenCV and of each BLAS."""
+    return [torch.get_num_threads(), cv2.getNumThreads(),
+            *(pool['num_threads'] for pool in threadpool_info() if pool['user_api'] == 'blas')]
+
+
 def test_one_thread_is_given_back_and_the_user_decides(monkeypatch):
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
-    knobs = _knobs()
-    before = [count() for count, _ in knobs]
-    try:
-        for _, change in knobs:
-            change(2)
-        several = [count() for count, _ in knobs]  # a single core gives BLAS no more than one
+    before = torch.get_num_threads(), cv2.getNumThreads()
+    with threadpool_limits(2, user_api='blas'):
+        torch.set_num_threads(2)
+        cv2.setNumThreads(2)
+        several = counts()  # a single core gives BLAS no more than one
+        assert several[:2] == [2, 2]
         with one_thread():
-            assert {count() for count, _ in knobs} == {1}
-        assert [count() for count, _ in knobs] == several and several[:2] == [2, 2]
+            assert set(counts()) == {1}
+        assert counts() == several
         monkeypatch.setenv('OMP_NUM_THREADS', '2')
         with one_thread():
-            assert [count() for count, _ in knobs] == several
-    finally:
-        for (_, change), count in zip(knobs, before, strict=True):
-            change(count)
-
-
-@pytest.mark.skipif(sys.platform != 'linux', reason='/proc: needs Linux')
-def test_the_openblas_of_numpy_is_found_where_it_has_one():
-    blas = np.show_config('dicts')['Build Dependencies']['blas']['name']
-    if 'openblas' not in blas:
-        pytest.skip(f'NumPy has no OpenBLAS but {blas}')
-    assert len(_knobs()) > 2
+            assert counts() == several
+        torch.set_num_threads(before[0])
+        cv2.setNumThreads(before[1])

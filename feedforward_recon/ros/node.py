@@ -168,7 +168,7 @@ class CameraNode(LifecycleNode):
         return super().on_deactivate(state)
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Forget the map; save it before with ~/save_map."""
+        """Forget the map, after it was saved if autosave_s says so."""
         self._drop()
         self.health.reason = ''
         self._enter('unconfigured')

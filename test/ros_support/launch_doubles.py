@@ -13,6 +13,7 @@ import os
 import re
 import runpy
 import sys
+from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -85,12 +86,12 @@ class LaunchContext:
 
 # -- texts --------------------------------------------------------------------------------------
 
-class Substitution:
+class Substitution(ABC):
     """A text that is known when the launch file runs."""
 
+    @abstractmethod
     def perform(self, context: LaunchContext) -> str:
         """The text."""
-        raise NotImplementedError
 
 
 class LaunchConfiguration(Substitution):
@@ -156,15 +157,15 @@ class IfCondition:
         return flag(context, self.expression, 'condition')
 
 
-class Action:
+class Action(ABC):
     """What a launch file does."""
 
     def __init__(self, condition: IfCondition | None = None) -> None:
         self.condition = None if condition is None else plain(condition, IfCondition, 'condition')
 
+    @abstractmethod
     def execute(self, context: LaunchContext) -> Any:
         """Do it; returns further actions, or None."""
-        raise NotImplementedError
 
 
 class LaunchDescription:
@@ -293,7 +294,7 @@ class ParameterFile:
         except OSError as error:
             raise LaunchError(f'parameter file: {error}') from None
         if '$(' in content:
-            raise NotImplementedError('the doubles know no substitutions in parameter files')
+            raise LaunchError(f'{path}: the doubles know no substitutions in parameter files')
         return content
 
 
