@@ -54,7 +54,7 @@ bench: $(PACKAGE)
 	$(BIN)/python -m benchmarks.tables
 
 config: $(PACKAGE)
-	$(BIN)/python -m feedforward_recon.config_files
+	$(BIN)/python -m feedforward_recon.config.files
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

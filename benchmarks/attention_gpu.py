@@ -37,8 +37,8 @@ from feedforward_recon.model.attention import ATTENTION
 from feedforward_recon.model.attention.config import TttOptions
 from feedforward_recon.model.backbone import Demand
 from feedforward_recon.model.configs import build
-from feedforward_recon.model.network import Vggt
 from feedforward_recon.model.predictor import is_out_of_memory
+from feedforward_recon.model.vggt import Vggt
 
 NAME = 'attention_gpu.json'
 VIEWS = (50, 100, 200, 400, 700, 1000, 1500)

@@ -20,11 +20,11 @@ import torch
 from benchmarks.common import KITCHEN, load_frames, write_result
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import pose_error
-from feedforward_recon.mapping.network_link import align_cameras
-from feedforward_recon.model.network import TransformerMemory, Vggt
+from feedforward_recon.localization.network_link import align_cameras
 from feedforward_recon.model.pose_encoding import decode_cameras, inverse
 from feedforward_recon.model.predictor import load_predictor, orthonormal, preparation
 from feedforward_recon.model.preprocess import stacked
+from feedforward_recon.model.vggt import TransformerMemory, Vggt
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Frame
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from feedforward_recon.errors import InputError
 from feedforward_recon.evaluation import TrajectoryError, absolute_trajectory_error
-from feedforward_recon.readers import SourceOptions, open_source
+from feedforward_recon.io import SourceOptions, open_source
 from feedforward_recon.types import Frame, Trajectory
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -24,12 +24,12 @@ import torch
 from torch import nn
 
 from feedforward_recon.errors import InputError, ReconError
-from feedforward_recon.model.checkpoints import expected_tensors, put_tensor
 from feedforward_recon.model.configs import CONFIGS, build, config_of
 from feedforward_recon.model.da3 import Da3, Da3Reconstruction
-from feedforward_recon.model.network import Vggt
 from feedforward_recon.model.pi3 import Pi3, nearest_rotation
 from feedforward_recon.model.reference_view import balance_scores, choose
+from feedforward_recon.model.vggt import Vggt
+from feedforward_recon.model.weights.checkpoints import expected_tensors, put_tensor
 
 Arrays = dict[str, torch.Tensor]
 INPUTS = {'image_seed', 'image_shape', 'config', 'svd_in', 'cond_in_extrinsics',

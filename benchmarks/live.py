@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import KITCHEN, REPOSITORY, data_root
-from feedforward_recon.bag_writer import write_bag
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.align import align_points
 from feedforward_recon.geometry.camera import Camera
-from feedforward_recon.readers import SourceOptions, open_source
+from feedforward_recon.io import SourceOptions, open_source
+from feedforward_recon.io.bag_writer import write_bag
 from feedforward_recon.synthetic import Room, render_walk
 
 sys.path.insert(0, str(REPOSITORY / 'test'))  # processes in a ROS domain of their own

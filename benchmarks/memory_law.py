@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import KITCHEN, load_frames
-from feedforward_recon.config import MapperConfig
-from feedforward_recon.mapping.online import OnlineReconstructor
+from feedforward_recon.config.schema import MapperConfig
+from feedforward_recon.mapping.mapper import OnlineReconstructor
 from feedforward_recon.memory.writer import MemoryWriter
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.types import Frame

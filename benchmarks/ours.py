@@ -9,17 +9,17 @@ from typing import Literal
 import numpy as np
 
 from benchmarks.common import Clock
-from feedforward_recon.config import MapperConfig
+from feedforward_recon.config.schema import MapperConfig
+from feedforward_recon.console.threads import one_thread
 from feedforward_recon.evaluation import associate
 from feedforward_recon.geometry.align import Alignment, align_points
-from feedforward_recon.mapping.localizer import Localizer
-from feedforward_recon.mapping.online import OnlineReconstructor
+from feedforward_recon.localization.localizer import Localizer
+from feedforward_recon.mapping.mapper import OnlineReconstructor
 from feedforward_recon.mapping.scene_map import SceneMap
-from feedforward_recon.memory.snapshot import SceneMemory
+from feedforward_recon.memory.scene_memory import SceneMemory
 from feedforward_recon.memory.writer import MemoryWriter
 from feedforward_recon.model import Encoder
 from feedforward_recon.model.compact import CompactEncoder
-from feedforward_recon.threads import one_thread
 from feedforward_recon.types import Frame, Trajectory
 
 

@@ -14,11 +14,11 @@ import cv2
 import numpy as np
 
 from benchmarks.common import Clock, true_trajectory
-from feedforward_recon.config import MapperConfig
-from feedforward_recon.decode import scaled_depth
+from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.evaluation import absolute_trajectory_error
 from feedforward_recon.geometry.camera import Camera
-from feedforward_recon.mapping.online import OnlineReconstructor
+from feedforward_recon.io.images import scaled_depth
+from feedforward_recon.mapping.mapper import OnlineReconstructor
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Frame

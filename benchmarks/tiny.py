@@ -21,8 +21,8 @@ import torch
 
 from benchmarks.common import KITCHEN, load_frames, write_result
 from feedforward_recon.geometry.transforms import inverse
-from feedforward_recon.model.network import Vggt
 from feedforward_recon.model.predictor import NetworkPredictor, load_predictor
+from feedforward_recon.model.vggt import Vggt
 from feedforward_recon.training.transformer import held_out_scores
 from feedforward_recon.training.transformer_data import HELD_OUT, load_views, render_views
 from feedforward_recon.training.transformer_scores import (

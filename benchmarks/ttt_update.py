@@ -21,8 +21,8 @@ from feedforward_recon.model.attention.fast_weights import Samples
 from feedforward_recon.model.attention.ttt import TttAttention
 from feedforward_recon.model.backbone import SPECIAL
 from feedforward_recon.model.layers import GlobalBlock
-from feedforward_recon.model.network import Vggt
 from feedforward_recon.model.rope import patch_positions
+from feedforward_recon.model.vggt import Vggt
 from feedforward_recon.model.vit import PATCH
 
 # Dense bfloat16 TFLOP/s with float32 sums, by the makers' data sheets.

@@ -11,7 +11,7 @@ import time
 
 import cv2
 
-from feedforward_recon.map_folder import load_map
+from feedforward_recon.session.map_folder import load_map
 from feedforward_recon.types import Frame
 
 

@@ -7,12 +7,12 @@ WALK is what `ffrecon map` takes: a folder of images, a video or a ROS 2 bag.
 
 import sys
 
-from feedforward_recon.config import MapperConfig
-from feedforward_recon.map_folder import load_map, save_map
-from feedforward_recon.mapping.online import OnlineReconstructor
+from feedforward_recon.config.schema import MapperConfig
+from feedforward_recon.io import open_source
+from feedforward_recon.mapping.mapper import OnlineReconstructor
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.model.compact import CompactEncoder
-from feedforward_recon.readers import open_source
+from feedforward_recon.session.map_folder import load_map, save_map
 
 
 def main(walk: str, folder: str = 'out/example') -> None:

@@ -2,7 +2,7 @@
 
 from feedforward_recon.model.backbone import BackboneConfig
 from feedforward_recon.model.dpt import DptConfig
-from feedforward_recon.model.network import VggtConfig
+from feedforward_recon.model.vggt import VggtConfig
 from feedforward_recon.model.vit import VitConfig
 
 SMALL = VggtConfig(BackboneConfig(VitConfig(48, 2, 3, grid=4), 4, (0, 1, 2, 3)),

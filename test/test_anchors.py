@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from test_windows import CAMERA, FPS, Oracle, error
 
-from feedforward_recon.config import MapperConfig
+from feedforward_recon.config.network import WindowConfig
+from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.geometry.transforms import inverse
-from feedforward_recon.mapping.anchors import ALBUM, MIN_AGE, Album
-from feedforward_recon.mapping.windows import WindowConfig, WindowedReconstructor
+from feedforward_recon.mapping.sources.anchors import ALBUM, MIN_AGE, Album
+from feedforward_recon.mapping.sources.windows import WindowedReconstructor
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Prediction

@@ -18,7 +18,7 @@ from feedforward_recon.model.distributed import (
     sequence_parallel,
 )
 from feedforward_recon.model.dpt import DptConfig
-from feedforward_recon.model.network import Vggt, VggtConfig
+from feedforward_recon.model.vggt import Vggt, VggtConfig
 from feedforward_recon.model.vit import VitConfig
 
 FRAMES = 5  # an odd number: the shares differ

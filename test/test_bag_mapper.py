@@ -12,8 +12,7 @@ pytest.importorskip('rosbags', reason='bags need the extra [bag]')
 from rosbags.rosbag2 import Reader, StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
-from feedforward_recon.bag_writer import BagTopics, write_bag
-from feedforward_recon.cli.terminal import run
+from feedforward_recon.console.terminal import run
 from feedforward_recon.geometry.align import align_points
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import (
@@ -23,9 +22,10 @@ from feedforward_recon.geometry.transforms import (
     se3_exp,
     so3_exp,
 )
-from feedforward_recon.map_folder import load_map
+from feedforward_recon.io.bag_writer import BagTopics, write_bag
 from feedforward_recon.ros.bag_mapper import app
 from feedforward_recon.ros.frames import T_BODY_OPTICAL
+from feedforward_recon.session.map_folder import load_map
 from feedforward_recon.synthetic import Room, render_walk
 
 STORE = get_typestore(Stores.ROS2_HUMBLE)

@@ -10,14 +10,14 @@ import pytest
 
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
-from feedforward_recon.readers import SourceOptions, open_source, require_cameras
+from feedforward_recon.io import SourceOptions, open_source, require_cameras
 
 pytest.importorskip('rosbags', reason='bags need the extra [bag]')
 
 from rosbags.rosbag2 import Reader, StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
-from feedforward_recon.bag_writer import BagTopics, write_bag
+from feedforward_recon.io.bag_writer import BagTopics, write_bag
 
 STORE = get_typestore(Stores.ROS2_HUMBLE)
 STORAGES = ('sqlite3', 'mcap')

@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 from feedforward_recon.errors import CheckpointError, ConfigError
 from feedforward_recon.model.attention import attention_factory
 from feedforward_recon.model.backbone import BackboneConfig
-from feedforward_recon.model.checkpoints import expected_tensors, load_weights, match_keys
 from feedforward_recon.model.configs import build, load
 from feedforward_recon.model.da3 import Da3, Da3Config
 from feedforward_recon.model.dpt import DptConfig
-from feedforward_recon.model.network import Vggt, VggtConfig
+from feedforward_recon.model.vggt import Vggt, VggtConfig
 from feedforward_recon.model.vit import VitConfig
+from feedforward_recon.model.weights.checkpoints import expected_tensors, load_weights, match_keys
 
 
 def vggt(attention='softmax', device='meta'):

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 
 from feedforward_recon.cli import main
-from feedforward_recon.cli.options import settings
-from feedforward_recon.cli.session import map_frames
-from feedforward_recon.cli.terminal import print_json
-from feedforward_recon.config import MapperConfig
+from feedforward_recon.config.schema import MapperConfig
+from feedforward_recon.console.options import settings
+from feedforward_recon.console.terminal import print_json
 from feedforward_recon.errors import ConfigError
 from feedforward_recon.geometry.transforms import pose_error
-from feedforward_recon.map_folder import load_map, save_map
-from feedforward_recon.mapping.localizer import Localizer
+from feedforward_recon.io import SourceOptions, open_source
+from feedforward_recon.localization.localizer import Localizer
 from feedforward_recon.model.compact import CompactEncoder
-from feedforward_recon.readers import SourceOptions, open_source
+from feedforward_recon.session.map_folder import load_map, save_map
+from feedforward_recon.session.offline import map_frames
 
 SMALL = ['memory.hidden_dim=64', 'memory.blocks=1', 'memory.slots=6000', 'memory.reservoir=5000',
          'memory.batch=256', 'memory.steps_per_keyframe=1', 'memory.polish_steps=20',
@@ -230,7 +230,7 @@ def test_nan_depth_is_one_sentence(walk, tmp_path, capsys):
 
 def test_an_unknown_topic_is_one_sentence(walk_folder, tmp_path, capsys):
     pytest.importorskip('rosbags', reason='bags need the extra [bag]')
-    from feedforward_recon.bag_writer import write_bag
+    from feedforward_recon.io.bag_writer import write_bag
 
     write_bag(tmp_path / 'bag', open_source(walk_folder, SourceOptions(max_frames=3)))
     sentence = refused(capsys, 'map', tmp_path / 'bag', '--image-topic', '/nose', '--out',
@@ -304,7 +304,7 @@ def interrupted(*_, **__):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize('step', ['cli.mapping.map_frames', 'map_folder.write_ply'])
+@pytest.mark.parametrize('step', ['cli.mapping.map_frames', 'session.map_folder.write_ply'])
 def test_an_interrupt_leaves_nothing(walk_folder, tmp_path, capsys, monkeypatch, step):
     monkeypatch.setattr(f'feedforward_recon.{step}', interrupted)
     out = tmp_path / 'maps' / 'm'

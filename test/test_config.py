@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import yaml
 
-from feedforward_recon.config import (
+from feedforward_recon.config.schema import (
     MapperConfig,
     as_yaml,
     from_dict,

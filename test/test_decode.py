@@ -6,7 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from feedforward_recon.decode import (
+from feedforward_recon.errors import InputError
+from feedforward_recon.io.images import (
     Calibration,
     RawImage,
     camera_from_calibration,
@@ -17,7 +18,6 @@ from feedforward_recon.decode import (
     decode_image,
     depth_in_metres,
 )
-from feedforward_recon.errors import InputError
 
 HEIGHT, WIDTH = 12, 18
 

@@ -124,7 +124,7 @@ def test_table_of_services_is_complete():
     assert rows(section('## Services').split('| reason ')[0]) == services()
 
 
-@pytest.mark.parametrize('path', ['mapping/localizer.py', 'live.py'])
+@pytest.mark.parametrize('path', ['localization/localizer.py', 'session/live.py'])
 def test_reasons_of_the_localizer_are_explained(path):
     tree = ast.parse((ROOT / 'feedforward_recon' / path).read_text(encoding='utf-8'))
     reasons = {constant(node) for node in ast.walk(tree) if isinstance(node, ast.expr)}
@@ -165,8 +165,8 @@ def test_troubleshooting_names_codes_that_exist():
 
 def test_parameters_named_in_the_guide_exist():
     """Names in backquotes with a value behind a colon."""
-    from feedforward_recon.node_config import NodeConfig, walk
-    from feedforward_recon.playback import PlayerConfig
+    from feedforward_recon.config.node import NodeConfig, walk
+    from feedforward_recon.ros.playback import PlayerConfig
 
     known = {setting.name for cls in (NodeConfig, PlayerConfig) for setting in walk(cls())}
     known |= {'use_sim_time'}

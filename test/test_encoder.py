@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from feedforward_recon.config import EncoderConfig
+from feedforward_recon.config.schema import EncoderConfig
 from feedforward_recon.errors import CheckpointError, InputError
 from feedforward_recon.model.compact import (
     CompactEncoder,

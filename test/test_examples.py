@@ -6,7 +6,7 @@ from pathlib import Path
 
 import cv2
 
-from feedforward_recon.map_folder import load_map
+from feedforward_recon.session.map_folder import load_map
 
 EXAMPLES = Path(__file__).resolve().parents[1] / 'examples'
 

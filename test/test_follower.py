@@ -6,13 +6,13 @@ import cv2
 import numpy as np
 import pytest
 
-from feedforward_recon.config import MapperConfig
+from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import pose_error
-from feedforward_recon.mapping.follower import MAX_DOUBTS, Follower
-from feedforward_recon.mapping.localizer import Localizer
-from feedforward_recon.mapping.online import OnlineReconstructor
+from feedforward_recon.localization.follower import MAX_DOUBTS, Follower
+from feedforward_recon.localization.localizer import Localizer
+from feedforward_recon.mapping.mapper import OnlineReconstructor
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Status

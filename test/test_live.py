@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from feedforward_recon.config import MapperConfig
+from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.errors import InputError, MapError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, pose_error, se3_exp
-from feedforward_recon.live import NO_MAP, LiveSession
-from feedforward_recon.map_folder import load_map
+from feedforward_recon.session.live import NO_MAP, LiveSession
+from feedforward_recon.session.map_folder import load_map
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Status
 

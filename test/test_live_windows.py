@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 from test_windows import Oracle
 
-from feedforward_recon.config import MapperConfig
+from feedforward_recon.config.network import WindowConfig
+from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.errors import InputError, MapError
 from feedforward_recon.evaluation import absolute_trajectory_error
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, pose_error, se3_exp
-from feedforward_recon.live import LiveSession
-from feedforward_recon.mapping.live_windows import FIRST_VIEWS, Selection
-from feedforward_recon.mapping.posed import PosedMapper
-from feedforward_recon.mapping.window_parts import FeedForward, WindowConfig
+from feedforward_recon.mapping.sources.live_windows import FIRST_VIEWS, Selection
+from feedforward_recon.mapping.sources.posed import PosedMapper
+from feedforward_recon.mapping.sources.window_parts import FeedForward
+from feedforward_recon.session.live import LiveSession
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Status, Trajectory
 

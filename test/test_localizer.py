@@ -7,10 +7,10 @@ import pytest
 import torch
 from oracle import CAMERA, DIM, OracleScene, poses_around, unit
 
-from feedforward_recon.config import LocalizerConfig, MemoryConfig
+from feedforward_recon.config.schema import LocalizerConfig, MemoryConfig
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.transforms import pose_error, se3_exp
-from feedforward_recon.mapping.localizer import Localizer
+from feedforward_recon.localization.localizer import Localizer
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.types import Features, Frame, Status
 

@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from feedforward_recon.config import CloudConfig, MapperConfig
+from feedforward_recon.config.schema import CloudConfig, MapperConfig
 from feedforward_recon.geometry.align import align_points
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, se3_exp
 from feedforward_recon.mapping import growing_map
 from feedforward_recon.mapping.keyframes import CLOUD_FACTOR, Archive, MapKeyframe
-from feedforward_recon.mapping.loops import Loop, closing
-from feedforward_recon.mapping.online import OnlineReconstructor
+from feedforward_recon.mapping.loop_closure import Loop, closing
+from feedforward_recon.mapping.mapper import OnlineReconstructor
 from feedforward_recon.types import Features
 
 CAMERA = Camera.from_fov(68.0, (320, 240))

@@ -10,14 +10,14 @@ import torch
 import yaml
 from oracle import CAMERA, DIM, OracleScene, poses_around
 
-from feedforward_recon.config import LocalizerConfig, MapperConfig, MemoryConfig
+from feedforward_recon.config.schema import LocalizerConfig, MapperConfig, MemoryConfig
 from feedforward_recon.errors import InputError, MapError
-from feedforward_recon.map_folder import BACKUPS, check_map_output, load_map, save_map
-from feedforward_recon.mapping.localizer import Localizer
+from feedforward_recon.io.writers import backups
+from feedforward_recon.localization.localizer import Localizer
 from feedforward_recon.mapping.scene_map import SceneMap
 from feedforward_recon.memory import MemoryWriter
+from feedforward_recon.session.map_folder import BACKUPS, check_map_output, load_map, save_map
 from feedforward_recon.types import Estimate, PointCloud, Status, Trajectory
-from feedforward_recon.writers import backups
 
 CONFIG = MapperConfig(memory=MemoryConfig(hidden_dim=64, blocks=2, slots=2000, reservoir=3000,
                                           batch=256, steps_per_keyframe=1),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracle import DIM, OracleScene, poses_around
 
-from feedforward_recon.config import MemoryConfig
+from feedforward_recon.config.schema import MemoryConfig
 from feedforward_recon.errors import MapError
 from feedforward_recon.geometry.transforms import se3_exp, transform_points
 from feedforward_recon.memory import MemoryWriter, SceneMemory

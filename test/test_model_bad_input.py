@@ -12,7 +12,7 @@ from torch import nn
 
 from feedforward_recon.cli import main
 from feedforward_recon.model import configs
-from feedforward_recon.weights_registry import FOLDER_VARIABLE, package_folder
+from feedforward_recon.model.weights.registry import FOLDER_VARIABLE, package_folder
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,8 @@ from feedforward_recon.model.backbone import BackboneConfig
 from feedforward_recon.model.configs import CONFIGS, OPTIONS, SPARSE_EVERYWHERE, build, network_of
 from feedforward_recon.model.da3 import Da3Config
 from feedforward_recon.model.dpt import DptConfig
-from feedforward_recon.model.network import VggtConfig
 from feedforward_recon.model.pi3 import Pi3Config
+from feedforward_recon.model.vggt import VggtConfig
 from feedforward_recon.model.vit import VitConfig
 
 VIT = VitConfig(32, 2, 2, grid=3)

@@ -14,13 +14,13 @@ from feedforward_recon.errors import ConfigError, InputError
 from feedforward_recon.model import layers
 from feedforward_recon.model.attention import ATTENTION, attention_factory
 from feedforward_recon.model.backbone import BackboneConfig
-from feedforward_recon.model.checkpoints import expected_tensors
 from feedforward_recon.model.configs import CONFIGS, build
 from feedforward_recon.model.da3 import Da3, Da3Config
 from feedforward_recon.model.dpt import DptConfig
-from feedforward_recon.model.network import TransformerMemory, Vggt, VggtConfig
 from feedforward_recon.model.pi3 import Pi3, Pi3Config
+from feedforward_recon.model.vggt import TransformerMemory, Vggt, VggtConfig
 from feedforward_recon.model.vit import VitConfig
+from feedforward_recon.model.weights.checkpoints import expected_tensors
 
 TOLERANCE = 1e-5
 VIT = VitConfig(32, 2, 2, grid=3)

@@ -21,18 +21,18 @@ from feedforward_recon.geometry.transforms import (
     so3_exp,
     transform_points,
 )
-from feedforward_recon.map_folder import NETWORK, load_map
-from feedforward_recon.mapping import network_memory
-from feedforward_recon.mapping.network_link import align_cameras
-from feedforward_recon.mapping.network_memory import (
+from feedforward_recon.localization.network_link import align_cameras
+from feedforward_recon.localization.network_localizer import (
     NetworkLocalizer,
     NetworkMemory,
     remember,
     spanning,
 )
+from feedforward_recon.localization.scene_network import RememberingNetwork, recalled, why_not
+from feedforward_recon.mapping import network_memory
 from feedforward_recon.model.configs import CONFIGS, build
 from feedforward_recon.model.predictor import NetworkPredictor
-from feedforward_recon.model.scene_memory import RememberingNetwork, recalled, why_not
+from feedforward_recon.session.map_folder import NETWORK, load_map
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Estimate, Prediction, Status
 

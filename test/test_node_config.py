@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from feedforward_recon.cli.options import MODEL_FLAGS, settings
-from feedforward_recon.config import MapperConfig, from_dict, to_dict
-from feedforward_recon.config_files import SECTION, mapper_settings, shipped_files, write
+from feedforward_recon.config.files import SECTION, mapper_settings, shipped_files, write
+from feedforward_recon.config.network import ModelOptions
+from feedforward_recon.config.node import NodeConfig, walk
+from feedforward_recon.config.schema import MapperConfig, from_dict, to_dict
+from feedforward_recon.console.options import MODEL_FLAGS, settings
 from feedforward_recon.errors import ConfigError
 from feedforward_recon.model.attention import ATTENTION
 from feedforward_recon.model.configs import ALIASES, CONFIGS
-from feedforward_recon.model_options import ModelOptions
-from feedforward_recon.node_config import NodeConfig, walk
 
 ROOT = Path(__file__).resolve().parents[1]
 YAML = [name for name in shipped_files() if name.endswith('.yaml')]

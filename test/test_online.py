@@ -5,15 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from feedforward_recon.config import CloudConfig, MapperConfig
+from feedforward_recon.config.schema import CloudConfig, MapperConfig
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.align import align_points
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import se3_exp, transform_points
 from feedforward_recon.mapping.cloud import voxel_fused
-from feedforward_recon.mapping.loops import Loop, closing
+from feedforward_recon.mapping.loop_closure import Loop, closing
+from feedforward_recon.mapping.mapper import OnlineReconstructor
 from feedforward_recon.mapping.offline import reconstruct
-from feedforward_recon.mapping.online import OnlineReconstructor
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Status
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from feedforward_recon.config import from_dict
-from feedforward_recon.decode import decode_compressed, decode_compressed_depth
-from feedforward_recon.encode import DEPTH_FORMAT, compressed_depth, jpeg
+from feedforward_recon.config.schema import from_dict
 from feedforward_recon.errors import ConfigError, InputError
-from feedforward_recon.playback import (
+from feedforward_recon.io.encode import DEPTH_FORMAT, compressed_depth, jpeg
+from feedforward_recon.io.images import decode_compressed, decode_compressed_depth
+from feedforward_recon.ros.playback import (
     SECOND_NS,
     PlayerConfig,
     SyntheticConfig,

@@ -13,10 +13,8 @@ from feedforward_recon.errors import CheckpointError, InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.model import configs
 from feedforward_recon.model import predictor as module
-from feedforward_recon.model.checkpoints import expected_tensors
 from feedforward_recon.model.configs import build
 from feedforward_recon.model.da3 import Da3Reconstruction
-from feedforward_recon.model.network import Reconstruction
 from feedforward_recon.model.pi3 import Pi3Reconstruction
 from feedforward_recon.model.pose_encoding import decode_cameras, encode_cameras, inverse
 from feedforward_recon.model.predictor import (
@@ -28,7 +26,9 @@ from feedforward_recon.model.predictor import (
     preparation,
 )
 from feedforward_recon.model.preprocess import crop, longest_side, match_pixels, pad
+from feedforward_recon.model.vggt import Reconstruction
 from feedforward_recon.model.vit import PATCH
+from feedforward_recon.model.weights.checkpoints import expected_tensors
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 from feedforward_recon.errors import ConfigError, InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import quat_xyzw_from_matrix
-from feedforward_recon.readers import SourceOptions, open_source, require_cameras
-from feedforward_recon.readers.source import mutual_nearest, seconds
+from feedforward_recon.io import SourceOptions, open_source, require_cameras
+from feedforward_recon.io.source import mutual_nearest, seconds
 
 SETS = {'7scenes_redkitchen': 500, 'kitti_seq2': 51, 'llff_flower': 34, 'llff_fortress': 42,
         'llff_room': 41, 'lund_door': 12, 'ngp_fox': 50, 'strecha_Herz-Jesus-P25': 25,

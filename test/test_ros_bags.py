@@ -14,17 +14,17 @@ from geometry_msgs.msg import PoseWithCovarianceStamped
 from ros_support.camera import OPTICAL, positions, stamps, walk
 from std_srvs.srv import Trigger
 
-from feedforward_recon.bag_writer import write_bag
-from feedforward_recon.config import MapperConfig
+from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.geometry.align import align_points
 from feedforward_recon.geometry.transforms import inverse
-from feedforward_recon.live import LiveSession
+from feedforward_recon.io.bag_writer import write_bag
 from feedforward_recon.model.compact import CompactEncoder
-from feedforward_recon.playback import PlayerConfig, open_playback, rounds
 from feedforward_recon.ros.camera_topics import CAMERA_TOPICS
 from feedforward_recon.ros.convert import matrix_from_pose, matrix_from_transform
 from feedforward_recon.ros.frames import T_BODY_OPTICAL
+from feedforward_recon.ros.playback import PlayerConfig, open_playback, rounds
 from feedforward_recon.ros.tf_messages import TFMessage
+from feedforward_recon.session.live import LiveSession
 
 OFFLINE = {'memory.polish_steps': 20, 'memory.slots': 8000, 'memory.hidden_dim': 64,
            'memory.reservoir': 20_000, 'tf_wait_s': 0.2, 'queue': 'offline'}

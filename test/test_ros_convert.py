@@ -13,7 +13,6 @@ pytest.importorskip('sensor_msgs.msg', reason='ros: no sensor_msgs; install ROS 
 
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2, PointField
 
-from feedforward_recon.decode import RawImage, decode_image
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import (
@@ -21,6 +20,7 @@ from feedforward_recon.geometry.transforms import (
     quat_xyzw_from_matrix,
     se3_exp,
 )
+from feedforward_recon.io.images import RawImage, decode_image
 from feedforward_recon.ros import convert, optional
 from feedforward_recon.types import PointCloud
 

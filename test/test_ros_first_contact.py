@@ -16,7 +16,7 @@ from ros_support.camera import CAMERA, OPTICAL, FakeCamera, stamps, walk
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_srvs.srv import SetBool, Trigger
 
-from feedforward_recon.encode import DEPTH_FORMAT, JPEG_FORMAT, compressed_depth, jpeg
+from feedforward_recon.io.encode import DEPTH_FORMAT, JPEG_FORMAT, compressed_depth, jpeg
 from feedforward_recon.ros.convert import header_msg, info_msg
 from feedforward_recon.ros.doctor import main
 

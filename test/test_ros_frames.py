@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from feedforward_recon.config.node import NodeConfig
 from feedforward_recon.geometry.transforms import (
     inverse,
     make_transform,
@@ -13,7 +14,6 @@ from feedforward_recon.geometry.transforms import (
     so3_exp,
     so3_log,
 )
-from feedforward_recon.node_config import NodeConfig
 from feedforward_recon.ros.frames import R_BODY_OPTICAL, Frames, OdometryScale
 from feedforward_recon.ros.tf_buffer import TransformBuffer, TransformError
 from feedforward_recon.ros.tf_sent import SentTransforms

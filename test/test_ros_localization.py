@@ -16,13 +16,13 @@ from sensor_msgs.msg import PointCloud2
 from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
 
-from feedforward_recon.config import MapperConfig
+from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.geometry.transforms import inverse
-from feedforward_recon.live import LiveSession
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.ros.convert import image_msg
 from feedforward_recon.ros.frames import T_BODY_OPTICAL
 from feedforward_recon.ros.pointcloud import cloud_from_msg
+from feedforward_recon.session.live import LiveSession
 
 CONFIG = replace(MapperConfig(), memory=replace(
     MapperConfig().memory, polish_steps=20, slots=8000, hidden_dim=64, reservoir=20_000))

@@ -16,8 +16,8 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, PointCloud2
 from std_srvs.srv import SetBool, Trigger
 from visualization_msgs.msg import MarkerArray
 
-from feedforward_recon.encode import JPEG_FORMAT, jpeg
 from feedforward_recon.geometry.align import align_points
+from feedforward_recon.io.encode import JPEG_FORMAT, jpeg
 from feedforward_recon.ros.convert import (
     header_msg,
     info_msg,

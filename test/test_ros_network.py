@@ -19,8 +19,8 @@ from ros_support.camera import FakeCamera, stamps, walk
 from safetensors.torch import save_file
 from std_srvs.srv import SetBool, Trigger
 
-from feedforward_recon.map_folder import load_map
 from feedforward_recon.model.configs import build
+from feedforward_recon.session.map_folder import load_map
 
 QUICK = {'memory.polish_steps': 20, 'memory.slots': 8000, 'memory.hidden_dim': 64,
          'memory.reservoir': 20_000, 'tf_wait_s': 0.2, 'info_wait_s': 0.5,

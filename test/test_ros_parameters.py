@@ -11,10 +11,10 @@ rclpy = pytest.importorskip('rclpy', reason='ros: rclpy is not installed')
 from rcl_interfaces.msg import ParameterType  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
 
-from feedforward_recon.config import from_dict  # noqa: E402
-from feedforward_recon.config_files import nested  # noqa: E402
+from feedforward_recon.config.files import nested  # noqa: E402
+from feedforward_recon.config.node import NodeConfig, walk  # noqa: E402
+from feedforward_recon.config.schema import from_dict  # noqa: E402
 from feedforward_recon.errors import ConfigError  # noqa: E402
-from feedforward_recon.node_config import NodeConfig, walk  # noqa: E402
 from feedforward_recon.ros.parameters import declare  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -189,7 +189,7 @@ def test_a_configured_node_changes_only_live_settings(make_node):
 
 
 def test_any_dataclass_of_settings_will_do(make_node):
-    from feedforward_recon.config import option
+    from feedforward_recon.config.schema import option
 
     @dataclass(frozen=True)
     class Player:

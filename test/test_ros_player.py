@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from feedforward_recon.playback import (
+from feedforward_recon.ros.playback import (
     SECOND_NS,
     PlayerConfig,
     SyntheticConfig,

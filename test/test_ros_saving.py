@@ -13,8 +13,8 @@ from rclpy.task import Future
 from ros_support.camera import FakeCamera, walk
 from std_srvs.srv import Trigger
 
-from feedforward_recon.map_folder import load_map
-from feedforward_recon.writers import backups
+from feedforward_recon.io.writers import backups
+from feedforward_recon.session.map_folder import load_map
 
 QUICK = {'memory.polish_steps': 20, 'memory.slots': 8000, 'memory.hidden_dim': 64,
          'memory.reservoir': 20_000, 'refine.window': 3, 'tf_wait_s': 0.2}

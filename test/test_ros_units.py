@@ -12,7 +12,7 @@ if missing_ros():
 
 from geometry_msgs.msg import TransformStamped
 
-from feedforward_recon.node_config import NodeConfig
+from feedforward_recon.config.node import NodeConfig
 from feedforward_recon.ros.health import Health
 from feedforward_recon.ros.inputs import Arrival, DepthPairing
 from feedforward_recon.ros.outputs import Outputs

@@ -9,13 +9,13 @@ import cv2
 import numpy as np
 import pytest
 
-from feedforward_recon.config import MapperConfig
-from feedforward_recon.decode import scaled_depth
+from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.align import align_points
 from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.io.images import scaled_depth
 from feedforward_recon.mapping.keyframes import View
-from feedforward_recon.mapping.online import OnlineReconstructor
+from feedforward_recon.mapping.mapper import OnlineReconstructor
 from feedforward_recon.mapping.preparation import is_in_another_unit
 from feedforward_recon.synthetic import Room, render_walk
 

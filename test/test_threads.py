@@ -9,13 +9,13 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from feedforward_recon.threads import one_thread
+from feedforward_recon.console.threads import one_thread
 
 PROGRAM = """
 import sys
 import threading
 import numpy as np
-from feedforward_recon.heap import give_back_freed_memory, share_heaps
+from feedforward_recon.console.heap import give_back_freed_memory, share_heaps
 
 def resident_mb():
     return int(open('/proc/self/statm').read().split()[1]) * 4096 / 1e6

@@ -13,9 +13,10 @@ from feedforward_recon.model import configs
 from feedforward_recon.model.backbone import BackboneConfig
 from feedforward_recon.model.configs import build
 from feedforward_recon.model.dpt import DptConfig
-from feedforward_recon.model.network import VggtConfig
 from feedforward_recon.model.predictor import load_predictor
+from feedforward_recon.model.vggt import VggtConfig
 from feedforward_recon.model.vit import PATCH, VitConfig
+from feedforward_recon.model.weights.registry import CHECKPOINTS, located
 from feedforward_recon.training import transformer_data as data
 from feedforward_recon.training import transformer_losses as losses
 from feedforward_recon.training.muon import Muon
@@ -25,7 +26,6 @@ from feedforward_recon.training.transformer import (
     held_out_scores,
 )
 from feedforward_recon.training.transformer_scores import baseline, errors
-from feedforward_recon.weights_registry import CHECKPOINTS, located
 
 MICRO = VggtConfig(BackboneConfig(VitConfig(32, 4, 1, grid=8), 4, (0, 1, 2, 3)),
                    DptConfig(64, 8, (8, 8, 8, 8)), camera_depth=1, point_head=False)

@@ -6,11 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from feedforward_recon.errors import InputError
-from feedforward_recon.geometry.transforms import inverse, se3_exp
-from feedforward_recon.synthetic import Room
-from feedforward_recon.types import PointCloud, Trajectory
-from feedforward_recon.viewer import (
+from feedforward_recon.console.viewer import (
     FOUND,
     PATH,
     REFUSED,
@@ -19,6 +15,10 @@ from feedforward_recon.viewer import (
     save_overview,
     without_ceiling,
 )
+from feedforward_recon.errors import InputError
+from feedforward_recon.geometry.transforms import inverse, se3_exp
+from feedforward_recon.synthetic import Room
+from feedforward_recon.types import PointCloud, Trajectory
 
 
 @pytest.fixture(scope='module')

@@ -15,18 +15,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from feedforward_recon import weights_registry as registry
 from feedforward_recon.cli import main
 from feedforward_recon.errors import CheckpointError
 from feedforward_recon.model import configs
 from feedforward_recon.model.backbone import BackboneConfig
-from feedforward_recon.model.checkpoints import expected_tensors, load_weights
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.model.dpt import DptConfig
-from feedforward_recon.model.network import VggtConfig
+from feedforward_recon.model.vggt import VggtConfig
 from feedforward_recon.model.vit import VitConfig
-from feedforward_recon.weights_files import check_weights, fetch_weights
-from feedforward_recon.weights_registry import CHECKPOINTS, Checkpoint, Licence, find_weights
+from feedforward_recon.model.weights import registry
+from feedforward_recon.model.weights.checkpoints import expected_tensors, load_weights
+from feedforward_recon.model.weights.files import check_weights, fetch_weights
+from feedforward_recon.model.weights.registry import CHECKPOINTS, Checkpoint, Licence, find_weights
 
 LICENCE = Licence('Some Licence', 'https://example.org/licence', False)
 HUB_MODULES = ('huggingface_hub', 'huggingface_hub.file_download', 'huggingface_hub.utils')

@@ -5,15 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from feedforward_recon.config import MapperConfig
+from feedforward_recon.config.network import WindowConfig
+from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.errors import ConfigError, InputError
 from feedforward_recon.evaluation import absolute_trajectory_error
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import make_transform, so3_exp
-from feedforward_recon.map_folder import save_map
-from feedforward_recon.mapping.window_geometry import agreement
-from feedforward_recon.mapping.windows import WindowConfig, WindowedReconstructor
+from feedforward_recon.mapping.sources.window_geometry import agreement
+from feedforward_recon.mapping.sources.windows import WindowedReconstructor
 from feedforward_recon.memory import MemoryWriter
+from feedforward_recon.session.map_folder import save_map
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Prediction, Status, Trajectory
 

@@ -12,9 +12,8 @@ import pytest
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, pose_error, se3_exp
-from feedforward_recon.readers import read_tum_trajectory
-from feedforward_recon.types import Estimate, PointCloud, Status, Trajectory
-from feedforward_recon.writers import (
+from feedforward_recon.io import read_tum_trajectory
+from feedforward_recon.io.writers import (
     PosedImage,
     atomic_folder,
     backups,
@@ -27,6 +26,7 @@ from feedforward_recon.writers import (
     write_poses,
     write_tum,
 )
+from feedforward_recon.types import Estimate, PointCloud, Status, Trajectory
 
 CAMERAS = [
     Camera(640, 480, 500, 510, 319.5, 239.5),
@@ -268,8 +268,8 @@ def test_a_folder_that_may_not_be_written_is_refused(tmp_path):
 
 
 def test_input_and_output_load_no_optional_package():
-    code = ('import sys, feedforward_recon.readers, feedforward_recon.writers, '
-            'feedforward_recon.bag_writer; '
+    code = ('import sys, feedforward_recon.io, feedforward_recon.io.writers, '
+            'feedforward_recon.io.bag_writer; '
             "print([m for m in ('rosbags', 'pycolmap', 'evo', 'matplotlib', 'torch', 'yaml') "
             'if m in sys.modules])')
     found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
@@ -324,7 +324,7 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path):
 SAVES_FOR_EVER = """
 import sys
 from pathlib import Path
-from feedforward_recon.writers import atomic_folder
+from feedforward_recon.io.writers import atomic_folder
 for number in range(10**6):
     with atomic_folder(sys.argv[1], keeps=lambda _: number % 2 == 1) as folder:
         for name in ('data', 'map.yaml'):

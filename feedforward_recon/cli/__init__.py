@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from feedforward_recon.cli.app import app
-from feedforward_recon.cli.terminal import run
+from feedforward_recon.console.terminal import run
 
 __all__ = ['app', 'main']
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -15,16 +14,10 @@ from feedforward_recon.cli.evaluate import bench_command, eval_command
 from feedforward_recon.cli.localize import localize_command
 from feedforward_recon.cli.mapping import map_command
 from feedforward_recon.cli.maps import export_command, info_command
+from feedforward_recon.console.terminal import taught
 
 app = typer.Typer(name='ffrecon', add_completion=False, pretty_exceptions_enable=False,
                   context_settings={'help_option_names': ['-h', '--help']})
-
-
-def taught(command: Callable[..., Any]) -> str:
-    """The docstring for --help: paragraphs wrap with the terminal, indented lists stay."""
-    paragraphs = inspect.cleandoc(command.__doc__ or '').split('\n\n')
-    return '\n\n'.join(f'\b\n{text}' if '\n  ' in text else ' '.join(text.split())
-                       for text in paragraphs)
 
 
 def root(context: typer.Context,

@@ -11,9 +11,9 @@ import typer
 from numpy.typing import NDArray
 
 from feedforward_recon.cli.mapping import rows, summarise
-from feedforward_recon.cli.options import Json
-from feedforward_recon.cli.session import Run, map_frames
-from feedforward_recon.cli.terminal import (
+from feedforward_recon.config.schema import MapperConfig, MemoryConfig
+from feedforward_recon.console.options import Json
+from feedforward_recon.console.terminal import (
     DONE,
     REFUSED,
     note,
@@ -21,14 +21,14 @@ from feedforward_recon.cli.terminal import (
     print_table,
     progress_bar,
 )
-from feedforward_recon.config import MapperConfig, MemoryConfig
+from feedforward_recon.console.threads import one_thread
 from feedforward_recon.evaluation import LocalisationScore, localisation_score
 from feedforward_recon.geometry.align import align_points
 from feedforward_recon.geometry.camera import Camera
-from feedforward_recon.map_folder import SavedMap, check_map_output, load_map, save_map
-from feedforward_recon.mapping.localizer import Localizer
+from feedforward_recon.localization.localizer import Localizer
+from feedforward_recon.session.map_folder import SavedMap, check_map_output, load_map, save_map
+from feedforward_recon.session.offline import Run, map_frames
 from feedforward_recon.synthetic import Room, render_walk
-from feedforward_recon.threads import one_thread
 from feedforward_recon.types import Estimate, FloatArray
 
 # Neither room is among those the encoder was trained on (seeds 1000 to 1149).
@@ -113,7 +113,7 @@ def _true_centres(run: Run) -> FloatArray:
 
 
 def _draw(saved: SavedMap, run: Run, found: Found) -> None:
-    from feedforward_recon.viewer import save_overview
+    from feedforward_recon.console.viewer import save_overview
 
     poses = [answer.T_map_cam for answer in found.held_out if answer.T_map_cam is not None]
     save_overview(saved.path / OVERVIEW, run.scene.cloud, run.scene.trajectory, poses,

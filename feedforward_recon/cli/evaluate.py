@@ -12,8 +12,8 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from feedforward_recon.cli.options import Json
-from feedforward_recon.cli.terminal import print_json, print_table, progress_bar
+from feedforward_recon.console.options import Json
+from feedforward_recon.console.terminal import print_json, print_table, progress_bar
 from feedforward_recon.errors import InputError
 from feedforward_recon.evaluation import (
     RelativeError,
@@ -21,10 +21,10 @@ from feedforward_recon.evaluation import (
     absolute_trajectory_error,
     relative_pose_error,
 )
-from feedforward_recon.map_folder import load_map
-from feedforward_recon.readers import SourceOptions, open_source, read_tum_trajectory
+from feedforward_recon.io import SourceOptions, open_source, read_tum_trajectory
+from feedforward_recon.io.writers import MAP_MARKER
+from feedforward_recon.session.map_folder import load_map
 from feedforward_recon.types import Trajectory
-from feedforward_recon.writers import MAP_MARKER
 
 
 class Alignment(str, Enum):

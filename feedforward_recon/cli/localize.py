@@ -11,7 +11,7 @@ from typing import Annotated, Protocol
 import numpy as np
 import typer
 
-from feedforward_recon.cli.options import (
+from feedforward_recon.console.options import (
     Config,
     Json,
     MapFolder,
@@ -21,7 +21,7 @@ from feedforward_recon.cli.options import (
     settings,
     takes_source_options,
 )
-from feedforward_recon.cli.terminal import (
+from feedforward_recon.console.terminal import (
     DONE,
     REFUSED,
     note,
@@ -29,16 +29,16 @@ from feedforward_recon.cli.terminal import (
     print_table,
     progress_bar,
 )
+from feedforward_recon.console.threads import one_thread
 from feedforward_recon.errors import ConfigError, InputError, MapError
 from feedforward_recon.evaluation import RECALL_THRESHOLDS, LocalisationScore, localisation_score
 from feedforward_recon.geometry.align import align_points_robust
-from feedforward_recon.map_folder import SavedMap, load_map
-from feedforward_recon.mapping.network_memory import NetworkLocalizer
-from feedforward_recon.readers import SourceOptions, open_source
-from feedforward_recon.readers.source import Source as FrameSource
-from feedforward_recon.threads import one_thread
+from feedforward_recon.io import SourceOptions, open_source
+from feedforward_recon.io.source import Source as FrameSource
+from feedforward_recon.io.writers import check_place, localization_entries, write_entries
+from feedforward_recon.localization.network_localizer import NetworkLocalizer
+from feedforward_recon.session.map_folder import SavedMap, load_map
 from feedforward_recon.types import Estimate, FloatArray, Frame
-from feedforward_recon.writers import check_place, localization_entries, write_entries
 
 LISTED = 20
 
@@ -142,7 +142,7 @@ def localize_command(map_: MapFolder, source: Source, options: SourceOptions, ou
 
 def _network_localizer(saved: SavedMap, network: NetworkChoice, encoder: Path | None
                        ) -> Finder:
-    from feedforward_recon.model.scene_memory import recalled
+    from feedforward_recon.localization.scene_network import recalled
 
     memory = saved.network_memory()
     if memory is None:

@@ -8,28 +8,34 @@ from typing import Annotated, Any
 
 import typer
 
-from feedforward_recon.cli.options import (
+from feedforward_recon.config.schema import MapperConfig
+from feedforward_recon.console.options import (
     Config,
     Json,
     NetworkOptions,
+    Overwrite,
     Set,
     Source,
     Weights,
+    check_out,
     settings,
     takes_model_options,
     takes_source_options,
 )
-from feedforward_recon.cli.session import Run, map_frames, map_windows
-from feedforward_recon.cli.terminal import bytes_text, note, print_json, print_table
-from feedforward_recon.config import MapperConfig
+from feedforward_recon.console.terminal import bytes_text, note, print_json, print_table
+from feedforward_recon.console.threads import one_thread
 from feedforward_recon.errors import ConfigError, DegenerateError, InputError
-from feedforward_recon.map_folder import MEMORY, RESERVOIR, SavedMap, check_map_output, save_map
-from feedforward_recon.mapping.network_memory import NetworkMemory
+from feedforward_recon.io import SourceOptions, open_source, require_cameras
+from feedforward_recon.io.source import Source as FrameSource
+from feedforward_recon.localization.network_localizer import NetworkMemory
 from feedforward_recon.model import Encoder
-from feedforward_recon.readers import SourceOptions, open_source, require_cameras
-from feedforward_recon.readers.source import Source as FrameSource
-from feedforward_recon.threads import one_thread
-from feedforward_recon.writers import MAP_MARKER
+from feedforward_recon.session.map_folder import (
+    MEMORY,
+    RESERVOIR,
+    SavedMap,
+    save_map,
+)
+from feedforward_recon.session.offline import Run, map_frames, map_windows
 
 
 class Poses(str, Enum):
@@ -41,8 +47,6 @@ class Poses(str, Enum):
 
 Out = Annotated[Path, typer.Option('--out', '-o', help='Map folder to write.',
                                    show_default=False)]
-Overwrite = Annotated[bool, typer.Option('--overwrite', help='Replace a map that is already at '
-                                         '--out.')]
 Mono = Annotated[bool, typer.Option('--mono', help='Use colour alone, even where there is '
                                     'depth. The map then has no metric scale.')]
 PosesOption = Annotated[Poses, typer.Option('--poses', help='given: take the poses that come '
@@ -92,9 +96,9 @@ def map_command(source: Source, out: Out, options: SourceOptions, network: Netwo
 
 def _map_windows(frames: FrameSource, network: NetworkOptions, poses: Poses, encoder: Encoder,
                  config: MapperConfig) -> tuple[Run, NetworkMemory | None]:
-    from feedforward_recon.mapping.windows import WindowConfig
+    from feedforward_recon.config.network import WindowConfig
+    from feedforward_recon.localization.scene_network import remembered, why_not
     from feedforward_recon.model.predictor import load_predictor
-    from feedforward_recon.model.scene_memory import remembered, why_not
 
     if poses is Poses.GIVEN:
         raise ConfigError(f'expected poses that {network.model} may find, found --poses given; '
@@ -114,17 +118,6 @@ def _for_mapping(options: SourceOptions, mono: bool) -> SourceOptions:
     from dataclasses import replace
 
     return replace(options, use_depth=options.use_depth and not mono)
-
-
-def check_out(out: Path, overwrite: bool) -> None:
-    """Refuse, before any work, an output that cannot be written or would replace a map.
-
-    Raises InputError.
-    """
-    check_map_output(out)
-    if not overwrite and (out / MAP_MARKER).exists():
-        raise InputError(f'{out}: expected no map yet, found one; choose another --out or add '
-                         '--overwrite')
 
 
 def _check_source(source: FrameSource, poses: Poses) -> None:

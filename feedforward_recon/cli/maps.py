@@ -10,11 +10,10 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from feedforward_recon.cli.options import Json, MapFolder
-from feedforward_recon.cli.terminal import bytes_text, print_json, print_table
+from feedforward_recon.console.options import Json, MapFolder
+from feedforward_recon.console.terminal import bytes_text, print_json, print_table
 from feedforward_recon.errors import InputError
-from feedforward_recon.map_folder import NETWORK, SavedMap, load_map
-from feedforward_recon.writers import (
+from feedforward_recon.io.writers import (
     PosedImage,
     atomic_folder,
     check_place,
@@ -23,6 +22,7 @@ from feedforward_recon.writers import (
     write_ply,
     write_tum,
 )
+from feedforward_recon.session.map_folder import NETWORK, SavedMap, load_map
 
 COLMAP_MARKER = 'cameras.txt'
 

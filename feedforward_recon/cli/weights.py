@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from feedforward_recon.cli.options import Json
-from feedforward_recon.cli.terminal import note, print_json, print_table
-from feedforward_recon.model.checkpoints import misfit
-from feedforward_recon.weights_files import WeightsReport, check_weights, fetch_weights
-from feedforward_recon.weights_registry import (
+from feedforward_recon.console.options import Json
+from feedforward_recon.console.terminal import note, print_json, print_table
+from feedforward_recon.model.weights.checkpoints import misfit
+from feedforward_recon.model.weights.files import WeightsReport, check_weights, fetch_weights
+from feedforward_recon.model.weights.registry import (
     CHECKPOINTS,
     Checkpoint,
     checkpoint_of,

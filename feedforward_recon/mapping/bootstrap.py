@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from feedforward_recon.config import MapperConfig
+from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.errors import DegenerateError
 from feedforward_recon.geometry.pnp import PoseFit
 from feedforward_recon.geometry.twoview import TwoView, relative_pose
-from feedforward_recon.mapping.growing_map import GrowingMap
 from feedforward_recon.mapping.keyframes import View
+from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.matching import Tracks
 from feedforward_recon.mapping.tracking import Tracked, exact_fit, fit_pose
 

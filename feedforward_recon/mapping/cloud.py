@@ -8,10 +8,10 @@ from functools import partial
 
 import numpy as np
 
-from feedforward_recon.config import CloudConfig
+from feedforward_recon.config.schema import CloudConfig
 from feedforward_recon.geometry.transforms import transform_points
-from feedforward_recon.mapping.growing_map import GrowingMap
 from feedforward_recon.mapping.keyframes import View
+from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.types import PointCloud
 
 FUSED_AT_ONCE = 200_000  # points, of which each takes about 200 bytes meanwhile

@@ -9,13 +9,13 @@ from __future__ import annotations
 import numpy as np
 from scipy.spatial import cKDTree
 
-from feedforward_recon.mapping.growing_map import (
+from feedforward_recon.mapping.keyframes import View
+from feedforward_recon.mapping.map import (
     GUIDED_RADIUS_PX,
     SAME_DEPTH,
     SAME_POINT_PX,
     GrowingMap,
 )
-from feedforward_recon.mapping.keyframes import View
 from feedforward_recon.mapping.matching import Tracks, match_guided
 from feedforward_recon.types import Features
 

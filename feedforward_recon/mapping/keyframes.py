@@ -9,7 +9,7 @@ from functools import cached_property
 import cv2
 import numpy as np
 
-from feedforward_recon.config import CloudConfig, KeyframeConfig
+from feedforward_recon.config.schema import CloudConfig, KeyframeConfig
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.mapping.matching import Tracks
 from feedforward_recon.types import Features, Keyframe

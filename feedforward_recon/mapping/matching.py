@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from scipy.spatial import cKDTree
 
-from feedforward_recon.config import TrackingConfig
+from feedforward_recon.config.schema import TrackingConfig
 from feedforward_recon.types import Features
 
 MAX_LEVELS_BACK = 1

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from feedforward_recon.config import MapperConfig
-from feedforward_recon.mapping.online import Memory, OnlineReconstructor
+from feedforward_recon.config.schema import MapperConfig
+from feedforward_recon.mapping.mapper import Memory, OnlineReconstructor
 from feedforward_recon.mapping.scene_map import SceneMap
 from feedforward_recon.model import Encoder
 from feedforward_recon.types import Frame

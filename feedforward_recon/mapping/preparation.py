@@ -7,7 +7,7 @@ import logging
 import cv2
 import numpy as np
 
-from feedforward_recon.config import TrackingConfig
+from feedforward_recon.config.schema import TrackingConfig
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.mapping.keyframes import View, sharpness

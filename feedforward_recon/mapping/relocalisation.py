@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from feedforward_recon.config import TrackingConfig
+from feedforward_recon.config.schema import TrackingConfig
 from feedforward_recon.geometry.pnp import PoseFit, pnp_ransac
 from feedforward_recon.geometry.transforms import transform_points
-from feedforward_recon.mapping.growing_map import GrowingMap
 from feedforward_recon.mapping.keyframes import View
+from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.matching import Tracks, match_guided, match_mutual
 from feedforward_recon.mapping.tracking import Tracked, fit_pose
 from feedforward_recon.types import Features

@@ -6,11 +6,11 @@ from typing import Literal
 
 import numpy as np
 
-from feedforward_recon.config import MapperConfig
+from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.mapping.cloud import CloudSource, cloud_source
-from feedforward_recon.mapping.growing_map import GrowingMap
-from feedforward_recon.mapping.journal import Journal
+from feedforward_recon.mapping.estimates import Journal
+from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.preparation import Preparation
 from feedforward_recon.mapping.scene_map import Draft, SceneMap
 from feedforward_recon.types import Estimate, Keyframe, PointCloud, Trajectory

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from feedforward_recon.config import TrackingConfig
+from feedforward_recon.config.schema import TrackingConfig
 from feedforward_recon.geometry.pnp import FLOOR_STD, PoseFit, pnp_ransac, refine_pose
 from feedforward_recon.geometry.transforms import inverse, se3_exp, se3_log, transform_points
-from feedforward_recon.mapping.growing_map import GrowingMap
 from feedforward_recon.mapping.keyframes import View
+from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.matching import Tracks, follow
 from feedforward_recon.types import Features
 

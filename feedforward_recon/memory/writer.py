@@ -17,10 +17,14 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from feedforward_recon.config import MemoryConfig
-from feedforward_recon.memory.network import CoordinateNetwork
+from feedforward_recon.config.schema import MemoryConfig
+from feedforward_recon.memory.coordinate_mlp import CoordinateNetwork
+from feedforward_recon.memory.scene_memory import (
+    SceneMemory,
+    quantise_descriptors,
+    quantise_points,
+)
 from feedforward_recon.memory.slots import SlotTable
-from feedforward_recon.memory.snapshot import SceneMemory, quantise_descriptors, quantise_points
 from feedforward_recon.types import Keyframe
 
 DESCRIPTOR_NOISE = 0.012

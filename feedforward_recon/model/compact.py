@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from feedforward_recon.config import EncoderConfig
+from feedforward_recon.config.schema import EncoderConfig
 from feedforward_recon.errors import CheckpointError, InputError
 from feedforward_recon.types import Features
 
@@ -269,4 +269,4 @@ def _shape_from_header(header: dict[str, str], path: Path) -> CompactShape:
 
 
 def _shipped_weights() -> Path:
-    return Path(str(resources.files('feedforward_recon') / 'weights' / WEIGHTS_FILE))
+    return Path(str(resources.files('feedforward_recon.model.weights') / WEIGHTS_FILE))

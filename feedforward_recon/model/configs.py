@@ -18,13 +18,13 @@ from feedforward_recon.model.attention import attention_factory
 from feedforward_recon.model.attention.config import SparseLinearOptions, TttOptions
 from feedforward_recon.model.attention.sparse_linear import replace_local
 from feedforward_recon.model.backbone import SPECIAL, BackboneConfig
-from feedforward_recon.model.checkpoints import load_weights
 from feedforward_recon.model.da3 import Da3, Da3Config
 from feedforward_recon.model.dpt import DptConfig
-from feedforward_recon.model.network import Vggt, VggtConfig
 from feedforward_recon.model.pi3 import Pi3, Pi3Config
+from feedforward_recon.model.vggt import Vggt, VggtConfig
 from feedforward_recon.model.vit import VitConfig
-from feedforward_recon.weights_registry import ALIASES, find_weights
+from feedforward_recon.model.weights.checkpoints import load_weights
+from feedforward_recon.model.weights.registry import ALIASES, find_weights
 
 log = logging.getLogger(__name__)
 Config = VggtConfig | Pi3Config | Da3Config

@@ -26,7 +26,6 @@ from feedforward_recon.model.backbone import (
     Levels,
     Tokens,
 )
-from feedforward_recon.model.checkpoints import KeyRules
 from feedforward_recon.model.dpt import FRAMES_PER_CHUNK, DptConfig
 from feedforward_recon.model.dual_dpt import DualDptHead
 from feedforward_recon.model.layers import (
@@ -47,6 +46,7 @@ from feedforward_recon.model.vit import (
     resampled_positions_by_factor,
     size_of,
 )
+from feedforward_recon.model.weights.checkpoints import KeyRules
 
 SMALLEST_TANGENT = 1e-6
 ENCODING = 9

@@ -23,7 +23,7 @@ from torch import nn
 from feedforward_recon.errors import ConfigError
 from feedforward_recon.model.attention.base import QkvAttention
 from feedforward_recon.model.backbone import EVERYTHING, Demand
-from feedforward_recon.model.network import Reconstruction, TransformerMemory, Vggt
+from feedforward_recon.model.vggt import Reconstruction, TransformerMemory, Vggt
 
 
 class AcrossProcesses:

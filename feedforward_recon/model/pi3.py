@@ -21,7 +21,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from feedforward_recon.model.backbone import EVERYTHING, AttentionFactory, Demand
-from feedforward_recon.model.checkpoints import KeyRules
 from feedforward_recon.model.layers import (
     Block,
     BlockConfig,
@@ -40,6 +39,7 @@ from feedforward_recon.model.vit import (
     VitConfig,
     grid_of,
 )
+from feedforward_recon.model.weights.checkpoints import KeyRules
 
 HEAD_DIM = 1024
 CAMERA_DIM = 512

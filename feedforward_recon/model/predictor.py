@@ -21,7 +21,6 @@ from feedforward_recon.errors import CheckpointError, InputError
 from feedforward_recon.model.backbone import Demand
 from feedforward_recon.model.configs import Network, load
 from feedforward_recon.model.da3 import Da3
-from feedforward_recon.model.network import VggtConfig
 from feedforward_recon.model.pi3 import Pi3, fitted_intrinsics
 from feedforward_recon.model.pose_encoding import centres_at_integers, inverse
 from feedforward_recon.model.preprocess import (
@@ -31,6 +30,7 @@ from feedforward_recon.model.preprocess import (
     match_pixels,
     stacked,
 )
+from feedforward_recon.model.vggt import VggtConfig
 from feedforward_recon.model.vit import PATCH, normalised
 from feedforward_recon.types import Prediction
 

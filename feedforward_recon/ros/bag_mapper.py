@@ -19,20 +19,32 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from feedforward_recon.cli.app import taught
-from feedforward_recon.cli.mapping import Overwrite, check_out
-from feedforward_recon.cli.options import Json, Set, settings, takes_source_options
-from feedforward_recon.cli.terminal import bytes_text, print_json, print_table, progress_bar, run
+from feedforward_recon.config.node import NodeConfig
+from feedforward_recon.console.options import (
+    Json,
+    Overwrite,
+    Set,
+    check_out,
+    settings,
+    takes_source_options,
+)
+from feedforward_recon.console.terminal import (
+    bytes_text,
+    print_json,
+    print_table,
+    progress_bar,
+    run,
+    taught,
+)
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.transforms import make_transform, matrix_from_quat_xyzw
-from feedforward_recon.live import LiveSession, session_of
-from feedforward_recon.map_folder import MEMORY, TRAJECTORY, SavedMap
-from feedforward_recon.node_config import NodeConfig
-from feedforward_recon.readers import SourceOptions, open_source, require_cameras
-from feedforward_recon.readers.bag import BagSource
-from feedforward_recon.readers.source import SECOND_NS
+from feedforward_recon.io import SourceOptions, open_source, require_cameras
+from feedforward_recon.io.bag import BagSource
+from feedforward_recon.io.source import SECOND_NS
 from feedforward_recon.ros.frames import Frames, OdometryScale
 from feedforward_recon.ros.tf_buffer import TransformBuffer, TransformError
+from feedforward_recon.session.live import LiveSession, session_of
+from feedforward_recon.session.map_folder import MEMORY, TRAJECTORY, SavedMap
 from feedforward_recon.types import Estimate, Frame, Trajectory
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Messages to the values of the core and back; pixels are decoded by `feedforward_recon.decode`.
+"""Messages to the values of the core and back; pixels are decoded by `io.images`.
 
 Reading does not copy what it need not; written messages own their bytes. Poses are float64
 [4, 4], quaternions x, y, z, w. Every InputError starts with ``where``, the topic.
@@ -12,7 +12,14 @@ import numpy as np
 from geometry_msgs.msg import Point, Pose, Quaternion, Transform, TransformStamped, Vector3
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
-from feedforward_recon.decode import (
+from feedforward_recon.errors import InputError
+from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.geometry.transforms import (
+    make_transform,
+    matrix_from_quat_xyzw,
+    quat_xyzw_from_matrix,
+)
+from feedforward_recon.io.images import (
     DEPTH_ENCODINGS,
     MILLIMETRES_PER_METRE,
     Calibration,
@@ -24,13 +31,6 @@ from feedforward_recon.decode import (
     decode_depth_image,
     decode_image,
     depth_in_metres,
-)
-from feedforward_recon.errors import InputError
-from feedforward_recon.geometry.camera import Camera
-from feedforward_recon.geometry.transforms import (
-    make_transform,
-    matrix_from_quat_xyzw,
-    quat_xyzw_from_matrix,
 )
 from feedforward_recon.ros.fields import fill, header_msg, stamp_msg, stamp_ns
 from feedforward_recon.ros.optional import (

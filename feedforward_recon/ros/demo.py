@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from feedforward_recon.cli.terminal import note, print_json, print_table
+from feedforward_recon.console.terminal import note, print_json, print_table
 from feedforward_recon.evaluation import absolute_trajectory_error, localisation_score
 from feedforward_recon.geometry.align import Alignment, align_points
 from feedforward_recon.ros.camera_topics import CAMERA_TOPICS

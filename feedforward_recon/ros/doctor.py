@@ -25,11 +25,10 @@ from rclpy.qos import DurabilityPolicy, QoSProfile
 from rclpy.utilities import get_rmw_implementation_identifier, remove_ros_args
 from std_srvs.srv import Trigger
 
-from feedforward_recon.cli.app import taught
-from feedforward_recon.cli.terminal import DONE, REFUSED, print_json, print_table, run
-from feedforward_recon.config import from_dict
+from feedforward_recon.config.node import NodeConfig
+from feedforward_recon.config.schema import from_dict
+from feedforward_recon.console.terminal import DONE, REFUSED, print_json, print_table, run, taught
 from feedforward_recon.errors import InputError
-from feedforward_recon.node_config import NodeConfig
 from feedforward_recon.ros.causes import Cause, Transport, causes
 from feedforward_recon.ros.convert import conversion_paths, depth_metres, image_rgb
 from feedforward_recon.ros.diagnostics import report

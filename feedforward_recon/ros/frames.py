@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from feedforward_recon.config.node import NodeConfig
 from feedforward_recon.geometry.transforms import hat, inverse, make_transform
-from feedforward_recon.node_config import NodeConfig
 from feedforward_recon.ros.tf_buffer import TransformBuffer, TransformError
 
 # Optical axes (x right, y down, z forward) seen in body axes (x forward, y left, z up).

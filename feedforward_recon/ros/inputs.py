@@ -18,9 +18,9 @@ from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
+from feedforward_recon.config.node import NodeConfig
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
-from feedforward_recon.node_config import NodeConfig
 from feedforward_recon.ros.convert import camera_from_info, stamp_ns
 from feedforward_recon.ros.events import subscription_events
 from feedforward_recon.ros.health import (

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from feedforward_recon.live import LiveSession, SessionInfo
 from feedforward_recon.ros.inputs import Arrival
+from feedforward_recon.session.live import LiveSession, SessionInfo
 from feedforward_recon.types import Estimate, Trajectory
 
 WAITING = 2048  # images without a pose whose headers are kept

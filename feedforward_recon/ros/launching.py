@@ -15,8 +15,8 @@ from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterFile, ParameterValue
 from launch_ros.substitutions import FindPackageShare
 
+from feedforward_recon.model.weights.registry import is_path
 from feedforward_recon.ros.camera_topics import CAMERA_TOPICS
-from feedforward_recon.weights_registry import is_path
 
 PACKAGE = 'feedforward_recon'
 # Relative, so that each robot's namespace holds its own tree; without one, /tf as ever.

@@ -19,10 +19,10 @@ from typing import Any
 from rclpy.impl.rcutils_logger import RcutilsLogger
 
 from feedforward_recon.errors import MapError, ReconError
-from feedforward_recon.live import LiveSession
-from feedforward_recon.map_folder import MEMORY, SavedMap, load_map
+from feedforward_recon.io.writers import MAP_MARKER, backups
 from feedforward_recon.ros.worker import Job, Worker
-from feedforward_recon.writers import MAP_MARKER, backups
+from feedforward_recon.session.live import LiveSession
+from feedforward_recon.session.map_folder import MEMORY, SavedMap, load_map
 
 Done = Callable[[str | None, Exception | None], None]  # the sentence of a save, or its error
 RETRY_S = 10.0  # after a save that failed

@@ -17,12 +17,12 @@ import numpy as np
 from nav_msgs.msg import Odometry
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 
-from feedforward_recon.decode import scaled_depth
+from feedforward_recon.config.node import NodeConfig
+from feedforward_recon.console.heap import give_back_freed_memory
 from feedforward_recon.errors import InputError, ReconError
 from feedforward_recon.geometry.camera import Camera
-from feedforward_recon.heap import give_back_freed_memory
-from feedforward_recon.live import LiveSession, SessionInfo, session_of
-from feedforward_recon.node_config import NodeConfig
+from feedforward_recon.io.images import scaled_depth
+from feedforward_recon.io.writers import recover
 from feedforward_recon.ros import parameters
 from feedforward_recon.ros.causes import Cause
 from feedforward_recon.ros.convert import conversion_paths, depth_metres, image_rgb, stamp_ns
@@ -35,8 +35,8 @@ from feedforward_recon.ros.positioning import STEADY, FirstPose, Positioning
 from feedforward_recon.ros.reporting import Reporting
 from feedforward_recon.ros.services import Services
 from feedforward_recon.ros.worker import FrameQueue, Job, Mailbox, Worker
+from feedforward_recon.session.live import LiveSession, SessionInfo, session_of
 from feedforward_recon.types import Estimate, Frame, Trajectory
-from feedforward_recon.writers import recover
 
 TIDY_S = 5.0  # between two times that freed memory goes back to the system
 DONE, FAILED = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE

@@ -14,8 +14,8 @@ from sensor_msgs.msg import PointCloud2
 from std_msgs.msg import Header, String
 from visualization_msgs.msg import Marker, MarkerArray
 
+from feedforward_recon.config.node import NodeConfig
 from feedforward_recon.geometry.transforms import transform_points
-from feedforward_recon.node_config import NodeConfig
 from feedforward_recon.ros.convert import (
     covariance_list,
     pose_msg,

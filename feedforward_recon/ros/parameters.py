@@ -22,10 +22,10 @@ from rcl_interfaces.msg import (
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 
-from feedforward_recon.config import from_dict
-from feedforward_recon.config_files import ROS_OWN, nested
+from feedforward_recon.config.files import ROS_OWN, nested
+from feedforward_recon.config.node import Setting, walk
+from feedforward_recon.config.schema import from_dict
 from feedforward_recon.errors import ConfigError
-from feedforward_recon.node_config import Setting, walk
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -23,9 +23,8 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
-from feedforward_recon import encode
 from feedforward_recon.errors import ReconError
-from feedforward_recon.playback import PlayerConfig, Timeline, open_playback, rounds
+from feedforward_recon.io import encode
 from feedforward_recon.ros import parameters
 from feedforward_recon.ros.camera_topics import CAMERA_TOPICS
 from feedforward_recon.ros.convert import (
@@ -37,6 +36,7 @@ from feedforward_recon.ros.convert import (
     pose_msg,
     stamp_msg,
 )
+from feedforward_recon.ros.playback import PlayerConfig, Timeline, open_playback, rounds
 from feedforward_recon.types import Frame
 
 CLOCK_STEP_S = 0.02

@@ -21,16 +21,16 @@ from rclpy.clock import Clock, ClockType
 from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
 from sensor_msgs.msg import Imu
 
+from feedforward_recon.config.node import NodeConfig
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.transforms import inverse
-from feedforward_recon.live import SessionInfo
-from feedforward_recon.node_config import NodeConfig
 from feedforward_recon.ros.convert import matrix_from_pose, stamp_ns, transform_msg
 from feedforward_recon.ros.frames import BodyPose, Frames, OdometryScale
 from feedforward_recon.ros.inputs import Arrival
 from feedforward_recon.ros.tf_buffer import TransformBuffer, TransformError
 from feedforward_recon.ros.tf_messages import TFMessage
 from feedforward_recon.ros.worker import Job
+from feedforward_recon.session.live import SessionInfo
 from feedforward_recon.types import Estimate, Trajectory
 
 if TYPE_CHECKING:

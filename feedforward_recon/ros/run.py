@@ -13,10 +13,10 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.logging import get_logger
 from rclpy.signals import SignalHandlerOptions
 
+from feedforward_recon.console.heap import share_heaps
+from feedforward_recon.console.threads import use_one_thread
 from feedforward_recon.errors import ReconError
-from feedforward_recon.heap import share_heaps
 from feedforward_recon.ros.node import CameraNode
-from feedforward_recon.threads import use_one_thread
 
 STOP_POLL_S = 0.1
 # `ros2 launch` sends SIGINT, after 5 s SIGTERM, after another 5 s SIGKILL.

@@ -19,8 +19,6 @@ from std_srvs.srv import SetBool, Trigger
 
 from feedforward_recon.errors import ReconError
 from feedforward_recon.geometry.transforms import quat_xyzw_from_matrix
-from feedforward_recon.live import SessionInfo
-from feedforward_recon.map_folder import SavedMap
 from feedforward_recon.ros.convert import stamp_ns
 from feedforward_recon.ros.diagnostics import report_json
 from feedforward_recon.ros.frames import BodyPose
@@ -28,6 +26,8 @@ from feedforward_recon.ros.inputs import DEFAULT_FRAME, Arrival
 from feedforward_recon.ros.positioning import STEADY
 from feedforward_recon.ros.tf_buffer import TransformError
 from feedforward_recon.ros.worker import Job, Worker
+from feedforward_recon.session.live import SessionInfo
+from feedforward_recon.session.map_folder import SavedMap
 from feedforward_recon.types import Estimate
 
 if TYPE_CHECKING:

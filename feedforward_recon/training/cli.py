@@ -9,9 +9,8 @@ from typing import Annotated
 
 import typer
 
-from feedforward_recon.cli.app import taught
-from feedforward_recon.cli.options import Flag, takes
-from feedforward_recon.cli.terminal import progress_bar, run
+from feedforward_recon.console.options import Flag, takes
+from feedforward_recon.console.terminal import progress_bar, run, taught
 from feedforward_recon.training.encoder import EncoderTrainer, EncoderTraining
 from feedforward_recon.training.rooms import render_rooms
 from feedforward_recon.training.transformer import TransformerTrainer, TransformerTraining

@@ -27,7 +27,7 @@ from feedforward_recon.model.configs import build, load
 from feedforward_recon.model.dpt import direction_embedding
 from feedforward_recon.model.heads import PASSES
 from feedforward_recon.model.layers import Block, GlobalBlock, LayerScale
-from feedforward_recon.model.network import Vggt
+from feedforward_recon.model.vggt import Vggt
 from feedforward_recon.training.muon import Muon
 from feedforward_recon.training.transformer_data import (
     HEIGHTS,

@@ -1,0 +1,381 @@
+"""ROS 2 bags (sqlite3 and mcap) without ROS, through the pure-Python package rosbags.
+
+A bag is indexed once when it is opened: header stamps of image, depth and calibration. Frames
+come in the order of their header stamps, whatever the order of recording, and depth is paired
+with the nearest image within 20 ms. Nothing depends on the clock: a bag reads as fast as the
+disk and the decoder allow, and the same way every time.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from feedforward_recon.errors import InputError
+from feedforward_recon.io.images import (
+    DEPTH_ENCODINGS,
+    Calibration,
+    RawImage,
+    camera_from_calibration,
+    decode_compressed,
+    decode_compressed_depth,
+    decode_depth,
+    decode_depth_image,
+    decode_image,
+    depth_in_metres,
+)
+from feedforward_recon.io.source import (
+    SECOND_NS,
+    Source,
+    SourceOptions,
+    check_stamps,
+    checked_size,
+    mutual_nearest,
+    seconds,
+)
+from feedforward_recon.types import Frame
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from feedforward_recon.geometry.camera import Camera
+
+logger = logging.getLogger(__name__)
+
+BAG_SUFFIXES = frozenset({'.mcap', '.db3'})
+IMAGE = 'sensor_msgs/msg/Image'
+COMPRESSED = 'sensor_msgs/msg/CompressedImage'
+CAMERA_INFO = 'sensor_msgs/msg/CameraInfo'
+TRANSPORTS = ('/compressed', '/compressedDepth')
+# Networks deliver late by milliseconds; a longer step back is a restarted clock or a loop.
+LATE_NS = SECOND_NS
+
+
+@dataclass
+class _Stamps:
+    """Header and recording stamps of one topic, in the order of recording."""
+
+    header_ns: list[int] = field(default_factory=list)
+    recorded_ns: list[int] = field(default_factory=list)
+
+    def chosen(self, topic: str) -> NDArray[np.int64]:
+        """Header stamps, or recording stamps when no header was ever filled in."""
+        if self.header_ns and not any(self.header_ns):
+            logger.warning('%s: headers carry no time stamps; the recording times are used', topic)
+            return np.array(self.recorded_ns, np.int64)
+        return np.array(self.header_ns, np.int64)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One frame of the bag: positions of its messages within their topics (depth -1: none)."""
+
+    stamp_ns: int
+    image: int
+    depth: int
+
+
+class BagSource(Source):
+    """Frames of one camera in a bag folder, or in a single .mcap or .db3 file."""
+
+    def __init__(self, path: Path, options: SourceOptions) -> None:
+        """Choose the topics and index their stamps.
+
+        Raises InputError when the bag is damaged, a topic is unknown or the choice not unique,
+        there are no images, none has depth, or the clock was set back.
+        """
+        super().__init__(str(path), options)
+        self._path = path
+        self._typestore = _typestore()
+        with self._reader() as reader:
+            topics = _Topics(path, reader, self._message, options)
+            self.image_topic, self.depth_topic = topics.image, topics.depth
+            self.camera_info_topic = topics.camera_info
+            self._types = {c.topic: c.msgtype for c in reader.connections}
+            self._index(reader)
+        self.has_depth = bool(self.depth_topic)
+        self.calibrated = options.has_camera or bool(self._cameras)
+
+    @property
+    def total(self) -> int:
+        """Frames in the bag."""
+        return len(self._pairs)
+
+    def describe(self) -> str:
+        """One line for people, with the topics."""
+        topics = [t for t in (self.image_topic, self.depth_topic, self.camera_info_topic) if t]
+        return f'{super().describe()} ({", ".join(topics)})'
+
+    @property
+    def frame_id(self) -> str:
+        """TF frame of the first image."""
+        with self._reader() as reader:
+            _, _, raw = next(self._raw(reader, {self.image_topic}))
+        return self._message(raw, self._types[self.image_topic]).header.frame_id
+
+    def topics_of(self, msgtype: str) -> list[str]:
+        """Topics of a type, such as nav_msgs/msg/Odometry."""
+        return sorted(topic for topic, found in self._types.items() if found == msgtype)
+
+    def messages(self, topics: set[str]) -> Iterator[tuple[str, Any]]:
+        """Topic and content of the messages on other topics than the images', as recorded.
+
+        Raises InputError for a damaged bag.
+        """
+        if not topics:  # to rosbags no connections mean all of them
+            return
+        with self._reader() as reader:
+            for topic, _, raw in self._raw(reader, topics):
+                yield topic, self._message(raw, self._types[topic])
+
+    @contextmanager
+    def _reader(self) -> Iterator[Any]:
+        """An open rosbags reader; whatever a damaged bag makes it raise becomes InputError."""
+        from rosbags.rosbag2 import Reader
+
+        try:
+            with Reader(self._path) as reader:
+                yield reader
+        except (InputError, GeneratorExit):
+            raise
+        except Exception as error:  # storage plug-ins raise anything from sqlite, struct, zstd
+            detail = ' '.join(str(error).split()) or type(error).__name__
+            raise InputError(f'{self._path}: expected a readable ROS 2 bag, found {detail}; '
+                             'record it again or repair it') from error
+
+    def _message(self, raw: bytes, msgtype: str) -> Any:
+        return self._typestore.deserialize_cdr(raw, msgtype)
+
+    def _index(self, reader: Any) -> None:
+        stamps = {topic: _Stamps() for topic in (self.image_topic, self.depth_topic) if topic}
+        infos: list[tuple[int, Camera]] = []
+        for topic, recorded_ns, raw in self._raw(reader, {*stamps, self.camera_info_topic}):
+            if topic == self.camera_info_topic:
+                self._note_camera(infos, _header_stamp_ns(raw), raw)
+                continue
+            stamps[topic].header_ns.append(_header_stamp_ns(raw))
+            stamps[topic].recorded_ns.append(recorded_ns)
+        self._cameras = sorted(infos, key=lambda item: item[0])
+        self._pairs = self._paired(stamps)
+
+    def _raw(self, reader: Any, topics: set[str]) -> Iterator[tuple[str, int, bytes]]:
+        """Topic, recording stamp and bytes of the messages on some topics, as recorded."""
+        connections = [c for c in reader.connections if c.topic in topics]
+        for connection, recorded_ns, raw in reader.messages(connections):
+            yield connection.topic, recorded_ns, raw
+
+    def _note_camera(self, infos: list[tuple[int, Camera]], stamp_ns: int, raw: bytes) -> None:
+        """Append the calibration when it differs from the last one."""
+        message = self._message(raw, CAMERA_INFO)
+        camera = camera_from_calibration(_calibration(message), self.camera_info_topic,
+                                         self.options.rectified
+                                         or _is_rectified(self.image_topic))
+        if camera is not None and (not infos or infos[-1][1] != camera):
+            infos.append((stamp_ns, camera))
+
+    def _paired(self, stamps: dict[str, _Stamps]) -> list[_Pair]:
+        stamps_ns, order = self._sorted(self.image_topic, stamps)
+        partner = np.full(len(order), -1)
+        if self.depth_topic:
+            depth_ns, depth_order = self._sorted(self.depth_topic, stamps)
+            partner = mutual_nearest(stamps_ns, depth_ns)
+            partner = np.where(partner >= 0, depth_order[partner], -1)
+            stamps_ns, order, partner = self._with_depth(stamps_ns, order, partner)
+        columns = stamps_ns.tolist(), order.tolist(), partner.tolist()
+        return [_Pair(*row) for row in zip(*columns, strict=True)]
+
+    def _sorted(self, topic: str, stamps: dict[str, _Stamps]
+                ) -> tuple[NDArray[np.int64], NDArray[np.intp]]:
+        """Increasing stamps and the positions in the recording they belong to."""
+        stamps_ns = stamps[topic].chosen(topic)
+        late_ns = np.maximum.accumulate(stamps_ns) - stamps_ns
+        if len(late_ns) and late_ns.max() > LATE_NS:
+            index = int(late_ns.argmax())
+            raise InputError(f'{self._path}: expected time stamps that increase on {topic}, found '
+                             f'message {index} going back {seconds(int(late_ns[index]))} s to '
+                             f'{seconds(int(stamps_ns[index]))} s; split the recording there')
+        order = np.argsort(stamps_ns, kind='stable')
+        ordered = stamps_ns[order]
+        repeated = np.flatnonzero(np.diff(ordered) == 0)
+        if len(repeated):
+            index = repeated[0]
+            check_stamps(int(ordered[index]), int(ordered[index + 1]), f'{self._path}: {topic}')
+        return ordered, order
+
+    def _with_depth(self, stamps_ns: NDArray, order: NDArray, partner: NDArray
+                    ) -> tuple[NDArray, NDArray, NDArray]:
+        """Only the images that have depth."""
+        paired = partner >= 0
+        if not paired.any():
+            raise InputError(f'{self._path}: expected depth on {self.depth_topic} within 20 ms of '
+                             'the images, found none; check the stamps or leave the depth out')
+        if not paired.all():
+            logger.warning('%s: %d of %d images have no depth within 20 ms and are left out',
+                           self._path, int((~paired).sum()), len(paired))
+        return stamps_ns[paired], order[paired], partner[paired]
+
+    def _read(self, indices: range) -> Iterator[Frame]:
+        """Stream the bag once, holding messages back until their frame is due."""
+        wanted = [self._pairs[index] for index in indices]
+        needed = {(self.image_topic, p.image) for p in wanted}
+        needed |= {(self.depth_topic, p.depth) for p in wanted if p.depth >= 0}
+        held: dict[tuple[str, int], bytes] = {}
+        due = iter(zip(indices, wanted, strict=True))
+        index, pair = next(due, (0, None))
+        with self._reader() as reader:
+            counts = {topic: 0 for topic in (self.image_topic, self.depth_topic) if topic}
+            for topic, _, raw in self._raw(reader, set(counts)) if pair else ():
+                key = (topic, counts[topic])
+                counts[topic] += 1
+                if key in needed:
+                    held[key] = raw
+                while pair is not None and self._is_held(pair, held):
+                    yield self._frame(index, pair, held)
+                    index, pair = next(due, (0, None))
+                if pair is None:
+                    break
+
+    def _is_held(self, pair: _Pair, held: dict[tuple[str, int], bytes]) -> bool:
+        return (self.image_topic, pair.image) in held and (
+            pair.depth < 0 or (self.depth_topic, pair.depth) in held)
+
+    def _frame(self, index: int, pair: _Pair, held: dict[tuple[str, int], bytes]) -> Frame:
+        source = f'{self.image_topic}#{index}'
+        where = f'{self._path}: {source}'
+        message = self._message(held.pop((self.image_topic, pair.image)),
+                                self._types[self.image_topic])
+        image = decode_compressed(message.data, where) if hasattr(message, 'format') \
+            else decode_image(_raw_image(message), where)
+        depth = None
+        if pair.depth >= 0:
+            depth_where = f'{self._path}: {self.depth_topic}#{pair.depth}'
+            depth = self._depth(held.pop((self.depth_topic, pair.depth)), depth_where)
+        camera = self._camera(pair.stamp_ns, (image.shape[1], image.shape[0]), where)
+        return Frame(pair.stamp_ns, image, depth, camera, source)
+
+    def _depth(self, raw: bytes, where: str) -> NDArray[np.float32]:
+        message = self._message(raw, self._types[self.depth_topic])
+        units = self.options.depth_units_per_metre
+        if not hasattr(message, 'format'):
+            return decode_depth(_raw_image(message), where, units)
+        if 'compressedDepth' in message.format:
+            return decode_compressed_depth(message.data, message.format, where, units)
+        return depth_in_metres(decode_depth_image(message.data, where), units)
+
+    def _camera(self, stamp_ns: int, size_wh: tuple[int, int], where: str) -> Camera | None:
+        """The newest calibration at a stamp (the first one before that), or the user's."""
+        if self.options.has_camera or not self._cameras:
+            return self.options.camera_for(size_wh)
+        newest = bisect_right(self._cameras, stamp_ns, key=lambda item: item[0]) - 1
+        return checked_size(self._cameras[max(0, newest)][1], size_wh, where)
+
+
+class _Topics:
+    """Which topics hold the image, its depth and its calibration ('' for none)."""
+
+    def __init__(self, path: Path, reader: Any, message: Any, options: SourceOptions) -> None:
+        """Look at the first message of every image topic and choose."""
+        self._path = path
+        self._types = {c.topic: c.msgtype for c in reader.connections if c.msgcount}
+        depths = {topic: self._is_depth(reader, message, topic) for topic, msgtype
+                  in sorted(self._types.items()) if msgtype in (IMAGE, COMPRESSED)}
+        images = [topic for topic, is_depth in depths.items() if not is_depth]
+        self.image = self._chosen('image', options.image_topic, images)
+        if not self.image:
+            raise InputError(f'{path}: expected images, found none; {self._listing()}')
+        self.depth = self._chosen('depth', options.depth_topic,
+                                  [topic for topic, is_depth in depths.items() if is_depth]) \
+            if options.use_depth else ''
+        self.camera_info = self._info(options.camera_info_topic)
+
+    def _is_depth(self, reader: Any, message: Any, topic: str) -> bool:
+        connections = [c for c in reader.connections if c.topic == topic]
+        _, _, raw = next(reader.messages(connections))
+        first = message(raw, self._types[topic])
+        if self._types[topic] == COMPRESSED:
+            return 'compressedDepth' in first.format or first.format.startswith(DEPTH_ENCODINGS)
+        return first.encoding in DEPTH_ENCODINGS or (
+            first.encoding == 'mono16' and 'depth' in topic)
+
+    def _chosen(self, kind: str, wanted: str, candidates: list[str]) -> str:
+        """The wanted topic (its transports count), or the only candidate."""
+        if wanted:
+            for topic in (wanted, *(wanted + transport for transport in TRANSPORTS)):
+                if topic in candidates:
+                    return topic
+            raise InputError(f'{self._path}: expected {kind} messages on topic {wanted}, found '
+                             f'none; {self._listing()}')
+        # A raw topic beats its own compressed copy.
+        candidates = [topic for topic in candidates if _base(topic) == topic
+                      or _base(topic) not in candidates]
+        if len(candidates) > 1:
+            raise InputError(f'{self._path}: expected one {kind} topic, found '
+                             f'{", ".join(candidates)}; choose one')
+        return candidates[0] if candidates else ''
+
+    def _info(self, wanted: str) -> str:
+        """The CameraInfo topic beside the image, or the only one in the bag."""
+        infos = [topic for topic, msgtype in self._types.items() if msgtype == CAMERA_INFO]
+        if wanted:
+            return self._chosen('CameraInfo', wanted, infos)
+        sibling = f'{_base(self.image).rsplit("/", 1)[0]}/camera_info'
+        if sibling in infos:
+            return sibling
+        if len(infos) == 1:
+            logger.warning('%s: %s is used for %s, the only calibration in the bag', self._path,
+                           infos[0], self.image)
+            return infos[0]
+        return ''
+
+    def _listing(self) -> str:
+        listing = ', '.join(f'{topic} ({msgtype.rsplit("/", 1)[-1]})'
+                            for topic, msgtype in sorted(self._types.items()))
+        return f'topics with messages: {listing or "none"}'
+
+
+def _typestore() -> Any:
+    try:
+        from rosbags.typesys import Stores, get_typestore
+    except ImportError:
+        raise InputError('expected the package rosbags to read a bag, found none; install '
+                         'feedforward_recon[bag]') from None
+    return get_typestore(Stores.ROS2_HUMBLE)
+
+
+def _header_stamp_ns(raw: bytes) -> int:
+    """Stamp of a CDR message that begins with a std_msgs/Header."""
+    order = '<' if raw[1] & 1 else '>'
+    sec, nanosec = struct.unpack_from(f'{order}iI', raw, 4)
+    return sec * SECOND_NS + nanosec
+
+
+def _base(topic: str) -> str:
+    """The topic without its image transport."""
+    for transport in TRANSPORTS:
+        topic = topic.removesuffix(transport)
+    return topic
+
+
+def _is_rectified(image_topic: str) -> bool:
+    """True for image_rect, image_rect_color: undistorted by image_proc, so that P counts."""
+    return 'image_rect' in _base(image_topic).rsplit('/', 1)[-1]
+
+
+def _raw_image(message: Any) -> RawImage:
+    return RawImage(message.height, message.width, message.encoding, message.step,
+                    bool(message.is_bigendian), message.data)
+
+
+def _calibration(message: Any) -> Calibration:
+    roi = message.roi
+    return Calibration(message.width, message.height, message.distortion_model, message.d,
+                       message.k, message.p, (message.binning_x, message.binning_y),
+                       (roi.x_offset, roi.y_offset, roi.width, roi.height))

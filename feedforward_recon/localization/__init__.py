@@ -1,0 +1,1 @@
+"""Finding images in a saved scene memory."""

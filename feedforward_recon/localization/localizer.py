@@ -1,0 +1,273 @@
+"""``Localizer``: one image, one frozen memory, a pose - or an honest refusal.
+
+    features -> nearest slots -> robust PnP; if unsure, the network's points as well
+             -> slots matched again around the pose, refinement -> accept or refuse
+
+The global candidates only have to be right often enough for the robust search; the accuracy
+comes from projecting all slots with the first pose and matching again in the neighbourhood.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from scipy.spatial import cKDTree
+
+from feedforward_recon.config.schema import LocalizerConfig
+from feedforward_recon.errors import InputError
+from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.geometry.pnp import PoseFit, pnp_ransac, refine_pose
+from feedforward_recon.geometry.transforms import inverse, transform_points
+from feedforward_recon.memory.scene_memory import SceneMemory
+from feedforward_recon.model import Encoder
+from feedforward_recon.types import Estimate, Features, Frame, Status
+
+NEIGHBOURS = 6
+ELSEWHERE = 4.0
+MIN_SIGMA_PX = 1.5
+OUTLIER_SIGMAS = 3.0
+SETTLED_PX = 2.0  # a refinement that moves the view by less finds the same matches again
+SHIFT_STEP = 10  # one slot in so many tells how far the view moved
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Candidate correspondences.
+
+    points: [M, 3] in the map; pixels: [M, 2]; feature: index [M] of the feature;
+    sigma_px: expected reprojection error [M].
+    """
+
+    points: np.ndarray
+    pixels: np.ndarray
+    feature: np.ndarray
+    sigma_px: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.feature)
+
+    def joined(self, other: Matches) -> Matches:
+        """Both sets of candidates."""
+        return Matches(*(np.concatenate([getattr(self, name), getattr(other, name)])
+                         for name in ('points', 'pixels', 'feature', 'sigma_px')))
+
+    def select(self, index: np.ndarray) -> Matches:
+        """Candidates at ``index``."""
+        return Matches(self.points[index], self.pixels[index], self.feature[index],
+                       self.sigma_px[index])
+
+    def agreeing(self, T_map_cam: np.ndarray, camera: Camera, limit_px: float) -> np.ndarray:
+        """Mask [M] of candidates whose reprojection error is below ``limit_px``."""
+        pixels = camera.project(transform_points(inverse(T_map_cam), self.points))
+        with np.errstate(invalid='ignore'):
+            return np.linalg.norm(pixels - self.pixels, axis=1) < limit_px
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """An answer, and the matches that agree with its pose (none without a pose)."""
+
+    estimate: Estimate
+    matches: Matches
+
+
+class Localizer:
+    """Finds images in a frozen memory. Keeps no state between calls."""
+
+    def __init__(self, memory: SceneMemory, encoder: Encoder,
+                 config: LocalizerConfig | None = None, camera: Camera | None = None) -> None:
+        self.memory, self.encoder, self.camera = memory, encoder, camera
+        self.config = config or LocalizerConfig()
+        # Half precision finds the nearest slots; what is decided from them is exact.
+        self._keys = memory.descriptors.T.to(torch.bfloat16).contiguous()  # [D, V]
+        self._values = memory.descriptors.numpy()
+
+    def localize(self, frame: Frame, T_map_cam_hint: np.ndarray | None = None) -> Estimate:
+        """Pose of a frame in the map, or NOT_LOCALISED with the reason.
+
+        Raises InputError when neither the frame nor the localizer has a camera.
+        """
+        return self.sight(frame, T_map_cam_hint).estimate
+
+    def sight(self, frame: Frame, T_map_cam_hint: np.ndarray | None = None) -> Sighting:
+        """``localize``, and which points of the map are seen where.
+
+        Raises InputError when neither the frame nor the localizer has a camera.
+        """
+        started = time.perf_counter()
+        camera = self.camera_of(frame)
+        features = self.encoder.encode(frame.image)
+        found = self.sight_features(features, camera, T_map_cam_hint)
+        estimate = replace(found.estimate, stamp_ns=frame.stamp_ns, source=frame.source,
+                           latency_ms=1e3 * (time.perf_counter() - started))
+        return Sighting(estimate, found.matches)
+
+    def camera_of(self, frame: Frame) -> Camera:
+        """The camera of a frame, or the one that stands in for it.
+
+        Raises InputError when there is neither.
+        """
+        camera = frame.camera or self.camera
+        if camera is None:
+            raise InputError(f'{frame.source or "image"}: expected a camera to localise with, '
+                             'found none; give --fx --fy --cx --cy or --fov')
+        return camera
+
+    def localize_features(self, features: Features, camera: Camera,
+                          T_map_cam_hint: np.ndarray | None = None) -> Estimate:
+        """Pose of an encoded image (stamp, source and latency are left empty)."""
+        return self.sight_features(features, camera, T_map_cam_hint).estimate
+
+    def sight_features(self, features: Features, camera: Camera,
+                       T_map_cam_hint: np.ndarray | None = None) -> Sighting:
+        """``sight`` of an encoded image (stamp, source and latency are left empty)."""
+        if len(features) < self.config.min_inliers:
+            return _refused(_refusal('TOO_FEW_FEATURES'))
+        slots, network = self._from_slots(features), _no_matches()
+        starts = self._starts(slots, camera)
+        if not any(fit.count > self.config.sure_share * len(slots) for fit in starts):
+            network = self._from_network(features)
+            starts += self._starts(network, camera)
+        poses = [fit.T_map_cam for fit in starts]
+        poses += [] if T_map_cam_hint is None else [T_map_cam_hint]
+        if not poses:
+            return _refused(_refusal('NO_CONSISTENT_POSE'))
+        fits = [(pose, self._settled(pose, features, network, camera)) for pose in poses]
+        start, (final, matches) = max(fits, key=lambda fit: fit[1][0].count)
+        if self.shift_px(start, final.T_map_cam, camera) > SETTLED_PX:
+            final, matches = self._settled(final.T_map_cam, features, network, camera)
+        estimate = self._judged(final, slots if len(self._values) else network, camera)
+        if estimate.T_map_cam is None:
+            return _refused(estimate)
+        return Sighting(estimate, matches.select(np.flatnonzero(final.inliers)))
+
+    def _from_network(self, features: Features) -> Matches:
+        """The surest answers of the coordinate network."""
+        points, sigma_px = self.memory.predict(features.descriptors)
+        surest = np.argsort(sigma_px, kind='stable')[:self.config.network_candidates]
+        return Matches(points[surest], features.keypoints[surest], surest,
+                       np.maximum(sigma_px[surest], MIN_SIGMA_PX))
+
+    def _from_slots(self, features: Features) -> Matches:
+        """Mutual nearest neighbours between the most confident features and all slots."""
+        if not len(self._values):
+            return _no_matches()
+        count = min(self.config.slot_queries, len(features))
+        queries = features.descriptors[:count]
+        slot = (torch.from_numpy(queries).to(torch.bfloat16) @ self._keys).max(1).indices.numpy()
+        similarity = queries @ self._values[slot].T  # [count, count]
+        likeness = similarity.diagonal()
+        chosen = np.flatnonzero((likeness >= similarity.max(0))
+                                & (likeness > self.config.min_similarity))
+        return Matches(self.memory.points[slot[chosen]], features.keypoints[chosen],
+                       chosen, _slot_sigma_px(likeness[chosen]))
+
+    def _starts(self, reading: Matches, camera: Camera) -> list[PoseFit]:
+        """The pose that most answers of one reading agree with, if enough do.
+
+        The readings are searched apart: where the map ends the network guesses, and its
+        guesses would drown the few right slots.
+        """
+        config = self.config
+        fit = pnp_ransac(reading.points, reading.pixels, camera, config.search_px, config.seed,
+                         config.search_iterations)
+        return [] if fit is None or fit.count < config.min_votes else [fit]
+
+    def _settled(self, T_map_cam: np.ndarray, features: Features, network: Matches,
+                 camera: Camera) -> tuple[PoseFit, Matches]:
+        """Refine a pose on slots matched again around it; on the network if there are none."""
+        matches = self._rematch(features, camera, T_map_cam) if len(self._values) else network
+        return refine_pose(T_map_cam, matches.points, matches.pixels, camera,
+                           sigma_px=matches.sigma_px, outlier_px=OUTLIER_SIGMAS), matches
+
+    def _rematch(self, features: Features, camera: Camera, T_map_cam: np.ndarray) -> Matches:
+        """Slots seen from a pose and features near them that choose each other.
+
+        The radius is wide on purpose: matches confined to a few pixels would confirm whatever
+        pose they were predicted from.
+        """
+        visible, pixels = self._visible(camera, T_map_cam)
+        if not len(visible):
+            return _no_matches()
+        radius_px = self.config.rematch_radius * camera.width
+        tree = cKDTree(features.keypoints)
+        _, near = tree.query(pixels, NEIGHBOURS, distance_upper_bound=radius_px)
+        row, column = np.nonzero(near < len(features))
+        slot, feature = visible[row], near[row, column]
+        likeness = np.einsum('nd,nd->n', self._values[slot], features.descriptors[feature])
+        alike = likeness > self.config.rematch_similarity
+        slot, feature, likeness = slot[alike], feature[alike], likeness[alike]
+        best_of_feature, best_of_slot = np.zeros(len(features)), np.zeros(len(self._values))
+        np.maximum.at(best_of_feature, feature, likeness)
+        np.maximum.at(best_of_slot, slot, likeness)
+        mutual = (likeness >= best_of_feature[feature]) & (likeness >= best_of_slot[slot])
+        slot, feature = slot[mutual], feature[mutual]
+        return Matches(self.memory.points[slot], features.keypoints[feature], feature,
+                       _slot_sigma_px(likeness[mutual]))
+
+    def shift_px(self, T_before: np.ndarray, T_after: np.ndarray, camera: Camera) -> float:
+        """How far the slots in view moved in the image between two poses, as a median."""
+        points = self.memory.points[::SHIFT_STEP]
+        before, after = (camera.project(transform_points(inverse(T), points))
+                         for T in (T_before, T_after))
+        with np.errstate(invalid='ignore'):
+            inside = np.all((after > 0) & (after < np.array(camera.size_wh)), axis=1)
+            moved = np.linalg.norm(after - before, axis=1)[inside]
+        known = moved[np.isfinite(moved)]
+        return float(np.median(known)) if len(known) else np.inf
+
+    def _visible(self, camera: Camera, T_map_cam: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Slots in front of the camera and inside the image, and their pixels [M, 2]."""
+        pixels = camera.project(transform_points(inverse(T_map_cam), self.memory.points))
+        with np.errstate(invalid='ignore'):
+            inside = np.all((pixels > 0) & (pixels < np.array(camera.size_wh)), axis=1)
+        visible = np.flatnonzero(inside)
+        return visible, pixels[visible]
+
+    def _judged(self, fit: PoseFit, candidates: Matches, camera: Camera) -> Estimate:
+        """Accept the pose, or say why not.
+
+        The score counts the *unguided* candidates that agree: guided matches lie near the
+        pose by construction and would flatter it. The network is no witness beside slots: it
+        answers everywhere, and its errors agree with each other.
+        """
+        config = self.config
+        score = float(candidates.agreeing(fit.T_map_cam, camera, config.search_px).mean())
+        # Candidates a little off belong to the same place; only far ones speak for another.
+        near = candidates.agreeing(fit.T_map_cam, camera, ELSEWHERE * config.search_px)
+        runner_up = self._runner_up(candidates.select(~near), camera) / len(candidates)
+        estimate = Estimate(0, Status.NOT_LOCALISED, inliers=fit.count, score=score,
+                            runner_up=runner_up)
+        if fit.count < config.min_inliers or score < config.min_score:
+            return replace(estimate, reason='TOO_FEW_INLIERS')
+        if runner_up > config.max_runner_up * score:
+            return replace(estimate, reason='AMBIGUOUS')
+        return replace(estimate, status=Status.TRACKING, T_map_cam=fit.T_map_cam,
+                       covariance=fit.covariance)
+
+    def _runner_up(self, rest: Matches, camera: Camera) -> int:
+        """Votes for the best pose among the candidates that disagree with the answer."""
+        config = self.config
+        other = pnp_ransac(rest.points, rest.pixels, camera, config.search_px, config.seed,
+                           config.search_iterations // 4)
+        return 0 if other is None else other.count
+
+
+def _slot_sigma_px(similarity: np.ndarray) -> np.ndarray:
+    """Expected reprojection error of a slot match: one pixel, more for a poor likeness."""
+    return 1.0 + 5.0 * (1.0 - similarity)
+
+
+def _no_matches() -> Matches:
+    return Matches(np.zeros((0, 3)), np.zeros((0, 2)), np.zeros(0, np.int64), np.zeros(0))
+
+
+def _refused(estimate: Estimate) -> Sighting:
+    return Sighting(estimate, _no_matches())
+
+
+def _refusal(reason: str) -> Estimate:
+    return Estimate(0, Status.NOT_LOCALISED, reason=reason)

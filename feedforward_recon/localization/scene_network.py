@@ -1,0 +1,146 @@
+"""The memory of a network: from a finished map into what is saved, and back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from feedforward_recon.errors import DegenerateError, MapError
+from feedforward_recon.localization.network_localizer import (
+    KEYFRAMES,
+    NetworkMemory,
+    remember,
+    spanning,
+)
+from feedforward_recon.mapping.scene_map import SceneMap
+from feedforward_recon.model.attention import ATTENTION
+from feedforward_recon.model.configs import ALIASES, Network
+from feedforward_recon.model.predictor import NetworkPredictor, load_predictor
+from feedforward_recon.model.vggt import TransformerMemory, Vggt
+from feedforward_recon.model.weights.checkpoints import file_sha256
+from feedforward_recon.model.weights.registry import find_weights, is_path
+from feedforward_recon.types import FloatArray, Frame, Keyframe, Prediction
+
+log = logging.getLogger(__name__)
+CAMERA_TOKENS = 32
+
+
+class RememberingNetwork:
+    """A network of VGGT's kind as a ``SceneNetwork``."""
+
+    def __init__(self, predictor: NetworkPredictor) -> None:
+        """Raises MapError for a network without camera tokens."""
+        if not isinstance(predictor.network, Vggt):
+            raise MapError(why_not(predictor.network))
+        self.predictor, self.network = predictor, predictor.network
+
+    def write(self, images: Sequence[NDArray[np.uint8]]) -> tuple[Prediction, TransformerMemory]:
+        """One joint pass over all images; few camera tokens are kept."""
+        prediction, memory = self.predictor.predict(images)
+        return prediction, memory.with_few_camera_tokens(CAMERA_TOKENS)
+
+    def ask(self, image: NDArray[np.uint8], memory: TransformerMemory
+            ) -> tuple[Prediction, float]:
+        """The pass without writing. Novelty: cosine distance to the nearest camera token kept."""
+        tokens = []
+        hook = self.network.camera_head.register_forward_pre_hook(
+            lambda _, given: tokens.append(given[0][0]))
+        try:
+            prediction, _ = self.predictor.predict([image], memory, write=False)
+        finally:
+            hook.remove()
+        *stored, query = tokens[0]
+        likeness = torch.cosine_similarity(torch.stack(stored), query, dim=-1)
+        return prediction, float(1 - likeness.max())
+
+    def recall(self, tensors: Mapping[str, torch.Tensor]) -> TransformerMemory:
+        """The memory of these tensors on the device of the network."""
+        device = self.predictor.device
+        return self.network.memory_from({key: t.to(device) for key, t in tensors.items()})
+
+
+def why_not(network: Network) -> str:
+    """Why a network cannot keep a memory of a fixed size, in a sentence; '' when it can."""
+    if not isinstance(network, Vggt):
+        return (f'{type(network).__name__} has no cameras in its memory: only the landmarks of '
+                'this map can be localised against')
+    if not ATTENTION[network.config.attention].fixed_size:
+        return (f'the memory of {network.config.attention} attention grows with every image and '
+                'is not kept: use --attention ttt or hybrid to localise with the network')
+    return ''
+
+
+def remembered(predictor: NetworkPredictor, model: str, weights: str, frames: Iterable[Frame],
+               scene: SceneMap, points: FloatArray) -> NetworkMemory | None:
+    """One joint write over keyframes of a finished map; None, and a warning, when it fails.
+
+    model, weights: as `load_predictor` was given them. frames: those of the walk, once more.
+    points: landmarks of the map [V, 3].
+    """
+    network = predictor.network
+    if why_not(network) or not scene.keyframes:
+        return None
+    name = weights or ALIASES.get(model, model)
+    unit = _typical_depth(scene.keyframes)
+    keyframes, others = _frames_of(scene, frames, unit)
+    try:
+        state, link = remember(RememberingNetwork(predictor), keyframes, others, points, unit)
+    except (DegenerateError, MemoryError) as problem:
+        log.warning('the map goes without the memory of the network: %s', problem)
+        return None
+    if not link.recognised:
+        log.warning('the network does not find images of this walk again (%.2f units and %.0f '
+                    'degrees off, its depth confirms %.0f %% of the landmarks): it will refuse '
+                    'queries', link.position, np.rad2deg(link.angle), 100 * link.agreement)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.tensors().items()}
+    return NetworkMemory(ALIASES.get(model, model), network.config.attention,
+                         '' if is_path(name) else name, file_sha256(find_weights(name)), link,
+                         tensors)
+
+
+def recalled(memory: NetworkMemory, model: str, device: str = 'cpu', weights: str = ''
+             ) -> tuple[RememberingNetwork, TransformerMemory]:
+    """The network that wrote a memory, and the memory as it reads it.
+
+    weights: file or name; '' takes the name that wrote it.
+    Raises MapError for another network, CheckpointError and ConfigError as `load_predictor`.
+    """
+    name = ALIASES.get(model, model)
+    if name != memory.model:
+        raise MapError(f'expected --model {memory.model}, whose memory this map holds, found '
+                       f'{model}; use that, or map again')
+    file = find_weights(weights or memory.weights or name)
+    sha256 = file_sha256(file)
+    if sha256 != memory.sha256:
+        raise MapError(f'expected weights of {memory.model} with SHA-256 {memory.sha256[:12]}, '
+                       f'which wrote the memory of this map, found {sha256[:12]} in {file}; give '
+                       'those with --weights, or map again')
+    network = RememberingNetwork(load_predictor(memory.model, memory.attention, device, file))
+    return network, network.recall(memory.tensors)
+
+
+def _frames_of(scene: SceneMap, frames: Iterable[Frame], unit: float
+               ) -> tuple[list[Frame], list[Frame]]:
+    """Keyframes to write, and other images with a pose, with the poses that the map gave them."""
+    poses = np.stack([keyframe.T_map_cam for keyframe in scene.keyframes])
+    chosen = np.sort(spanning(poses, KEYFRAMES, unit))
+    wanted = {scene.keyframes[i].stamp_ns: poses[i] for i in chosen}
+    others = {e.stamp_ns: e.T_map_cam for e in scene.estimates
+              if e.T_map_cam is not None and e.stamp_ns not in wanted}
+    step = max(1, len(others) // KEYFRAMES)
+    known = {**wanted, **dict(list(others.items())[::step])}
+    read = [replace(frame, T_map_cam=known[frame.stamp_ns], depth=None) for frame in frames
+            if frame.stamp_ns in known]
+    return ([frame for frame in read if frame.stamp_ns in wanted],
+            [frame for frame in read if frame.stamp_ns not in wanted])
+
+
+def _typical_depth(keyframes: Iterable[Keyframe]) -> float:
+    """Median depth of all points that keyframes carry (1 without any)."""
+    depths = np.concatenate([k.points_cam[k.has_point, 2] for k in keyframes])
+    return float(np.median(depths)) if len(depths) else 1.0

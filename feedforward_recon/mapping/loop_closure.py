@@ -1,0 +1,251 @@
+"""Loop closure: recognise an old place, verify it geometrically, correct poses and points."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from feedforward_recon.config.schema import MapperConfig
+from feedforward_recon.geometry.pnp import PoseFit, pnp_ransac
+from feedforward_recon.geometry.posegraph import (
+    PoseGraph,
+    PoseGraphEdges,
+    joined,
+    pose_graph_steps,
+    relative_edges,
+)
+from feedforward_recon.geometry.refine import bundle_pieces
+from feedforward_recon.geometry.transforms import inverse, transform_points
+from feedforward_recon.mapping.map import GrowingMap
+from feedforward_recon.mapping.matching import match_mutual
+
+log = logging.getLogger(__name__)
+WELL_CONNECTED = 60
+COVISIBLE = 30
+LOOP_WEIGHT = 3.0
+RECENT = 8  # keyframes that follow each other closely
+STRONGEST = 3  # ties of a keyframe to recent ones, and to old ones
+SKELETON, HOLDING = 100, 20  # keyframes adjusted after a bend, and those that hold them
+BEST = 10_000  # landmarks of all of them that take part, each counted once per keyframe
+ROWS = 100  # keyframes whose ties are counted at once
+PNP_ITERATIONS = 200
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Keyframe ``id`` saw again what keyframe ``old`` saw.
+
+    T_map_cam: pose of ``id`` in the map around ``old``; scale: map units around ``id`` per map
+    unit around ``old``; features of ``id`` and the landmarks of ``old`` that they show;
+    shift_px: how far the map around ``id`` is off, in its image; inliers: matches that agree.
+    """
+
+    id: int
+    old: int
+    T_map_cam: np.ndarray
+    scale: float
+    features: np.ndarray
+    landmarks: np.ndarray
+    shift_px: float
+    inliers: int
+
+
+def find_loop(map_: GrowingMap, id_: int, config: MapperConfig) -> Loop | None:
+    """The first verified loop of a keyframe to an old one that it is not yet tied to."""
+    for old in _candidates(map_, id_, config):
+        loop = _verified(map_, id_, old, config)
+        if loop is not None:
+            return loop
+    return None
+
+
+def _candidates(map_: GrowingMap, id_: int, config: MapperConfig) -> list[int]:
+    count = id_ - config.loops.min_age
+    if count <= 0:
+        return []
+    own = map_.keyframes[id_].features.global_descriptor
+    score = np.array([k.features.global_descriptor @ own for k in map_.keyframes[:count]])
+    tied = map_.landmarks.shared(map_.landmarks.seen_by(id_), len(map_))[:count]
+    order = [int(k) for k in np.argsort(-score, kind='stable') if tied[k] < WELL_CONNECTED]
+    return order[:config.loops.candidates]
+
+
+def _verified(map_: GrowingMap, id_: int, old: int, config: MapperConfig) -> Loop | None:
+    keyframe, past = map_.keyframes[id_], map_.keyframes[old]
+    a, b = match_mutual(keyframe.descriptors, past.descriptors,
+                        config.tracking.match_similarity)
+    points = map_.points_cam(old)[b]
+    known = np.isfinite(points[:, 2])
+    a, b = a[known], b[known]
+    points = transform_points(map_.T_map_cam[old], points[known])
+    fit = pnp_ransac(points, keyframe.features.keypoints[a], keyframe.camera,
+                     config.tracking.outlier_px, config.tracking.seed, PNP_ITERATIONS)
+    if fit is None or fit.count < config.loops.min_inliers:
+        return None
+    return _described(map_, id_, old, fit, points, a, b)
+
+
+def _described(map_: GrowingMap, id_: int, old: int, fit: PoseFit, points: np.ndarray,
+               a: np.ndarray, b: np.ndarray) -> Loop:
+    camera = map_.keyframes[id_].camera
+    inside, now = fit.inliers, map_.T_map_cam[id_]
+    there = transform_points(inverse(fit.T_map_cam), points)  # in the camera, by the old map
+    here = map_.points_cam(id_)[a]  # in the camera, by the new map
+    both = inside & np.isfinite(here[:, 2])
+    scale = float(np.median(here[both, 2] / there[both, 2])) if both.sum() >= 10 else 1.0
+    shift = camera.project(transform_points(inverse(now), points)) - camera.project(there)
+    shift_px = np.nan_to_num(np.linalg.norm(shift[inside], axis=1), nan=1e3)
+    landmarks = map_.keyframes[old].landmark[b]
+    tie = inside & (landmarks >= 0)
+    return Loop(id_, old, fit.T_map_cam, scale, a[tie], map_.landmarks.alias[landmarks[tie]],
+                float(np.median(shift_px)), fit.count)
+
+
+@dataclass(frozen=True)
+class Bend:
+    """Keyframes that were at ``T_before`` [K, 4, 4] belong at ``after``, with scales."""
+
+    T_before: np.ndarray
+    after: PoseGraph
+
+
+def bending(map_: GrowingMap, loop: Loop, *, with_scale: bool) -> Iterator[Bend | None]:
+    """Find out how to bend the trajectory, in pieces: None, .., the bend.
+
+    The map is only read, and may grow between the pieces.
+    """
+    count = len(map_)
+    before = PoseGraph(map_.T_map_cam.copy(), np.ones(count))
+    loop_edge, ties = _loop_edge(map_, loop, with_scale), []
+    for first in range(0, count, ROWS):
+        ties.append(_ties(map_, np.arange(first, min(first + ROWS, count)), count))
+        yield None
+    i, j, shared = np.concatenate(ties, axis=1)
+    edges = replace(relative_edges(before, i, j), weight=_weight(shared))
+    after = before
+    for better in pose_graph_steps(before, joined(edges, loop_edge), np.arange(count) == 0,
+                                   with_scale=with_scale):
+        after = better
+        yield None
+    yield Bend(before.T_map_cam, after)
+
+
+def apply_bend(map_: GrowingMap, bend: Bend) -> np.ndarray:
+    """Move all keyframes and their landmarks; returns the scale of each keyframe [K].
+
+    A keyframe that was refined in the meantime keeps what it gained, and those that came
+    later move with the last one that the bend knew.
+    """
+    known = np.minimum(np.arange(len(map_)), len(bend.T_before) - 1)
+    scale = bend.after.scale[known]
+    gained = inverse(bend.T_before)[known] @ map_.T_map_cam
+    gained[:, :3, 3] *= scale[:, None]
+    map_.T_map_cam = bend.after.T_map_cam[known] @ gained
+    map_.landmarks.point_cam *= scale[map_.landmarks.anchor][:, None]
+    return scale
+
+
+def closing(map_: GrowingMap, loop: Loop, *, with_scale: bool,
+            bent: Callable[[np.ndarray], None]) -> Iterator[None]:
+    """Close a loop in pieces of bounded cost, between which the map may grow.
+
+    First the pose graph, then bundle adjustment of a skeleton of the map, then all landmarks
+    from all their views. ``bent`` is told the scale of each keyframe after the first and the
+    second, when keyframes have moved.
+    """
+    for bend in bending(map_, loop, with_scale=with_scale):
+        if bend is None:
+            yield
+    assert bend is not None
+    bent(apply_bend(map_, bend))
+    log.info('loop %d -> %d closed: the map was off by %.1f px, scale %.3f', loop.id, loop.old,
+             loop.shift_px, loop.scale)
+    map_.tie(loop.id, loop.features, loop.landmarks)
+    yield
+    for bend in straightening(map_):
+        if bend is None:
+            yield
+        else:
+            bent(apply_bend(map_, bend))
+    yield from map_.refine_points(map_.config.refine.loop_steps)
+
+
+def straightening(map_: GrowingMap) -> Iterator[Bend | None]:
+    """Bundle adjustment of every few keyframes and their best landmarks: None, .., the bend.
+
+    The others move with the nearest of them. All landmarks of all keyframes would cost ten
+    times as much and end in the same place.
+    """
+    config, count = map_.config.refine, len(map_)
+    newest = np.arange(max(1, count - config.max_keyframes), count)
+    moving = newest[::-1][::-(-len(newest) // SKELETON)][::-1]
+    T_before = map_.T_map_cam.copy()
+    table = map_.landmarks
+    used = np.zeros(count, bool)
+    used[moving] = True
+    shared = table.shared(table.seen_landmark[used[table.seen_keyframe]], count)
+    shared[newest] = 0
+    shared[0] = count + shared.max()
+    holding = np.argsort(-shared, kind='stable')[:HOLDING]
+    holding = holding[shared[holding] > 0]
+    used[holding] = True
+    problem, *_ = map_.problem(moving, holding, _best_landmarks(map_, used))
+    if problem is None:
+        return
+    for result in bundle_pieces(problem, config.loop_steps):
+        if result is None:
+            yield None
+        else:
+            middle = (moving[1:] + moving[:-1] + 1) // 2
+            carrier = np.searchsorted(middle, np.arange(count), 'right')
+            turn = result.T_map_cam[:len(moving)] @ inverse(T_before[moving])
+            after = turn[carrier] @ T_before
+            after[:moving[0]] = T_before[:moving[0]]
+            yield Bend(T_before, PoseGraph(after, np.ones(count)))
+
+
+def _best_landmarks(map_: GrowingMap, used: np.ndarray) -> np.ndarray:
+    """Landmarks that tie keyframes (mask [K]) to the most distant others, as many of each."""
+    table = map_.landmarks
+    rows = np.flatnonzero(used[table.seen_keyframe] & table.has_point[table.seen_landmark])
+    landmark, keyframe = table.seen_landmark[rows], table.seen_keyframe[rows]
+    first, last = np.full(len(table), len(map_)), np.zeros(len(table), int)
+    np.minimum.at(first, landmark, keyframe)
+    np.maximum.at(last, landmark, keyframe)
+    order = np.lexsort((first[landmark] - last[landmark], keyframe))
+    start = np.searchsorted(keyframe[order], np.arange(len(map_)))
+    rank = np.arange(len(rows)) - start[keyframe[order]]
+    return np.unique(landmark[order[rank < BEST // used.sum()]])
+
+
+def _loop_edge(map_: GrowingMap, loop: Loop, with_scale: bool) -> PoseGraphEdges:
+    T_old_id = inverse(map_.T_map_cam[loop.old]) @ loop.T_map_cam
+    # x_map = T (s x): the new map's lengths must shrink by `scale` to agree with the old.
+    log_scale = -np.log(loop.scale) if with_scale else 0.0
+    return PoseGraphEdges(np.array([loop.old]), np.array([loop.id]), T_old_id[None],
+                          np.array([log_scale]), LOOP_WEIGHT * _weight(np.array([loop.inliers])),
+                          np.array([False]))
+
+
+def _weight(shared: np.ndarray) -> np.ndarray:
+    """Weights [n] of relative poses that rest on so many shared points: 1 / their error."""
+    return np.sqrt(np.maximum(shared, 1) / COVISIBLE)
+
+
+def _ties(map_: GrowingMap, ids: np.ndarray, count: int) -> np.ndarray:
+    """Rows i, j, shared landmarks [3, E]: keyframe j of ``ids`` is tied to i < j.
+
+    Of each keyframe only its strongest ties to those just before it and to old ones: more of
+    them say the same again, and cost more than they add.
+    """
+    ties = []
+    for j, shared in zip(ids, map_.landmarks.shared_by(ids, count), strict=True):
+        for first, last in ((max(0, j - RECENT), j), (0, max(0, j - RECENT))):
+            order = first + np.argsort(-shared[first:last], kind='stable')[:STRONGEST]
+            ties += [(i, j, shared[i]) for i in order if shared[i] >= COVISIBLE and i != j - 1]
+        if j:
+            ties.append((j - 1, j, shared[j - 1]))
+    return np.array(ties, int).reshape(-1, 3).T

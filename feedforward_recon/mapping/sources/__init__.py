@@ -1,0 +1,1 @@
+"""How a frame gets its pose: features, given poses, or windows of a network."""

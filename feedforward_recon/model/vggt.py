@@ -1,0 +1,213 @@
+"""VGGT and its descendants: images in; cameras, depth, points and the scene's memory out.
+
+Mapping is a forward pass that writes; localisation is the same pass with ``write=False``
+against the memory of an earlier one. The memory is an argument and a return value: the
+modules keep nothing of a scene.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from feedforward_recon.errors import InputError
+from feedforward_recon.model.backbone import (
+    EVERYTHING,
+    Aggregator,
+    AttentionFactory,
+    BackboneConfig,
+    Demand,
+    Tokens,
+)
+from feedforward_recon.model.dpt import FRAMES_PER_CHUNK, DptConfig, DptHead, Scratch
+from feedforward_recon.model.heads import CameraHead
+from feedforward_recon.model.layers import GlobalBlock, empty_states, in_chunks
+from feedforward_recon.model.pose_encoding import decode_cameras, unprojected
+from feedforward_recon.model.vit import size_of
+from feedforward_recon.model.weights.checkpoints import KeyRules
+
+
+@dataclass(frozen=True)
+class VggtConfig:
+    """Shape of the whole network.
+
+    camera_depth: blocks of the camera head. attention: the variant in the global blocks.
+    point_head: without it, points are those of depth and cameras.
+    """
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    dpt: DptConfig = field(default_factory=DptConfig)
+    camera_depth: int = 4
+    attention: str = 'softmax'
+    point_head: bool = True
+
+
+@dataclass(frozen=True)
+class TransformerMemory:
+    """What the network remembers of a scene.
+
+    states: one per global block, of the kind that its attention makes.
+    camera_tokens: float32 [B, S, 2 C], of the frames written so far.
+    """
+
+    states: tuple[Any, ...]
+    camera_tokens: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is remembered."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The memory as named tensors, for saving."""
+        named = {f'{index}.{name}': tensor for index, state in enumerate(self.states)
+                 for name, tensor in state.tensors().items()}
+        return {'camera_tokens': self.camera_tokens, **named}
+
+    def with_few_camera_tokens(self, limit: int) -> TransformerMemory:
+        """The same memory with at most ``limit`` camera tokens per scene.
+
+        Kept are the first, whose camera is the world, and then always the one that differs
+        most from those already kept (Gonzalez 1985): the views that span the scene.
+        """
+        if self.camera_tokens.shape[1] <= limit:
+            return self
+        kept = torch.stack([scene[_spread_out(scene, limit)] for scene in self.camera_tokens])
+        return replace(self, camera_tokens=kept)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What the network says about N images of size H x W; float32, unknown scale.
+
+    M of the frames have dense maps: all, unless the caller wanted fewer (`backbone.Demand`).
+
+    pose_encodings: [passes, B, N, 9], the last pass is the answer.
+    T_cam_world: [B, N, 4, 4]; the world is the first camera written. K: [B, N, 3, 3] pixels.
+    depth: [B, M, H, W] z-depth; points: [B, M, H, W, 3] in the world (M = 0 if not wanted).
+    depth_confidence, points_confidence: [B, M, H, W], at least 1.
+    """
+
+    pose_encodings: torch.Tensor
+    T_cam_world: torch.Tensor
+    K: torch.Tensor
+    depth: torch.Tensor
+    depth_confidence: torch.Tensor
+    points: torch.Tensor
+    points_confidence: torch.Tensor
+
+
+class Vggt(nn.Module):
+    """The network of VGGT; VGG-T3 and `tiny` differ in sizes and in the global attention."""
+
+    # Tracks are not needed here, and the mask token belongs to DINOv2's own training. VGG-T3's
+    # short convolution was published under two names of one tensor.
+    key_rules = KeyRules(
+        ignored=(r'track_head\..*', r'aggregator\.patch_embed\.mask_token'),
+        renamed=((r'\.short_conv_qkv\.2\.conf\.', '.short_conv_qkv.2.conv.'),))
+
+    def __init__(self, config: VggtConfig, global_attention: AttentionFactory) -> None:
+        super().__init__()
+        self.config, dim = config, 2 * config.backbone.vit.dim
+        self.aggregator = Aggregator(config.backbone, global_attention)
+        self.camera_head = CameraHead(dim, depth=config.camera_depth)
+        self.depth_head = DptHead(config.dpt, Scratch(config.dpt, outputs=2))
+        if config.point_head:
+            self.point_head = DptHead(config.dpt, Scratch(config.dpt, outputs=4))
+
+    def empty_memory(self, batch: int = 1) -> TransformerMemory:
+        """The memory of a scene that nobody has seen."""
+        states = empty_states(self.aggregator.global_blocks, batch)
+        weight = self.camera_head.token_norm.weight
+        return TransformerMemory(states, weight.new_zeros(batch, 0, len(weight)))
+
+    def memory_from(self, tensors: Mapping[str, torch.Tensor]) -> TransformerMemory:
+        """The memory that ``tensors`` were taken from (`TransformerMemory.tensors`).
+
+        Raises InputError when they belong to another network.
+        """
+        states = []
+        for index, block in enumerate(self.aggregator.global_blocks):
+            kind = cast(GlobalBlock, block).attn.state_type
+            names = [field.name for field in fields(kind)]
+            missing = [name for name in names if f'{index}.{name}' not in tensors]
+            if missing or 'camera_tokens' not in tensors:
+                raise InputError(f'expected the memory of {self.config.attention} attention in '
+                                 f'{len(self.aggregator.global_blocks)} blocks, found none of '
+                                 f'block {index}; map again with this model')
+            states.append(kind.from_tensors({n: tensors[f'{index}.{n}'] for n in names}))
+        return TransformerMemory(tuple(states), tensors['camera_tokens'])
+
+    def forward(self, images: torch.Tensor, memory: TransformerMemory | None = None, *,
+                write: bool = True, demand: Demand = EVERYTHING,
+                ) -> tuple[Reconstruction, TransformerMemory]:
+        """Images [B, N, 3, H, W] in 0..1 -> what they show and the memory after them.
+
+        With ``write=False`` the memory given is returned as it is. An empty memory makes the
+        first image the world. The images may lie in main memory, wherever the network is.
+        Autocast, if any, is the caller's; the heads always run in float32. Raises InputError
+        for images whose sides are not multiples of 14 px.
+        """
+        _check_images(images)
+        memory = self.empty_memory(len(images)) if memory is None else memory
+        known = memory.camera_tokens.shape[1]
+        tokens, states = self.aggregator(images, memory.states, write=write,
+                                         has_first=not known, demand=demand)
+        with torch.autocast(tokens.camera.device.type, enabled=False):
+            cameras = torch.cat((memory.camera_tokens,
+                                 tokens.camera.to(memory.camera_tokens)), 1)
+            answer = self.read_out(tokens, self.camera_head(cameras)[:, :, known:], demand)
+        return answer, TransformerMemory(states, cameras) if write and demand.memory else memory
+
+    def read_out(self, tokens: Tokens, encodings: torch.Tensor,
+                 demand: Demand = EVERYTHING) -> Reconstruction:
+        """The dense heads of the frames of ``tokens``, and the cameras [passes, B, N, 9]."""
+        T_cam_world, K = decode_cameras(encodings[-1], size_of(tokens.grid_hw))
+        cameras = [demand.of(x).flatten(0, 1) for x in (T_cam_world, K)]
+        maps = in_chunks(partial(self._dense, tokens.grid_hw, demand.points),
+                         (*cameras, *tokens.patches), FRAMES_PER_CHUNK,
+                         place=demand.place(encodings.device))
+        shape = tokens.levels[0].shape[:2]
+        depth, depth_sure, *rest = (x.unflatten(0, shape) for x in maps)
+        none = depth[:, :0]
+        points, points_sure = rest or (none[..., None].expand(-1, -1, -1, -1, 3), none)
+        return Reconstruction(encodings, T_cam_world, K, depth, depth_sure, points, points_sure)
+
+    def _dense(self, grid_hw: tuple[int, int], with_points: bool, T_cam_world: torch.Tensor,
+               K: torch.Tensor, *levels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Depth and its confidence of some frames; with points, these and theirs too."""
+        levels = tuple(level.to(K.device) for level in levels)
+        said = self.depth_head(levels, grid_hw)
+        depth, sure = said[..., 0].exp(), 1 + said[..., 1].exp()
+        if not with_points:
+            return depth, sure
+        if not self.config.point_head:
+            return depth, sure, unprojected(depth, T_cam_world, K), sure
+        said = self.point_head(levels, grid_hw)
+        return depth, sure, _signed_expm1(said[..., :3]), 1 + said[..., 3].exp()
+
+
+def _spread_out(points: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices, in ascending order, of ``count`` points [S, C] far from each other."""
+    chosen = [0]
+    distance = (points - points[0]).norm(dim=-1)
+    while len(chosen) < count:
+        chosen.append(int(distance.argmax()))
+        distance = torch.minimum(distance, (points - points[chosen[-1]]).norm(dim=-1))
+    return torch.tensor(sorted(chosen), device=points.device)
+
+
+def _signed_expm1(x: torch.Tensor) -> torch.Tensor:
+    return x.sign() * x.abs().expm1()
+
+
+def _check_images(images: torch.Tensor) -> None:
+    if images.ndim != 5 or images.shape[2] != 3 or not images.is_floating_point():
+        raise InputError('expected images of floats [B, N, 3, H, W], found '
+                         f'{images.dtype} {list(images.shape)}; prepare them with '
+                         'preprocess.crop and preprocess.stacked')

@@ -1,0 +1,1 @@
+"""The pipeline from a source of frames to a saved map, whole recordings and live."""
