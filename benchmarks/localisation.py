@@ -59,7 +59,7 @@ def _last_within(budget: int, configs: Iterator[MemoryConfig]) -> MemoryConfig:
 
 def given_poses(known: list[Frame], unknown: list[Frame], config: MapperConfig) -> dict[str, Any]:
     """Map with the true poses, localise the rest."""
-    mapped = map_frames(known, config, poses='given')
+    mapped = map_frames(known, config, given_poses=True)
     row = localisation_entry(Answerer(mapped, config), unknown, mapped.memory.nbytes,
                              mapped.mapping)
     return {**row, 'polish_seconds': mapped.polish.seconds}
@@ -78,7 +78,7 @@ def run_wrong_places() -> Iterator[tuple[str, dict[str, Any]]]:
     """Images of other scenes, with their own cameras, against the memory of the kitchen."""
     frames = load_frames(KITCHEN)
     known = [frames[i] for i in interleaved_split(len(frames))[0]]
-    answer = Answerer(map_frames(known, poses='given'))
+    answer = Answerer(map_frames(known, given_poses=True))
     strangers = other_scenes()
     accepted = [frame.source for frame in strangers if answer(frame) is not None]
     yield f'{KITCHEN} | other scenes', {'images': len(strangers), 'accepted': len(accepted),

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.common import KITCHEN, load_frames
 from feedforward_recon.config.schema import MapperConfig
-from feedforward_recon.mapping.mapper import OnlineReconstructor
+from feedforward_recon.mapping.mapper import Mapper
 from feedforward_recon.memory.writer import MemoryWriter
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.types import Frame
@@ -30,11 +30,11 @@ def run() -> Iterator[tuple[str, dict[str, Any]]]:
     config = dataclasses.replace(MapperConfig(), keyframes=every_frame)
     encoder = CompactEncoder.load(config=config.encoder)
     writer = MemoryWriter(config.memory, encoder.dim)
-    reconstructor = OnlineReconstructor(config, encoder, writer)
+    mapper = Mapper(config, encoder, writer)
     seconds: list[float] = []
     for frame in there_and_back(load_frames(KITCHEN)):
         started = time.process_time()
-        estimate = reconstructor.process(frame)
+        estimate = mapper.process(frame)
         if estimate.is_keyframe:
             seconds.append(time.process_time() - started)
             if len(seconds) in COUNTS:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -14,8 +13,9 @@ from feedforward_recon.console.threads import one_thread
 from feedforward_recon.evaluation import associate
 from feedforward_recon.geometry.align import Alignment, align_points
 from feedforward_recon.localization.localizer import Localizer
-from feedforward_recon.mapping.mapper import OnlineReconstructor
+from feedforward_recon.mapping.mapper import Mapper
 from feedforward_recon.mapping.scene_map import SceneMap
+from feedforward_recon.mapping.sources import GivenPoses
 from feedforward_recon.memory.scene_memory import SceneMemory
 from feedforward_recon.memory.writer import MemoryWriter
 from feedforward_recon.model import Encoder
@@ -38,16 +38,17 @@ class Mapped:
 
 
 def map_frames(frames: Iterable[Frame], config: MapperConfig | None = None, *,
-               poses: Literal['estimated', 'given'] = 'estimated') -> Mapped:
+               given_poses: bool = False) -> Mapped:
     """Map frames one by one into a memory, then polish the memory."""
     config = config or MapperConfig()
     encoder = CompactEncoder.load(config=config.encoder)
     writer = MemoryWriter(config.memory, encoder.dim)
     mapping = Clock()
-    reconstructor = OnlineReconstructor(config, encoder, writer, poses=poses)
+    source = GivenPoses(config, encoder) if given_poses else None
+    mapper = Mapper(config, encoder, writer, source=source)
     for frame in frames:
-        reconstructor.process(frame)
-    scene = reconstructor.finish()
+        mapper.process(frame)
+    scene = mapper.finish()
     mapping.stop()
     polish = Clock()
     writer.polish()

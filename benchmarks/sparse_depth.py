@@ -18,7 +18,7 @@ from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.evaluation import absolute_trajectory_error
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.io.images import scaled_depth
-from feedforward_recon.mapping.mapper import OnlineReconstructor
+from feedforward_recon.mapping.mapper import Mapper
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Frame
@@ -103,7 +103,7 @@ def _walks(seed: int) -> Iterator[list[Frame]]:
 def _mapped(frames: list[Frame], spoil: Spoil, encoder: CompactEncoder
             ) -> tuple[float, int, float]:
     """RMS error without scale (cm), images with a pose while mapping, CPU seconds."""
-    mapper, clock = OnlineReconstructor(MapperConfig(), encoder), Clock()
+    mapper, clock = Mapper(MapperConfig(), encoder), Clock()
     seen = [replace(frames[index], depth=spoil(frames, index))
             for index in range(0, len(frames), EVERY)]
     tracked = sum(mapper.process(frame).T_map_cam is not None for frame in seen)

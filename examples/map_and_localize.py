@@ -7,26 +7,16 @@ WALK is what `ffrecon map` takes: a folder of images, a video or a ROS 2 bag.
 
 import sys
 
-from feedforward_recon.config.schema import MapperConfig
-from feedforward_recon.io import open_source
-from feedforward_recon.mapping.mapper import OnlineReconstructor
-from feedforward_recon.memory import MemoryWriter
-from feedforward_recon.model.compact import CompactEncoder
-from feedforward_recon.session.map_folder import load_map, save_map
+from feedforward_recon import load_map, map_frames, open_source
 
 
 def main(walk: str, folder: str = 'out/example') -> None:
     """Every second image makes the map; an image between them is found in it."""
-    config, encoder, source = MapperConfig(), CompactEncoder.load(), open_source(walk)
-
-    memory = MemoryWriter(config.memory, encoder.dim)
-    mapper = OnlineReconstructor(config, encoder, memory)
-    for frame in source.frames(step=2):
-        estimate = mapper.process(frame)
-        print(frame.source, estimate.status.value)
-    scene = mapper.finish()
-    memory.polish(steps=50)
-    save_map(folder, scene, memory, encoder, config)
+    source = open_source(walk)
+    run = map_frames(list(source.frames(step=2)))
+    for estimate in run.scene.estimates:
+        print(estimate.source, estimate.status.value)
+    run.save(folder)
 
     localizer = load_map(folder).localizer()
     query = next(source.frames(start=len(source) // 2 | 1))

@@ -1,7 +1,47 @@
-"""feedforward_recon: a pose, a map of fixed size in bytes, and a way back into that map."""
+"""feedforward_recon: poses, a map and its scene memory of fixed size, from one camera.
+
+    from feedforward_recon import load_map, map_frames, open_source
+
+    run = map_frames(open_source('walk/'))
+    run.save('maps/kitchen')
+    localizer = load_map('maps/kitchen').localizer()
+    estimate = localizer.localize(next(iter(open_source('query.jpg'))))
+
+The names below are loaded when they are first used, so that importing the package is quick.
+"""
 
 import logging
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from feedforward_recon.config.schema import MapperConfig
+    from feedforward_recon.io import open_source
+    from feedforward_recon.localization.localizer import Localizer
+    from feedforward_recon.mapping.mapper import Mapper
+    from feedforward_recon.memory import MemoryWriter, SceneMemory
+    from feedforward_recon.model.compact import CompactEncoder
+    from feedforward_recon.session.map_folder import load_map, save_map
+    from feedforward_recon.session.offline import map_frames
+    from feedforward_recon.types import Estimate, Frame
 
 __version__ = '0.1.0'
+__all__ = ['CompactEncoder', 'Estimate', 'Frame', 'Localizer', 'Mapper', 'MapperConfig',
+           'MemoryWriter', 'SceneMemory', 'load_map', 'map_frames', 'open_source', 'save_map']
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
+_HOMES = {'CompactEncoder': 'model.compact', 'Estimate': 'types', 'Frame': 'types',
+          'Localizer': 'localization.localizer', 'Mapper': 'mapping.mapper',
+          'MapperConfig': 'config.schema', 'MemoryWriter': 'memory', 'SceneMemory': 'memory',
+          'load_map': 'session.map_folder', 'map_frames': 'session.offline',
+          'open_source': 'io', 'save_map': 'session.map_folder'}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(import_module(f'{__name__}.{_HOMES[name]}'), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

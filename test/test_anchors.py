@@ -9,8 +9,9 @@ from test_windows import CAMERA, FPS, Oracle, error
 from feedforward_recon.config.network import WindowConfig
 from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.geometry.transforms import inverse
-from feedforward_recon.mapping.sources.anchors import ALBUM, MIN_AGE, Album
-from feedforward_recon.mapping.sources.windows import WindowedReconstructor
+from feedforward_recon.mapping.mapper import Mapper
+from feedforward_recon.mapping.sources.anchors import MIN_AGE, OLD_IMAGES, AnchorImages
+from feedforward_recon.mapping.sources.windows import WindowPoses
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Prediction
@@ -34,7 +35,7 @@ def prediction(number):
 
 def walked(windows, size=4, step=0.1):
     """An album after windows of images whose looks turn by ``step`` each."""
-    album, number, anchors = Album(), 0, None
+    album, number, anchors = AnchorImages(), 0, None
     for _ in range(windows):
         album.begin(anchors)
         for _ in range(size):
@@ -82,14 +83,14 @@ def test_poses_are_those_that_the_map_has_now():
 
 def test_an_album_has_a_fixed_size_and_keeps_what_differs():
     album, _ = walked(60, size=8, step=0.02)
-    assert len(album._old) == ALBUM
+    assert len(album._old) == OLD_IMAGES
     assert {item.frame for item in album._old} & set(range(10)), 'the start was given up'
     angles = np.sort([np.arctan2(*item.look[::-1]) for item in album._old])
     assert np.diff(angles).max() < 0.3
 
 
 def test_images_that_are_no_keyframes_are_anchors_only_while_they_are_new():
-    album = Album()
+    album = AnchorImages()
     for window in range(MIN_AGE + 2):
         album.begin(None)
         album.add(window, image(window), prediction(window), (0.0, 0.0), None)
@@ -100,11 +101,12 @@ def test_a_network_that_drifts_closes_a_loop():
     """Depth off by 2 %, poses by 1 cm: with new images alone as anchors it ends 18 cm off."""
     room = Room.generate(11)
     frames = list(render_walk(room, CAMERA, room.walk(90, seed=0, fps=FPS), fps=FPS))
-    mapper = WindowedReconstructor(
-        MapperConfig(), Oracle(frames, 4, noise=0.02, turn=0.01), CompactEncoder.load(),
-        windows=WindowConfig(16, 4), refine=False)
+    encoder, config = CompactEncoder.load(), MapperConfig()
+    source = WindowPoses(config, Oracle(frames, 4, noise=0.02, turn=0.01), encoder,
+                         windows=WindowConfig(16, 4), refine=False)
+    mapper = Mapper(config, encoder, source=source)
     for frame in frames:
-        mapper.add(replace(frame, T_map_cam=None, depth=None))
+        mapper.process(replace(frame, T_map_cam=None, depth=None))
     scene = mapper.finish()
     T = scene.trajectory.T_map_cam
     assert len(T) == len(frames)

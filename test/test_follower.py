@@ -12,7 +12,8 @@ from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import pose_error
 from feedforward_recon.localization.follower import MAX_DOUBTS, Follower
 from feedforward_recon.localization.localizer import Localizer
-from feedforward_recon.mapping.mapper import OnlineReconstructor
+from feedforward_recon.mapping.mapper import Mapper
+from feedforward_recon.mapping.sources import GivenPoses
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Status
@@ -27,7 +28,7 @@ STEP_NS = 100_000_000
 def memory(room_walk, encoder):
     """Every other image of the walk, mapped in the frame of the truth."""
     writer = MemoryWriter(CONFIG.memory, encoder.dim)
-    mapper = OnlineReconstructor(CONFIG, encoder, writer, poses='given')
+    mapper = Mapper(CONFIG, encoder, writer, source=GivenPoses(CONFIG, encoder))
     for frame in room_walk[::2]:
         mapper.process(frame)
     mapper.finish()

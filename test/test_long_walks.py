@@ -9,10 +9,10 @@ from feedforward_recon.config.schema import CloudConfig, MapperConfig
 from feedforward_recon.geometry.align import align_points
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, se3_exp
-from feedforward_recon.mapping import growing_map
+from feedforward_recon.mapping import adjustment
 from feedforward_recon.mapping.keyframes import CLOUD_FACTOR, Archive, MapKeyframe
-from feedforward_recon.mapping.loop_closure import Loop, closing
-from feedforward_recon.mapping.mapper import OnlineReconstructor
+from feedforward_recon.mapping.loop_closure import Loop, close_loop
+from feedforward_recon.mapping.mapper import Mapper
 from feedforward_recon.types import Features
 
 CAMERA = Camera.from_fov(68.0, (320, 240))
@@ -26,7 +26,7 @@ def frames(room_walk):
 
 
 def mapped(frames, encoder):
-    mapper = OnlineReconstructor(MapperConfig(), encoder)
+    mapper = Mapper(MapperConfig(), encoder)
     for frame in frames:
         mapper.process(frame)
     return mapper
@@ -40,7 +40,7 @@ def drift(mapper):
     map_ = mapper._map
     true, last = map_.T_map_cam.copy(), len(map_) - 1
     map_.T_map_cam = se3_exp(np.linspace(0, 1, last + 1)[:, None] * DRIFT) @ true
-    mapper._tracker.carried(map_, map_.T_map_cam[last] @ np.linalg.inv(true[last]))
+    mapper.source.tracker.carried(map_, map_.T_map_cam[last] @ np.linalg.inv(true[last]))
     nothing = np.zeros(0, int)
     return Loop(last, 0, true[last], 1.0, nothing, nothing, 20.0, 10**5), true
 
@@ -65,15 +65,15 @@ def test_a_closed_loop_puts_keyframes_and_points_back(frames, encoder):
     mapper = mapped(frames[:60], encoder)
     loop, true = drift(mapper)
     map_, before_m, bent_px = mapper._map, apart(mapper._map, true), []
-    for _ in closing(map_, loop, with_scale=False,
-                     bent=lambda scale: bent_px.append(errors_px(map_))):
+    for _ in close_loop(map_, map_.config, loop, with_scale=False,
+                        corrected=lambda scale: bent_px.append(errors_px(map_))):
         pass
     assert apart(map_, true) < 0.5 * before_m
     assert np.linalg.norm(map_.T_map_cam[-1, :3, 3] - true[-1, :3, 3]) < 0.1 * before_m
     assert errors_px(map_) < bent_px[0]
 
 
-def test_no_piece_of_closing_a_loop_adjusts_more_than_a_window(frames, encoder, monkeypatch):
+def test_no_piece_of_close_loop_a_loop_adjusts_more_than_a_window(frames, encoder, monkeypatch):
     """The cost of a piece is bounded by observations, whatever the length of the walk."""
     mapper = mapped(frames[:60], encoder)
     seen, poses = [], []
@@ -83,11 +83,12 @@ def test_no_piece_of_closing_a_loop_adjusts_more_than_a_window(frames, encoder, 
         poses.append((~problem.fixed).sum())
         return adjust(problem, steps)
 
-    adjust = growing_map.bundle_adjust
-    monkeypatch.setattr(growing_map, 'bundle_adjust', noted)
-    monkeypatch.setattr(growing_map, 'POINTS_PIECE', 1000)
+    adjust = adjustment.bundle_adjust
+    monkeypatch.setattr(adjustment, 'bundle_adjust', noted)
+    monkeypatch.setattr(adjustment, 'POINTS_PIECE', 1000)
     loop, _ = drift(mapper)
-    for _ in closing(mapper._map, loop, with_scale=False, bent=lambda scale: None):
+    for _ in close_loop(mapper._map, mapper._map.config, loop, with_scale=False,
+                        corrected=lambda scale: None):
         pass
     longest = mapper._map.landmarks.views().max()
     assert len(seen) > 3 and max(seen) <= 1000 + longest and max(poses) == 0
@@ -96,7 +97,7 @@ def test_no_piece_of_closing_a_loop_adjusts_more_than_a_window(frames, encoder, 
 def test_keyframes_come_and_go_while_a_loop_is_being_closed(frames, encoder):
     mapper = mapped(frames[:50], encoder)
     loop, _ = drift(mapper)
-    mapper._closing = closing(mapper._map, loop, with_scale=False, bent=mapper._bent)
+    mapper._backlog.close(loop, with_scale=False)
     keyframes = mapper.stats.keyframes
     mapper.work()
     for frame in frames[50:]:
@@ -105,17 +106,17 @@ def test_keyframes_come_and_go_while_a_loop_is_being_closed(frames, encoder):
     assert mapper.stats.keyframes > keyframes and mapper.stats.lost == 0
     mapper.finish()
     found, truth = (np.array([T[:3, 3] for T in poses]) for poses in
-                    (mapper.trajectory().T_map_cam, [f.T_map_cam for f in frames]))
+                    (mapper.results.trajectory().T_map_cam, [f.T_map_cam for f in frames]))
     assert align_points(found, truth, with_scale=False).rmse < 0.02
 
 
 def test_what_follows_a_keyframe_goes_before_what_follows_a_loop(frames, encoder):
     mapper, order = mapped(frames[:30], encoder), []
-    mapper._closing = (order.append('loop') for _ in range(2))
+    mapper._close_loop = (order.append('loop') for _ in range(2))
     mapper._due.append(lambda: order.append('keyframe'))
     while mapper.work():
         pass
-    assert order == ['keyframe', 'loop', 'loop'] and mapper._closing is None
+    assert order == ['keyframe', 'loop', 'loop'] and mapper._close_loop is None
 
 
 def bytes_of(keyframe):
@@ -130,7 +131,7 @@ def laps(frames, encoder):
     """Four times there and back through the same part of a room, with many keyframes."""
     config = MapperConfig()
     config = replace(config, keyframes=replace(config.keyframes, min_gap=1, motion_share=0.02))
-    mapper, counts = OnlineReconstructor(config, encoder), []
+    mapper, counts = Mapper(config, encoder), []
     walked = [frames[:36], frames[35::-1]] * 2
     for number, lap in enumerate(walked):
         for index, frame in enumerate(lap):
@@ -149,7 +150,7 @@ def test_a_known_place_adds_hardly_any_keyframes(laps):
 def test_a_known_place_is_tracked_as_well_as_a_new_one(laps):
     mapper, _, walked = laps
     truth = np.array([f.T_map_cam[:3, 3] for lap in walked for f in lap])
-    found = mapper.trajectory().T_map_cam[:, :3, 3]
+    found = mapper.results.trajectory().T_map_cam[:, :3, 3]
     assert align_points(found, truth, with_scale=False).rmse < 0.01
 
 

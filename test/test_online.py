@@ -5,15 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from feedforward_recon.config.schema import CloudConfig, MapperConfig
+from feedforward_recon.config.schema import CloudConfig, MapperConfig, MemoryConfig
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.align import align_points
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import se3_exp, transform_points
 from feedforward_recon.mapping.cloud import voxel_fused
-from feedforward_recon.mapping.loop_closure import Loop, closing
-from feedforward_recon.mapping.mapper import OnlineReconstructor
-from feedforward_recon.mapping.offline import reconstruct
+from feedforward_recon.mapping.loop_closure import Loop, close_loop
+from feedforward_recon.mapping.mapper import Mapper
+from feedforward_recon.mapping.sources import GivenPoses
+from feedforward_recon.session.offline import map_frames
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Status
 
@@ -46,10 +47,21 @@ def elsewhere():
 
 
 def run(frames, encoder, memory=None, config=None, **options):
-    mapper = OnlineReconstructor(config or MapperConfig(), encoder, memory, **options)
+    mapper = Mapper(config or MapperConfig(), encoder, memory, **options)
     for frame in frames:
         mapper.process(frame)
     return mapper
+
+
+class Recording(list):
+    """Frames that are read in another state the second time."""
+
+    def __init__(self, first, second):
+        super().__init__(first)
+        self.reads = iter([first, second])
+
+    def __iter__(self):
+        return iter(next(self.reads))
 
 
 def without(frames, **changes):
@@ -59,13 +71,14 @@ def without(frames, **changes):
 def ate(mapper, frames, with_scale):
     """Root mean square position error in metres after alignment, over the frames with a pose."""
     pairs = [(e.T_map_cam[:3, 3], f.T_map_cam[:3, 3])
-             for e, f in zip(mapper.estimates, frames, strict=True) if e.T_map_cam is not None]
+             for e, f in zip(mapper.results.estimates, frames, strict=True)
+             if e.T_map_cam is not None]
     found, true = (np.array(p) for p in zip(*pairs, strict=True))
     return align_points(found, true, with_scale=with_scale).rmse
 
 
 def posed_share(mapper):
-    return np.mean([e.T_map_cam is not None for e in mapper.estimates])
+    return np.mean([e.T_map_cam is not None for e in mapper.results.estimates])
 
 
 @pytest.fixture(scope='module')
@@ -98,7 +111,7 @@ def test_a_guessed_camera_is_named_and_refined(frames, encoder):
     assert mapper.camera_source in ('guessed', 'refined')
     scene = mapper.finish()
     assert scene.camera_source == 'refined'
-    assert mapper.camera.fx == pytest.approx(CAMERA.fx, rel=0.02)
+    assert mapper.results.camera.fx == pytest.approx(CAMERA.fx, rel=0.02)
     assert ate(mapper, frames, with_scale=True) < 0.03
 
 
@@ -121,20 +134,21 @@ def test_every_keyframe_reaches_the_memory_once_and_in_order(rgbd):
 
 def test_covariances_are_positive_definite(rgbd):
     mapper, _, _ = rgbd
-    for estimate in mapper.estimates:
+    for estimate in mapper.results.estimates:
         assert np.linalg.eigvalsh(estimate.covariance).min() > 0
         np.testing.assert_allclose(estimate.covariance, estimate.covariance.T)
 
 
 def test_the_same_frames_give_the_same_map(frames, encoder):
     first, second = (run(frames[:40], encoder) for _ in range(2))
-    for a, b in zip(first.estimates, second.estimates, strict=True):
+    for a, b in zip(first.results.estimates, second.results.estimates, strict=True):
         assert np.array_equal(a.T_map_cam, b.T_map_cam)
 
 
 def test_given_poses_are_kept_bit_for_bit(frames, encoder):
     memory = Notes()
-    mapper = run(without(frames[:50], depth=None), encoder, memory, poses='given')
+    mapper = run(without(frames[:50], depth=None), encoder, memory,
+                 source=GivenPoses(MapperConfig(), encoder))
     scene = mapper.finish()
     assert scene.metres_per_unit == 1.0 and scene.scale_source == 'given poses'
     by_stamp = {f.stamp_ns: f.T_map_cam for f in frames}
@@ -149,14 +163,14 @@ def test_bad_frames_are_lost_and_do_no_harm(frames, encoder, depth):
     black = np.zeros_like(frames[0].image)
     bad = range(40, 45)
     spoiled = [replace(f, image=black) if i in bad else f for i, f in enumerate(frames)]
-    mapper = OnlineReconstructor(MapperConfig(), encoder)
+    mapper = Mapper(MapperConfig(), encoder)
     for index, frame in enumerate(spoiled):
         before = mapper.stats.keyframes
         estimate = mapper.process(frame)
         if index in bad:
             assert estimate.status is Status.LOST and estimate.T_map_cam is None
             assert estimate.reason and mapper.stats.keyframes == before
-    assert mapper.status.has_pose
+    assert mapper.results.estimates[-1].status.has_pose
     mapper.finish()
     assert ate(mapper, spoiled, with_scale=not depth) < 0.02
 
@@ -167,7 +181,7 @@ def test_a_standing_camera_adds_no_keyframes(frames, encoder):
     for k in range(40):
         mapper.process(replace(frames[29], stamp_ns=frames[29].stamp_ns + (k + 1) * 100_000_000))
     assert mapper.stats.keyframes <= count + 1
-    assert mapper.status is Status.TRACKING
+    assert mapper.results.estimates[-1].status is Status.TRACKING
 
 
 @pytest.mark.parametrize('depth', [True, False])
@@ -182,12 +196,12 @@ def test_a_gap_is_bridged_by_descriptors(frames, encoder, depth):
 
 def test_another_place_is_lost_and_leaves_the_map_alone(frames, elsewhere, encoder):
     mapper = run(frames[:60], encoder)
-    before = [k.T_map_cam.copy() for k in mapper.keyframes]
+    before = [k.T_map_cam.copy() for k in mapper.results.keyframes]
     start = frames[59].stamp_ns
     for k, frame in enumerate(elsewhere):
         estimate = mapper.process(replace(frame, stamp_ns=start + (k + 1) * 100_000_000))
         assert estimate.status is Status.LOST
-    after = [k.T_map_cam for k in mapper.keyframes]
+    after = [k.T_map_cam for k in mapper.results.keyframes]
     assert len(before) == len(after)
     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
     assert mapper.process(replace(frames[58], stamp_ns=start + 10**10)).status.has_pose
@@ -198,15 +212,18 @@ def test_a_second_look_places_what_was_missed(frames, encoder):
     blurred = replace(frames[30], image=np.zeros_like(frames[30].image))
     mapper = run([*frames[:30], blurred, *frames[31:]], encoder)
     mapper.finish()
-    assert mapper.estimates[30].T_map_cam is None
-    keyframes = len(mapper.keyframes)
+    assert mapper.results.estimates[30].T_map_cam is None
+    keyframes = len(mapper.results.keyframes)
     assert mapper.revisit(30, frames[30]).status.has_pose
-    assert len(mapper.keyframes) == keyframes
+    assert len(mapper.results.keyframes) == keyframes
     assert ate(mapper, frames, with_scale=True) < 0.02
 
 
 def test_offline_reconstruction_is_the_online_one_and_more(frames, encoder):
-    scene = reconstruct(frames[:30], MapperConfig(), encoder)
+    quick = replace(MapperConfig(), memory=MemoryConfig(polish_steps=2))
+    blurred = replace(frames[20], image=np.zeros_like(frames[20].image))
+    recording = Recording([*frames[:20], blurred, *frames[21:30]], [*frames[:30]])
+    scene = map_frames(recording, quick, encoder).scene
     assert len(scene.estimates) == 30 and len(scene.trajectory) == 30
     assert scene.metres_per_unit == 1.0
 
@@ -220,7 +237,8 @@ def test_a_correction_moves_keyframes_and_their_points_together(frames, encoder)
     T_before = map_.T_map_cam.copy()
     shifted = T_before[last] @ se3_exp(np.array([0.1, 0, 0, 0, 0, 0.02]))
     loop = Loop(last, 0, shifted, 1.0, np.zeros(0, int), np.zeros(0, int), 20.0, 1000)
-    pieces = closing(map_, loop, with_scale=False, bent=lambda scale: None)
+    pieces = close_loop(map_, map_.config, loop, with_scale=False,
+                        corrected=lambda scale: None)
     while np.array_equal(map_.T_map_cam, T_before):
         next(pieces)
     motion = map_.T_map_cam[last] @ np.linalg.inv(T_before[last])
@@ -244,8 +262,8 @@ def test_unusable_input_is_refused_in_one_sentence(frames, encoder):
 def test_a_camera_without_depth_readings_waits(frames, encoder):
     blind = without(frames[:3], depth=np.zeros((240, 320), np.float32))
     mapper = run(blind, encoder)
-    assert mapper.status is Status.INITIALISING
-    assert 'depth' in mapper.estimates[-1].reason
+    assert mapper.results.estimates[-1].status is Status.INITIALISING
+    assert 'depth' in mapper.results.estimates[-1].reason
     assert mapper.process(frames[3]).status is Status.TRACKING
 
 
@@ -271,7 +289,7 @@ def test_a_cloud_fused_in_parts_is_the_cloud_fused_at_once(rgbd, monkeypatch):
 def test_work_may_be_put_off_between_frames(frames, encoder):
     """A live node tracks on while a keyframe is followed up, piece by piece."""
     memory = Notes()
-    mapper = OnlineReconstructor(MapperConfig(), encoder, memory)
+    mapper = Mapper(MapperConfig(), encoder, memory)
     for frame in frames:
         mapper.track(frame)
         mapper.work()
@@ -283,11 +301,11 @@ def test_work_may_be_put_off_between_frames(frames, encoder):
 
 @pytest.mark.parametrize('depth', [True, False])
 def test_poses_told_early_are_those_of_the_map(frames, encoder, depth):
-    mapper, told = OnlineReconstructor(MapperConfig(), encoder), {}
+    mapper, told = Mapper(MapperConfig(), encoder), {}
     for frame in frames if depth else without(frames, depth=None):
         mapper.track(frame, lambda estimate: told.update({estimate.stamp_ns: estimate}))
         mapper.work()
-    found = {e.stamp_ns: e for e in mapper.estimates if e.T_map_cam is not None}
+    found = {e.stamp_ns: e for e in mapper.results.estimates if e.T_map_cam is not None}
     assert len(told) > 0.8 * len(found)
     apart = [np.linalg.norm(e.T_map_cam[:3, 3] - found[s].T_map_cam[:3, 3])
              for s, e in told.items()]

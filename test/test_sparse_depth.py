@@ -15,7 +15,7 @@ from feedforward_recon.geometry.align import align_points
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.io.images import scaled_depth
 from feedforward_recon.mapping.keyframes import View
-from feedforward_recon.mapping.mapper import OnlineReconstructor
+from feedforward_recon.mapping.mapper import Mapper
 from feedforward_recon.mapping.preparation import is_in_another_unit
 from feedforward_recon.synthetic import Room, render_walk
 
@@ -115,7 +115,7 @@ def walks():
 
 def mapped(frames, encoder):
     """Images with a pose while mapping, RMS error of the finished trajectory (no scale), map."""
-    mapper = OnlineReconstructor(MapperConfig(), encoder)
+    mapper = Mapper(MapperConfig(), encoder)
     tracked = sum(mapper.process(frame).T_map_cam is not None for frame in frames)
     scene = mapper.finish()
     true = {frame.stamp_ns: frame.T_map_cam[:3, 3] for frame in frames}
@@ -195,7 +195,7 @@ def test_depth_that_comes_to_a_monocular_map_is_told_once_and_not_used(walks, en
 def test_centimetres_read_as_millimetres_are_noticed(factor, wrong, walks, encoder, caplog):
     frames = [replace(frame, depth=frame.depth * np.float32(factor)) for frame in walks[0][::6]]
     with caplog.at_level(logging.WARNING):
-        mapper = OnlineReconstructor(MapperConfig(), encoder)
+        mapper = Mapper(MapperConfig(), encoder)
         for frame in frames:
             mapper.process(frame)
     said = [record.getMessage() for record in caplog.records

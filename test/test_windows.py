@@ -11,10 +11,12 @@ from feedforward_recon.errors import ConfigError, InputError
 from feedforward_recon.evaluation import absolute_trajectory_error
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import make_transform, so3_exp
+from feedforward_recon.mapping.mapper import Mapper
 from feedforward_recon.mapping.sources.window_geometry import agreement
-from feedforward_recon.mapping.sources.windows import WindowedReconstructor
+from feedforward_recon.mapping.sources.windows import WindowPoses
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.session.map_folder import save_map
+from feedforward_recon.session.offline import look_again
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Prediction, Status, Trajectory
 
@@ -88,12 +90,15 @@ def without(frames, **changes):
 def mapped(frames, encoder, oracle, size=10, anchors=3, memory=None, depth=False, refine=False):
     """A finished reconstruction; truth stays with the oracle."""
     shown = without(frames, T_map_cam=None, **({} if depth else {'depth': None}))
-    mapper = WindowedReconstructor(MapperConfig(), oracle, encoder, memory,
-                                   windows=WindowConfig(size, anchors), refine=refine)
+    source = WindowPoses(MapperConfig(), oracle, encoder, windows=WindowConfig(size, anchors),
+                         refine=refine)
+    mapper = Mapper(MapperConfig(), encoder, memory, source=source)
     for frame in shown:
-        mapper.add(frame)
+        mapper.process(frame)
     mapper.finish()
-    return mapper.look_again(shown) if refine else mapper.scene_map()
+    if refine:
+        look_again(mapper, shown)
+    return mapper.results.scene_map()
 
 
 def error(scene, frames, alignment='sim3'):

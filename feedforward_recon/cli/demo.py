@@ -26,7 +26,7 @@ from feedforward_recon.evaluation import LocalisationScore, localisation_score
 from feedforward_recon.geometry.align import align_points
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.localization.localizer import Localizer
-from feedforward_recon.session.map_folder import SavedMap, check_map_output, load_map, save_map
+from feedforward_recon.session.map_folder import SavedMap, check_map_output, load_map
 from feedforward_recon.session.offline import Run, map_frames
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Estimate, FloatArray
@@ -76,8 +76,9 @@ def demo_command(out: Out = Path('out/demo'), json_: Json = False) -> int:
     room = Room.generate(ROOM_SEED)
     walk = room.walk(FRAMES, WALK_SEED, FPS)
     with one_thread():
-        run = map_frames(render_walk(room, CAMERA, walk, fps=FPS), len(walk), encoder, config)
-        saved = save_map(out, run.scene, run.writer, encoder, config)
+        run = map_frames(render_walk(room, CAMERA, walk, fps=FPS), config, encoder,
+                         total=len(walk), progress=progress_bar)
+        saved = run.save(out)
         found = _query(load_map(out).localizer(encoder), run, room, walk)
     _draw(saved, run, found)
     summary = {**summarise(run, saved), **_findings(found)}

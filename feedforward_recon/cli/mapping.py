@@ -22,20 +22,26 @@ from feedforward_recon.console.options import (
     takes_model_options,
     takes_source_options,
 )
-from feedforward_recon.console.terminal import bytes_text, note, print_json, print_table
+from feedforward_recon.console.terminal import (
+    bytes_text,
+    note,
+    print_json,
+    print_table,
+    progress_bar,
+)
 from feedforward_recon.console.threads import one_thread
 from feedforward_recon.errors import ConfigError, DegenerateError, InputError
 from feedforward_recon.io import SourceOptions, open_source, require_cameras
 from feedforward_recon.io.source import Source as FrameSource
 from feedforward_recon.localization.network_localizer import NetworkMemory
+from feedforward_recon.mapping.sources import GivenPoses
 from feedforward_recon.model import Encoder
 from feedforward_recon.session.map_folder import (
     MEMORY,
     RESERVOIR,
     SavedMap,
-    save_map,
 )
-from feedforward_recon.session.offline import Run, map_frames, map_windows
+from feedforward_recon.session.offline import Run, map_frames
 
 
 class Poses(str, Enum):
@@ -89,8 +95,11 @@ def map_command(source: Source, out: Out, options: SourceOptions, network: Netwo
         run, remembered = _map_windows(frames, network, poses, describing, chosen)
     else:
         with one_thread():
-            run = map_frames(frames, len(frames), describing, chosen, poses.value)
-    saved = save_map(out, run.scene, run.writer, describing, chosen, remembered)
+            run = map_frames(
+                frames, chosen, describing, total=len(frames), progress=progress_bar,
+                source=None if poses is Poses.ESTIMATED else
+                lambda _: GivenPoses(chosen, describing))
+    saved = run.save(out, remembered)
     _report(run, saved, json_)
 
 
@@ -98,6 +107,7 @@ def _map_windows(frames: FrameSource, network: NetworkOptions, poses: Poses, enc
                  config: MapperConfig) -> tuple[Run, NetworkMemory | None]:
     from feedforward_recon.config.network import WindowConfig
     from feedforward_recon.localization.scene_network import remembered, why_not
+    from feedforward_recon.mapping.sources.windows import WindowPoses
     from feedforward_recon.model.predictor import load_predictor
 
     if poses is Poses.GIVEN:
@@ -106,8 +116,9 @@ def _map_windows(frames: FrameSource, network: NetworkOptions, poses: Poses, enc
     windows = WindowConfig(network.window, network.anchors)
     predictor = load_predictor(network.model, network.attention or None, network.device,
                                network.weights or None)
-    run = map_windows(frames, len(frames), predictor, encoder, config, windows,
-                      refine=network.refine)
+    run = map_frames(frames, config, encoder, total=len(frames), progress=progress_bar,
+                     source=lambda _: WindowPoses(config, predictor, encoder, windows=windows,
+                                                  refine=network.refine))
     if why_not(predictor.network):
         note(why_not(predictor.network))
     return run, remembered(predictor, network.model, network.weights, frames, run.scene,

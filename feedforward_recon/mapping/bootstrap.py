@@ -12,6 +12,7 @@ from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.errors import DegenerateError
 from feedforward_recon.geometry.pnp import PoseFit
 from feedforward_recon.geometry.twoview import TwoView, relative_pose
+from feedforward_recon.mapping.adjustment import refine_all
 from feedforward_recon.mapping.keyframes import View
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.matching import Tracks
@@ -70,7 +71,7 @@ class Bootstrap:
 
         The unit is the median depth of the first landmarks in the first view.
         """
-        map_.refine_all(self.config.refine.global_steps)
+        refine_all(map_, self.config)
         map_.rescale(1 / map_.typical_depth(0))
         placed = []
         for view, tracks in self._waiting:

@@ -33,7 +33,7 @@ def old_and_firm(map_: GrowingMap, ids: np.ndarray) -> np.ndarray:
             & (table.views()[ids] >= FIRM_VIEWS))
 
 
-def renewed(view: View, features: Features, map_: GrowingMap, T_map_cam: np.ndarray,
+def covering_tracks(view: View, features: Features, map_: GrowingMap, T_map_cam: np.ndarray,
             tracks: Tracks) -> Tracks | None:
     """The tracks with all landmarks that can be found again; None if the view is not covered.
 

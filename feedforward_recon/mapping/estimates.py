@@ -1,7 +1,8 @@
-"""What was said about every frame, kept relative to keyframes so that corrections move it."""
+"""The estimate of every frame, kept relative to keyframes so that corrections move it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from feedforward_recon.types import Estimate, Status, Trajectory
 
 
 @dataclass(frozen=True)
-class Entry:
+class HistoryEntry:
     """A frame's estimate, and its pose relative to the keyframe that carries it."""
 
     estimate: Estimate
@@ -19,20 +20,18 @@ class Entry:
     T_keyframe_cam: np.ndarray | None = None
 
 
-class Journal:
+class EstimateHistory:
     """Estimates of all frames in the order they came."""
 
-    def __init__(self) -> None:
-        self._entries: list[Entry] = []
+    def __init__(self, entries: Iterable[HistoryEntry] = ()) -> None:
+        self._entries = list(entries)
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def copy(self) -> Journal:
+    def copy(self) -> EstimateHistory:
         """The same entries; those noted later are missing."""
-        other = Journal()
-        other._entries = list(self._entries)
-        return other
+        return EstimateHistory(self._entries)
 
     def note(self, estimate: Estimate, keyframe: int, T_map_keyframe: np.ndarray | None,
              index: int | None = None) -> None:
@@ -40,18 +39,21 @@ class Journal:
         T_keyframe_cam = None
         if estimate.T_map_cam is not None and T_map_keyframe is not None:
             T_keyframe_cam = inverse(T_map_keyframe) @ estimate.T_map_cam
-        entry = Entry(estimate, keyframe, T_keyframe_cam)
+        entry = HistoryEntry(estimate, keyframe, T_keyframe_cam)
         if index is None:
             self._entries.append(entry)
         else:
             self._entries[index] = entry
 
+    def status(self, index: int) -> Status:
+        """Status of frame ``index``."""
+        return self._entries[index].estimate.status
+
     def forget_poses(self) -> None:
         """The map was given up before it had depth: what was said relative to it is void."""
-        self._entries = [Entry(replace(e.estimate, status=Status.INITIALISING, T_map_cam=None,
-                                       covariance=None, is_keyframe=False,
-                                       reason='the map started later'))
-                         for e in self._entries]
+        self._entries = [HistoryEntry(replace(
+            e.estimate, status=Status.INITIALISING, T_map_cam=None, covariance=None,
+            is_keyframe=False, reason='the map started later')) for e in self._entries]
 
     def rescale(self, scale: np.ndarray) -> None:
         """Lengths around each keyframe [K] were multiplied by ``scale``."""

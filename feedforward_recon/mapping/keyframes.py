@@ -24,7 +24,12 @@ CLOUD_FACTOR = 8  # points kept for the cloud, times those that are shown
 
 @dataclass(frozen=True)
 class View:
-    """One frame as the pipeline needs it: gray image, camera, cleaned depth, sharpness."""
+    """One frame as the pipeline needs it: gray image, camera, cleaned depth, sharpness.
+
+    index: number of the frame. T_given: pose that came with it, or that a network gave it.
+    needs_depth: landmarks come from depth. knows_camera: the camera was given or refined, not
+    guessed.
+    """
 
     index: int
     stamp_ns: int
@@ -35,6 +40,8 @@ class View:
     sharpness: float
     source: str = ''
     T_given: np.ndarray | None = None
+    needs_depth: bool = False
+    knows_camera: bool = True
 
     def depth_at(self, px: np.ndarray) -> np.ndarray:
         """Sensor depth [N] at pixels [N, 2]; 0 where unknown, outside, or at a depth edge."""

@@ -19,6 +19,8 @@ from feedforward_recon.geometry.posegraph import (
 )
 from feedforward_recon.geometry.refine import bundle_pieces
 from feedforward_recon.geometry.transforms import inverse, transform_points
+from feedforward_recon.mapping.adjustment import bundle_problem, refine_points
+from feedforward_recon.mapping.association import tie
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.matching import match_mutual
 
@@ -28,7 +30,7 @@ COVISIBLE = 30
 LOOP_WEIGHT = 3.0
 RECENT = 8  # keyframes that follow each other closely
 STRONGEST = 3  # ties of a keyframe to recent ones, and to old ones
-SKELETON, HOLDING = 100, 20  # keyframes adjusted after a bend, and those that hold them
+SKELETON, HOLDING = 100, 20  # keyframes adjusted after the pose graph, and those that hold them
 BEST = 10_000  # landmarks of all of them that take part, each counted once per keyframe
 ROWS = 100  # keyframes whose ties are counted at once
 PNP_ITERATIONS = 200
@@ -53,7 +55,7 @@ class Loop:
     inliers: int
 
 
-def find_loop(map_: GrowingMap, id_: int, config: MapperConfig) -> Loop | None:
+def find_loop(map_: GrowingMap, config: MapperConfig, id_: int) -> Loop | None:
     """The first verified loop of a keyframe to an old one that it is not yet tied to."""
     for old in _candidates(map_, id_, config):
         loop = _verified(map_, id_, old, config)
@@ -105,15 +107,16 @@ def _described(map_: GrowingMap, id_: int, old: int, fit: PoseFit, points: np.nd
 
 
 @dataclass(frozen=True)
-class Bend:
+class Correction:
     """Keyframes that were at ``T_before`` [K, 4, 4] belong at ``after``, with scales."""
 
     T_before: np.ndarray
     after: PoseGraph
 
 
-def bending(map_: GrowingMap, loop: Loop, *, with_scale: bool) -> Iterator[Bend | None]:
-    """Find out how to bend the trajectory, in pieces: None, .., the bend.
+def optimise_pose_graph(map_: GrowingMap, loop: Loop, *, with_scale: bool
+                        ) -> Iterator[Correction | None]:
+    """Optimise the poses of all keyframes, in pieces: None, .., the correction.
 
     The map is only read, and may grow between the pieces.
     """
@@ -130,57 +133,57 @@ def bending(map_: GrowingMap, loop: Loop, *, with_scale: bool) -> Iterator[Bend 
                                    with_scale=with_scale):
         after = better
         yield None
-    yield Bend(before.T_map_cam, after)
+    yield Correction(before.T_map_cam, after)
 
 
-def apply_bend(map_: GrowingMap, bend: Bend) -> np.ndarray:
+def apply_correction(map_: GrowingMap, correction: Correction) -> np.ndarray:
     """Move all keyframes and their landmarks; returns the scale of each keyframe [K].
 
     A keyframe that was refined in the meantime keeps what it gained, and those that came
-    later move with the last one that the bend knew.
+    later move with the last one that the correction knew.
     """
-    known = np.minimum(np.arange(len(map_)), len(bend.T_before) - 1)
-    scale = bend.after.scale[known]
-    gained = inverse(bend.T_before)[known] @ map_.T_map_cam
+    known = np.minimum(np.arange(len(map_)), len(correction.T_before) - 1)
+    scale = correction.after.scale[known]
+    gained = inverse(correction.T_before)[known] @ map_.T_map_cam
     gained[:, :3, 3] *= scale[:, None]
-    map_.T_map_cam = bend.after.T_map_cam[known] @ gained
+    map_.T_map_cam = correction.after.T_map_cam[known] @ gained
     map_.landmarks.point_cam *= scale[map_.landmarks.anchor][:, None]
     return scale
 
 
-def closing(map_: GrowingMap, loop: Loop, *, with_scale: bool,
-            bent: Callable[[np.ndarray], None]) -> Iterator[None]:
+def close_loop(map_: GrowingMap, config: MapperConfig, loop: Loop, *, with_scale: bool,
+               corrected: Callable[[np.ndarray], None]) -> Iterator[None]:
     """Close a loop in pieces of bounded cost, between which the map may grow.
 
     First the pose graph, then bundle adjustment of a skeleton of the map, then all landmarks
-    from all their views. ``bent`` is told the scale of each keyframe after the first and the
+    from all their views. ``corrected`` is told the scale of each keyframe after the first and the
     second, when keyframes have moved.
     """
-    for bend in bending(map_, loop, with_scale=with_scale):
-        if bend is None:
+    for correction in optimise_pose_graph(map_, loop, with_scale=with_scale):
+        if correction is None:
             yield
-    assert bend is not None
-    bent(apply_bend(map_, bend))
+    assert correction is not None
+    corrected(apply_correction(map_, correction))
     log.info('loop %d -> %d closed: the map was off by %.1f px, scale %.3f', loop.id, loop.old,
              loop.shift_px, loop.scale)
-    map_.tie(loop.id, loop.features, loop.landmarks)
+    tie(map_, loop.id, loop.features, loop.landmarks)
     yield
-    for bend in straightening(map_):
-        if bend is None:
+    for correction in adjust_skeleton(map_, config):
+        if correction is None:
             yield
         else:
-            bent(apply_bend(map_, bend))
-    yield from map_.refine_points(map_.config.refine.loop_steps)
+            corrected(apply_correction(map_, correction))
+    yield from refine_points(map_, config)
 
 
-def straightening(map_: GrowingMap) -> Iterator[Bend | None]:
-    """Bundle adjustment of every few keyframes and their best landmarks: None, .., the bend.
+def adjust_skeleton(map_: GrowingMap, config: MapperConfig) -> Iterator[Correction | None]:
+    """Bundle adjustment of every few keyframes and their best landmarks.
 
     The others move with the nearest of them. All landmarks of all keyframes would cost ten
     times as much and end in the same place.
     """
-    config, count = map_.config.refine, len(map_)
-    newest = np.arange(max(1, count - config.max_keyframes), count)
+    count = len(map_)
+    newest = np.arange(max(1, count - config.refine.max_keyframes), count)
     moving = newest[::-1][::-(-len(newest) // SKELETON)][::-1]
     T_before = map_.T_map_cam.copy()
     table = map_.landmarks
@@ -192,10 +195,10 @@ def straightening(map_: GrowingMap) -> Iterator[Bend | None]:
     holding = np.argsort(-shared, kind='stable')[:HOLDING]
     holding = holding[shared[holding] > 0]
     used[holding] = True
-    problem, *_ = map_.problem(moving, holding, _best_landmarks(map_, used))
+    problem, *_ = bundle_problem(map_, config, moving, holding, _best_landmarks(map_, used))
     if problem is None:
         return
-    for result in bundle_pieces(problem, config.loop_steps):
+    for result in bundle_pieces(problem, config.refine.loop_steps):
         if result is None:
             yield None
         else:
@@ -204,7 +207,7 @@ def straightening(map_: GrowingMap) -> Iterator[Bend | None]:
             turn = result.T_map_cam[:len(moving)] @ inverse(T_before[moving])
             after = turn[carrier] @ T_before
             after[:moving[0]] = T_before[:moving[0]]
-            yield Bend(T_before, PoseGraph(after, np.ones(count)))
+            yield Correction(T_before, PoseGraph(after, np.ones(count)))
 
 
 def _best_landmarks(map_: GrowingMap, used: np.ndarray) -> np.ndarray:

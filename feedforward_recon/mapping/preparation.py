@@ -24,15 +24,17 @@ WRONG_UNIT = ('cannot be in metres (16-bit depth: millimetres), so the map would
 class Preparation:
     """Checks frames against the first one and fills in what an uncalibrated source lacks.
 
-    camera: of the newest frame; camera_source: 'given', 'guessed' or 'refined'.
-    metric: frames carry depth, so the map is in metres; decided by the first frame.
+    camera: of the newest frame; camera_source: 'given', 'guessed', 'refined' or 'predicted'.
+    metric: frames carry depth, so the map is in metres; decided by the first frame, or by the
+    map that is continued.
     """
 
-    def __init__(self, config: TrackingConfig) -> None:
+    def __init__(self, config: TrackingConfig, metric: bool | None = None) -> None:
         self.config = config
         self.camera: Camera | None = None
         self.camera_source = 'given'
-        self.metric = False
+        self.metric = bool(metric)
+        self._decided = metric is not None
         self._warned: set[str] = set()
 
     def view(self, frame: Frame, index: int) -> View:
@@ -48,25 +50,25 @@ class Preparation:
         camera = self._checked_camera(frame, size_wh)
         gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
         return View(index, frame.stamp_ns, image, gray, camera, self._depth(frame),
-                    sharpness(gray), frame.source, frame.T_map_cam)
+                    sharpness(gray), frame.source, frame.T_map_cam, self.metric,
+                    self.camera_source != 'guessed' or frame.camera is not None)
 
     def gains_depth(self, frame: Frame) -> bool:
         """The first frames came without depth, this one has it: a map may still be metric."""
-        return self.camera is not None and not self.metric and frame.depth is not None
+        return (self.camera is not None and not self.metric and not self._decided
+                and frame.depth is not None)
 
-    def refocus(self, camera: Camera) -> None:
-        """Use a refined camera for the frames that come without one."""
-        self.camera, self.camera_source = camera, 'refined'
+    def adopt(self, camera: Camera, source: str) -> None:
+        """Use a camera that was 'refined' or 'predicted' for the frames that come without one."""
+        self.camera, self.camera_source = camera, source
 
     def _start(self, frame: Frame, size_wh: tuple[int, int]) -> None:
-        self.metric = frame.depth is not None
-        if frame.camera is not None:
-            self.camera = frame.camera
-            return
-        fov_deg = self.config.guessed_fov_deg
-        log.warning('no camera calibration: assuming a horizontal field of view of %.0f degrees '
-                    'and refining it', fov_deg)
-        self.camera, self.camera_source = Camera.from_fov(fov_deg, size_wh), 'guessed'
+        if not self._decided:
+            self.metric = frame.depth is not None
+        self.camera = frame.camera
+        if frame.camera is None:
+            self.camera = Camera.from_fov(self.config.guessed_fov_deg, size_wh)
+            self.camera_source = 'guessed'
 
     def _checked_camera(self, frame: Frame, size_wh: tuple[int, int]) -> Camera:
         assert self.camera is not None
@@ -103,9 +105,14 @@ class Preparation:
         if is_in_another_unit(depth):
             self._warn_once(f'%s: the values of its depth {WRONG_UNIT}; check the unit of the '
                             'depth camera', frame.source)
-        with np.errstate(invalid='ignore'):
-            good = (depth > 0) & (depth < self.config.max_depth_m)
-        return np.where(good, depth, 0).astype(np.float32) if good.any() else None
+        return usable_depth(depth, self.config)
+
+
+def usable_depth(depth: np.ndarray, config: TrackingConfig) -> np.ndarray | None:
+    """Depth [H, W] with 0 wherever it is missing, not finite or too far; None without any."""
+    with np.errstate(invalid='ignore'):
+        good = (depth > 0) & (depth < config.max_depth_m)
+    return np.where(good, depth, 0).astype(np.float32) if good.any() else None
 
 
 def is_in_another_unit(depth: np.ndarray) -> bool:

@@ -33,7 +33,7 @@ def relocalise(view: View, features: Features, map_: GrowingMap,
     found = sorted((f for f in fits if f is not None and f.count >= MIN_FIRST_INLIERS),
                    key=lambda f: -f.count)
     for fit in found[:2]:
-        tracked = settle(view, features, map_, fit.T_map_cam, config)
+        tracked = verified(view, features, map_, fit.T_map_cam, config)
         if tracked is not None:
             return tracked
     return None
@@ -69,7 +69,7 @@ def _against(view: View, features: Features, map_: GrowingMap, id_: int,
                       config.seed)
 
 
-def settle(view: View, features: Features, map_: GrowingMap, T_map_cam: np.ndarray,
+def verified(view: View, features: Features, map_: GrowingMap, T_map_cam: np.ndarray,
            config: TrackingConfig) -> Tracked | None:
     """Match all landmarks in view around a first pose, first widely, then closely."""
     for radius_px in SEARCH_RADII_PX:

@@ -1,63 +1,59 @@
-"""What a mapper can say about its map at any time."""
+"""``MapResults``: what can be read of a map at any time, while it grows."""
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 
-from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.mapping.cloud import CloudSource, cloud_source
-from feedforward_recon.mapping.estimates import Journal
+from feedforward_recon.mapping.estimates import EstimateHistory
+from feedforward_recon.mapping.feed import MemoryFeed
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.preparation import Preparation
-from feedforward_recon.mapping.scene_map import Draft, SceneMap
+from feedforward_recon.mapping.scene_map import Draft, Gauge, SceneMap
+from feedforward_recon.mapping.sources import PoseSource
 from feedforward_recon.types import Estimate, Keyframe, PointCloud, Trajectory
 
 
 class MapResults:
-    """The reading half of ``OnlineReconstructor``; nothing here changes the map."""
+    """The reading side of a ``Mapper``; nothing here changes the map."""
 
-    config: MapperConfig
-    poses: Literal['estimated', 'given']
-    T_map_first: np.ndarray
-    _map: GrowingMap
-    _journal: Journal
-    _preparation: Preparation
-    _written: int
+    def __init__(self, map_: GrowingMap, history: EstimateHistory, preparation: Preparation,
+                 source: PoseSource, feed: MemoryFeed) -> None:
+        self._map, self._history, self._preparation = map_, history, preparation
+        self._source, self._feed = source, feed
 
     def scene_map(self) -> SceneMap:
         """The result so far."""
+        gauge = self.gauge
         return SceneMap(tuple(self.keyframes), self.trajectory(), tuple(self.estimates),
-                        self.cloud(), 1.0 if self._is_metric else None, self.scale_source,
-                        self.camera_source, self.frame)
+                        self.cloud(), gauge.metres_per_unit, gauge.scale_source,
+                        self.camera_source, gauge.frame)
 
     def draft(self) -> Draft:
         """The map as it stands, unrefined.
 
         Taking it costs little however long the walk was, and mapping may go on meanwhile.
         """
-        T_map_cam, journal = self._map.T_map_cam.copy(), self._journal.copy()
+        T_map_cam, history = self._map.T_map_cam.copy(), self._history.copy()
         keyframes, source = list(self._map.keyframes), self.cloud_source()
-        about = (1.0 if self._is_metric else None, self.scale_source, self.camera_source,
-                 self.frame)
+        gauge, camera_source = self.gauge, self.camera_source
         return Draft(lambda: SceneMap(
             tuple(k.exported(T, k.points_cam)
                   for k, T in zip(keyframes, T_map_cam, strict=True)),
-            journal.trajectory(T_map_cam), tuple(journal.estimates(T_map_cam)), source.fused(),
-            *about), [self._map.exported(id_) for id_ in range(self._written, len(self._map))])
+            history.trajectory(T_map_cam), tuple(history.estimates(T_map_cam)), source.fused(),
+            gauge.metres_per_unit, gauge.scale_source, camera_source, gauge.frame),
+            [self._map.exported(id_) for id_ in range(self._feed.written, len(self._map))])
 
     @property
-    def frame(self) -> str:
-        """What the axes of the map rest on."""
-        if self.poses == 'given':
-            return 'given poses'
-        return 'first camera' if np.array_equal(self.T_map_first, np.eye(4)) else 'z up'
+    def gauge(self) -> Gauge:
+        """What the unit and the axes of the map rest on."""
+        return self._source.gauge(metric=self._preparation.metric)
 
     @property
-    def _is_metric(self) -> bool:
-        return self.poses == 'given' or self._preparation.metric
+    def waiting_for(self) -> str:
+        """What is missing before there is a map with depth; '' once there is one."""
+        return self._source.waiting_for(self._map)
 
     @property
     def camera(self) -> Camera | None:
@@ -66,15 +62,8 @@ class MapResults:
 
     @property
     def camera_source(self) -> str:
-        """'given', 'guessed' or 'refined'."""
+        """'given', 'guessed', 'refined' or 'predicted'."""
         return self._preparation.camera_source
-
-    @property
-    def scale_source(self) -> str:
-        """What the unit of the map rests on."""
-        if self.poses == 'given':
-            return 'given poses'
-        return 'depth' if self._preparation.metric else 'unknown'
 
     @property
     def keyframes(self) -> list[Keyframe]:
@@ -84,15 +73,15 @@ class MapResults:
     @property
     def estimates(self) -> list[Estimate]:
         """One estimate per processed frame, with poses as the map knows them now."""
-        return self._journal.estimates(self._map.T_map_cam)
+        return self._history.estimates(self._map.T_map_cam)
 
     def trajectory(self) -> Trajectory:
         """Poses of all frames that have one, as the map knows them now."""
-        return self._journal.trajectory(self._map.T_map_cam)
+        return self._history.trajectory(self._map.T_map_cam)
 
     def cloud_source(self, newest_only: bool = False) -> CloudSource:
         """What the cloud is fused from: sensor depth of keyframes, else landmarks."""
-        return cloud_source(self._map, self.config.cloud, newest_only)
+        return cloud_source(self._map, self._map.config.cloud, newest_only)
 
     def cloud(self) -> PointCloud:
         """Coloured points in the map frame."""

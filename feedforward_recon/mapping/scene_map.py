@@ -35,6 +35,15 @@ class SceneMap:
 
 
 @dataclass(frozen=True)
+class Gauge:
+    """What the unit and the axes of a map rest on; see ``SceneMap``."""
+
+    metres_per_unit: float | None
+    scale_source: str
+    frame: str
+
+
+@dataclass(frozen=True)
 class Draft:
     """A map as it stands while mapping goes on.
 

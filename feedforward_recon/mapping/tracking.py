@@ -20,11 +20,20 @@ MAX_EXTRAPOLATION = 3.0
 
 @dataclass(frozen=True)
 class Tracked:
-    """A tracked frame: what it sees and from where; features if they were computed on the way."""
+    """A tracked frame: what it sees and from where; features if they were computed on the way.
+
+    relocalised: the camera was lost before. extends: False for a frame that must leave the map
+    as it is. sure, score: what the pose source itself thinks of the pose; None leaves it to the
+    mapper.
+    """
 
     tracks: Tracks
     fit: PoseFit
     features: Features | None = None
+    relocalised: bool = False
+    extends: bool = True
+    sure: bool | None = None
+    score: float | None = None
 
 
 class Motion:
@@ -150,6 +159,16 @@ class Tracker:
 def exact_fit(T_map_cam: np.ndarray, inliers: int = 0) -> PoseFit:
     """A pose that was given or that defines the map frame."""
     return PoseFit(T_map_cam, np.diag(FLOOR_STD**2), np.ones(inliers, bool), np.zeros(inliers))
+
+
+def support(fit: PoseFit) -> float:
+    """Share of the tested matches that agree with a pose, 0..1 (1 without any)."""
+    return fit.count / len(fit.inliers) if len(fit.inliers) else 1.0
+
+
+def is_well_supported(fit: PoseFit, config: TrackingConfig) -> bool:
+    """Twice the fewest inliers agree with a pose, and most of what was tested."""
+    return fit.count >= 2 * config.min_inliers and support(fit) > 0.5
 
 
 def fit_pose(view: View, map_: GrowingMap, tracks: Tracks, T_guess: np.ndarray,

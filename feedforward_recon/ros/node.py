@@ -221,7 +221,7 @@ class CameraNode(LifecycleNode):
         self._stop_listening()
         workers = [w for w in (self.worker, self.clerk) if w is not None]
         ended = all(w.stop(timeout_s=2.0) for w in workers)
-        return ended and not (self.session is not None and self.session.is_busy)
+        return ended and not (self.session is not None and self.session.info.is_busy)
 
     def _on_parameters(self, config: NodeConfig) -> None:
         if self.inputs is not None:

@@ -181,7 +181,7 @@ class Services:
 
     async def _load(self) -> tuple[bool, str]:
         session, worker = self._working()
-        path, given_up = self._node.config.map, session.unsaved_keyframes
+        path, given_up = self._node.config.map, session.info.unsaved_keyframes
         saved: SavedMap = await self._ask(worker, lambda: session.load(path))
         self._node.new_map(session.info)
         lost = f'; the map of {given_up} keyframes being made was not saved' if given_up else ''

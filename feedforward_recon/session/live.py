@@ -25,21 +25,23 @@ from feedforward_recon.config.node import NodeConfig
 from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.errors import InputError, MapError
 from feedforward_recon.geometry.camera import Camera
-from feedforward_recon.localization.follower import Follower
 from feedforward_recon.localization.localizer import Localizer
 from feedforward_recon.mapping.cloud import CloudSource
-from feedforward_recon.mapping.mapper import OnlineReconstructor
-from feedforward_recon.mapping.scene_map import Draft, SceneMap, Stats
-from feedforward_recon.mapping.sources.live_windows import LiveWindows
-from feedforward_recon.mapping.sources.window_parts import FeedForward
+from feedforward_recon.mapping.sources import FeaturePoses, PoseSource
+from feedforward_recon.mapping.sources.window import FeedForward
+from feedforward_recon.mapping.sources.windows import WindowPoses
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.model import Encoder
-from feedforward_recon.session.map_folder import SavedMap, check_map_output, load_map, save_map
+from feedforward_recon.model.compact import CompactEncoder
+from feedforward_recon.session.map_folder import SavedMap, load_map
+from feedforward_recon.session.map_in_progress import MapInProgress, SaveJob, no_map_yet
 from feedforward_recon.session.networks import load_network
-from feedforward_recon.types import Estimate, Frame, Status, Trajectory
+from feedforward_recon.session.newest_memory import NO_MAP, NewestMemory, no_map
+from feedforward_recon.session.stream import LocalizedStream, with_camera
+from feedforward_recon.types import Estimate, Frame, Trajectory
 
+__all__ = ['NO_MAP', 'LiveSession', 'Mode', 'SessionInfo', 'session_of']
 Mode = Literal['mapping', 'localization']
-NO_MAP = 'NO_MAP'
 YOUNG_KEYFRAMES = 20  # a map of fewer is restarted rather than kept with a guessed camera
 
 
@@ -50,6 +52,8 @@ class SessionInfo:
     keyframes: of the map that is being made; memory_bytes: of the memory, saved or not.
     metres_per_unit: None while the scale is unknown. frame, scale_source and camera_source as in
     ``SceneMap``. window: what the window of a feed-forward network waits for, '' without.
+    unsaved_keyframes: of a map that changed since it was saved, 0 when nothing would be lost.
+    is_busy: a network is at work on a thread of its own.
     """
 
     mode: Mode
@@ -61,6 +65,8 @@ class SessionInfo:
     camera_source: str
     frame: str
     window: str = ''
+    unsaved_keyframes: int = 0
+    is_busy: bool = False
 
 
 def session_of(config: NodeConfig, on_ready: Callable[[], None] = lambda: None) -> LiveSession:
@@ -68,8 +74,6 @@ def session_of(config: NodeConfig, on_ready: Callable[[], None] = lambda: None) 
 
     Raises ConfigError, CheckpointError or MapError for what cannot be used.
     """
-    from feedforward_recon.model.compact import CompactEncoder
-
     config.check()
     session = LiveSession(config.mapper, CompactEncoder.load(config=config.encoder), config.mode,
                           load_network=partial(load_network, config) if config.feeds_forward
@@ -77,18 +81,6 @@ def session_of(config: NodeConfig, on_ready: Callable[[], None] = lambda: None) 
     if config.mode == 'localization' and config.map:
         session.load(config.map)
     return session
-
-
-@dataclass
-class _LastSave:
-    """The last save of one map: SHA-256 of its map.yaml, and how far the map was."""
-
-    sha256: str = ''
-    stand: tuple[int, int] = (0, 0)
-
-
-class _OutOfTimeError(Exception):
-    """Polishing was told to end."""
 
 
 class LiveSession:
@@ -107,26 +99,24 @@ class LiveSession:
         self.encoder = encoder
         self.mode: Mode = mode
         self.on_ready = on_ready
+        self.hurry = threading.Event()
         self._load_network = load_network
         self._network = load_network() if load_network and mode == 'mapping' else None
-        self._mapper: OnlineReconstructor | LiveWindows | None = None
-        self._writer = MemoryWriter(config.memory, encoder.dim)
-        self.memory_bytes = self._writer.snapshot().nbytes  # fixed from the start
-        self._saved: SavedMap | None = None
-        self._localizer: Localizer | None = None
-        self._follower: Follower | None = None
-        self._frozen_at = -1  # keyframes in the memory that the localizer reads
-        self._hint: np.ndarray | None = None
-        self._odometry_scale: float | None = None
-        self.hurry = threading.Event()
-        self._last_save = _LastSave()
+        self._memory_bytes = MemoryWriter(config.memory, encoder.dim).snapshot().nbytes
+        self._map: MapInProgress | None = None
+        self._newest: NewestMemory | None = None  # of the map that is being made
+        self._loaded: tuple[SavedMap, Localizer] | None = None
+        self._stream = LocalizedStream(config.tracking)
 
     def configure(self, config: MapperConfig) -> None:
         """Take over settings of the localizer that changed while running."""
         self.config = replace(self.config, localizer=config.localizer)
-        if self._localizer is not None:
-            self._localizer = Localizer(self._localizer.memory, self.encoder, config.localizer,
-                                        self._localizer.camera)
+        if self._newest is not None:
+            self._newest.configure(config.localizer)
+        if self._loaded is not None:
+            saved, old = self._loaded
+            self._loaded = saved, Localizer(old.memory, self.encoder, config.localizer,
+                                            old.camera)
 
     # -- images ----------------------------------------------------------------------------
 
@@ -135,100 +125,68 @@ class LiveSession:
                 on_pose: Callable[[Estimate], None] | None = None) -> Estimate:
         """One frame of the stream, in the present mode.
 
-        T_map_first: pose of the camera if this frame starts a map (see OnlineReconstructor).
+        T_map_first: pose of the camera if this frame starts a map (see PoseSource).
         settle: finish what a keyframe is followed by; else ``work`` does it between frames, and
         on_pose is told the pose of a tracked frame before the frame becomes a keyframe.
         Raises InputError for an image that cannot be used.
         """
         if self.mode == 'localization':
-            return self._follow(frame, settle)
-        if self._mapper is None:
-            self._mapper = self._new_mapper(T_map_first)
-        if T_map_first is not None and not self._mapper.stats.keyframes:
-            self._mapper.T_map_first = T_map_first
-        return self._mapper.process(frame) if settle else self._mapper.track(frame, on_pose)
+            estimate = self._stream.process(frame, self._localizer())
+            while settle and self._stream.work():
+                pass
+            return estimate
+        mapper = self._mapping().mapper
+        if T_map_first is not None and not mapper.stats.keyframes:
+            mapper.source.T_map_first = T_map_first
+        return mapper.process(frame) if settle else mapper.track(frame, on_pose)
 
-    def _follow(self, frame: Frame, settle: bool) -> Estimate:
-        """One frame of a stream in the memory."""
-        localizer = self._reader()
-        if localizer is None:
-            return _no_map(frame)
-        if self._follower is None or self._follower.localizer is not localizer:
-            self._follower = Follower(localizer, self.config.tracking)
-        estimate = self._follower.process(self._with_camera(frame, localizer.camera), self._hint)
-        if estimate.T_map_cam is not None:
-            self._hint = estimate.T_map_cam
-        while settle and self._follower.work():
-            pass
-        return estimate
-
-    def _new_mapper(self, T_map_first: np.ndarray | None) -> OnlineReconstructor | LiveWindows:
-        if self._network is not None:
-            return LiveWindows(self.config, self._network, self.encoder, self._writer,
-                               relocalise=self._ask_memory, on_ready=lambda: self.on_ready())
-        return OnlineReconstructor(self.config, self.encoder, self._writer,
-                                   relocalise=self._ask_memory, T_map_first=T_map_first)
+    def _mapping(self) -> MapInProgress:
+        """The map that is being made; begun when the first frame comes."""
+        if self._map is None:
+            writer = MemoryWriter(self.config.memory, self.encoder.dim)
+            self._newest = NewestMemory(writer, self.encoder, self.config.localizer,
+                                        hint=lambda: self._stream.hint)
+            source = _pose_source(self.config, self.encoder, self._network, self._newest,
+                                  on_ready=lambda: self.on_ready())
+            self._map = MapInProgress(self.config, self.encoder, writer, source, self.hurry)
+        return self._map
 
     def work(self) -> bool:
         """One piece of what was put off by ``settle=False``; False when nothing is left."""
         if self.mode == 'localization':
-            return self._follower is not None and self._follower.work()
-        return self._mapper is not None and self._mapper.work()
+            return self._stream.work()
+        return self._map is not None and self._map.mapper.work()
 
     def late(self) -> list[Estimate]:
         """Poses of earlier frames that ``process``, ``work`` or ``save`` brought meanwhile."""
-        return self._mapper.late() if isinstance(self._mapper, LiveWindows) else []
-
-    @property
-    def is_busy(self) -> bool:
-        """A network is at work on a thread of its own."""
-        return isinstance(self._mapper, LiveWindows) and self._mapper.is_busy
+        return [] if self._map is None else self._map.mapper.source.late()
 
     def locate(self, frame: Frame, T_map_cam_hint: np.ndarray | None = None) -> Estimate:
         """Find one image in the memory; nothing is written.
 
         Raises InputError when the image comes without a camera and the map knows none for it.
         """
-        localizer = self._reader()
+        localizer = self._localizer()
         if localizer is None:
-            return _no_map(frame)
-        return localizer.localize(self._with_camera(frame, localizer.camera), T_map_cam_hint)
+            return no_map(frame)
+        return localizer.localize(with_camera(frame, localizer.camera), T_map_cam_hint)
 
     def hint(self, T_map_cam: np.ndarray) -> None:
         """Somebody says where the camera is, in map units; tried first, never trusted."""
-        self._hint = T_map_cam
-        self._continue_nothing()
+        self._stream.hint = T_map_cam
+        self._stream.forget()
 
-    def _continue_nothing(self) -> None:
-        """In a stream that is followed, the next image is looked up in the memory."""
-        if self._follower is not None:
-            self._follower.forget()
-
-    def _ask_memory(self, frame: Frame) -> Estimate:
-        return self.locate(frame, self._hint)
-
-    @staticmethod
-    def _with_camera(frame: Frame, camera: Camera | None) -> Frame:
-        if frame.camera is not None or camera is None:
-            return frame
-        if camera.size_wh != (frame.image.shape[1], frame.image.shape[0]):
-            raise InputError(f'expected intrinsics for {frame.image.shape[1]}x'
-                             f'{frame.image.shape[0]} images, found none, and the map was made '
-                             f'with {camera.width}x{camera.height}; give a calibration')
-        return replace(frame, camera=camera)
-
-    def _reader(self) -> Localizer | None:
-        """A localizer on the newest frozen memory; None without a map."""
-        if self._saved is None and self._mapper is not None and self._writer.filled \
-                and self._frozen_at != self._writer.slots.writes:
-            self._frozen_at = self._writer.slots.writes
-            self._localizer = Localizer(self._writer.snapshot(), self.encoder,
-                                        self.config.localizer, self._mapper.camera)
-        return self._localizer
+    def _localizer(self) -> Localizer | None:
+        """A localizer on the loaded or on the newest frozen memory; None without a map."""
+        if self._loaded is not None:
+            return self._loaded[1]
+        if self._newest is None or self._map is None:
+            return None
+        return self._newest.localizer(self._map.mapper.results.camera)
 
     # -- the map ---------------------------------------------------------------------------
 
-    def save(self, path: str | Path) -> Callable[[], SavedMap]:
+    def save(self, path: str | Path) -> SaveJob:
         """Settle the map; the job polishes a copy of the memory and writes the folder.
 
         The job raises InputError or MapError when the folder cannot be written. Raises MapError
@@ -236,67 +194,19 @@ class LiveSession:
         """
         if not str(path):
             raise InputError("expected a folder in the parameter 'map', found ''; set it")
-        if self._saved is not None:
+        if self._loaded is not None:
             raise MapError(f'expected a map made here, found the one loaded from '
-                           f'{self._saved.path}, which is saved already')
-        check_map_output(path)
-        scene = self._finished()
-        return self._saving(path, Draft(lambda: scene, []), polished=True)
+                           f'{self._loaded[0].path}, which is saved already')
+        if self._map is None:
+            raise no_map_yet()
+        return self._map.save(path)
 
-    def autosave(self, path: str | Path) -> Callable[[], SavedMap] | None:
-        """A job that writes the map as it stands, neither refined nor polished.
+    def autosave(self, path: str | Path) -> SaveJob | None:
+        """A job that writes the map as it stands; None while nothing is unsaved.
 
-        Taking it keeps nobody waiting. None while there is nothing that was not saved before.
         Raises InputError for an impossible path.
         """
-        mapper = self._mapper
-        if mapper is None or not self.unsaved_keyframes:
-            return None
-        check_map_output(path)
-        return self._saving(path, mapper.draft(), polished=False)
-
-    @property
-    def unsaved_keyframes(self) -> int:
-        """Keyframes of a map that changed since it was saved; 0 when nothing would be lost."""
-        return 0 if self._saved is not None or self._stand == self._last_save.stand \
-            else self.info.keyframes
-
-    @property
-    def _stand(self) -> tuple[int, int]:
-        """Changes with the map; the frames between two keyframes do not count."""
-        stats = Stats() if self._mapper is None else self._mapper.stats
-        return stats.keyframes, stats.corrections
-
-    def _saving(self, path: str | Path, draft: Draft, *, polished: bool) -> Callable[[], SavedMap]:
-        state, stand, last = self._writer.state(), self._stand, self._last_save
-        metres, config, encoder = self._odometry_scale, self.config, self.encoder
-
-        def job() -> SavedMap:
-            made = draft.scene()
-            if metres is not None and made.metres_per_unit is None:
-                made = replace(made, metres_per_unit=metres, scale_source='odometry')
-            copy = MemoryWriter.from_state(config.memory, state)
-            if polished and not self._polish(copy):
-                copy = MemoryWriter.from_state(config.memory, state)
-            for keyframe in draft.pending:
-                copy.write(keyframe)
-            saved = save_map(path, made, copy, encoder, config, replaces=last.sha256)
-            last.sha256, last.stand = saved.sha256, stand
-            return saved
-
-        return job
-
-    def _polish(self, writer: MemoryWriter) -> bool:
-        """Polish a copy of the memory; False when there was no time left to end it."""
-        def check(_: int) -> None:
-            if self.hurry.is_set():
-                raise _OutOfTimeError
-
-        try:
-            writer.polish(progress=check)
-        except _OutOfTimeError:
-            return False
-        return True
+        return None if self._map is None else self._map.autosave(path)
 
     def load(self, path: str | Path) -> SavedMap:
         """Localise in a saved map from now on; the map that was being made is given up.
@@ -309,16 +219,16 @@ class LiveSession:
         encoder = saved.load_encoder()
         localizer = Localizer(saved.memory, encoder, self.config.localizer, saved.info.camera)
         self._clear()
-        self._saved, self._localizer, self.encoder = saved, localizer, encoder
+        self._loaded, self.encoder = (saved, localizer), encoder
         self.mode = 'localization'
         return saved
 
     def reset(self) -> str:
         """Forget the map that is being made, or in a loaded one where the camera was."""
-        if self._saved is not None:
-            self._hint = None
-            self._continue_nothing()
-            return f'forgot the last pose; the map loaded from {self._saved.path} stays'
+        if self._loaded is not None:
+            self._stream.hint = None
+            self._stream.forget()
+            return f'forgot the last pose; the map loaded from {self._loaded[0].path} stays'
         keyframes = self.info.keyframes
         self._clear()
         return f'forgot the map of {keyframes} keyframes'
@@ -330,23 +240,24 @@ class LiveSession:
         stays then.
         """
         if on and self.mode == 'mapping':
-            self._finished()
-        if not on and self._saved is not None:
+            if self._map is None:
+                raise no_map_yet()
+            self._map.finished()
+        if not on and self._loaded is not None:
             raise MapError(f'expected a map made here, found the one loaded from '
-                           f'{self._saved.path}, which is not extended; clean the node up '
+                           f'{self._loaded[0].path}, which is not extended; clean the node up '
                            'and configure it in mapping mode')
         if not on and self._network is None and self._load_network is not None:
             self._network = self._load_network()
         self.mode = 'localization' if on else 'mapping'
-        self._continue_nothing()
+        self._stream.forget()
         return f'mode is {self.mode}'
 
     def set_camera(self, camera: Camera) -> str:
         """A calibration arrived after mapping began without; '' if that changes nothing."""
-        mapper = self._mapper
-        if mapper is None or mapper.camera_source == 'given':
+        if self._map is None or self._map.mapper.results.camera_source == 'given':
             return ''
-        if mapper.stats.keyframes >= YOUNG_KEYFRAMES:
+        if self._map.keyframes >= YOUNG_KEYFRAMES:
             return ('the calibration came after the map was made with a guessed camera; reset '
                     'to use it')
         self._clear()
@@ -354,58 +265,51 @@ class LiveSession:
 
     def set_odometry_scale(self, metres_per_unit: float) -> None:
         """Odometry has told how long a unit of a monocular map is."""
-        self._odometry_scale = metres_per_unit
+        self._mapping().metres_per_unit = metres_per_unit
 
     def _clear(self) -> None:
-        self._mapper, self._saved, self._localizer, self._follower = None, None, None, None
-        self._writer = MemoryWriter(self.config.memory, self.encoder.dim)
-        self._frozen_at, self._hint, self._odometry_scale = -1, None, None
-        self._last_save = _LastSave()
-
-    def _finished(self) -> SceneMap:
-        """The map with everything done that can be; mapping may go on."""
-        scene = SceneMap() if self._mapper is None else self._mapper.finish()
-        if not scene.keyframes:
-            raise MapError('expected a map, found none yet; move the camera through a textured '
-                           'place first')
-        return scene
+        self._map = self._newest = self._loaded = None
+        self._stream = LocalizedStream(self.config.tracking)
 
     # -- what others see -------------------------------------------------------------------
 
     @property
     def info(self) -> SessionInfo:
         """Where the session stands."""
-        if self._saved is not None:
-            known = self._saved.info
-            return SessionInfo(self.mode, True, known.keyframes, self._saved.memory.nbytes,
-                               known.metres_per_unit, known.scale_source, known.camera_source,
-                               known.frame)
-        mapper = self._mapper
-        if mapper is None:
-            return SessionInfo(self.mode, False, 0, self.memory_bytes, None, 'unknown', 'given',
+        if self._loaded is not None:
+            saved, localizer = self._loaded
+            return SessionInfo(self.mode, True, saved.info.keyframes, localizer.memory.nbytes,
+                               saved.info.metres_per_unit, saved.info.scale_source,
+                               saved.info.camera_source, saved.info.frame)
+        if self._map is None:
+            return SessionInfo(self.mode, False, 0, self._memory_bytes, None, 'unknown', 'given',
                                'first camera')
-        metric = mapper.scale_source != 'unknown'
-        scale = 1.0 if metric else self._odometry_scale
-        source = 'unknown' if scale is None else mapper.scale_source if metric else 'odometry'
-        return SessionInfo(self.mode, mapper.stats.keyframes > 0, mapper.stats.keyframes,
-                           self.memory_bytes, scale, source, mapper.camera_source, mapper.frame,
-                           mapper.progress if isinstance(mapper, LiveWindows) else '')
+        made, mapper, (metres, scale_source) = self._map, self._map.mapper, self._map.scale
+        return SessionInfo(self.mode, made.keyframes > 0, made.keyframes, self._memory_bytes,
+                           metres, scale_source, mapper.results.camera_source,
+                           mapper.results.gauge.frame, mapper.source.progress,
+                           made.unsaved_keyframes, mapper.source.is_busy)
 
     def keyframe_poses(self) -> Trajectory:
         """Keyframes of the map that is being made, as it knows them now."""
-        return Trajectory() if self._mapper is None else self._mapper.keyframe_poses()
+        return Trajectory() if self._map is None else self._map.mapper.results.keyframe_poses()
 
     def cloud_source(self, newest_only: bool = False) -> CloudSource | None:
         """What a cloud can be fused from on another thread; None without a map.
 
         A loaded map brings its whole cloud from its folder.
         """
-        if self._saved is not None:
-            cloud = self._saved.cloud()
+        if self._loaded is not None:
+            cloud = self._loaded[0].cloud()
             return CloudSource((cloud.xyz,), (cloud.rgb,), (np.eye(4),),
                                self.config.cloud.voxel_m, self.config.cloud.max_points)
-        return None if self._mapper is None else self._mapper.cloud_source(newest_only)
+        return None if self._map is None else self._map.mapper.results.cloud_source(newest_only)
 
 
-def _no_map(frame: Frame) -> Estimate:
-    return Estimate(frame.stamp_ns, Status.NOT_LOCALISED, reason=NO_MAP, source=frame.source)
+def _pose_source(config: MapperConfig, encoder: Encoder, network: FeedForward | None,
+                 newest: NewestMemory, on_ready: Callable[[], None]) -> PoseSource:
+    """Windows of a network if there is one, else features; a lost camera asks the memory."""
+    if network is None:
+        return FeaturePoses(config, encoder, relocalise=newest.ask)
+    return WindowPoses(config, network, encoder, windows=network.windows, selects=True,
+                       relocalise=newest.ask, on_ready=on_ready)

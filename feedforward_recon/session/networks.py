@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from feedforward_recon.config.network import ModelOptions, WindowConfig
 from feedforward_recon.errors import ConfigError
-from feedforward_recon.mapping.sources.window_parts import FeedForward
+from feedforward_recon.mapping.sources.window import FeedForward
 from feedforward_recon.model.predictor import is_out_of_memory, load_predictor
 
 

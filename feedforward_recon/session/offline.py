@@ -1,28 +1,56 @@
-"""One mapping run with progress: what ``ffrecon map`` and ``ffrecon demo`` share."""
+"""``map_frames``: a recording becomes a map; the same for Python, `ffrecon map` and the demo.
+
+run = map_frames(open_source('walk/'))
+saved = run.save('maps/kitchen')
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from feedforward_recon.config.network import WindowConfig
 from feedforward_recon.config.schema import MapperConfig
-from feedforward_recon.console.terminal import progress_bar
 from feedforward_recon.evaluation import TrajectoryError, absolute_trajectory_error
-from feedforward_recon.localization.localizer import Localizer
-from feedforward_recon.mapping.mapper import OnlineReconstructor
-from feedforward_recon.mapping.offline import second_look
+from feedforward_recon.localization.network_localizer import NetworkMemory
+from feedforward_recon.mapping.mapper import Mapper
 from feedforward_recon.mapping.scene_map import SceneMap, Stats
-from feedforward_recon.mapping.sources.windows import WindowedReconstructor
+from feedforward_recon.mapping.sources import FeaturePoses, PoseSource
+from feedforward_recon.mapping.sources.features import Ask
 from feedforward_recon.memory import MemoryWriter
-from feedforward_recon.model import Encoder, Predictor
-from feedforward_recon.types import Estimate, Frame, Trajectory
+from feedforward_recon.model import Encoder
+from feedforward_recon.model.compact import CompactEncoder
+from feedforward_recon.session.map_folder import SavedMap, save_map
+from feedforward_recon.session.newest_memory import NewestMemory
+from feedforward_recon.types import Frame, Trajectory
 
-Poses = Literal['estimated', 'given']
+SourceOf = Callable[[Ask], PoseSource]  # given another way to find a lost camera
+
+
+class ProgressBar(Protocol):
+    """Progress of one step."""
+
+    def advance(self, state: str = '') -> None:
+        """One more unit is done."""
+        ...
+
+
+class _NoBar:
+    def advance(self, state: str = '') -> None:
+        """Nobody is watching."""
+
+
+Progress = Callable[[str, int], AbstractContextManager[ProgressBar]]  # label and total -> a bar
+
+
+def quiet(label: str, total: int) -> AbstractContextManager[ProgressBar]:
+    """Progress that nobody sees."""
+    return nullcontext(_NoBar())
 
 
 @dataclass(frozen=True)
@@ -41,6 +69,8 @@ class Run:
     mapping_s: float
     reading_s: float
     polish_s: float
+    encoder: Encoder
+    config: MapperConfig
 
     @property
     def tracked_share(self) -> float:
@@ -55,23 +85,33 @@ class Run:
         alignment = 'sim3' if self.scene.metres_per_unit is None else 'se3'
         return absolute_trajectory_error(self.scene.trajectory, self.truth, alignment)
 
+    def save(self, path: str | Path, network: NetworkMemory | None = None) -> SavedMap:
+        """Write the map folder; replaces an older map there.
 
-def map_frames(frames: Iterable[Frame], total: int, encoder: Encoder, config: MapperConfig,
-               poses: Poses = 'estimated') -> Run:
-    """Map frames, refine, place what was missed, and polish the memory; bars on stderr.
+        Raises as ``save_map``.
+        """
+        return save_map(path, self.scene, self.writer, self.encoder, self.config, network)
 
-    Raises InputError for a frame that cannot be used.
+
+def map_frames(frames: Iterable[Frame], config: MapperConfig | None = None,
+               encoder: Encoder | None = None, *, source: SourceOf | None = None,
+               total: int = 0, progress: Progress = quiet) -> Run:
+    """Map frames, refine, look for missed frames in the finished map, and polish the memory.
+
+    source: makes what gives frames their poses; default: their features, and the memory for a
+    lost camera. The second look needs frames that can be read twice (not an iterator).
+    total: how many frames there are, for the progress.
+    Raises InputError for a frame that cannot be used, and what a network raises.
     """
+    config = config or MapperConfig()
+    encoder = encoder or CompactEncoder.load(config=config.encoder)
     writer = MemoryWriter(config.memory, encoder.dim)
-
-    def ask_memory(frame: Frame) -> Estimate:
-        return Localizer(writer.snapshot(), encoder, config.localizer,
-                         mapper.camera).localize(frame)
-
-    mapper = OnlineReconstructor(config, encoder, writer, poses=poses, relocalise=ask_memory)
-    truth: list[tuple[int, np.ndarray]] = []
-    started, mapping_s = time.perf_counter(), 0.0
-    with progress_bar('mapping', total) as bar:
+    ask = NewestMemory(writer, encoder, config.localizer).ask
+    poses = FeaturePoses(config, encoder, relocalise=ask) if source is None else source(ask)
+    mapper = Mapper(config, encoder, writer, source=poses)
+    truth, started = [], time.perf_counter()
+    mapping_s = 0.0
+    with progress('mapping', total) as bar:
         for frame in frames:
             before = time.perf_counter()
             estimate = mapper.process(frame)
@@ -82,46 +122,30 @@ def map_frames(frames: Iterable[Frame], total: int, encoder: Encoder, config: Ma
     reading_s = time.perf_counter() - started - mapping_s
     before = time.perf_counter()
     scene = mapper.finish()
-    if poses == 'estimated' and not isinstance(frames, Iterator):  # it can be read again
-        second_look(mapper, frames)
-        scene = mapper.scene_map()
+    if not isinstance(frames, Iterator) and look_again(mapper, frames):
+        scene = mapper.results.scene_map()
     mapping_s += time.perf_counter() - before
-    polish_s = _polish(writer)
-    return Run(scene, writer, mapper.stats, _trajectory(truth), mapping_s, reading_s, polish_s)
+    return Run(scene, writer, mapper.stats, _trajectory(truth), mapping_s, reading_s,
+               _polish(writer, progress), encoder, config)
 
 
-def map_windows(frames: Iterable[Frame], total: int, predictor: Predictor, encoder: Encoder,
-                config: MapperConfig, windows: WindowConfig, *, refine: bool = True) -> Run:
-    """Map frames window by window with a feed-forward network, and polish the memory.
+def look_again(mapper: Mapper, frames: Iterable[Frame]) -> int:
+    """Look up frames in a finished map that its pose source could not place, or not well.
 
-    Raises InputError for a frame that cannot be used.
+    frames: all of them, in the same order. The map stays as it is. Returns how many were looked
+    for.
     """
-    writer = MemoryWriter(config.memory, encoder.dim)
-    mapper = WindowedReconstructor(config, predictor, encoder, writer, windows=windows,
-                                   refine=refine)
-    truth: list[tuple[int, np.ndarray]] = []
-    started, mapping_s = time.perf_counter(), 0.0
-    with progress_bar('mapping', total) as bar:
-        for frame in frames:
-            before = time.perf_counter()
-            mapper.add(frame)
-            mapping_s += time.perf_counter() - before
-            if frame.T_map_cam is not None:
-                truth.append((frame.stamp_ns, frame.T_map_cam))
-            bar.advance()
-    reading_s = time.perf_counter() - started - mapping_s
-    before = time.perf_counter()
-    scene = mapper.finish()
-    if not isinstance(frames, Iterator):  # it can be read again
-        scene = mapper.look_again(frames)
-    mapping_s += time.perf_counter() - before
-    polish_s = _polish(writer)
-    return Run(scene, writer, mapper.stats, _trajectory(truth), mapping_s, reading_s, polish_s)
+    wanted = {index for index, estimate in enumerate(mapper.results.estimates)
+              if mapper.source.deserves_second_look(estimate)}
+    for index, frame in enumerate(frames if wanted else ()):
+        if index in wanted:
+            mapper.revisit(index, frame)
+    return len(wanted)
 
 
-def _polish(writer: MemoryWriter) -> float:
+def _polish(writer: MemoryWriter, progress: Progress) -> float:
     started = time.perf_counter()
-    with progress_bar('polishing', writer.config.polish_steps) as bar:
+    with progress('polishing', writer.config.polish_steps) as bar:
         writer.polish(progress=lambda _: bar.advance())
     return time.perf_counter() - started
 

@@ -2,7 +2,7 @@
 
 Anchors among the newest images continue the walk. Anchors chosen by similarity tie it to what
 was mapped long ago, when the camera comes back. Of each image its pixels and a coarse grid of
-points are kept, and of at most ``ALBUM`` images, whatever the length of the walk.
+points are kept, and of at most ``OLD_IMAGES`` images, whatever the length of the walk.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from feedforward_recon.mapping.sources.window_geometry import Samples, samples
 from feedforward_recon.types import FloatArray, Prediction
 
-ALBUM = 100
+OLD_IMAGES = 100
 OLD_SHARE = 0.5  # of the anchors, at most
 MIN_AGE = 3  # windows
 SIMILAR = 0.6  # cosine of two global descriptors, below which two images are of other places
@@ -29,7 +29,7 @@ class Anchor:
     frame: its number in the mapper. window: number of the window that placed it.
     T_map_cam: where it put it. samples: its points.
     variance: of its position (map units squared) and angle (rad squared).
-    look: global descriptor, None for an image that is no keyframe.
+    global_descriptor: None for an image that is no keyframe.
     """
 
     frame: int
@@ -38,7 +38,7 @@ class Anchor:
     T_map_cam: FloatArray
     samples: Samples
     variance: tuple[float, float]
-    look: np.ndarray | None = None
+    global_descriptor: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Anchors:
         return float(position), float(angle)
 
 
-class Album:
+class AnchorImages:
     """Images that may be anchors: those of the last window, and a bounded number of old ones."""
 
     def __init__(self) -> None:
@@ -92,25 +92,25 @@ class Album:
         self._window += 1
         again = {id(item) for item in anchors.items} if anchors is not None else set()
         left = [item for item in self._recent if id(item) not in again]
-        self._old += [item for item in left if item.look is not None]
-        while len(self._old) > ALBUM:
+        self._old += [item for item in left if item.global_descriptor is not None]
+        while len(self._old) > OLD_IMAGES:
             del self._old[_most_redundant(self._old)]
         # The newest of them are the bridge to the window before.
         self._recent = [] if anchors is None else list(anchors.select(anchors.recent).items)
 
     def add(self, frame: int, image: np.ndarray, prediction: Prediction,
-            variance: tuple[float, float], look: np.ndarray | None) -> None:
+            variance: tuple[float, float], global_descriptor: np.ndarray | None) -> None:
         """One image of the window that was begun, as a prediction [1] in the map places it."""
         self._recent.append(Anchor(frame, self._window, image, prediction.T_world_cam[0],
-                                   samples(prediction), variance, look))
+                                   samples(prediction), variance, global_descriptor))
 
-    def chosen(self, count: int, looks: Iterable[np.ndarray], pose: Poses) -> Anchors:
-        """At most ``count`` images, half of them old ones if any look like ``looks``.
+    def chosen(self, count: int, descriptors: Iterable[np.ndarray], pose: Poses) -> Anchors:
+        """At most ``count`` images, half of them old ones if any resemble ``descriptors``.
 
         The others come from the later half of the last window, the last image among them.
         pose: where the mapper has a frame now, None where it does not know.
         """
-        old = self._alike(int(count * OLD_SHARE), looks)
+        old = self._alike(int(count * OLD_SHARE), descriptors)
         last = len(self._recent) - 1
         index = np.unique(np.linspace(last, last // 2, count - len(old)).round().astype(int))
         items = [*old, *(self._recent[i] for i in index)]
@@ -119,23 +119,27 @@ class Album:
                       for item, T in zip(items, poses, strict=True)])
         return Anchors(tuple(items), T, np.arange(len(items)) >= len(old))
 
-    def _alike(self, count: int, looks: Iterable[np.ndarray]) -> list[Anchor]:
-        """The old images most alike to any of some looks, the most alike first.
+    def _alike(self, count: int, descriptors: Iterable[np.ndarray]) -> list[Anchor]:
+        """The old images most alike to any of some global descriptors, the most alike first.
 
         Not those of the windows just before: they bring the same drift.
         """
         old = [item for item in self._old if item.window <= self._window - MIN_AGE]
         if not old or count < 1:
             return []
-        known = np.stack([item.look for item in old if item.look is not None])
-        score = np.max([known @ look for look in looks], 0)
+        known = np.stack(_global_descriptors(old))
+        score = np.max([known @ one for one in descriptors], 0)
         order = np.argsort(-score, kind='stable')[:count]
         return [old[i] for i in order if score[i] >= SIMILAR]
 
 
+def _global_descriptors(items: list[Anchor]) -> list[np.ndarray]:
+    return [item.global_descriptor for item in items if item.global_descriptor is not None]
+
+
 def _most_redundant(items: list[Anchor]) -> int:
     """Index of the newer of the two images that look most alike: the older one drifted less."""
-    looks = np.stack([item.look for item in items if item.look is not None])
-    alike = looks @ looks.T
+    descriptors = np.stack(_global_descriptors(items))
+    alike = descriptors @ descriptors.T
     np.fill_diagonal(alike, -1)
     return int(max(np.unravel_index(alike.argmax(), alike.shape)))

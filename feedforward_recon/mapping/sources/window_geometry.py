@@ -94,7 +94,7 @@ def aligned(source: Prediction, T_map_cam: np.ndarray, target: Samples, *,
                                points.reshape(-1, 3)[both], weight[both], with_scale=with_scale)
 
 
-def misfit(fit: Alignment, target: Samples) -> float:
+def residual(fit: Alignment, target: Samples) -> float:
     """Median distance after an alignment, as a share of the median depth of its target."""
     return float(np.median(fit.residuals) / target.typical_depth)
 

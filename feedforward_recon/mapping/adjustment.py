@@ -1,0 +1,136 @@
+"""Bundle adjustment of parts of the map: what moves, what holds it, and what disagrees after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from feedforward_recon.config.schema import MapperConfig
+from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.geometry.refine import BundleProblem, bundle_adjust
+from feedforward_recon.mapping.map import GrowingMap
+
+CULL_FACTOR = 3.0
+POINTS_PIECE = 5000  # observations whose landmarks are refined at once
+
+
+def refine_window(map_: GrowingMap, config: MapperConfig, *, poses_fixed: bool = False) -> None:
+    """Bundle adjustment of the newest keyframes; those that share landmarks hold them."""
+    window, count = config.refine.window, len(map_)
+    moving = np.arange(max(1, count - window), count)
+    newest = np.unique(map_.landmarks.seen_landmark[
+        map_.landmarks.seen_keyframe >= count - window])
+    shared = map_.landmarks.shared(newest, count)
+    shared[moving] = 0
+    holding = np.argsort(-shared, kind='stable')[:config.refine.window_fixed]
+    holding = holding[shared[holding] > 0]
+    if not poses_fixed and not len(holding):
+        holding, moving = moving[:1], moving[1:]
+    if poses_fixed:
+        moving, holding = moving[:0], np.concatenate([moving, holding])
+    _refine(map_, config, moving, holding, newest, config.refine.window_steps)
+
+
+def adjust_newest(map_: GrowingMap, keyframes: int, settings: Sequence[MapperConfig]) -> None:
+    """Refine the newest ``keyframes``, once with each of the settings.
+
+    Older keyframes that share landmarks hold the new ones.
+    """
+    for config in settings:
+        refine = replace(config.refine, window=keyframes, window_steps=config.refine.global_steps)
+        refine_window(map_, replace(config, refine=refine))
+
+
+def refine_points(map_: GrowingMap, config: MapperConfig) -> Iterator[None]:
+    """Refine all landmarks from all their views, poses held, in pieces of bounded cost.
+
+    The map may grow between the pieces.
+    """
+    views = map_.landmarks.views() * map_.landmarks.has_point
+    piece = np.cumsum(views) // POINTS_PIECE
+    for number in np.unique(piece[views > 0]):
+        ids = np.flatnonzero((piece == number) & (views > 0))
+        _refine(map_, config, np.zeros(0, int), np.arange(len(map_)), ids,
+                config.refine.loop_steps)
+        yield
+
+
+def refine_all(map_: GrowingMap, config: MapperConfig, *, refine_focal: bool = False) -> None:
+    """Bundle adjustment of the whole map (at most ``refine.max_keyframes`` move)."""
+    count = len(map_)
+    moving = np.arange(max(1, count - config.refine.max_keyframes), count)
+    holding = np.arange(moving[0]) if len(moving) else np.zeros(0, int)
+    ids = np.flatnonzero(map_.landmarks.has_point)
+    _refine(map_, config, moving, holding, ids, config.refine.global_steps, refine_focal)
+
+
+def _refine(map_: GrowingMap, config: MapperConfig, moving: np.ndarray, holding: np.ndarray,
+            ids: np.ndarray, steps: int, refine_focal: bool = False) -> None:
+    problem, rows, ids = bundle_problem(map_, config, moving, holding, ids, refine_focal)
+    if problem is None:
+        return
+    result = bundle_adjust(problem, steps)
+    used = np.concatenate([moving, holding])
+    map_.T_map_cam[used] = result.T_map_cam
+    map_.landmarks.set_points_map(ids, result.points, map_.T_map_cam)
+    if refine_focal:
+        _rescale_focal(map_, result.focal_scale)
+    # Beyond the tracking threshold: an observation that ties the window to an old place may
+    # disagree until the loop is closed, and must not be lost before.
+    _cull(map_, rows[result.residual > CULL_FACTOR * config.tracking.outlier_px], ids)
+
+
+def bundle_problem(map_: GrowingMap, config: MapperConfig, moving: np.ndarray,
+                   holding: np.ndarray, ids: np.ndarray, refine_focal: bool = False
+                   ) -> tuple[BundleProblem | None, np.ndarray, np.ndarray]:
+    """Bundle adjustment of landmarks ``ids`` and keyframes, with its rows and landmarks.
+
+    Poses in the order of ``moving``, then ``holding``, which stay.
+    """
+    table, used = map_.landmarks, np.concatenate([moving, holding])
+    ids = ids[table.has_point[ids]]
+    local = np.full(len(map_), -1)
+    local[used] = np.arange(len(used))
+    rows = np.flatnonzero(table.mask(ids)[table.seen_landmark]
+                          & (local[table.seen_keyframe] >= 0))
+    # One view without depth says nothing about a point.
+    weight = 1 + np.isfinite(table.seen_inv_depth[rows])
+    firm = np.bincount(table.seen_landmark[rows], weight, len(table)) >= 2
+    rows = rows[firm[table.seen_landmark[rows]]]
+    if not len(rows):
+        return None, rows, ids
+    ids, point_index = np.unique(table.seen_landmark[rows], return_inverse=True)
+    problem = BundleProblem(
+        map_.T_map_cam[used], table.points_map(ids, map_.T_map_cam),
+        np.arange(len(used)) >= len(moving), local[table.seen_keyframe[rows]], point_index,
+        table.seen_xy[rows], table.seen_inv_depth[rows], table.seen_sigma[rows],
+        map_.keyframes[-1].camera.fx, config.tracking.depth_noise,
+        config.refine.robust_px, refine_focal)
+    return problem, rows, ids
+
+
+def _cull(map_: GrowingMap, bad_rows: np.ndarray, ids: np.ndarray) -> None:
+    """Drop observations that disagree, and positions that too little supports."""
+    table = map_.landmarks
+    table.forget(bad_rows)
+    rows = np.flatnonzero(table.mask(ids)[table.seen_landmark])
+    weight = 1 + np.isfinite(table.seen_inv_depth[rows])
+    support = np.bincount(table.seen_landmark[rows], weight, len(table))[ids]
+    table.alive[ids[support == 0]] = False
+    table.point_cam[ids[support == 1]] = np.nan
+
+
+def _rescale_focal(map_: GrowingMap, scale: float) -> None:
+    for keyframe in map_.keyframes:
+        keyframe.camera = scaled_focal(keyframe.camera, scale)
+        keyframe.points_cam[:, :2] /= scale
+        keyframe.cloud_cam[:, :2] /= scale
+    map_.landmarks.seen_xy /= scale
+
+
+def scaled_focal(camera: Camera, scale: float) -> Camera:
+    """The camera with its focal lengths multiplied."""
+    return Camera(camera.width, camera.height, camera.fx * scale, camera.fy * scale, camera.cx,
+                  camera.cy, camera.distortion, camera.model)

@@ -1,0 +1,102 @@
+"""``Backlog``: what a keyframe is followed by, in pieces of bounded cost.
+
+refine the sliding window -> look for a loop -> refine a guessed focal length -> write memory
+a loop whose error shows -> pose graph -> bundle adjustment -> landmarks, piece by piece
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from feedforward_recon.config.schema import MapperConfig
+from feedforward_recon.mapping.adjustment import refine_all, refine_window
+from feedforward_recon.mapping.association import tie
+from feedforward_recon.mapping.estimates import EstimateHistory
+from feedforward_recon.mapping.feed import MemoryFeed
+from feedforward_recon.mapping.loop_closure import Loop, close_loop, find_loop
+from feedforward_recon.mapping.map import GrowingMap
+from feedforward_recon.mapping.preparation import Preparation
+from feedforward_recon.mapping.scene_map import Stats
+
+FOCAL_ROUNDS = (6, 12, 24, 48)  # keyframes after which a guessed focal length is refined
+
+
+class Backlog:
+    """Work on the map that need not be done before the next frame is tracked."""
+
+    def __init__(self, map_: GrowingMap, feed: MemoryFeed, history: EstimateHistory,
+                 preparation: Preparation, stats: Stats) -> None:
+        self.feed = feed
+        self._map, self._history, self._preparation = map_, history, preparation
+        self._stats = stats
+        self._due: deque[Callable[[], object]] = deque()
+        self._closing: Iterator[None] | None = None
+
+    @property
+    def is_due(self) -> bool:
+        """Work on the last keyframe is left (closing a loop is not counted)."""
+        return bool(self._due)
+
+    def clear(self) -> None:
+        """The map was given up."""
+        self._due.clear()
+        self._closing = None
+        self.feed.restart()
+
+    def follow_up(self, *, exact: bool, metric: bool) -> None:
+        """A keyframe was added. exact: poses stay; metric: the map has its scale."""
+        self._due.append(lambda: refine_window(self._map, self._map.config, poses_fixed=exact))
+        if not exact:
+            self._due.append(lambda: self._close_loops(with_scale=not metric))
+            self._due.append(self._refine_focal)
+        self._due.append(lambda: self.feed.write(self._map))
+
+    def work(self) -> bool:
+        """One piece; False when nothing is left."""
+        if not self._due and self._closing is None:
+            return False
+        (self._due.popleft() if self._due else self._close_further)()
+        return True
+
+    def refine_all(self, config: MapperConfig, *, focal: bool = False) -> None:
+        """Bundle adjustment of the whole map; what was written moves along."""
+        refine_all(self._map, config, refine_focal=focal)
+        if focal:
+            self._preparation.adopt(self._map.keyframes[-1].camera, 'refined')
+        self.feed.reanchor(self._map)
+
+    def _close_loops(self, *, with_scale: bool) -> None:
+        """Tie the newest keyframe to old ones; where the map is off, correct it."""
+        newest, config = len(self._map) - 1, self._map.config
+        if newest % config.loops.every or self._closing is not None:
+            return
+        loop = find_loop(self._map, config, newest)
+        if loop is None:
+            return
+        self._stats.loops += 1
+        if loop.shift_px <= config.loops.correct_px:
+            tie(self._map, newest, loop.features, loop.landmarks)
+            return
+        self.close(loop, with_scale=with_scale)
+
+    def close(self, loop: Loop, *, with_scale: bool) -> None:
+        """Correct the map around a loop, piece by piece."""
+        self._stats.corrections += 1
+        self._closing = close_loop(self._map, self._map.config, loop, with_scale=with_scale,
+                                   corrected=self._corrected)
+
+    def _close_further(self) -> None:
+        if self._closing is not None and next(self._closing, self) is self:
+            self._closing = None
+
+    def _corrected(self, scale: np.ndarray) -> None:
+        self._history.rescale(scale)
+        self.feed.reanchor(self._map)
+
+    def _refine_focal(self) -> None:
+        """A guessed focal length is refined with the whole map, early and then more rarely."""
+        if self._preparation.camera_source != 'given' and len(self._map) in FOCAL_ROUNDS:
+            self.refine_all(self._map.config, focal=True)

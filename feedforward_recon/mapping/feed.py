@@ -1,0 +1,36 @@
+"""``MemoryFeed``: keyframes on their way into the scene memory."""
+
+from __future__ import annotations
+
+from feedforward_recon.config.schema import MapperConfig
+from feedforward_recon.mapping.keyframes import Archive
+from feedforward_recon.mapping.map import GrowingMap
+from feedforward_recon.mapping.scene_map import Memory
+
+
+class MemoryFeed:
+    """Writes each keyframe once, when it is no longer refined, and packs what is written."""
+
+    def __init__(self, memory: Memory | None, config: MapperConfig, written: int = 0) -> None:
+        self._memory, self._config = memory, config
+        self._archive = Archive(config.cloud)
+        self.written = written
+
+    def restart(self) -> None:
+        """The map was given up before anything of it was written."""
+        self._archive, self.written = Archive(self._config.cloud), 0
+
+    def write(self, map_: GrowingMap, *, everything: bool = False) -> None:
+        """Hand keyframes to the memory once the sliding window has left them behind."""
+        window = self._config.refine.window
+        done = len(map_) - (0 if everything else window)
+        for id_ in range(self.written, done):
+            if self._memory is not None:
+                self._memory.write(map_.exported(id_))
+        self.written = max(self.written, done)
+        self._archive.pack(map_.keyframes, self.written - window)
+
+    def reanchor(self, map_: GrowingMap) -> None:
+        """Keyframes have moved; what was written moves along."""
+        if self._memory is not None and self.written:
+            self._memory.reanchor(dict(enumerate(map_.T_map_cam[:self.written].copy())))

@@ -1,0 +1,146 @@
+"""``FeaturePoses``: landmarks followed from frame to frame, and found again by descriptor.
+
+no map            -> the first frame with texture, or with depth where the camera has it
+no depth so far   -> two-view geometry once there is parallax (monocular cameras)
+tracked before    -> optical flow and PnP
+lost              -> relocalisation among the keyframes, then whatever the caller can ask
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from feedforward_recon.config.schema import MapperConfig
+from feedforward_recon.geometry.pnp import PoseFit
+from feedforward_recon.mapping.bootstrap import Bootstrap
+from feedforward_recon.mapping.keyframes import View
+from feedforward_recon.mapping.map import GrowingMap
+from feedforward_recon.mapping.matching import Tracks
+from feedforward_recon.mapping.relocalisation import relocalise, verified
+from feedforward_recon.mapping.scene_map import Gauge
+from feedforward_recon.mapping.sources.base import (
+    NO_KNOWN_PLACE,
+    MapExtension,
+    first_view,
+    missing_for_start,
+)
+from feedforward_recon.mapping.tracking import Tracked, Tracker
+from feedforward_recon.model import Encoder
+from feedforward_recon.types import Estimate
+
+Ask = Callable[[View], Estimate]  # another way to find a lost camera
+
+
+class FeaturePoses:
+    """Poses from the features of the images alone.
+
+    relocalise: asked for a lost camera when the keyframes do not help.
+    T_map_first: pose [4, 4] of the camera that starts the map, in a frame with z up; the
+    identity puts the origin and the axes into the first camera.
+    """
+
+    is_exact = False
+    is_busy = False
+    progress = ''
+    lost = NO_KNOWN_PLACE
+
+    def __init__(self, config: MapperConfig, encoder: Encoder, *, relocalise: Ask | None = None,
+                 T_map_first: np.ndarray | None = None) -> None:
+        self.tracker = Tracker(config.tracking)
+        self.T_map_first = np.eye(4) if T_map_first is None else T_map_first
+        self._config, self._encoder, self._relocalise = config, encoder, relocalise
+        self._bootstrap: Bootstrap | None = None
+        self._needs_depth = False
+
+    def mapping_config(self, config: MapperConfig) -> MapperConfig:
+        """The settings as they are."""
+        return config
+
+    def locate(self, view: View, map_: GrowingMap) -> Tracked | None:
+        """Pose of a frame from tracks, two views or relocalisation; see the module."""
+        self._needs_depth = view.needs_depth
+        if not len(map_):
+            tracked = self._first(view)
+        elif self._bootstrap is not None:
+            tracked = self._second(view, map_, self._bootstrap)
+        else:
+            tracked = self.tracker.track(view, map_)
+            if tracked is None:
+                return self._relocalised(view, map_)
+        if tracked is not None:
+            self.tracker.accept(view, tracked.tracks, tracked.fit.T_map_cam)
+        return tracked
+
+    def _first(self, view: View) -> Tracked | None:
+        self.tracker, self._bootstrap = Tracker(self._config.tracking), None
+        return first_view(view, self._encoder, self.T_map_first, self._config.tracking)
+
+    def _second(self, view: View, map_: GrowingMap, bootstrap: Bootstrap) -> Tracked | None:
+        """Monocular: the frame whose parallax gives the map its depth."""
+        tracks = self.tracker.flow(view, map_, self.T_map_first)
+        if bootstrap.is_hopeless(tracks):
+            map_.clear()
+            return self._first(view)
+        tracked = bootstrap.second_view(view, tracks, self.T_map_first)
+        if tracked is None:
+            self.tracker.accept(view, tracks, self.T_map_first)
+        return tracked
+
+    def _relocalised(self, view: View, map_: GrowingMap) -> Tracked | None:
+        tracked = found_again(view, map_, self._encoder, self._config, self._relocalise)
+        if tracked is not None:
+            self.tracker.accept(view, tracked.tracks, tracked.fit.T_map_cam, moved=False)
+        return tracked
+
+    def keyframe_added(self, map_: GrowingMap, tracks: Tracks) -> list[tuple[View, PoseFit]]:
+        """Enter and leave the phase in which a monocular map has no depth yet."""
+        bootstrap = self._bootstrap
+        if len(map_) == 1 and not self._needs_depth:
+            self._bootstrap = Bootstrap(self._config, tracks)
+        elif bootstrap is not None:
+            self._bootstrap = None
+            return bootstrap.complete(map_)
+        return []
+
+    def work(self, mapper: MapExtension, map_: GrowingMap, *, wait: bool, final: bool) -> bool:
+        """Nothing is put off."""
+        return False
+
+    def late(self) -> list[Estimate]:
+        """No pose is told late."""
+        return []
+
+    def waiting_for(self, map_: GrowingMap) -> str:
+        """Texture, depth or parallax; '' once there is a map."""
+        if not len(map_):
+            return missing_for_start(needs_depth=self._needs_depth)
+        return '' if self._bootstrap is None else 'waiting for parallax'
+
+    def gauge(self, *, metric: bool) -> Gauge:
+        """Metres from depth, or a unit of its own; axes of the first camera, or z up."""
+        at_first_camera = np.array_equal(self.T_map_first, np.eye(4))
+        return Gauge(1.0 if metric else None, 'depth' if metric else 'unknown',
+                     'first camera' if at_first_camera else 'z up')
+
+    def final_settings(self, config: MapperConfig) -> Sequence[MapperConfig]:
+        """One bundle adjustment."""
+        return [config]
+
+    def deserves_second_look(self, estimate: Estimate) -> bool:
+        """Frames without a pose: the finished map has seen what came later."""
+        return not estimate.status.has_pose
+
+
+def found_again(view: View, map_: GrowingMap, encoder: Encoder, config: MapperConfig,
+                ask: Ask | None) -> Tracked | None:
+    """A lost camera, found among the keyframes or where ``ask`` says it is."""
+    features = encoder.encode(view.image)
+    tracked = relocalise(view, features, map_, config.tracking)
+    if tracked is None and ask is not None:
+        T_map_cam = ask(view).T_map_cam
+        if T_map_cam is not None:
+            tracked = verified(view, features, map_, T_map_cam, config.tracking)
+    return None if tracked is None else replace(tracked, relocalised=True)

@@ -1,0 +1,70 @@
+"""``ViewFollower``: poses of the frames between windows, in the map as it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from feedforward_recon.config.schema import MapperConfig
+from feedforward_recon.mapping.keyframes import View
+from feedforward_recon.mapping.map import GrowingMap
+from feedforward_recon.mapping.relocalisation import verified
+from feedforward_recon.mapping.sources.features import Ask, found_again
+from feedforward_recon.mapping.tracking import Tracked, Tracker, is_well_supported
+from feedforward_recon.model import Encoder
+
+CELLS = 4  # the image has CELLS x CELLS of them
+MIN_SPREAD = 0.5  # share of the cells that landmarks must be seen in
+LEAVING = 0.6  # share of the landmarks seen in the best frame since the last window
+
+
+class ViewFollower:
+    """Follows the camera by landmarks and leaves the map as it is.
+
+    is_leaving: the camera sees much less of the map than at best since the last window.
+    """
+
+    def __init__(self, encoder: Encoder, relocalise: Ask | None) -> None:
+        self._encoder, self._relocalise = encoder, relocalise
+        self._config = MapperConfig()
+        self._tracker = Tracker(self._config.tracking)
+        self._best = 0  # inliers since the last window
+        self.is_leaving = True
+
+    def start(self, config: MapperConfig) -> None:
+        """There is a map."""
+        self._config, self._tracker = config, Tracker(config.tracking)
+
+    def window_ended(self) -> None:
+        """More of the scene is mapped."""
+        self._best = 0
+
+    def follow(self, view: View, map_: GrowingMap, *, refresh: bool) -> Tracked | None:
+        """Pose of a frame; None for a lost camera.
+
+        refresh: look for all landmarks in view again, instead of following those of the last
+        frame, which drift.
+        """
+        tracking = self._config.tracking
+        tracked, moved = self._tracker.track(view, map_), True
+        if tracked is None:
+            tracked, moved = found_again(view, map_, self._encoder, self._config,
+                                         self._relocalise), False
+        elif refresh:
+            features = self._encoder.encode(view.image)
+            tracked = verified(view, features, map_, tracked.fit.T_map_cam, tracking) or tracked
+        if tracked is None:
+            self.is_leaving = True
+            return None
+        self._tracker.accept(view, tracked.tracks, tracked.fit.T_map_cam, moved=moved)
+        self._best = max(self._best, tracked.fit.count)
+        sure = self._is_sure(view, tracked)
+        self.is_leaving = not sure or tracked.fit.count < LEAVING * self._best
+        return replace(tracked, extends=False, sure=sure)
+
+    def _is_sure(self, view: View, tracked: Tracked) -> bool:
+        """A pose from landmarks in a corner of the image is not to be relied on."""
+        cells = np.unique((CELLS * tracked.tracks.px / view.camera.size_wh).astype(int), axis=0)
+        return is_well_supported(tracked.fit, self._config.tracking) \
+            and len(cells) >= MIN_SPREAD * CELLS**2

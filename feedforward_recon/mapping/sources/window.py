@@ -1,0 +1,68 @@
+"""What windows of a feed-forward network consist of, on their way in and on their way out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from feedforward_recon.config.network import WindowConfig
+from feedforward_recon.mapping.keyframes import View
+from feedforward_recon.mapping.sources.anchors import Anchors
+from feedforward_recon.model import Predictor
+from feedforward_recon.types import Prediction
+
+
+class FeedForward:
+    """A predictor and the windows it is given; one thread at a time uses the device."""
+
+    def __init__(self, predictor: Predictor, windows: WindowConfig) -> None:
+        self.predictor, self.windows = predictor, windows
+        self._turn = threading.Lock()
+
+    def predict(self, images: Sequence[np.ndarray], memory: Any = None, *,
+                write: bool = True) -> tuple[Prediction, Any]:
+        """What images show together (see ``model.Predictor``)."""
+        with self._turn:
+            return self.predictor.predict(images, memory, write=write)
+
+
+@dataclass(frozen=True)
+class WaitingView:
+    """A view that waits for its window; T_map_first: its pose if it starts the map."""
+
+    view: View
+    T_map_first: np.ndarray
+
+
+@dataclass(frozen=True)
+class Window:
+    """New views, and mapped images that tie them to the map; None while there is no map."""
+
+    views: list[WaitingView]
+    anchors: Anchors | None = None
+
+    @property
+    def images(self) -> list[np.ndarray]:
+        """What the network is shown: anchors first."""
+        known = [] if self.anchors is None else self.anchors.images
+        return [*known, *(waiting.view.image for waiting in self.views)]
+
+
+@dataclass(frozen=True)
+class PlacedView:
+    """A view with what its window says about it.
+
+    prediction: of this view alone, in the map; None when the window could not be placed.
+    T_map_cam: None when nothing ties the view to the map; reason says why.
+    """
+
+    view: View
+    prediction: Prediction | None = None
+    T_map_cam: np.ndarray | None = None
+    covariance: np.ndarray | None = None
+    score: float = 0.0
+    reason: str = ''

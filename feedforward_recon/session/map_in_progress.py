@@ -1,0 +1,133 @@
+"""``MapInProgress``: one map that is being made, and its saves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from feedforward_recon.config.schema import MapperConfig
+from feedforward_recon.errors import MapError
+from feedforward_recon.mapping.mapper import Mapper
+from feedforward_recon.mapping.scene_map import Draft, SceneMap
+from feedforward_recon.mapping.sources import PoseSource
+from feedforward_recon.memory import MemoryWriter
+from feedforward_recon.model import Encoder
+from feedforward_recon.session.map_folder import SavedMap, check_map_output, save_map
+
+SaveJob = Callable[[], SavedMap]
+
+
+class _OutOfTimeError(Exception):
+    """Polishing was told to end."""
+
+
+class LastSave:
+    """The last save of one map: SHA-256 of its map.yaml, and how far the map was."""
+
+    def __init__(self) -> None:
+        self.sha256 = ''
+        self.progress = (0, 0)
+
+
+class MapInProgress:
+    """A mapper, the memory it writes, and the folder jobs that save both.
+
+    hurry: once set, the memory is saved without being polished. metres_per_unit: what odometry
+    says of a map without a scale of its own.
+    """
+
+    def __init__(self, config: MapperConfig, encoder: Encoder, writer: MemoryWriter,
+                 source: PoseSource, hurry: threading.Event) -> None:
+        self.mapper = Mapper(config, encoder, writer, source=source)
+        self.metres_per_unit: float | None = None
+        self._config, self._encoder, self._writer, self._hurry = config, encoder, writer, hurry
+        self._last_save = LastSave()
+
+    @property
+    def scale(self) -> tuple[float | None, str]:
+        """Metres per unit, None while unknown, and what says so."""
+        gauge = self.mapper.results.gauge
+        if gauge.metres_per_unit is None and self.metres_per_unit is not None:
+            return self.metres_per_unit, 'odometry'
+        return gauge.metres_per_unit, gauge.scale_source
+
+    @property
+    def keyframes(self) -> int:
+        """Keyframes so far."""
+        return self.mapper.stats.keyframes
+
+    @property
+    def unsaved_keyframes(self) -> int:
+        """Keyframes of a map that changed since it was saved; 0 when nothing would be lost."""
+        return 0 if self._progress == self._last_save.progress else self.keyframes
+
+    @property
+    def _progress(self) -> tuple[int, int]:
+        """Changes with the map; the frames between two keyframes do not count."""
+        return self.mapper.stats.keyframes, self.mapper.stats.corrections
+
+    def finished(self) -> SceneMap:
+        """The map with everything done that can be; mapping may go on. Raises MapError."""
+        scene = self.mapper.finish()
+        if not scene.keyframes:
+            raise no_map_yet()
+        return scene
+
+    def save(self, path: str | Path) -> SaveJob:
+        """Settle the map; the job polishes a copy of the memory and writes the folder.
+
+        Raises MapError when there is no map yet, InputError for an impossible path.
+        """
+        check_map_output(path)
+        scene = self.finished()
+        return self._job(path, Draft(lambda: scene, []), polished=True)
+
+    def autosave(self, path: str | Path) -> SaveJob | None:
+        """A job that writes the map as it stands, neither refined nor polished.
+
+        Taking it keeps nobody waiting. None while there is nothing that was not saved before.
+        Raises InputError for an impossible path.
+        """
+        if not self.unsaved_keyframes:
+            return None
+        check_map_output(path)
+        return self._job(path, self.mapper.results.draft(), polished=False)
+
+    def _job(self, path: str | Path, draft: Draft, *, polished: bool) -> SaveJob:
+        state, progress, last = self._writer.state(), self._progress, self._last_save
+        metres, config, encoder = self.metres_per_unit, self._config, self._encoder
+
+        def job() -> SavedMap:
+            made = draft.scene()
+            if metres is not None and made.metres_per_unit is None:
+                made = replace(made, metres_per_unit=metres, scale_source='odometry')
+            copy = MemoryWriter.from_state(config.memory, state)
+            if polished and not self._polish(copy):
+                copy = MemoryWriter.from_state(config.memory, state)
+            for keyframe in draft.pending:
+                copy.write(keyframe)
+            saved = save_map(path, made, copy, encoder, config, replaces=last.sha256)
+            last.sha256, last.progress = saved.sha256, progress
+            return saved
+
+        return job
+
+    def _polish(self, writer: MemoryWriter) -> bool:
+        """Polish a copy of the memory; False when there was no time left to end it."""
+        def check(_: int) -> None:
+            if self._hurry.is_set():
+                raise _OutOfTimeError
+
+        try:
+            writer.polish(progress=check)
+        except _OutOfTimeError:
+            return False
+        return True
+
+
+def no_map_yet() -> MapError:
+    """The error of whoever needs a map before there is one."""
+    return MapError('expected a map, found none yet; move the camera through a textured place '
+                    'first')
