@@ -16,7 +16,7 @@ from feedforward_recon.model import predictor as module
 from feedforward_recon.model.configs import build
 from feedforward_recon.model.da3 import Da3Reconstruction
 from feedforward_recon.model.pi3 import Pi3Reconstruction
-from feedforward_recon.model.pose_encoding import decode_cameras, encode_cameras, inverse
+from feedforward_recon.model.pose_encoding import decode_cameras, encode_cameras, rigid_inverse
 from feedforward_recon.model.predictor import (
     NetworkPredictor,
     as_prediction,
@@ -160,13 +160,13 @@ def true_answer(name, camera, depth, T_world_cam):
         points = points.view(1, len(depth), *size_hw, 3)
         return Pi3Reconstruction(points, points, torch.zeros(points.shape[:-1]), T)
     K = torch.from_numpy(camera.K).expand(1, len(depth), 3, 3)
-    inward = inverse(T) if name == 'vggt' else T
+    inward = rigid_inverse(T) if name == 'vggt' else T
     encodings = encode_cameras(inward, K, size_hw)
     pose, K = decode_cameras(encodings, size_hw)  # the network only says the encoding
     z = torch.from_numpy(depth)[None]
     if name == 'vggt':
         return Reconstruction(encodings[None], pose, K, z, z, z, z)
-    return Da3Reconstruction(encodings, inverse(pose), K, z, z, z, z)
+    return Da3Reconstruction(encodings, rigid_inverse(pose), K, z, z, z, z)
 
 
 @pytest.mark.parametrize('name', ['vggt', 'pi3', 'da3'])

@@ -134,7 +134,7 @@ def _report(run: Run, saved: SavedMap, as_json: bool) -> None:
     if as_json:
         print_json(summary)
         return
-    print_table(f'map in {saved.path}', rows(summary))
+    print_table(f'map in {saved.path}', summary_rows(summary))
     note(f'find new images in it: ffrecon localize {saved.path} IMAGES')
 
 
@@ -166,7 +166,7 @@ def _error(run: Run) -> dict[str, float] | None:
             'straight_line_rmse': error.straight_line_rmse, 'path_length': error.path_length}
 
 
-def rows(summary: dict[str, Any]) -> dict[str, str]:
+def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
     """The table of a run for people."""
     table = {
         'frames': f'{summary["frames"]}, {100 * summary["tracked_share"]:.1f} % tracked',

@@ -4,8 +4,8 @@ Frames meet only in global attention, and every variant writes through an `Excha
 (`attention/base.py`): `ttt` adds up its gradient sums (786 432 numbers per layer and step at
 the size of VGGT-1B, whatever the number of frames), the others pass on what they remember.
 Everything else is local to a frame, except VGGT's camera head, which needs the camera tokens of
-all frames: `reconstruct` gathers them, so that poses are global. (pi3 has no such head: inside
-`sequence_parallel` an ordinary call will do.) The result equals that of one process.
+all frames: `predict_distributed` gathers them, so that poses are global. (pi3 has no such head:
+inside `sequence_parallel` an ordinary call will do.) The result equals that of one process.
 
 Run under torchrun; `gloo` on CPU, `nccl` on GPU. Inference only: gradients of a loss do not
 flow between processes.
@@ -56,7 +56,7 @@ class AcrossProcesses:
                           for part, length in zip(parts, sizes, strict=True)], dim)
 
 
-def reconstruct(model: Vggt, images: torch.Tensor, group: dist.ProcessGroup | None = None,
+def predict_distributed(model: Vggt, images: torch.Tensor, group: dist.ProcessGroup | None = None,
                 demand: Demand = EVERYTHING) -> tuple[Reconstruction, TransformerMemory]:
     """One scene whose frames are spread over the processes of a group, in order of rank.
 

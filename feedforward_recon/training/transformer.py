@@ -35,10 +35,10 @@ from feedforward_recon.training.transformer_data import (
     TRAIN,
     RoomViews,
     Windows,
+    augment_batch,
     draw_windows,
     load_views,
     mirrored,
-    photometric,
 )
 from feedforward_recon.training.transformer_losses import (
     TEMPERATURE,
@@ -53,7 +53,7 @@ from feedforward_recon.training.transformer_losses import (
     matching_patches,
     patch_loss,
 )
-from feedforward_recon.training.transformer_scores import Scores, baseline, errors, joined
+from feedforward_recon.training.transformer_scores import Scores, baseline, concatenated, errors
 
 log = logging.getLogger(__name__)
 VIEWS_PER_WINDOW = (2, 4, 4, 8)  # drawn evenly
@@ -220,7 +220,7 @@ class TransformerTrainer:
         self.network.train()
         # Plain matrix products are faster than the fused attention at this size.
         with sdpa_kernel(SDPBackend.MATH):
-            parts = self.loss(windows, photometric(windows.images, generator), dense_view)
+            parts = self.loss(windows, augment_batch(windows.images, generator), dense_view)
             total = torch.stack(list(parts.values())).sum()
         for parameter in self._parameters():
             parameter.grad = None
@@ -356,4 +356,4 @@ def held_out_scores(network: Vggt, rooms: list[RoomViews],
         said, _ = network(windows.images)
         found.append(errors(said.T_cam_world, said.depth, windows))
         without.append(baseline(windows))
-    return joined(found).scores(), joined(without).scores()
+    return concatenated(found).scores(), concatenated(without).scores()

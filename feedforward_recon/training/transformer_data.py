@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
-from feedforward_recon.model.pose_encoding import inverse, unprojected
+from feedforward_recon.model.pose_encoding import rigid_inverse, unprojected
 from feedforward_recon.synthetic import Room
 from feedforward_recon.synthetic.walk import look
 
@@ -172,7 +172,7 @@ def gather(chosen: Sequence[tuple[RoomViews, NDArray]], height: int) -> Windows:
     K = torch.from_numpy(np.stack([r.K[i] for r, i in chosen]))
     K[..., 1, 2] -= top
     T_world_cam = torch.from_numpy(np.stack([r.T_world_cam[i] for r, i in chosen]))
-    T_cam_world = inverse(T_world_cam) @ T_world_cam[:, :1]
+    T_cam_world = rigid_inverse(T_world_cam) @ T_world_cam[:, :1]
     return normalised_windows(images.permute(0, 1, 4, 2, 3).float() / 255, depth, K.float(),
                               T_cam_world.float())
 
@@ -207,7 +207,7 @@ def _window(room: RoomViews, rng: np.random.Generator, views: int) -> NDArray[np
     return (int(rng.integers(length)) + stride * np.arange(views)) % length
 
 
-def photometric(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def augment_batch(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Exposure, colour, sharpness and noise of each view changed at random; [B, N, 3, H, W]."""
     shape = images.shape
 
