@@ -33,8 +33,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.common import REPOSITORY, RESULTS
 from benchmarks.ttt_update import update_row
-from feedforward_recon.model.attention import ATTENTION
 from feedforward_recon.model.attention.config import TttOptions
+from feedforward_recon.model.attention.registry import ATTENTION
 from feedforward_recon.model.backbone import Demand
 from feedforward_recon.model.configs import build
 from feedforward_recon.model.predictor import is_out_of_memory

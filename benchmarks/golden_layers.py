@@ -13,10 +13,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from feedforward_recon.model.attention import AttentionConfig, global_attention
 from feedforward_recon.model.attention import fast_weights as fw
 from feedforward_recon.model.attention.base import Layout
-from feedforward_recon.model.attention.config import SparseLinearOptions, SparseOptions
+from feedforward_recon.model.attention.config import (
+    AttentionConfig,
+    SparseLinearOptions,
+    SparseOptions,
+)
+from feedforward_recon.model.attention.registry import global_attention
 from feedforward_recon.model.attention.sparse import SparseAttention
 from feedforward_recon.model.fp8 import FakeFp8Linear
 

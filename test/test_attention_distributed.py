@@ -8,7 +8,7 @@ import torch.distributed as dist
 from test_attention_laws import ALL, POSITIONS, TOKENS, TttOptions, call, make, tokens
 
 from feedforward_recon.errors import ConfigError
-from feedforward_recon.model.attention import attention_factory
+from feedforward_recon.model.attention.registry import attention_factory
 from feedforward_recon.model.backbone import SPECIAL, BackboneConfig
 from feedforward_recon.model.distributed import (
     AcrossProcesses,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks import golden
 from feedforward_recon.errors import ConfigError, InputError
 from feedforward_recon.model import layers
-from feedforward_recon.model.attention import ATTENTION, attention_factory
+from feedforward_recon.model.attention.registry import ATTENTION, attention_factory
 from feedforward_recon.model.backbone import BackboneConfig
 from feedforward_recon.model.configs import CONFIGS, build
 from feedforward_recon.model.da3 import Da3, Da3Config

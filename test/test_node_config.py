@@ -13,7 +13,7 @@ from feedforward_recon.config.node import NodeConfig, each_setting
 from feedforward_recon.config.schema import MapperConfig, from_dict, to_dict
 from feedforward_recon.console.options import MODEL_FLAGS, settings
 from feedforward_recon.errors import ConfigError
-from feedforward_recon.model.attention import ATTENTION
+from feedforward_recon.model.attention.registry import ATTENTION
 from feedforward_recon.model.configs import ALIASES, CONFIGS
 
 ROOT = Path(__file__).resolve().parents[1]

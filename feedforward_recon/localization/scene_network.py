@@ -18,7 +18,7 @@ from feedforward_recon.localization.network_localizer import (
     spanning,
 )
 from feedforward_recon.mapping.scene_map import SceneMap
-from feedforward_recon.model.attention import ATTENTION
+from feedforward_recon.model.attention.registry import ATTENTION
 from feedforward_recon.model.configs import ALIASES, Network
 from feedforward_recon.model.predictor import NetworkPredictor, load_predictor
 from feedforward_recon.model.vggt import TransformerMemory, Vggt

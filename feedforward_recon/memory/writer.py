@@ -122,10 +122,10 @@ class MemoryWriter:
         error = REFERENCE_FOCAL_PX * torch.sqrt(
             across.square().sum(-1) + (DEPTH_WEIGHT * along[:, 0]).square() + 1e-9)
         fit = ROBUST_PX * torch.log1p(error / ROBUST_PX)
-        # The expected error is learnt beside the fit, not through it: a network that may
-        # excuse itself stops learning the points it finds hard.
-        doubt = error.detach() * torch.exp(-log_sigma) + log_sigma
-        return fit.mean() + doubt.mean()
+        # The expected error is learnt beside the fit, not through it: otherwise a large sigma
+        # would stop the network from learning the points that are hard.
+        negative_log_likelihood = error.detach() * torch.exp(-log_sigma) + log_sigma
+        return fit.mean() + negative_log_likelihood.mean()
 
     @torch.inference_mode()
     def snapshot(self) -> SceneMemory:

@@ -124,7 +124,7 @@ def views_of(seed: int, side: int = SIDE) -> RoomViews:
 def _coarse(room: Room) -> Room:
     """The same room with textures that suffice for small images and are made much faster."""
     faces = [replace(face, texels_per_m=face.texels_per_m / COARSER) for face in room.faces]
-    return replace(room, faces=faces, _pyramids={})
+    return replace(room, faces=faces, pyramids={})
 
 
 def _camera(rng: np.random.Generator, side: int) -> Camera:

@@ -22,10 +22,9 @@ import torch
 from torch import nn
 
 from feedforward_recon.errors import InputError
-from feedforward_recon.model.attention import fast_weights
 from feedforward_recon.model.attention.base import State
 from feedforward_recon.model.attention.config import AttentionConfig
-from feedforward_recon.model.attention.fast_weights import KeyValueSamples
+from feedforward_recon.model.attention.fast_weights import KeyValueSamples, apply
 from feedforward_recon.model.attention.ttt import (
     PatchLayout,
     TttAttention,
@@ -124,7 +123,7 @@ class HybridAttention(TttAttention):
         tau = self.anchor_log_tau.exp()[:, None, None]
         said = read_anchors(q, anchors, tau)
         gate = self.anchor_gate.tanh()[:, None, None]
-        return (fast_weights.apply(weights, q) + gate * said).to(chunk.dtype)
+        return (apply(weights, q) + gate * said).to(chunk.dtype)
 
 
 def read_anchors(q: torch.Tensor, anchors: AnchorTokens, tau: torch.Tensor) -> torch.Tensor:

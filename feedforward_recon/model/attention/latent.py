@@ -67,7 +67,7 @@ class LatentAttention(QkvAttention):
         """Keys and values [B, h, frames, d] of the latents after they saw each other."""
         require_written(state.latents.shape[1])
         latents = state.latents
-        q, k, v = (self._heads(part)
+        q, k, v = (self.split_heads(part)
                    for part in self.latent_qkv(self.latent_norm(latents)).chunk(3, -1))
         seen = merge_heads(F.scaled_dot_product_attention(q, k, v))
         keys, values = self.raw_keys_values(latents + self.latent_proj(seen))

@@ -30,10 +30,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from feedforward_recon.errors import InputError
-from feedforward_recon.model.attention import fast_weights
 from feedforward_recon.model.attention.base import Layout, QkvAttention, State, merge_heads
 from feedforward_recon.model.attention.config import AttentionConfig
-from feedforward_recon.model.attention.fast_weights import FastWeights, KeyValueSamples
+from feedforward_recon.model.attention.fast_weights import (
+    FastWeights,
+    KeyValueSamples,
+    advanced,
+    apply,
+    summed_gradients,
+)
 from feedforward_recon.model.rope import rotate
 
 BASE_RATE = 0.01
@@ -145,7 +150,7 @@ class TttAttention(QkvAttention):
         for step in range(steps):
             if step:
                 weights = self._advanced(weights, sums[-1])
-            part = fast_weights.summed_gradients(weights, samples())
+            part = summed_gradients(weights, samples())
             total = FastWeights(*map(self.exchange.sum, part))
             if step == 0:
                 total = FastWeights(*map(torch.add, state.gradient(0), total))
@@ -163,7 +168,7 @@ class TttAttention(QkvAttention):
              layout: PatchLayout) -> torch.Tensor:
         """Apply the fast network to the queries."""
         q = unit(self.raw_queries(chunk), layout.positions)
-        return fast_weights.apply(memory, q).to(chunk.dtype)
+        return apply(memory, q).to(chunk.dtype)
 
     def samples(self, chunk: torch.Tensor, layout: PatchLayout) -> KeyValueSamples:
         """What the tokens of a chunk teach: keys, values and rates."""
@@ -182,11 +187,11 @@ class TttAttention(QkvAttention):
         tokens = merge_heads(v)
         frames = tokens.reshape(-1, len(layout.positions), tokens.shape[-1])
         mixed = self.short_conv_qkv[2](frames, layout.grid_hw).reshape(tokens.shape)
-        return self._heads(mixed)
+        return self.split_heads(mixed)
 
     def _advanced(self, weights: FastWeights, gradient: FastWeights) -> FastWeights:
         initial = FastWeights(self.w0, self.w1, self.w2)
-        return fast_weights.advanced(weights, gradient, initial, self.config.ttt.newton_schulz)
+        return advanced(weights, gradient, initial, self.config.ttt.newton_schulz)
 
 
 def unit(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
