@@ -8,7 +8,12 @@ import pytest
 import yaml
 
 from feedforward_recon.config.files import SECTION, mapper_settings, shipped_files, write
-from feedforward_recon.config.network import ModelOptions
+from feedforward_recon.config.network import (
+    ATTENTIONS,
+    MORE_NETWORKS,
+    NETWORKS,
+    ModelOptions,
+)
 from feedforward_recon.config.node import NodeConfig, each_setting
 from feedforward_recon.config.schema import MapperConfig, from_dict, to_dict
 from feedforward_recon.console.options import MODEL_FLAGS, settings
@@ -64,14 +69,15 @@ def test_every_setting_is_documented_and_in_the_reference(setting):
 
 
 def test_every_network_is_named_where_it_is_chosen():
-    told = re.split(r'[ ,:]+', walk_by_name()['model'].spec.metadata['doc'])
+    told = re.split(r'[ ,:]+', by_name()['model'].spec.metadata['doc'])
     sizes_of_tests = {'vggt-small', 'pi3-small'}
-    assert {*CONFIGS, *ALIASES} - sizes_of_tests <= set(told)
-    attention = re.split(r'[ ,:;]+', walk_by_name()['attention'].spec.metadata['doc'])
+    assert {*CONFIGS, *ALIASES} - sizes_of_tests == {*NETWORKS, *MORE_NETWORKS} <= set(told)
+    attention = re.split(r'[ ,:;]+', by_name()['attention'].spec.metadata['doc'])
+    assert tuple(ATTENTION) == ATTENTIONS
     assert set(ATTENTION) <= set(attention)
 
 
-def walk_by_name():
+def by_name():
     return {setting.name: setting for setting in each_setting(NodeConfig())}
 
 
@@ -80,7 +86,7 @@ def test_the_command_line_and_the_nodes_share_the_options_of_the_network():
     assert shared == {'model', 'attention', 'device', 'weights', 'window', 'anchors'}
     assert {flag.name for flag in MODEL_FLAGS.values()} == {
         *(f'--{name}' for name in shared), '--refine/--no-refine'}
-    assert all(walk_by_name()[name].when == 'configure' for name in shared)
+    assert all(by_name()[name].when == 'configure' for name in shared)
 
 
 @pytest.mark.parametrize(('changes', 'named'), [

@@ -25,7 +25,7 @@ from feedforward_recon.model.predictor import (
     load_predictor,
     preparation,
 )
-from feedforward_recon.model.preprocess import crop, longest_side, match_pixels, pad
+from feedforward_recon.model.preprocess import crop, longest_side, match_pixels
 from feedforward_recon.model.vggt import Reconstruction
 from feedforward_recon.model.vit import PATCH
 from feedforward_recon.model.weights.checkpoints import expected_tensors
@@ -86,7 +86,7 @@ def test_looking_without_writing_leaves_the_memory_alone(small, images):
 
 
 @pytest.mark.parametrize('size_hw', [(60, 80), (97, 61), (400, 300)])
-@pytest.mark.parametrize('prepare', [crop, pad, match_pixels, longest_side])
+@pytest.mark.parametrize('prepare', [crop, match_pixels, longest_side])
 def test_depth_comes_back_to_the_pixels_it_belongs_to(prepare, size_hw):
     """A ramp over the image: what the network sees at a place is said of that place."""
     height, width = size_hw

@@ -116,11 +116,6 @@ class Localizer:
                              'found none; give --fx --fy --cx --cy or --fov')
         return camera
 
-    def localize_features(self, features: Features, camera: Camera,
-                          T_map_cam_hint: np.ndarray | None = None) -> Estimate:
-        """Pose of an encoded image (stamp, source and latency are left empty)."""
-        return self.sight_features(features, camera, T_map_cam_hint).estimate
-
     def sight_features(self, features: Features, camera: Camera,
                        T_map_cam_hint: np.ndarray | None = None) -> Sighting:
         """``sight`` of an encoded image (stamp, source and latency are left empty)."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import logging
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -31,7 +30,6 @@ from feedforward_recon.config.schema import EncoderConfig
 from feedforward_recon.errors import CheckpointError, InputError
 from feedforward_recon.types import Features
 
-log = logging.getLogger(__name__)
 STRIDES = (4, 8, 16, 32)
 WEIGHTS_FILE = 'compact.safetensors'
 

@@ -7,6 +7,7 @@ Everything else is local to a frame, except VGGT's camera head, which needs the 
 all frames: `predict_distributed` gathers them, so that poses are global. (pi3 has no such head:
 inside `sequence_parallel` an ordinary call will do.) The result equals that of one process.
 
+Not used by the nodes or commands yet; for several GPUs (see `benchmarks/attention_gpu.py`).
 Run under torchrun; `gloo` on CPU, `nccl` on GPU. Inference only: gradients of a loss do not
 flow between processes.
 """

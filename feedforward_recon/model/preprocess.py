@@ -60,18 +60,6 @@ def crop(images: Sequence[NDArray], size: int = 518) -> list[PreparedImage]:
     return _padded_to_common_size(placed)
 
 
-def pad(images: Sequence[NDArray], size: int = 518) -> list[PreparedImage]:
-    """VGGT's other way: the whole image, with white around it, in a square of ``size``."""
-    placed = []
-    for image in map(checked_rgb, images):
-        height, width = image.shape[:2]
-        longest = max(height, width)
-        size_hw = tuple(size if side == longest else _to_patch(side * size / longest)
-                        for side in (height, width))
-        placed.append(_padded(_resized(image, size_hw, bicubic), (size, size)))
-    return placed
-
-
 def match_pixels(images: Sequence[NDArray], pixels: int = PI3_PIXELS,
                  patches: int = 1) -> list[PreparedImage]:
     """The way of pi3: all images at one size of about ``pixels``, chosen from the first.

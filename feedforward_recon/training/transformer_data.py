@@ -6,7 +6,6 @@ from them. Half of a room's views follow a walk, the other half look at one plac
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,6 @@ from feedforward_recon.model.pose_encoding import rigid_inverse, unprojected
 from feedforward_recon.synthetic import Room
 from feedforward_recon.synthetic.walk import look
 
-log = logging.getLogger(__name__)
 SIDE = 112
 HEIGHTS = (84, 84, 84, 112, 70)  # drawn evenly: most cameras are 4:3
 # Rooms 2000... are trained on, rooms 9000... never; tests and benchmarks use seeds below 1000.

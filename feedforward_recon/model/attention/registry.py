@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from typing import Any, Protocol
-
-import torch
+from typing import Any
 
 from feedforward_recon.errors import ConfigError
-from feedforward_recon.model.attention.base import QkvAttention, State
+from feedforward_recon.model.attention.base import QkvAttention
 from feedforward_recon.model.attention.config import AttentionConfig
 from feedforward_recon.model.attention.hybrid import HybridAttention
 from feedforward_recon.model.attention.latent import LatentAttention
@@ -18,23 +16,6 @@ from feedforward_recon.model.attention.sparse import SparseAttention
 from feedforward_recon.model.attention.sparse_linear import SparseLinearAttention
 from feedforward_recon.model.attention.ttt import TttAttention
 from feedforward_recon.model.layers import BlockConfig
-
-
-class GlobalAttention(Protocol):
-    """Attention over all frames; memory goes in as an argument and comes out as a value."""
-
-    fixed_size: bool
-    state_type: type[State]
-
-    def empty_state(self, batch: int) -> State:
-        """The state of ``batch`` scenes of which nothing is known."""
-        ...
-
-    def __call__(self, x: torch.Tensor, state: Any, *, positions: torch.Tensor | None,
-                 frames: int, tokens_per_frame: int, write: bool) -> tuple[torch.Tensor, Any]:
-        """Tokens [B, frames * tokens_per_frame, C] and a state -> the same (see base.py)."""
-        ...
-
 
 ATTENTION: dict[str, type[QkvAttention]] = {
     'softmax': SoftmaxAttention,
