@@ -24,7 +24,7 @@ from feedforward_recon.localization.network_link import align_cameras
 from feedforward_recon.model.pose_encoding import decode_cameras, rigid_inverse
 from feedforward_recon.model.predictor import load_predictor, orthonormal, preparation
 from feedforward_recon.model.preprocess import stacked
-from feedforward_recon.model.vggt import TransformerMemory, Vggt
+from feedforward_recon.model.vggt import NetworkState, Vggt
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Frame
 
@@ -41,7 +41,7 @@ def evenly(stored: torch.Tensor, query: torch.Tensor, count: int) -> torch.Tenso
 
 def farthest(stored: torch.Tensor, query: torch.Tensor, count: int) -> torch.Tensor:
     """Each in turn the one that differs most from those before it."""
-    return TransformerMemory((), stored[None]).with_few_camera_tokens(count).camera_tokens[0]
+    return NetworkState((), stored[None]).with_few_camera_tokens(count).camera_tokens[0]
 
 
 def typical(stored: torch.Tensor, query: torch.Tensor, count: int) -> torch.Tensor:

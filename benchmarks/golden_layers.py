@@ -36,7 +36,7 @@ def ttt_layer(file: File, rule: Rule, dtype: torch.dtype = torch.float32) -> Arr
              for name in ('w0', 'w1', 'w2', 'q', 'k', 'v', 'lr0', 'lr1', 'lr2')}
     initial = weights = fw.FastWeights(given['w0'], given['w1'], given['w2'])
     samples = fw.KeyValueSamples(given['k'], given['v'],
-                         torch.stack((given['lr0'], given['lr1'], given['lr2'])))
+                                 torch.stack((given['lr0'], given['lr1'], given['lr2'])))
     found: Arrays = {}
     for steps in (1, 2):
         weights = fw.advanced(weights, fw.summed_gradients(weights, [samples]), initial)

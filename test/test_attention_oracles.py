@@ -105,7 +105,7 @@ def test_hybrid_is_ttt_and_softmax_over_anchors(steps):
 def test_closed_form_gradients_are_those_of_the_objective():
     torch.manual_seed(0)
     weights = fw.FastWeights(*(torch.randn(3, *s, dtype=torch.float64, requires_grad=True)
-                        for s in ((4, 8), (8, 4), (4, 8))))
+                               for s in ((4, 8), (8, 4), (4, 8))))
     k, v = torch.randn(2, 3, 20, 4, dtype=torch.float64)
     rates = torch.rand(3, 3, 20, 1, dtype=torch.float64)
     found = fw.gradients(weights, fw.KeyValueSamples(k, v, rates))

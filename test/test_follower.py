@@ -151,7 +151,7 @@ def test_images_that_come_while_the_memory_is_being_asked(follower, room_walk):
     for index, frame in enumerate(frames):
         answers.append(follower.process(replace(frame, stamp_ns=index * STEP_NS)))
         follower.work()
-        if follower._now.question is None and follower._now.followed is not None:
+        if follower._now.query is None and follower._now.followed is not None:
             np.testing.assert_array_equal(follower._now.followed.tracks.gray,
                                           cv2.cvtColor(frame.image, cv2.COLOR_RGB2GRAY))
     assert all(a.status is Status.TRACKING for a in answers)

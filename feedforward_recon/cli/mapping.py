@@ -27,7 +27,7 @@ from feedforward_recon.console.threads import one_thread
 from feedforward_recon.errors import ConfigError, DegenerateError, InputError
 from feedforward_recon.io import SourceOptions, open_source, require_cameras
 from feedforward_recon.io.source import Source as FrameSource
-from feedforward_recon.localization.network_localizer import NetworkMemory
+from feedforward_recon.localization.network_localizer import SavedFastWeights
 from feedforward_recon.model import Encoder
 from feedforward_recon.session.map_folder import (
     MEMORY,
@@ -84,20 +84,20 @@ def map_command(source: Source, out: Out, options: SourceOptions, network: Netwo
     frames = open_source(source, _for_mapping(options, mono))
     _check_source(frames, poses)
     describing = CompactEncoder.load(encoder, chosen.encoder)
-    remembered = None
+    fast_weights = None
     if network.feeds_forward:
-        run, remembered = _map_windows(frames, network, poses, describing, chosen)
+        run, fast_weights = _map_windows(frames, network, poses, describing, chosen)
     else:
         with one_thread():
             run = map_frames(frames, len(frames), describing, chosen, poses.value)
-    saved = save_map(out, run.scene, run.writer, describing, chosen, remembered)
+    saved = save_map(out, run.scene, run.writer, describing, chosen, fast_weights)
     _report(run, saved, json_)
 
 
 def _map_windows(frames: FrameSource, network: NetworkOptions, poses: Poses, encoder: Encoder,
-                 config: MapperConfig) -> tuple[Run, NetworkMemory | None]:
+                 config: MapperConfig) -> tuple[Run, SavedFastWeights | None]:
     from feedforward_recon.config.network import WindowConfig
-    from feedforward_recon.localization.scene_network import remembered, why_not
+    from feedforward_recon.localization.scene_network import unsupported_reason, write_fast_weights
     from feedforward_recon.model.predictor import load_predictor
 
     if poses is Poses.GIVEN:
@@ -108,10 +108,10 @@ def _map_windows(frames: FrameSource, network: NetworkOptions, poses: Poses, enc
                                network.weights or None)
     run = map_windows(frames, len(frames), predictor, encoder, config, windows,
                       refine=network.refine)
-    if why_not(predictor.network):
-        note(why_not(predictor.network))
-    return run, remembered(predictor, network.model, network.weights, frames, run.scene,
-                           run.writer.snapshot().points)
+    if unsupported_reason(predictor.network):
+        note(unsupported_reason(predictor.network))
+    return run, write_fast_weights(predictor, network.model, network.weights, frames, run.scene,
+                                   run.writer.snapshot().points)
 
 
 def _for_mapping(options: SourceOptions, mono: bool) -> SourceOptions:

@@ -147,7 +147,7 @@ def open_seven_scenes(root: Path, options: SourceOptions) -> FolderSource:
             offset = (_frame_number(image) - first) * SECOND_NS // SEVEN_SCENES_RATE_HZ
             stem = image.name.split('.')[0]
             entries.append(ImageEntry(image, start_ns + offset, folder / f'{stem}.depth.png',
-                                 T_map_cam=_seven_scenes_pose(folder / f'{stem}.pose.txt')))
+                                      T_map_cam=_seven_scenes_pose(folder / f'{stem}.pose.txt')))
     return FolderSource(root, entries, options, invalid_depth=SEVEN_SCENES_INVALID_DEPTH)
 
 

@@ -182,8 +182,8 @@ def _entry(path: Path, index: int, frame: dict[str, Any]) -> ImageEntry:
     try:
         stamp_ns = index * UNSTAMPED_STEP_NS if stamp is None else stamp_from_seconds(stamp)
         return ImageEntry(root / frame['file'], stamp_ns, root / depth if depth else None,
-                     _matrix(frame.get('K'), 3, where), tuple(map(float, distortion)),
-                     _pose(frame.get('T_world_camera'), where))
+                          _matrix(frame.get('K'), 3, where), tuple(map(float, distortion)),
+                          _pose(frame.get('T_world_camera'), where))
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise InputError(f'{where}: expected file, timestamp, K, distortion, T_world_camera and '
                          f'depth, found {type(error).__name__}: {error}; correct the file'

@@ -1,9 +1,9 @@
 """``Follower``: a stream of images in a frozen memory, followed between answers of the localizer.
 
     image -> points of the last answer by optical flow -> pose
-          -> the memory is asked when that fails, and every few images to check and renew
+          -> the memory is queried when that fails, and every few images to check and renew
 
-Asking the memory takes ten times as long as following. What is followed are points of the memory
+Querying the memory takes ten times as long as following. What is followed are points of the memory
 alone, so nothing can drift for longer than from one answer to the next, and nothing is written.
 """
 
@@ -32,7 +32,7 @@ from feedforward_recon.mapping.tracking import MIN_AGREEMENT, Motion
 from feedforward_recon.types import Estimate, Features, Frame, Status
 
 MIN_SURVIVING = 0.2  # share of the points expected in view; fewer may agree by chance
-RENEW_SHARE = 0.5  # of the points of the last answer, below which the memory is asked early
+RENEW_SHARE = 0.5  # of the points of the last answer, below which the memory is queried early
 MAX_CONTRADICTIONS = 5  # answers in a row that contradict what is followed
 OVERDUE = 3  # times the planned number of images, after which an image waits for the memory
 
@@ -48,8 +48,8 @@ class Followed:
 
 
 @dataclass(frozen=True)
-class Question:
-    """What the memory is being asked: an image, and where it was followed to."""
+class MemoryQuery:
+    """What the memory is being queried: an image, and where it was followed to."""
 
     features: Features
     camera: Camera
@@ -69,7 +69,7 @@ class Following:
     followed: Followed | None = None
     motion: Motion = field(default_factory=Motion)
     unverified: Frame | None = None
-    question: Question | None = None
+    query: MemoryQuery | None = None
     runner_up: float = 0.0
     count: int = 0
     since: int = 0
@@ -89,13 +89,13 @@ class Follower:
         self._now = Following()
 
     def forget(self) -> None:
-        """The next image continues nothing: the memory is asked."""
+        """The next image continues nothing: the memory is queried."""
         self._now = Following()
 
     def process(self, frame: Frame, T_map_cam_hint: np.ndarray | None = None) -> Estimate:
         """Pose of the next image, or NOT_LOCALISED with the reason.
 
-        T_map_cam_hint: tried first where the memory has to be asked.
+        T_map_cam_hint: tried first where the memory has to be queried.
         Raises InputError for an image that cannot be used.
         """
         started = time.perf_counter()
@@ -116,25 +116,25 @@ class Follower:
         return estimate
 
     def work(self) -> bool:
-        """A piece of asking the memory, if that is due; False when nothing is left.
+        """A piece of querying the memory, if that is due; False when nothing is left.
 
         Other images may be processed between pieces: no piece takes long.
         """
         now = self._now
-        if now.question is not None:
-            question, now.question = now.question, None
-            self._ask(question)
+        if now.query is not None:
+            query, now.query = now.query, None
+            self._renew(query)
             return True
         frame, now.unverified = now.unverified, None
         if frame is None or now.followed is None:
             return False
         features = self.localizer.encoder.encode(frame.image)
-        now.question = Question(features, self.localizer.camera_of(frame), now.followed)
+        now.query = MemoryQuery(features, self.localizer.camera_of(frame), now.followed)
         return True
 
-    def _ask(self, question: Question) -> None:
-        state, camera = question.state, question.camera
-        found = self.localizer.sight_features(question.features, camera, state.T_map_cam)
+    def _renew(self, query: MemoryQuery) -> None:
+        state, camera = query.state, query.camera
+        found = self.localizer.sight_features(query.features, camera, state.T_map_cam)
         if self._agrees(found.estimate, state, camera):
             self._now.contradictions = 0
             renewed = self._up_to_date(self._from_answer(found, state.tracks.gray, camera), camera)
@@ -221,11 +221,11 @@ class Follower:
     # -- the memory ------------------------------------------------------------------------
 
     def _plan(self, frame: Frame, estimate: Estimate) -> None:
-        """Is the memory to be asked about this image?"""
+        """Is the memory to be queried about this image?"""
         planned, now = self.localizer.config.followed_images, self._now
         few = estimate.inliers < RENEW_SHARE * now.count
         due = now.since >= planned or few or estimate.status is Status.UNCERTAIN
-        now.unverified = frame if due and now.question is None else None
+        now.unverified = frame if due and now.query is None else None
         if now.since >= OVERDUE * planned:
             while self.work():
                 pass

@@ -142,9 +142,9 @@ class Localizer:
     def _from_network(self, features: Features) -> Matches:
         """The answers of the coordinate network that expect the smallest errors."""
         points, sigma_px = self.memory.predict(features.descriptors)
-        surest = np.argsort(sigma_px, kind='stable')[:self.config.network_candidates]
-        return Matches(points[surest], features.keypoints[surest], surest,
-                       np.maximum(sigma_px[surest], MIN_SIGMA_PX))
+        best = np.argsort(sigma_px, kind='stable')[:self.config.network_candidates]
+        return Matches(points[best], features.keypoints[best], best,
+                       np.maximum(sigma_px[best], MIN_SIGMA_PX))
 
     def _from_slots(self, features: Features) -> Matches:
         """Mutual nearest neighbours between the most confident features and all slots."""
@@ -163,8 +163,8 @@ class Localizer:
     def _starts(self, reading: Matches, camera: Camera) -> list[PoseFit]:
         """The pose that most answers of one reading agree with, if enough do.
 
-        The readings are searched apart: where the map ends the network guesses, and its
-        guesses would drown the few right slots.
+        The readings are searched apart: where the map ends the network extrapolates, and its
+        wrong answers would outvote the few right slots.
         """
         config = self.config
         fit = pnp_ransac(reading.points, reading.pixels, camera, config.search_px, config.seed,
@@ -223,7 +223,7 @@ class Localizer:
         return visible, pixels[visible]
 
     def _judged(self, fit: PoseFit, candidates: Matches, camera: Camera) -> Estimate:
-        """Accept the pose, or say why not.
+        """Accept the pose, or refuse it with a reason.
 
         The score counts the *unguided* candidates that agree: guided matches lie near the
         pose by construction and would flatter it. The network is no witness beside slots: it

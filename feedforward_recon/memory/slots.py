@@ -48,8 +48,8 @@ class SlotTable:
     def trusted(self) -> np.ndarray:
         """Mask [S] of slots worth reading.
 
-        Once half of the table is confirmed by a second view, slots seen once mislead more
-        often than they help; before that, they are all there is.
+        Once half of the table is confirmed by a second view, slots seen once are wrong more
+        often than they help; before that, there are no others.
         """
         confirmed = self.counts > 1
         return confirmed if confirmed.sum() > len(confirmed) / 2 else self.counts > 0

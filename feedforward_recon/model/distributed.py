@@ -2,7 +2,7 @@
 
 Frames meet only in global attention, and every variant writes through an `Exchange`
 (`attention/base.py`): `ttt` adds up its gradient sums (786 432 numbers per layer and step at
-the size of VGGT-1B, whatever the number of frames), the others pass on what they remember.
+the size of VGGT-1B, whatever the number of frames), the others pass on their states.
 Everything else is local to a frame, except VGGT's camera head, which needs the camera tokens of
 all frames: `predict_distributed` gathers them, so that poses are global. (pi3 has no such head:
 inside `sequence_parallel` an ordinary call will do.) The result equals that of one process.
@@ -24,7 +24,7 @@ from torch import nn
 from feedforward_recon.errors import ConfigError
 from feedforward_recon.model.attention.base import QkvAttention
 from feedforward_recon.model.backbone import EVERYTHING, Demand
-from feedforward_recon.model.vggt import Reconstruction, TransformerMemory, Vggt
+from feedforward_recon.model.vggt import NetworkState, Reconstruction, Vggt
 
 
 class AcrossProcesses:
@@ -58,7 +58,7 @@ class AcrossProcesses:
 
 
 def predict_distributed(model: Vggt, images: torch.Tensor, group: dist.ProcessGroup | None = None,
-                demand: Demand = EVERYTHING) -> tuple[Reconstruction, TransformerMemory]:
+                        demand: Demand = EVERYTHING) -> tuple[Reconstruction, NetworkState]:
     """One scene whose frames are spread over the processes of a group, in order of rank.
 
     images: the frames of this process, [B, N, 3, H, W]; rank 0 has the first of the scene.
@@ -77,7 +77,7 @@ def predict_distributed(model: Vggt, images: torch.Tensor, group: dist.ProcessGr
     with torch.autocast(device.type, enabled=False):
         cameras = exchange.concatenate(tokens.camera.float(), 1)
         encodings = model.camera_head(cameras)[:, :, start:start + own]
-        memory = TransformerMemory(states, cameras) if demand.memory else empty
+        memory = NetworkState(states, cameras) if demand.memory else empty
         return model.read_out(tokens, encodings, demand), memory
 
 

@@ -28,7 +28,7 @@ S = TypeVar('S', bound='State')
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What one layer remembers of a scene: named tensors, replaced and never changed."""
+    """State of one layer after writing a scene: named tensors, replaced and never changed."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors by name, for saving."""

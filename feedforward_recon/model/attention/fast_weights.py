@@ -51,8 +51,8 @@ def gradients(w: FastWeights, samples: KeyValueSamples) -> FastWeights:
     down = v @ w.w1.transpose(-1, -2)
     silu = torch.nn.functional.silu(gate)
     return FastWeights((rates[0] * k).transpose(-1, -2) @ _through_silu(down * up, gate),
-                (silu * up).transpose(-1, -2) @ (rates[1] * v),
-                (rates[2] * k).transpose(-1, -2) @ (down * silu))
+                       (silu * up).transpose(-1, -2) @ (rates[1] * v),
+                       (rates[2] * k).transpose(-1, -2) @ (down * silu))
 
 
 def _through_silu(slope: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,7 @@ def summed_gradients(w: FastWeights, chunks: Iterable[KeyValueSamples]) -> FastW
     total: FastWeights | None = None
     for samples in chunks:
         part = FastWeights(*(g.to(torch.promote_types(g.dtype, torch.float32))
-                      for g in gradients(w, samples)))
+                             for g in gradients(w, samples)))
         total = part if total is None else FastWeights(*map(torch.add, total, part))
     assert total is not None, 'a call has at least one chunk'
     return total

@@ -1,4 +1,4 @@
-"""``hybrid``: fast weights, and a few tokens remembered word for word.
+"""``hybrid``: fast weights, and a few tokens stored exactly.
 
 What VGG-T3 (arXiv 2602.23361) names as future work: a linear memory is smooth and cannot
 reproduce a sharp match, softmax can. Each head therefore also keeps the A tokens with the

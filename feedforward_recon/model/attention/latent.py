@@ -1,4 +1,4 @@
-"""``latent``: frames talk through one vector each.
+"""``latent``: frames exchange one vector each.
 
 Light3R-SfM (arXiv 2501.14914, sec. 3.2, latent global alignment). Each frame is summarised by
 the mean g_i of its tokens; the summaries attend to each other, and every token attends to all

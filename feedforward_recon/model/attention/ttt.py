@@ -174,7 +174,7 @@ class TttAttention(QkvAttention):
         """What the tokens of a chunk teach: keys, values and rates."""
         k, v = self.raw_keys_values(chunk)
         return KeyValueSamples(unit(k, layout.positions), F.silu(self._convolved(v, layout)),
-                       self.rates(chunk))
+                               self.rates(chunk))
 
     def rates(self, chunk: torch.Tensor) -> torch.Tensor:
         """Learning rates [3, B, h, T, 1], positive; output r * h + head of lr_fc is (r, head)."""

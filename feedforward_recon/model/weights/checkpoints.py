@@ -200,7 +200,7 @@ def _open_torch(file: Path) -> tuple[dict[str, Shape], Callable[[str], torch.Ten
             raise _damaged(file, ValueError('it does not begin like weights'))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # it talks about old ways of pickling
+            warnings.simplefilter('ignore')  # about old ways of pickling
             content = torch.load(file, map_location='cpu', weights_only=True,
                                  mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
