@@ -49,7 +49,7 @@ class Followed:
 
 @dataclass(frozen=True)
 class MemoryQuery:
-    """What the memory is being queried: an image, and where it was followed to."""
+    """A query to the memory: an image, and where it was followed to."""
 
     features: Features
     camera: Camera
