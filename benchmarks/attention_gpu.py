@@ -33,8 +33,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.common import REPOSITORY, RESULTS
 from benchmarks.ttt_update import update_row
-from feedforward_recon.model.attention import ATTENTION
 from feedforward_recon.model.attention.config import TttOptions
+from feedforward_recon.model.attention.registry import ATTENTION
 from feedforward_recon.model.backbone import Demand
 from feedforward_recon.model.configs import build
 from feedforward_recon.model.predictor import is_out_of_memory
@@ -239,7 +239,7 @@ def check_processes(options: argparse.Namespace) -> bool:
     """Under torchrun: frames on all processes give what one process gives."""
     import torch.distributed as dist
 
-    from feedforward_recon.model.distributed import gather_frames, own_frames, reconstruct
+    from feedforward_recon.model.distributed import gather_frames, own_frames, predict_distributed
     on_gpu = torch.device(options.device).type == 'cuda'
     if on_gpu:
         options.device = f'cuda:{os.environ["LOCAL_RANK"]}'
@@ -251,7 +251,7 @@ def check_processes(options: argparse.Namespace) -> bool:
                             generator=torch.Generator().manual_seed(0)).to(options.device)
         with torch.inference_mode():
             alone, _ = network(images)
-            shared, _ = reconstruct(network, own_frames(images))
+            shared, _ = predict_distributed(network, own_frames(images))
             worst = max(
                 float((gather_frames(found, dim) - expected).abs().max() / expected.abs().max())
                 for found, expected, dim in ((shared.depth, alone.depth, 1),

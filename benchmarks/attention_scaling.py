@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import REPOSITORY, Clock, write_result
-from feedforward_recon.model.attention import ATTENTION, attention_factory
+from feedforward_recon.model.attention.registry import ATTENTION, attention_factory
 from feedforward_recon.model.backbone import Aggregator
 from feedforward_recon.model.configs import config_of
 

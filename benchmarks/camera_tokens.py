@@ -21,10 +21,10 @@ from benchmarks.common import KITCHEN, load_frames, write_result
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import pose_error
 from feedforward_recon.localization.network_link import align_cameras
-from feedforward_recon.model.pose_encoding import decode_cameras, inverse
+from feedforward_recon.model.pose_encoding import decode_cameras, rigid_inverse
 from feedforward_recon.model.predictor import load_predictor, orthonormal, preparation
 from feedforward_recon.model.preprocess import stacked
-from feedforward_recon.model.vggt import TransformerMemory, Vggt
+from feedforward_recon.model.vggt import NetworkState, Vggt
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Frame
 
@@ -41,7 +41,7 @@ def evenly(stored: torch.Tensor, query: torch.Tensor, count: int) -> torch.Tenso
 
 def farthest(stored: torch.Tensor, query: torch.Tensor, count: int) -> torch.Tensor:
     """Each in turn the one that differs most from those before it."""
-    return TransformerMemory((), stored[None]).with_few_camera_tokens(count).camera_tokens[0]
+    return NetworkState((), stored[None]).with_few_camera_tokens(count).camera_tokens[0]
 
 
 def typical(stored: torch.Tensor, query: torch.Tensor, count: int) -> torch.Tensor:
@@ -102,7 +102,7 @@ class Walk:
 
     def _poses(self, tokens: torch.Tensor) -> np.ndarray:
         encodings = self.network.camera_head(tokens[None])[-1]
-        return orthonormal(inverse(decode_cameras(encodings, (224, 224))[0])[0].numpy())
+        return orthonormal(rigid_inverse(decode_cameras(encodings, (224, 224))[0])[0].numpy())
 
 
 def _fit(found: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, float]:

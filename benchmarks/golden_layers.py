@@ -13,10 +13,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from feedforward_recon.model.attention import AttentionConfig, global_attention
 from feedforward_recon.model.attention import fast_weights as fw
 from feedforward_recon.model.attention.base import Layout
-from feedforward_recon.model.attention.config import SparseLinearOptions, SparseOptions
+from feedforward_recon.model.attention.config import (
+    AttentionConfig,
+    SparseLinearOptions,
+    SparseOptions,
+)
+from feedforward_recon.model.attention.registry import global_attention
 from feedforward_recon.model.attention.sparse import SparseAttention
 from feedforward_recon.model.fp8 import FakeFp8Linear
 
@@ -30,9 +34,9 @@ def ttt_layer(file: File, rule: Rule, dtype: torch.dtype = torch.float32) -> Arr
     del rule
     given = {name: torch.from_numpy(file[name]).to(dtype)
              for name in ('w0', 'w1', 'w2', 'q', 'k', 'v', 'lr0', 'lr1', 'lr2')}
-    initial = weights = fw.Fast(given['w0'], given['w1'], given['w2'])
-    samples = fw.Samples(given['k'], given['v'],
-                         torch.stack((given['lr0'], given['lr1'], given['lr2'])))
+    initial = weights = fw.FastWeights(given['w0'], given['w1'], given['w2'])
+    samples = fw.KeyValueSamples(given['k'], given['v'],
+                                 torch.stack((given['lr0'], given['lr1'], given['lr2'])))
     found: Arrays = {}
     for steps in (1, 2):
         weights = fw.advanced(weights, fw.summed_gradients(weights, [samples]), initial)

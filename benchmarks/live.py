@@ -35,7 +35,7 @@ sys.path.insert(0, str(REPOSITORY / 'test'))  # processes in a ROS domain of the
 
 SECONDS, RATE_HZ, START_S = 60.0, 15.0, 60.0
 REPEATED = 150  # images of the bag that is mapped twice
-SETTLED = 0.6  # share of the run after which the walk repeats: little should be new
+STEADY = 0.6  # share of the run after which the walk repeats: little should be new
 POLISH_S = 300.0  # saving the map takes less
 log = logging.getLogger(__name__)
 
@@ -207,11 +207,11 @@ def _usage(pid: int) -> tuple[float, float]:
 
 def _row(watch: Watch, report: dict[str, str]) -> dict[str, Any]:
     seconds, rss, cpu = np.array(watch.usage).T
-    settled = seconds > SETTLED * seconds[-1]
+    steady = seconds > STEADY * seconds[-1]
     after_a_minute = seconds > 60
     p50, p95, p99 = np.percentile(watch.latency_ms, (50, 95, 99))
     growth = {f'rss_mb_per_minute{name}': 60 * np.polyfit(seconds[rows], rss[rows], 1)[0]
-              for name, rows in (('', settled), ('_after_the_first', after_a_minute))
+              for name, rows in (('', steady), ('_after_the_first', after_a_minute))
               if rows.sum() > 10}
     return {'seconds': seconds[-1], 'images': len(watch.sent_ns), 'poses': len(watch.poses_ns),
             'hz': len(watch.poses_ns) / seconds[-1],

@@ -9,9 +9,8 @@ from typing import Any
 
 from benchmarks.common import KITCHEN, data_root, load_frames, true_trajectory
 from benchmarks.ours import Answerer, alignment_to, map_frames
-from benchmarks.scoring import localisation_entry
+from benchmarks.scoring import extrapolation_split, interleaved_split, localisation_entry
 from feedforward_recon.config.schema import MapperConfig, MemoryConfig
-from feedforward_recon.evaluation import extrapolation_split, interleaved_split
 from feedforward_recon.io import SourceOptions, open_source
 from feedforward_recon.memory.writer import MemoryWriter
 from feedforward_recon.model.compact import CompactEncoder

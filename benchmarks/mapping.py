@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.common import DRIVE, KITCHEN, load_frames, trajectory_entry, true_trajectory
 from benchmarks.ours import map_frames
-from feedforward_recon.evaluation import interleaved_split
+from benchmarks.scoring import interleaved_split
 from feedforward_recon.types import Frame
 
 

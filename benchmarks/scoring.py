@@ -1,4 +1,4 @@
-"""Rows of the localisation table, for us and for the peers alike."""
+"""Images to map and to query, and rows of the localisation table, for us and the peers alike."""
 
 from __future__ import annotations
 
@@ -11,6 +11,19 @@ import numpy as np
 from benchmarks.common import Clock
 from feedforward_recon.evaluation import localisation_score
 from feedforward_recon.types import Frame
+
+
+def interleaved_split(count: int, block: int = 25, every: int = 4
+                      ) -> tuple[np.ndarray, np.ndarray]:
+    """Indices to map and to query: of every ``every`` blocks of images the last is query."""
+    query = np.arange(count) // block % every == every - 1
+    return np.flatnonzero(~query), np.flatnonzero(query)
+
+
+def extrapolation_split(count: int, mapped: float = 0.7) -> tuple[np.ndarray, np.ndarray]:
+    """Indices to map and to query: the walk is mapped up to a share of it, then queried."""
+    first = round(count * mapped)
+    return np.arange(first), np.arange(first, count)
 
 
 def localisation_entry(localise: Callable[[Frame], np.ndarray | None], queries: list[Frame],

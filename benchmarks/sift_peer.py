@@ -16,8 +16,7 @@ import numpy as np
 from scipy.cluster.vq import kmeans2, vq
 
 from benchmarks.common import KITCHEN, Clock, load_frames
-from benchmarks.scoring import localisation_entry
-from feedforward_recon.evaluation import extrapolation_split, interleaved_split
+from benchmarks.scoring import extrapolation_split, interleaved_split, localisation_entry
 from feedforward_recon.geometry.transforms import inverse, transform_points
 from feedforward_recon.types import Frame
 

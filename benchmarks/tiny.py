@@ -29,7 +29,7 @@ from feedforward_recon.training.transformer_scores import (
     PairErrors,
     Scores,
     abs_rel,
-    joined,
+    concatenated,
     pose_errors,
 )
 from feedforward_recon.types import Frame, Prediction
@@ -60,7 +60,7 @@ def still(frames: list[Frame]) -> Prediction:
 
 def scores(windows: list[list[Frame]], predict: Predict) -> Scores:
     """Figures over all windows of a set; NaN for the depth where none is known."""
-    return joined([_errors(frames, predict(frames)) for frames in windows]).scores()
+    return concatenated([_errors(frames, predict(frames)) for frames in windows]).scores()
 
 
 def _errors(frames: list[Frame], said: Prediction) -> PairErrors:

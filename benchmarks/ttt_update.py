@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from feedforward_recon.model.attention import fast_weights
-from feedforward_recon.model.attention.fast_weights import Samples
+from feedforward_recon.model.attention.fast_weights import KeyValueSamples
 from feedforward_recon.model.attention.ttt import TttAttention
 from feedforward_recon.model.backbone import SPECIAL
 from feedforward_recon.model.layers import GlobalBlock
@@ -89,9 +89,9 @@ def _update(layer: TttAttention, views: int, tokens: int) -> Any:
     v = torch.randn(shape, device=device).to(torch.bfloat16)
     rates = 0.01 * torch.rand(3, *shape[:3], 1, device=device)
 
-    def samples() -> Iterator[Samples]:
+    def samples() -> Iterator[KeyValueSamples]:
         for _ in range(math.ceil(views / frames)):
-            yield Samples(k, v, rates)
+            yield KeyValueSamples(k, v, rates)
     return layer.readable(layer.learned(samples, layer.empty_state(1)))
 
 

@@ -170,19 +170,6 @@ def localisation_score(T_map_cam: Sequence[FloatArray | None], truth: FloatArray
                              float(medians[1]), tuple(map(float, within)))
 
 
-def interleaved_split(count: int, block: int = 25, every: int = 4
-                      ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices to map and to query: of every ``every`` blocks of images the last is query."""
-    query = np.arange(count) // block % every == every - 1
-    return np.flatnonzero(~query), np.flatnonzero(query)
-
-
-def extrapolation_split(count: int, mapped: float = 0.7) -> tuple[np.ndarray, np.ndarray]:
-    """Indices to map and to query: the walk is mapped up to a share of it, then queried."""
-    first = round(count * mapped)
-    return np.arange(first), np.arange(first, count)
-
-
 def _sorted(trajectory: Trajectory) -> Trajectory:
     return _taken(trajectory, np.argsort(trajectory.stamps_ns, kind='stable'))
 

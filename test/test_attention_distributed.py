@@ -8,13 +8,13 @@ import torch.distributed as dist
 from test_attention_laws import ALL, POSITIONS, TOKENS, TttOptions, call, make, tokens
 
 from feedforward_recon.errors import ConfigError
-from feedforward_recon.model.attention import attention_factory
+from feedforward_recon.model.attention.registry import attention_factory
 from feedforward_recon.model.backbone import SPECIAL, BackboneConfig
 from feedforward_recon.model.distributed import (
     AcrossProcesses,
     gather_frames,
     own_frames,
-    reconstruct,
+    predict_distributed,
     sequence_parallel,
 )
 from feedforward_recon.model.dpt import DptConfig
@@ -61,7 +61,7 @@ def share_of_a_process(rank, port, results):
         found[name, steps] = gather_frames(out, 1), state.tensors()
     for name in ALL:
         with torch.no_grad():
-            answer, memory = reconstruct(network_of(name), own_frames(images()))
+            answer, memory = predict_distributed(network_of(name), own_frames(images()))
         found[name] = {'pose_encodings': gather_frames(answer.pose_encodings, 2),
                        'depth': gather_frames(answer.depth),
                        'points': gather_frames(answer.points),

@@ -5,15 +5,16 @@ import torch
 from safetensors.torch import load, save
 
 from feedforward_recon.errors import ConfigError, InputError
-from feedforward_recon.model.attention import ATTENTION, AttentionConfig, global_attention
 from feedforward_recon.model.attention.base import Layout
 from feedforward_recon.model.attention.blocks import cut
 from feedforward_recon.model.attention.config import (
+    AttentionConfig,
     HybridOptions,
     SparseLinearOptions,
     SparseOptions,
     TttOptions,
 )
+from feedforward_recon.model.attention.registry import ATTENTION, global_attention
 from feedforward_recon.model.rope import patch_positions
 
 DIM, HEADS, SPECIAL, GRID = 32, 2, 2, (5, 6)

@@ -80,7 +80,7 @@ def fast_by_hand(layer, x, steps):
         for _ in range(steps):
             weights = oracle.fast_step(weights, first, k[h], v[h],
                                        [rates[:, r * HEADS + h, None] for r in range(3)])
-        out.append(fw.apply(fw.Fast(*weights), q[h]).numpy())
+        out.append(fw.apply(fw.FastWeights(*weights), q[h]).numpy())
     return out
 
 
@@ -104,11 +104,11 @@ def test_hybrid_is_ttt_and_softmax_over_anchors(steps):
 
 def test_closed_form_gradients_are_those_of_the_objective():
     torch.manual_seed(0)
-    weights = fw.Fast(*(torch.randn(3, *s, dtype=torch.float64, requires_grad=True)
-                        for s in ((4, 8), (8, 4), (4, 8))))
+    weights = fw.FastWeights(*(torch.randn(3, *s, dtype=torch.float64, requires_grad=True)
+                               for s in ((4, 8), (8, 4), (4, 8))))
     k, v = torch.randn(2, 3, 20, 4, dtype=torch.float64)
     rates = torch.rand(3, 3, 20, 1, dtype=torch.float64)
-    found = fw.gradients(weights, fw.Samples(k, v, rates))
+    found = fw.gradients(weights, fw.KeyValueSamples(k, v, rates))
     for index, name in enumerate(('w0', 'w1', 'w2')):
         value = sum(oracle.objective([w[h] for w in weights], k[h], v[h], rates[index, h])
                     for h in range(3))

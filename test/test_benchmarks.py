@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks import tables
+from benchmarks.scoring import extrapolation_split, interleaved_split
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import pose_error
 
@@ -22,6 +23,16 @@ def test_rows_stay_together_by_case():
     rows = {'a | x': {'v': 1.0}, 'b | x': {'v': 2.0}, 'a | y': {'v': None}}
     text = tables.table(rows, {'v cm': tables.number('v', 1, 100)})
     assert text.splitlines()[2:] == ['| a | x | 100.0 |', '| a | y | - |', '| b | x | 200.0 |']
+
+
+def test_splits_cover_the_walk_once():
+    for mapped, query in (interleaved_split(500), extrapolation_split(500)):
+        np.testing.assert_array_equal(np.sort(np.r_[mapped, query]), np.arange(500))
+    mapped, query = interleaved_split(500)
+    assert len(query) == 125
+    np.testing.assert_array_equal(query[:25], np.arange(75, 100))
+    mapped, query = extrapolation_split(500)
+    assert (mapped[-1], query[0]) == (349, 350)
 
 
 def test_sift_peer_finds_its_way_in_a_synthetic_room():

@@ -55,7 +55,7 @@ def test_projection_depends_on_the_ray_only(camera):
 
 def test_distortion_of_zero_is_a_pinhole(camera):
     points = np.random.default_rng(4).uniform([-1, -1, 2], [1, 1, 4], (50, 3))
-    straight = camera.undistorted()
+    straight = replace(camera, distortion=(), model='plumb_bob')
     assert not straight.is_distorted
     expected = points @ camera.K.T
     np.testing.assert_allclose(straight.project(points), expected[:, :2] / expected[:, 2:])

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from feedforward_recon.errors import CheckpointError, ConfigError
-from feedforward_recon.model.attention import attention_factory
+from feedforward_recon.model.attention.registry import attention_factory
 from feedforward_recon.model.backbone import BackboneConfig
 from feedforward_recon.model.configs import build, load
 from feedforward_recon.model.da3 import Da3, Da3Config

@@ -8,8 +8,8 @@ from test_model_networks import da3, difference, images, pi3, vggt
 
 from feedforward_recon.model import da3 as da3_module
 from feedforward_recon.model import layers
-from feedforward_recon.model import network as vggt_module
-from feedforward_recon.model.attention import ATTENTION
+from feedforward_recon.model import vggt as vggt_module
+from feedforward_recon.model.attention.registry import ATTENTION
 from feedforward_recon.model.backbone import Demand
 from feedforward_recon.model.layers import Block, BlockConfig, in_chunks
 from feedforward_recon.model.predictor import NetworkPredictor

@@ -165,10 +165,10 @@ def test_troubleshooting_names_codes_that_exist():
 
 def test_parameters_named_in_the_guide_exist():
     """Names in backquotes with a value behind a colon."""
-    from feedforward_recon.config.node import NodeConfig, walk
+    from feedforward_recon.config.node import NodeConfig, each_setting
     from feedforward_recon.ros.playback import PlayerConfig
 
-    known = {setting.name for cls in (NodeConfig, PlayerConfig) for setting in walk(cls())}
+    known = {setting.name for cls in (NodeConfig, PlayerConfig) for setting in each_setting(cls())}
     known |= {'use_sim_time'}
     others = {'bond_timeout', 'pose0_differential', 'smooth_lagged_data',  # of other packages
               'frame', 'ros', 'tf2_msgs'}

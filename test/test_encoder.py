@@ -15,8 +15,8 @@ from feedforward_recon.model.compact import (
     CompactShape,
     _shipped_weights,
     detect_corners,
-    load_network,
-    save_network,
+    load_compact,
+    save_compact,
 )
 
 
@@ -78,7 +78,7 @@ def test_brighter_image_still_matches(encoder, picture):
 
 def test_the_network_made_fast_describes_like_the_one_that_was_trained(encoder, picture):
     features = encoder.encode(picture)
-    trained = load_network(_shipped_weights())
+    trained = load_compact(_shipped_weights())
     image = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
     with torch.inference_mode():
         told, _ = trained.eval()(image, torch.from_numpy(features.keypoints)[None])
@@ -137,8 +137,8 @@ def test_descriptor_of_a_pixel_follows_the_pixel():
 def test_weights_survive_saving(tmp_path):
     shape = CompactShape(stem=8, widths=(8, 16, 8, 8), depths=(1, 0, 1, 1), dim=16)
     network = CompactNetwork(shape)
-    save_network(network, tmp_path / 'w.safetensors')
-    loaded = load_network(tmp_path / 'w.safetensors')
+    save_compact(network, tmp_path / 'w.safetensors')
+    loaded = load_compact(tmp_path / 'w.safetensors')
     assert loaded.shape == shape
     for name, value in network.state_dict().items():
         assert torch.allclose(value.float(), loaded.state_dict()[name].float(), atol=2e-3)
@@ -146,13 +146,13 @@ def test_weights_survive_saving(tmp_path):
 
 def test_missing_damaged_and_foreign_weights_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match='found no file'):
-        load_network(tmp_path / 'none.safetensors')
-    save_network(CompactNetwork(CompactShape(stem=8)), tmp_path / 'w.safetensors')
+        load_compact(tmp_path / 'none.safetensors')
+    save_compact(CompactNetwork(CompactShape(stem=8)), tmp_path / 'w.safetensors')
     whole = (tmp_path / 'w.safetensors').read_bytes()
     (tmp_path / 'cut.safetensors').write_bytes(whole[:-50])
     with pytest.raises(CheckpointError, match='damaged'):
-        load_network(tmp_path / 'cut.safetensors')
+        load_compact(tmp_path / 'cut.safetensors')
     from safetensors.torch import save_file
     save_file({'x': torch.zeros(1)}, str(tmp_path / 'other.safetensors'))
     with pytest.raises(CheckpointError, match='architecture'):
-        load_network(tmp_path / 'other.safetensors')
+        load_compact(tmp_path / 'other.safetensors')

@@ -7,8 +7,6 @@ from feedforward_recon.errors import DegenerateError, InputError
 from feedforward_recon.evaluation import (
     absolute_trajectory_error,
     associate,
-    extrapolation_split,
-    interleaved_split,
     localisation_score,
     relative_pose_error,
     straight_line_rmse,
@@ -172,13 +170,3 @@ def test_a_right_place_seen_the_wrong_way_is_wrong():
 def test_counts_must_agree(answers):
     with pytest.raises(InputError, match='one answer per query'):
         localisation_score(answers, np.zeros((0, 4, 4)))
-
-
-def test_splits_cover_the_walk_once():
-    for mapped, query in (interleaved_split(500), extrapolation_split(500)):
-        np.testing.assert_array_equal(np.sort(np.r_[mapped, query]), np.arange(500))
-    mapped, query = interleaved_split(500)
-    assert len(query) == 125
-    np.testing.assert_array_equal(query[:25], np.arange(75, 100))
-    mapped, query = extrapolation_split(500)
-    assert (mapped[-1], query[0]) == (349, 350)

@@ -10,7 +10,7 @@ from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import pose_error
-from feedforward_recon.localization.follower import MAX_DOUBTS, Follower
+from feedforward_recon.localization.follower import MAX_CONTRADICTIONS, Follower
 from feedforward_recon.localization.localizer import Localizer
 from feedforward_recon.mapping.mapper import Mapper
 from feedforward_recon.mapping.sources import GivenPoses
@@ -126,15 +126,15 @@ def test_a_jump_to_another_place_of_the_map_is_answered_at_once(follower, room_w
 
 def test_what_the_memory_contradicts_is_doubted_and_given_up(follower, room_walk):
     stream(follower, room_walk[10:12])
-    wrong = follower._state.T_map_cam.copy()
+    wrong = follower._now.followed.T_map_cam.copy()
     wrong[:3, 3] += 0.5
-    shift = wrong @ np.linalg.inv(follower._state.T_map_cam)
-    points = follower._state.points @ shift[:3, :3].T + shift[:3, 3]
-    follower._state = replace(follower._state, points=points, T_map_cam=wrong)
-    follower._since = CONFIG.localizer.followed_images  # the memory is due
-    answers = stream(follower, room_walk[12:14 + MAX_DOUBTS], start=2)
-    assert {a.status for a in answers[1:MAX_DOUBTS]} == {Status.UNCERTAIN}
-    assert errors_m(answers[-1:], [room_walk[13 + MAX_DOUBTS]])[0] < 0.05
+    shift = wrong @ np.linalg.inv(follower._now.followed.T_map_cam)
+    points = follower._now.followed.points @ shift[:3, :3].T + shift[:3, 3]
+    follower._now.followed = replace(follower._now.followed, points=points, T_map_cam=wrong)
+    follower._now.since = CONFIG.localizer.followed_images  # the memory is due
+    answers = stream(follower, room_walk[12:14 + MAX_CONTRADICTIONS], start=2)
+    assert {a.status for a in answers[1:MAX_CONTRADICTIONS]} == {Status.UNCERTAIN}
+    assert errors_m(answers[-1:], [room_walk[13 + MAX_CONTRADICTIONS]])[0] < 0.05
 
 
 def test_a_busy_node_asks_the_memory_all_the_same(follower, room_walk):
@@ -152,8 +152,8 @@ def test_images_that_come_while_the_memory_is_being_asked(follower, room_walk):
     for index, frame in enumerate(frames):
         answers.append(follower.process(replace(frame, stamp_ns=index * STEP_NS)))
         follower.work()
-        if follower._question is None and follower._state is not None:
-            np.testing.assert_array_equal(follower._state.tracks.gray,
+        if follower._now.query is None and follower._now.followed is not None:
+            np.testing.assert_array_equal(follower._now.followed.tracks.gray,
                                           cv2.cvtColor(frame.image, cv2.COLOR_RGB2GRAY))
     assert all(a.status is Status.TRACKING for a in answers)
     assert errors_m(answers, frames).max() < 0.05

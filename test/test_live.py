@@ -181,7 +181,7 @@ def test_an_autosave_holds_the_map_as_it_stands(frames, encoder, tmp_path):
     assert saved.info.keyframes == len(poses) and saved.info.tracked == 40
     assert saved.localizer(encoder).localize(frames[20]).status.has_pose
     writer = saved.writer()
-    held = set(writer.keyframe_ids[:writer.filled].tolist())
+    held = set(writer.reservoir.keyframe_ids[:writer.filled].tolist())
     assert held == set(range(len(poses)))  # also those that are still being refined
 
 

@@ -11,6 +11,7 @@ from feedforward_recon.config.schema import MemoryConfig
 from feedforward_recon.errors import MapError
 from feedforward_recon.geometry.transforms import se3_exp, transform_points
 from feedforward_recon.memory import MemoryWriter, SceneMemory
+from feedforward_recon.memory.coordinate_mlp import CoordinateNetwork, initial_network
 
 SMALL = MemoryConfig(hidden_dim=64, blocks=2, slots=1000, reservoir=4000, batch=256,
                      steps_per_keyframe=1, polish_steps=0)
@@ -62,6 +63,26 @@ def test_reading_and_writing_leave_a_snapshot_untouched():
 
 def test_the_same_writes_give_the_same_memory():
     assert same(written(6).snapshot(), written(6).snapshot())
+
+
+def test_the_global_generator_is_left_alone():
+    """Random numbers of others do not depend on whether a map is being written."""
+    before = torch.get_rng_state()
+    writer = written(3)
+    writer.polish(2)
+    memory = MemoryWriter.from_state(SMALL, writer.state()).snapshot()
+    memory.predict(OracleScene.generate(0).descriptors)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_first_weights_are_those_of_pytorch():
+    """A seed gives the weights that it gave when the global generator was seeded with it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        expected = CoordinateNetwork(24, 16, 2).state_dict()
+    found = initial_network(24, 16, 2, seed=5).state_dict()
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_slots_hold_the_true_points():
@@ -117,7 +138,7 @@ def test_the_network_learns_where_points_are():
     memory = writer.snapshot()
     points, sigma_px = memory.predict(scene.descriptors)
     error = np.linalg.norm(points - scene.points, axis=1)
-    seen = (writer.descriptors[:writer.filled].astype(np.float32)
+    seen = (writer.reservoir.descriptors[:writer.filled].astype(np.float32)
             @ scene.descriptors.T).max(0) > 0.8
     assert np.median(error[seen]) < 0.15
     sure = sigma_px < np.median(sigma_px)
@@ -128,7 +149,7 @@ def test_the_reservoir_is_a_fair_sample_of_all_keyframes():
     writer = written(60, MemoryConfig(hidden_dim=32, blocks=1, slots=0, reservoir=2000, batch=64,
                                       steps_per_keyframe=0))
     assert writer.filled == 2000
-    early = np.mean(writer.keyframe_ids < 30)
+    early = np.mean(writer.reservoir.keyframe_ids < 30)
     assert 0.4 < early < 0.6
 
 

@@ -7,13 +7,13 @@ import torch
 
 from benchmarks import golden
 from feedforward_recon.model import pi3
-from feedforward_recon.model.attention import ATTENTION
 from feedforward_recon.model.attention.config import (
     HybridOptions,
     SparseLinearOptions,
     SparseOptions,
     TttOptions,
 )
+from feedforward_recon.model.attention.registry import ATTENTION
 from feedforward_recon.model.attention.sparse_linear import replace_local
 from feedforward_recon.model.backbone import BackboneConfig
 from feedforward_recon.model.configs import CONFIGS, OPTIONS, SPARSE_EVERYWHERE, build, network_of

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from benchmarks import golden
 from feedforward_recon.errors import ConfigError, InputError
 from feedforward_recon.model import layers
-from feedforward_recon.model.attention import ATTENTION, attention_factory
+from feedforward_recon.model.attention.registry import ATTENTION, attention_factory
 from feedforward_recon.model.backbone import BackboneConfig
 from feedforward_recon.model.configs import CONFIGS, build
 from feedforward_recon.model.da3 import Da3, Da3Config
 from feedforward_recon.model.dpt import DptConfig
 from feedforward_recon.model.pi3 import Pi3, Pi3Config
-from feedforward_recon.model.vggt import TransformerMemory, Vggt, VggtConfig
+from feedforward_recon.model.vggt import NetworkState, Vggt, VggtConfig
 from feedforward_recon.model.vit import VitConfig
 from feedforward_recon.model.weights.checkpoints import expected_tensors
 
@@ -180,7 +180,7 @@ def test_a_saved_memory_answers_as_before(attention, tmp_path):
     _, memory = network(images(3))
     tensors = {name: tensor.contiguous() for name, tensor in memory.tensors().items()}
     save_file(tensors, tmp_path / 'memory.safetensors')
-    loaded = network.memory_from(load_file(tmp_path / 'memory.safetensors'))
+    loaded = network.state_from(load_file(tmp_path / 'memory.safetensors'))
     assert loaded.nbytes == memory.nbytes
     query = images(1, seed=1)
     before, _ = network(query, memory, write=False)
@@ -192,13 +192,13 @@ def test_a_saved_memory_answers_as_before(attention, tmp_path):
 @torch.inference_mode()
 def test_the_memory_of_another_network_is_refused():
     _, memory = vggt('ttt')(images(2))
-    with pytest.raises(InputError, match='memory of softmax attention'):
-        vggt().memory_from(memory.tensors())
+    with pytest.raises(InputError, match='state of softmax attention'):
+        vggt().state_from(memory.tensors())
 
 
 def test_few_camera_tokens_span_the_scene():
     line = torch.tensor([0., 1, 2, 3, 9, 10]).view(1, 6, 1)
-    memory = TransformerMemory((), line)
+    memory = NetworkState((), line)
     assert memory.with_few_camera_tokens(3).camera_tokens.flatten().tolist() == [0, 3, 10]
     assert memory.with_few_camera_tokens(6) is memory
     fewer = memory.with_few_camera_tokens(4).with_few_camera_tokens(2)

@@ -19,9 +19,9 @@ from feedforward_recon.model.pi3 import fitted_intrinsics, nearest_rotation
 from feedforward_recon.model.pose_encoding import (
     decode_cameras,
     encode_cameras,
-    inverse,
     matrix_from_quat,
     quat_from_matrix,
+    rigid_inverse,
     unprojected,
 )
 from feedforward_recon.model.reference_view import (
@@ -117,7 +117,7 @@ def test_cameras_survive_encoding():
     again = encode_cameras(*decode_cameras(encoding, (300, 400)), (300, 400))
     torch.testing.assert_close(again, encoding, atol=1e-9, rtol=0)
     assert (again[:, 6] >= 0).all()
-    torch.testing.assert_close(inverse(pose) @ pose, torch.eye(4).double().expand_as(pose))
+    torch.testing.assert_close(rigid_inverse(pose) @ pose, torch.eye(4).double().expand_as(pose))
 
 
 def test_unprojected_points_are_seen_at_their_pixels():

@@ -13,7 +13,6 @@ from feedforward_recon.model.preprocess import (
     lanczos,
     longest_side,
     match_pixels,
-    pad,
     resampled,
     stacked,
 )
@@ -26,7 +25,6 @@ def noise(height, width, channels=3, seed=0):
 @pytest.mark.parametrize(('prepare', 'size_hw', 'expected_hw'), [
     (crop, (480, 640), (392, 518)), (crop, (1080, 1920), (294, 518)),
     (crop, (640, 480), (518, 518)), (crop, (100, 100), (518, 518)),
-    (pad, (480, 640), (518, 518)), (pad, (640, 480), (518, 518)),
     (match_pixels, (480, 640), (434, 574)), (match_pixels, (1080, 1920), (378, 672)),
     (match_pixels, (700, 700), (504, 504)),
     (longest_side, (480, 640), (378, 504)), (longest_side, (1080, 1920), (280, 504))])
@@ -57,7 +55,7 @@ def test_pixels_are_those_of_pillow(kernel, name, size_hw):
     assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
 
 
-@pytest.mark.parametrize('prepare', [crop, pad, match_pixels, longest_side])
+@pytest.mark.parametrize('prepare', [crop, match_pixels, longest_side])
 @pytest.mark.parametrize('size_hw', [(480, 640), (640, 480)])
 def test_intrinsics_find_the_way_back(prepare, size_hw):
     """A bright blob is projected to the same place by the original and by the new camera."""
@@ -87,7 +85,7 @@ def test_transparency_is_laid_on_white():
 
 
 def test_padding_is_white_and_centred():
-    placed, = pad([np.zeros((240, 400, 3), np.uint8)])
+    placed, _ = crop([np.zeros((240, 400, 3), np.uint8), np.zeros((400, 400, 3), np.uint8)])
     rows = np.flatnonzero((placed.image == 0).all((1, 2)))
     assert len(rows) == 308 and rows[0] == (518 - 308) // 2
     assert (np.delete(placed.image, rows, 0) == 255).all()
@@ -95,7 +93,7 @@ def test_padding_is_white_and_centred():
 
 def test_mixed_sizes_become_one(caplog):
     mixed = [noise(480, 640), noise(300, 640), noise(640, 480)]
-    for prepare, expected_hw in ((crop, (518, 518)), (pad, (518, 518)), (match_pixels, (434, 574)),
+    for prepare, expected_hw in ((crop, (518, 518)), (match_pixels, (434, 574)),
                                  (longest_side, (238, 378))):
         assert stacked(prepare(mixed)).shape == (1, 3, 3, *expected_hw)
     assert 'sizes' in caplog.text
@@ -106,7 +104,7 @@ def test_stacked_images_are_floats_between_0_and_1():
     assert images.dtype == torch.float32 and images.max() == 1
 
 
-@pytest.mark.parametrize('prepare', [crop, pad, match_pixels, longest_side])
+@pytest.mark.parametrize('prepare', [crop, match_pixels, longest_side])
 def test_images_thinner_than_a_patch_are_refused(prepare):
     with pytest.raises(InputError, match='at least one patch'):
         prepare([noise(1, 30_000)])

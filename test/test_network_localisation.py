@@ -1,4 +1,4 @@
-"""Localising against what a network remembers of a map: laws that hold whatever it says."""
+"""Localising against the fast weights of a network: laws that hold whatever it says."""
 
 import json
 import shutil
@@ -21,15 +21,19 @@ from feedforward_recon.geometry.transforms import (
     so3_exp,
     transform_points,
 )
+from feedforward_recon.localization import network_localizer
 from feedforward_recon.localization.network_link import align_cameras
 from feedforward_recon.localization.network_localizer import (
     NetworkLocalizer,
-    NetworkMemory,
-    remember,
+    SavedFastWeights,
     spanning,
+    write_keyframes,
 )
-from feedforward_recon.localization.scene_network import RememberingNetwork, recalled, why_not
-from feedforward_recon.mapping import network_memory
+from feedforward_recon.localization.scene_network import (
+    VggtSceneNetwork,
+    load_scene_network,
+    unsupported_reason,
+)
 from feedforward_recon.model.configs import CONFIGS, build
 from feedforward_recon.model.predictor import NetworkPredictor
 from feedforward_recon.session.map_folder import NETWORK, load_map
@@ -61,7 +65,7 @@ class Oracle:
         self.writes += 1
         return self.predict(images), tuple(images)
 
-    def ask(self, image, memory):
+    def query(self, image, memory):
         return self.predict([image]), self.novelty
 
     def predict(self, images):
@@ -94,7 +98,7 @@ def points(frames):
 
 
 def linked(frames, points, oracle):
-    return remember(oracle, frames[::3], frames[1::3], points, 2.0)
+    return write_keyframes(oracle, frames[::3], frames[1::3], points, 2.0)
 
 
 def bare(frame):
@@ -116,7 +120,7 @@ def test_an_exact_network_answers_in_the_map(frames, points):
 
 
 def test_without_other_images_of_the_walk_nothing_is_known_of_novelty(frames, points):
-    memory, link = remember(Oracle(frames), frames, [], points, 2.0)
+    memory, link = write_keyframes(Oracle(frames), frames, [], points, 2.0)
     assert len(memory) == len(frames) == link.keyframes
     stranger = Oracle(frames)
     stranger.novelty = 1.5
@@ -254,11 +258,12 @@ def images():
 
 
 def test_the_memory_has_a_fixed_size_and_queries_leave_it_alone(small, images):
-    network, sizes = RememberingNetwork(NetworkPredictor(small)), []
+    network, sizes = VggtSceneNetwork(NetworkPredictor(small)), []
     for count in (35, 40):
         _, memory = network.write(images[:count])
         before = {name: tensor.clone() for name, tensor in memory.tensors().items()}
-        answers, novelties = zip(*(network.ask(images[i], memory) for i in (3, 1, 3)), strict=True)
+        answers, novelties = zip(*(network.query(images[i], memory) for i in (3, 1, 3)),
+                                 strict=True)
         assert novelties[0] == novelties[2] and -1e-6 < min(novelties) < 2
         assert all(torch.equal(before[name], t) for name, t in memory.tensors().items())
         # What is asked in between changes nothing.
@@ -270,9 +275,9 @@ def test_the_memory_has_a_fixed_size_and_queries_leave_it_alone(small, images):
 
 
 def test_networks_without_a_fixed_size_say_why_not(small):
-    assert why_not(small) == ''
-    assert 'softmax attention grows' in why_not(build('tiny', 'softmax'))
-    assert 'Pi3 has no cameras' in why_not(build('pi3-small', device='meta'))
+    assert unsupported_reason(small) == ''
+    assert 'softmax attention grows' in unsupported_reason(build('tiny', 'softmax'))
+    assert 'Pi3 has no cameras' in unsupported_reason(build('pi3-small', device='meta'))
 
 
 def command(*arguments):
@@ -284,7 +289,7 @@ def folder(weights, walk_folder, tmp_path_factory):
     """A map whose network says nonsense, so that any similarity will do."""
     out = tmp_path_factory.mktemp('maps') / 'map'
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(network_memory, 'align_cameras', lambda *_: (np.eye(4), 1.0))
+        patch.setattr(network_localizer, 'align_cameras', lambda *_: (np.eye(4), 1.0))
         assert command('map', walk_folder, '--out', out, '--model', 'tiny', '--attention', 'ttt',
                        '--weights', weights, '--window', 4, '--anchors', 1, '--no-refine',
                        '--set', 'memory.polish_steps=5', '--step', 5) == 0
@@ -292,16 +297,16 @@ def folder(weights, walk_folder, tmp_path_factory):
 
 
 def test_a_map_is_asked_as_it_was_written(folder, weights, walk_folder, tmp_path, capsys):
-    memory = load_map(folder).network_memory()
+    memory = load_map(folder).fast_weights()
     assert (memory.model, memory.attention, memory.weights) == ('tiny', 'ttt', '')
     memory.save(tmp_path / 'again.safetensors')
-    again = NetworkMemory.load(tmp_path / 'again.safetensors')
+    again = SavedFastWeights.load(tmp_path / 'again.safetensors')
     assert again.link == memory.link
     frames = [np.full((60, 80, 3), value, np.uint8) for value in (9, 200)]
     answers = []
     for kept in (memory, again):
-        network, state = recalled(kept, 'tiny', weights=str(weights))
-        answers.append([network.ask(image, state) for image in frames])
+        network, state = load_scene_network(kept, 'tiny', weights=str(weights))
+        answers.append([network.query(image, state) for image in frames])
     for (a, new_a), (b, new_b) in zip(*answers, strict=True):
         assert np.array_equal(a.T_world_cam, b.T_world_cam) and np.array_equal(a.depth, b.depth)
         assert new_a == new_b
@@ -323,7 +328,7 @@ def test_another_network_is_refused_in_one_sentence(folder, weights, walk_folder
     other = saved_weights(network, tmp_path / 'other.safetensors')
     for options, sentence in (
             (('--model', 'vggt', '--weights', weights), 'expected --model tiny'),
-            (('--model', 'tiny', '--weights', other), 'which wrote the memory of this map'),
+            (('--model', 'tiny', '--weights', other), 'which wrote those of this map'),
             (('--no-refine',), 'add --model')):
         assert command('localize', folder, walk_folder, *options) == 2
         error = capsys.readouterr().err.strip().splitlines()
@@ -334,9 +339,9 @@ def test_a_damaged_memory_is_refused(folder, tmp_path):
     damaged = shutil.copytree(folder, tmp_path / 'map')
     (damaged / NETWORK).write_bytes((folder / NETWORK).read_bytes()[:-1])
     with pytest.raises(MapError, match='truncated'):
-        load_map(damaged).network_memory()
-    with pytest.raises(MapError, match='expected the memory of a network'):
-        NetworkMemory.load(damaged / 'memory.safetensors')
+        load_map(damaged).fast_weights()
+    with pytest.raises(MapError, match='expected the fast weights of a network'):
+        SavedFastWeights.load(damaged / 'memory.safetensors')
 
 
 def test_a_map_without_a_network_says_how_to_make_one(folder, walk_folder, tmp_path, capsys):

@@ -8,12 +8,17 @@ import pytest
 import yaml
 
 from feedforward_recon.config.files import SECTION, mapper_settings, shipped_files, write
-from feedforward_recon.config.network import ModelOptions
-from feedforward_recon.config.node import NodeConfig, walk
+from feedforward_recon.config.network import (
+    ATTENTIONS,
+    MORE_NETWORKS,
+    NETWORKS,
+    ModelOptions,
+)
+from feedforward_recon.config.node import NodeConfig, each_setting
 from feedforward_recon.config.schema import MapperConfig, from_dict, to_dict
 from feedforward_recon.console.options import MODEL_FLAGS, settings
 from feedforward_recon.errors import ConfigError
-from feedforward_recon.model.attention import ATTENTION
+from feedforward_recon.model.attention.registry import ATTENTION
 from feedforward_recon.model.configs import ALIASES, CONFIGS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,22 +62,23 @@ def test_mapping_file_names_every_setting():
     assert parameters('config/mapping.yaml') == to_dict(NodeConfig())
 
 
-@pytest.mark.parametrize('setting', list(walk(NodeConfig())), ids=lambda s: s.name)
+@pytest.mark.parametrize('setting', list(each_setting(NodeConfig())), ids=lambda s: s.name)
 def test_every_setting_is_documented_and_in_the_reference(setting):
     assert setting.spec.metadata['doc']
     assert f'| `{setting.name}` | ' in shipped_files()['docs/parameters.md']
 
 
 def test_every_network_is_named_where_it_is_chosen():
-    told = re.split(r'[ ,:]+', walk_by_name()['model'].spec.metadata['doc'])
+    told = re.split(r'[ ,:]+', by_name()['model'].spec.metadata['doc'])
     sizes_of_tests = {'vggt-small', 'pi3-small'}
-    assert {*CONFIGS, *ALIASES} - sizes_of_tests <= set(told)
-    attention = re.split(r'[ ,:;]+', walk_by_name()['attention'].spec.metadata['doc'])
+    assert {*CONFIGS, *ALIASES} - sizes_of_tests == {*NETWORKS, *MORE_NETWORKS} <= set(told)
+    attention = re.split(r'[ ,:;]+', by_name()['attention'].spec.metadata['doc'])
+    assert tuple(ATTENTION) == ATTENTIONS
     assert set(ATTENTION) <= set(attention)
 
 
-def walk_by_name():
-    return {setting.name: setting for setting in walk(NodeConfig())}
+def by_name():
+    return {setting.name: setting for setting in each_setting(NodeConfig())}
 
 
 def test_the_command_line_and_the_nodes_share_the_options_of_the_network():
@@ -80,7 +86,7 @@ def test_the_command_line_and_the_nodes_share_the_options_of_the_network():
     assert shared == {'model', 'attention', 'device', 'weights', 'window', 'anchors'}
     assert {flag.name for flag in MODEL_FLAGS.values()} == {
         *(f'--{name}' for name in shared), '--refine/--no-refine'}
-    assert all(walk_by_name()[name].when == 'configure' for name in shared)
+    assert all(by_name()[name].when == 'configure' for name in shared)
 
 
 @pytest.mark.parametrize(('changes', 'named'), [
@@ -104,7 +110,7 @@ def test_a_map_is_saved_with_the_settings_of_the_mapper_alone():
 
 
 def test_what_shapes_the_map_never_changes_while_a_node_runs():
-    live = {setting.name for setting in walk(NodeConfig()) if setting.when == 'live'}
+    live = {setting.name for setting in each_setting(NodeConfig()) if setting.when == 'live'}
     assert {'localizer.search_px', 'tf_rate_hz', 'path_length', 'depth_slop_ms'} <= live
     assert not {name for name in live if name.startswith(('memory', 'encoder', 'tracking'))}
     assert not live & {'mode', 'map_frame', 'image_qos', 'queue_size'}
@@ -175,4 +181,5 @@ def test_a_missing_file_is_one_sentence(tmp_path):
 
 
 def test_values_are_plain_ones_that_ros_can_hold():
-    assert {type(setting.value) for setting in walk(NodeConfig())} <= {bool, int, float, str}
+    kinds = {type(setting.value) for setting in each_setting(NodeConfig())}
+    assert kinds <= {bool, int, float, str}

@@ -16,7 +16,7 @@ from feedforward_recon.model import predictor as module
 from feedforward_recon.model.configs import build
 from feedforward_recon.model.da3 import Da3Reconstruction
 from feedforward_recon.model.pi3 import Pi3Reconstruction
-from feedforward_recon.model.pose_encoding import decode_cameras, encode_cameras, inverse
+from feedforward_recon.model.pose_encoding import decode_cameras, encode_cameras, rigid_inverse
 from feedforward_recon.model.predictor import (
     NetworkPredictor,
     as_prediction,
@@ -25,7 +25,7 @@ from feedforward_recon.model.predictor import (
     load_predictor,
     preparation,
 )
-from feedforward_recon.model.preprocess import crop, longest_side, match_pixels, pad
+from feedforward_recon.model.preprocess import crop, longest_side, match_pixels
 from feedforward_recon.model.vggt import Reconstruction
 from feedforward_recon.model.vit import PATCH
 from feedforward_recon.model.weights.checkpoints import expected_tensors
@@ -86,7 +86,7 @@ def test_looking_without_writing_leaves_the_memory_alone(small, images):
 
 
 @pytest.mark.parametrize('size_hw', [(60, 80), (97, 61), (400, 300)])
-@pytest.mark.parametrize('prepare', [crop, pad, match_pixels, longest_side])
+@pytest.mark.parametrize('prepare', [crop, match_pixels, longest_side])
 def test_depth_comes_back_to_the_pixels_it_belongs_to(prepare, size_hw):
     """A ramp over the image: what the network sees at a place is said of that place."""
     height, width = size_hw
@@ -160,13 +160,13 @@ def true_answer(name, camera, depth, T_world_cam):
         points = points.view(1, len(depth), *size_hw, 3)
         return Pi3Reconstruction(points, points, torch.zeros(points.shape[:-1]), T)
     K = torch.from_numpy(camera.K).expand(1, len(depth), 3, 3)
-    inward = inverse(T) if name == 'vggt' else T
+    inward = rigid_inverse(T) if name == 'vggt' else T
     encodings = encode_cameras(inward, K, size_hw)
     pose, K = decode_cameras(encodings, size_hw)  # the network only says the encoding
     z = torch.from_numpy(depth)[None]
     if name == 'vggt':
         return Reconstruction(encodings[None], pose, K, z, z, z, z)
-    return Da3Reconstruction(encodings, inverse(pose), K, z, z, z, z)
+    return Da3Reconstruction(encodings, rigid_inverse(pose), K, z, z, z, z)
 
 
 @pytest.mark.parametrize('name', ['vggt', 'pi3', 'da3'])

@@ -12,7 +12,7 @@ from rcl_interfaces.msg import ParameterType  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
 
 from feedforward_recon.config.files import nested  # noqa: E402
-from feedforward_recon.config.node import NodeConfig, walk  # noqa: E402
+from feedforward_recon.config.node import NodeConfig, each_setting  # noqa: E402
 from feedforward_recon.config.schema import from_dict  # noqa: E402
 from feedforward_recon.errors import ConfigError  # noqa: E402
 from feedforward_recon.ros.parameters import declare  # noqa: E402
@@ -54,7 +54,7 @@ def test_every_setting_is_a_parameter_with_its_default(make_node):
     node = make_node()
     parameters = declare(node, NodeConfig)
     assert parameters.config == NodeConfig()
-    values = {s.name: node.get_parameter(s.name).value for s in walk(NodeConfig())}
+    values = {s.name: node.get_parameter(s.name).value for s in each_setting(NodeConfig())}
     assert from_dict(NodeConfig, nested(values)) == NodeConfig()
     assert parameters.unknown == ()
 
@@ -88,7 +88,7 @@ def test_a_whole_number_stands_for_a_real_one(make_node, tmp_path):
 def test_descriptors_tell_meaning_range_and_choices(make_node):
     node = make_node()
     declare(node, NodeConfig)
-    for setting in walk(NodeConfig()):
+    for setting in each_setting(NodeConfig()):
         told, meta = node.describe_parameter(setting.name), setting.spec.metadata
         assert told.description.startswith(meta['doc'])
         assert meta['unit'] in told.description

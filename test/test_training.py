@@ -25,7 +25,7 @@ def _values(image: np.ndarray, pixels: np.ndarray) -> np.ndarray:
 
 
 def test_photo_pairs_show_the_same_point(monkeypatch):
-    monkeypatch.setattr(data, 'photometric', lambda image, rng: image)
+    monkeypatch.setattr(data, 'augment_image', lambda image, rng: image)
     pairs = [data.photo_pair(smooth_photo(s), np.random.default_rng(s)) for s in range(6)]
     pairs = [p for p in pairs if p is not None]
     assert len(pairs) >= 3
@@ -38,7 +38,7 @@ def test_photo_pairs_show_the_same_point(monkeypatch):
 
 
 def test_room_pairs_show_the_same_point(monkeypatch, room_camera, room_frames):
-    monkeypatch.setattr(data, 'photometric', lambda image, rng: image)
+    monkeypatch.setattr(data, 'augment_image', lambda image, rng: image)
     views = {'image': np.stack([cv2.resize(f.image, (480, 360)) for f in room_frames]),
              'depth': np.stack([cv2.resize(f.depth, (480, 360), interpolation=cv2.INTER_NEAREST)
                                 for f in room_frames]),

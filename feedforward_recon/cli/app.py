@@ -43,7 +43,8 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     'demo': demo_command, 'map': map_command, 'localize': localize_command, 'info': info_command,
     'eval': eval_command, 'export': export_command, 'bench': bench_command}
 weights_app = typer.Typer()
-weights_app.callback(invoke_without_command=True, help=taught(weights.root))(weights.root)
+weights_app.callback(invoke_without_command=True,
+                     help=taught(weights.weights_root))(weights.weights_root)
 app.add_typer(weights_app, name='weights')
 for _app, _commands in ((app, COMMANDS), (weights_app, weights.COMMANDS)):
     for _name, _command in _commands.items():

@@ -10,7 +10,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from feedforward_recon.cli.mapping import rows, summarise
+from feedforward_recon.cli.mapping import summarise, summary_rows
 from feedforward_recon.config.schema import MapperConfig, MemoryConfig
 from feedforward_recon.console.options import Json
 from feedforward_recon.console.terminal import (
@@ -143,7 +143,7 @@ def _verdicts(summary: dict[str, Any]) -> list[tuple[str, bool]]:
 
 
 def _print(summary: dict[str, Any], saved: SavedMap) -> None:
-    table = rows(summary)
+    table = summary_rows(summary)
     table['held-out views'] = (
         f'{summary["localised"]} of {summary["views"]} found, median '
         f'{100 * summary["median_m"]:.1f} cm and {summary["median_deg"]:.2f} deg, '

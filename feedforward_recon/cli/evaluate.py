@@ -27,7 +27,7 @@ from feedforward_recon.session.map_folder import load_map
 from feedforward_recon.types import Trajectory
 
 
-class Alignment(str, Enum):
+class AlignmentChoice(str, Enum):
     """What may be aligned before errors are measured."""
 
     AUTO = 'auto'
@@ -41,13 +41,13 @@ Estimated = Annotated[Path, typer.Argument(metavar='MAP_OR_TRAJECTORY', show_def
 Truth = Annotated[Path, typer.Argument(metavar='GROUNDTRUTH', show_default=False,
                                        help='Trajectory in TUM format, map folder, or a source '
                                        'with poses.')]
-Align = Annotated[Alignment, typer.Option('--align', help='auto: sim3 for a map without metric '
-                                          'scale, else se3.')]
+Align = Annotated[AlignmentChoice, typer.Option('--align', help='auto: sim3 for a map without '
+                                                'metric scale, else se3.')]
 Step = Annotated[int, typer.Option('--step', min=1, help='Poses between the two ends of a '
                                    'relative error.')]
 
 
-def eval_command(estimated: Estimated, groundtruth: Truth, align: Align = Alignment.AUTO,
+def eval_command(estimated: Estimated, groundtruth: Truth, align: Align = AlignmentChoice.AUTO,
                  step: Step = 1, json_: Json = False) -> None:
     """Measure a trajectory: absolute (ATE) and relative (RPE) error.
 
@@ -61,7 +61,7 @@ def eval_command(estimated: Estimated, groundtruth: Truth, align: Align = Alignm
     trajectory, metric = _read(estimated)
     truth, _ = _read(groundtruth)
     kind = align.value
-    if align is Alignment.AUTO:
+    if align is AlignmentChoice.AUTO:
         kind = 'se3' if metric else 'sim3'
     error = absolute_trajectory_error(trajectory, truth, kind)
     relative = relative_pose_error(trajectory, truth, step, error.scale)

@@ -73,8 +73,8 @@ Out = Annotated[Path | None, typer.Option('--out', '-o', help='Also write the JS
 Align = Annotated[bool, typer.Option('--align', help='Before measuring errors, align the found '
                                      'poses with those of the source: needed unless the map '
                                      'was made with --poses given.')]
-Model = Annotated[str, typer.Option('--model', help='Ask the network that made the map with '
-                                    '--model and remembers it: its name.', metavar='NAME',
+Model = Annotated[str, typer.Option('--model', help='Query the network that made the map with '
+                                    '--model: its name.', metavar='NAME',
                                     rich_help_panel='Network')]
 Device = Annotated[str, typer.Option('--device', help='Where the network runs: cpu, cuda, '
                                      'cuda:1.', metavar='NAME', rich_help_panel='Network')]
@@ -93,7 +93,7 @@ def localize_command(map_: MapFolder, source: Source, options: SourceOptions, ou
                      set_: Set = None, encoder: Weights = None, model: Model = '',
                      device: Device = 'cpu', weights: NetworkWeights = '',
                      refine: Refine = True) -> int:
-    """Find images in a map: a pose with covariance, or an honest refusal.
+    """Find images in a map: a pose with covariance, or a refusal with its reason.
 
     Only reads the map (map.yaml and memory.safetensors are enough). The camera comes from the
     source or from --fx, --fov or --calibration; without any, the camera that made the map is
@@ -142,16 +142,16 @@ def localize_command(map_: MapFolder, source: Source, options: SourceOptions, ou
 
 def _network_localizer(saved: SavedMap, network: NetworkChoice, encoder: Path | None
                        ) -> Finder:
-    from feedforward_recon.localization.scene_network import recalled
+    from feedforward_recon.localization.scene_network import load_scene_network
 
-    memory = saved.network_memory()
-    if memory is None:
-        raise MapError(f'{saved.path}: expected a map that a network remembers, found none in '
-                       'it; map with --model vgg-t3 (or --attention ttt or hybrid), or leave '
-                       '--model out')
-    asked, state = recalled(memory, network.model, network.device, network.weights)
+    fast_weights = saved.fast_weights()
+    if fast_weights is None:
+        raise MapError(f'{saved.path}: expected a map with the fast weights of a network, found '
+                       'none in it; map with --model vgg-t3 (or --attention ttt or hybrid), or '
+                       'leave --model out')
+    found, state = load_scene_network(fast_weights, network.model, network.device, network.weights)
     refiner = saved.localizer(saved.load_encoder(encoder)) if network.refine else None
-    return NetworkLocalizer(asked, state, memory.link, saved.memory.points, refiner)
+    return NetworkLocalizer(found, state, fast_weights.link, saved.memory.points, refiner)
 
 
 def _localize(saved: SavedMap | None, localizer: Finder, images: FrameSource

@@ -33,7 +33,7 @@ from feedforward_recon.console.threads import one_thread
 from feedforward_recon.errors import ConfigError, DegenerateError, InputError
 from feedforward_recon.io import SourceOptions, open_source, require_cameras
 from feedforward_recon.io.source import Source as FrameSource
-from feedforward_recon.localization.network_localizer import NetworkMemory
+from feedforward_recon.localization.network_localizer import SavedFastWeights
 from feedforward_recon.mapping.sources import GivenPoses
 from feedforward_recon.model import Encoder
 from feedforward_recon.session.map_folder import (
@@ -90,23 +90,23 @@ def map_command(source: Source, out: Out, options: SourceOptions, network: Netwo
     frames = open_source(source, _for_mapping(options, mono))
     _check_source(frames, poses)
     describing = CompactEncoder.load(encoder, chosen.encoder)
-    remembered = None
+    fast_weights = None
     if network.feeds_forward:
-        run, remembered = _map_windows(frames, network, poses, describing, chosen)
+        run, fast_weights = _map_windows(frames, network, poses, describing, chosen)
     else:
         with one_thread():
             run = map_frames(
                 frames, chosen, describing, total=len(frames), progress=progress_bar,
                 source=None if poses is Poses.ESTIMATED else
                 lambda _: GivenPoses(chosen, describing))
-    saved = run.save(out, remembered)
+    saved = run.save(out, fast_weights)
     _report(run, saved, json_)
 
 
 def _map_windows(frames: FrameSource, network: NetworkOptions, poses: Poses, encoder: Encoder,
-                 config: MapperConfig) -> tuple[Run, NetworkMemory | None]:
+                 config: MapperConfig) -> tuple[Run, SavedFastWeights | None]:
     from feedforward_recon.config.network import WindowConfig
-    from feedforward_recon.localization.scene_network import remembered, why_not
+    from feedforward_recon.localization.scene_network import unsupported_reason, write_fast_weights
     from feedforward_recon.mapping.sources.windows import WindowPoses
     from feedforward_recon.model.predictor import load_predictor
 
@@ -119,9 +119,9 @@ def _map_windows(frames: FrameSource, network: NetworkOptions, poses: Poses, enc
     run = map_frames(frames, config, encoder, total=len(frames), progress=progress_bar,
                      source=lambda _: WindowPoses(config, predictor, encoder, windows=windows,
                                                   refine=network.refine))
-    if why_not(predictor.network):
-        note(why_not(predictor.network))
-    return run, remembered(predictor, network.model, network.weights, frames, run.scene,
+    if unsupported_reason(predictor.network):
+        note(unsupported_reason(predictor.network))
+    return run, write_fast_weights(predictor, network.model, network.weights, frames, run.scene,
                            run.writer.snapshot().points)
 
 
@@ -145,7 +145,7 @@ def _report(run: Run, saved: SavedMap, as_json: bool) -> None:
     if as_json:
         print_json(summary)
         return
-    print_table(f'map in {saved.path}', rows(summary))
+    print_table(f'map in {saved.path}', summary_rows(summary))
     note(f'find new images in it: ffrecon localize {saved.path} IMAGES')
 
 
@@ -177,7 +177,7 @@ def _error(run: Run) -> dict[str, float] | None:
             'straight_line_rmse': error.straight_line_rmse, 'path_length': error.path_length}
 
 
-def rows(summary: dict[str, Any]) -> dict[str, str]:
+def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
     """The table of a run for people."""
     table = {
         'frames': f'{summary["frames"]}, {100 * summary["tracked_share"]:.1f} % tracked',

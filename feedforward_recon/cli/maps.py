@@ -89,14 +89,14 @@ def _rows(saved: SavedMap, missing: list[str]) -> dict[str, str]:
 
 
 def _network(saved: SavedMap) -> dict | None:
-    """Which network remembers the map, and how far it was off on images of the walk."""
+    """Which network wrote fast weights, and how far it was off on images of the walk."""
     if NETWORK not in saved.info.files or not (saved.path / NETWORK).is_file():
         return None
-    memory = saved.network_memory()
-    return None if memory is None else {
-        'model': memory.model, 'attention': memory.attention, 'sha256': memory.sha256,
-        'keyframes': memory.link.keyframes, 'position': memory.link.position,
-        'angle_deg': float(np.rad2deg(memory.link.angle))}
+    found = saved.fast_weights()
+    return None if found is None else {
+        'model': found.model, 'attention': found.attention, 'sha256': found.sha256,
+        'keyframes': found.link.keyframes, 'position': found.link.position,
+        'angle_deg': float(np.rad2deg(found.link.angle))}
 
 
 FormatOption = Annotated[Format, typer.Option('--format', '-f', help='colmap: text model with '

@@ -11,7 +11,7 @@ import typer
 
 from feedforward_recon.console.options import Json
 from feedforward_recon.console.terminal import note, print_json, print_table
-from feedforward_recon.model.weights.checkpoints import misfit
+from feedforward_recon.model.weights.checkpoints import mismatch_error
 from feedforward_recon.model.weights.files import WeightsReport, check_weights, fetch_weights
 from feedforward_recon.model.weights.registry import (
     CHECKPOINTS,
@@ -38,7 +38,7 @@ Attention = Annotated[str | None, typer.Option('--attention', help='Global atten
                                                show_default=False)]
 
 
-def root(context: typer.Context) -> None:
+def weights_root(context: typer.Context) -> None:
     """Weights of the networks: which there are, getting them, checking them.
 
     Examples:
@@ -97,7 +97,7 @@ def check_command(name: NameOrPath, model: Model = None, attention: Attention = 
     else:
         _print_report(report)
     if not report.keys.fits:
-        raise misfit(report.model, report.file, report.keys)
+        raise mismatch_error(report.model, report.file, report.keys)
 
 
 def _entry(checkpoint: Checkpoint) -> dict:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from feedforward_recon.config.network import ModelOptions
-from feedforward_recon.config.node import NodeConfig, Setting, walk
+from feedforward_recon.config.node import NodeConfig, Setting, each_setting
 from feedforward_recon.config.schema import MapperConfig, as_yaml, from_dict, limits
 from feedforward_recon.errors import ConfigError
 
@@ -124,7 +124,7 @@ def reference() -> str:
     """Every setting as Markdown tables, one for the node and one per group."""
     config = NodeConfig()
     groups: dict[str, list[Setting]] = {'': []}
-    for setting in walk(config):
+    for setting in each_setting(config):
         groups.setdefault(setting.name.rpartition('.')[0], []).append(setting)
     return '\n'.join([REFERENCE, *(_table(config, name, rows) for name, rows in groups.items())])
 

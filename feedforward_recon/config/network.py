@@ -8,7 +8,11 @@ from dataclasses import dataclass, fields
 from feedforward_recon.config.schema import option
 from feedforward_recon.errors import ConfigError
 
-NETWORKS = 'vggt, vgg-t3, pi3, speed3r, da3, tiny, tiny-ttt'
+# The names that can be chosen; `model.configs` and `model.attention.registry` make what they name,
+# and a test compares them.
+NETWORKS = ('vggt', 'vgg-t3', 'pi3', 'speed3r', 'da3', 'tiny', 'tiny-ttt')
+MORE_NETWORKS = ('vggt-1b', 'da3-large', 'da3-base', 'da3-small', 'lite3r-vggt', 'lite3r-da3')
+ATTENTIONS = ('softmax', 'ttt', 'sparse', 'sparse_linear', 'latent', 'hybrid')
 
 
 @dataclass(frozen=True)
@@ -19,10 +23,9 @@ class ModelOptions:
     """
 
     model: str = option('compact', 'network that maps: compact, or one that predicts many images '
-                        f'at once: {NETWORKS}, also vggt-1b, da3-large, da3-base, da3-small, '
-                        'lite3r-vggt, lite3r-da3')
-    attention: str = option('', 'global attention of the network: softmax, ttt, sparse, '
-                            'sparse_linear, latent, hybrid; empty: its own')
+                        f'at once: {", ".join(NETWORKS)}, also {", ".join(MORE_NETWORKS)}')
+    attention: str = option('', f'global attention of the network: {", ".join(ATTENTIONS)}; '
+                            'empty: its own')
     device: str = option('cpu', 'where the network runs: cpu, cuda, cuda:1')
     weights: str = option('', 'file of weights, or a name of `ffrecon weights list`; empty: the '
                           'name of the model')
@@ -48,7 +51,7 @@ class ModelOptions:
         if not self.feeds_forward and changed:
             raise ConfigError(f'expected {", ".join(changed)} beside a feed-forward network, '
                               f'found {call["model"]} compact; choose another '
-                              f'{call["model"]} ({NETWORKS}) or leave them out')
+                              f'{call["model"]} ({", ".join(NETWORKS)}) or leave them out')
 
 
 @dataclass(frozen=True)

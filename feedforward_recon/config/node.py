@@ -119,13 +119,13 @@ class Setting:
     when: str
 
 
-def walk(config: Any, where: str = '', live: bool = False) -> Iterator[Setting]:
+def each_setting(config: Any, where: str = '', live: bool = False) -> Iterator[Setting]:
     """Every setting of a configuration, in the order of its declaration."""
     for spec in dataclasses.fields(config):
         value, name = getattr(config, spec.name), f'{where}{spec.name}'
         alive = live or bool(spec.metadata.get('live'))
         if dataclasses.is_dataclass(value):
-            yield from walk(value, f'{name}.', alive)
+            yield from each_setting(value, f'{name}.', alive)
         else:
             fixed = bool(spec.metadata.get('fixed'))
             yield Setting(name, spec, value,

@@ -64,7 +64,7 @@ class LocalizerConfig:
 
     slot_queries: int = option(400, 'most confident features that are matched to all slots',
                                low=50, high=4000)
-    network_candidates: int = option(500, 'surest answers of the coordinate network that are '
+    network_candidates: int = option(500, 'best answers of the coordinate network that are '
                                      'used', low=0, high=4000)
     min_similarity: float = option(0.6, 'lowest cosine of two descriptors that may match',
                                    low=0.0, high=1.0)
@@ -159,8 +159,8 @@ class LoopConfig:
     candidates: int = option(3, 'old keyframes verified per keyframe', low=0, high=50)
     min_age: int = option(8, 'keyframes between a loop and its candidate', low=2, high=1000)
     min_inliers: int = option(30, 'fewest matches that must agree with a loop', low=8, high=1000)
-    correct_px: float = option(3.0, 'map error in the image beyond which a loop bends the whole '
-                               'trajectory at once', low=1, high=500, unit='px')
+    correct_px: float = option(3.0, 'map error in the image beyond which a loop corrects the '
+                               'whole trajectory at once', low=1, high=500, unit='px')
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,3 @@ class Camera:
         """Camera-frame points [N, 3] of pixels [N, 2] at z-depths [N]."""
         xy = self.normalise(pixels)
         return np.concatenate([xy, np.ones((len(xy), 1))], 1) * np.reshape(depth, (-1, 1))
-
-    def undistorted(self) -> Camera:
-        """The same intrinsics without distortion."""
-        return replace(self, distortion=(), model='plumb_bob')

@@ -31,13 +31,12 @@ class PoseFit:
     """A camera pose from points.
 
     covariance: [6, 6] of (x y z rx ry rz), left perturbation in the map frame.
-    inliers: bool [M]. residual_px: reprojection errors [M], inf behind the camera.
+    inliers: bool [M].
     """
 
     T_map_cam: np.ndarray
     covariance: np.ndarray
     inliers: np.ndarray
-    residual_px: np.ndarray
 
     @property
     def count(self) -> int:
@@ -116,8 +115,7 @@ def refine_pose(T_map_cam: np.ndarray, points_map: np.ndarray, pixels: np.ndarra
         else:
             damping = max(damping, 1e-6) * 100
     inliers = norm < outlier_px
-    return PoseFit(inverse(T_cam_map), _covariance(H, T_cam_map, norm, inliers), inliers,
-                   norm * sigma)
+    return PoseFit(inverse(T_cam_map), _covariance(H, T_cam_map, norm, inliers), inliers)
 
 
 def _inverse_depth(depth: np.ndarray | None, count: int) -> np.ndarray:

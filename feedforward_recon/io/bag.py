@@ -100,7 +100,7 @@ class BagSource(Source):
             self.image_topic, self.depth_topic = topics.image, topics.depth
             self.camera_info_topic = topics.camera_info
             self._types = {c.topic: c.msgtype for c in reader.connections}
-            self._index(reader)
+            self._cameras, self._pairs = self._indexed(reader)
         self.has_depth = bool(self.depth_topic)
         self.calibrated = options.has_camera or bool(self._cameras)
 
@@ -154,7 +154,8 @@ class BagSource(Source):
     def _message(self, raw: bytes, msgtype: str) -> Any:
         return self._typestore.deserialize_cdr(raw, msgtype)
 
-    def _index(self, reader: Any) -> None:
+    def _indexed(self, reader: Any) -> tuple[list[tuple[int, Camera]], list[_Pair]]:
+        """Calibrations by stamp, and which messages make a frame."""
         stamps = {topic: _Stamps() for topic in (self.image_topic, self.depth_topic) if topic}
         infos: list[tuple[int, Camera]] = []
         for topic, recorded_ns, raw in self._raw(reader, {*stamps, self.camera_info_topic}):
@@ -163,8 +164,7 @@ class BagSource(Source):
                 continue
             stamps[topic].header_ns.append(_header_stamp_ns(raw))
             stamps[topic].recorded_ns.append(recorded_ns)
-        self._cameras = sorted(infos, key=lambda item: item[0])
-        self._pairs = self._paired(stamps)
+        return sorted(infos, key=lambda item: item[0]), self._paired(stamps)
 
     def _raw(self, reader: Any, topics: set[str]) -> Iterator[tuple[str, int, bytes]]:
         """Topic, recording stamp and bytes of the messages on some topics, as recorded."""

@@ -16,8 +16,8 @@ import numpy as np
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.transforms import make_transform, matrix_from_quat_xyzw
 from feedforward_recon.io.folder import (
-    Entry,
     FolderSource,
+    ImageEntry,
     check_pose,
     natural_key,
     stamp_from_seconds,
@@ -64,7 +64,8 @@ def open_tum(root: Path, options: SourceOptions) -> FolderSource:
             logger.warning('%s: %d of %d images have no depth within 20 ms and are left out',
                            root, len(images) - len(kept), len(images))
     poses = _tum_poses(root / 'groundtruth.txt', stamps_ns)
-    entries = [Entry(images[i], int(stamps_ns[i]), depths[i], T_map_cam=poses[i]) for i in kept]
+    entries = [ImageEntry(images[i], int(stamps_ns[i]), depths[i], T_map_cam=poses[i])
+               for i in kept]
     return FolderSource(root, entries, options, TUM_DEPTH_UNITS_PER_METRE)
 
 
@@ -137,7 +138,7 @@ def open_seven_scenes(root: Path, options: SourceOptions) -> FolderSource:
     are 1/30 s apart and sequences 10 s.
     Raises InputError when files are missing or a pose cannot be read.
     """
-    entries: list[Entry] = []
+    entries: list[ImageEntry] = []
     for folder in seven_scenes_sequences(root):
         start_ns = entries[-1].stamp_ns + SEVEN_SCENES_GAP_NS if entries else 0
         images = sorted(folder.glob('frame-*.color.*'), key=natural_key)
@@ -145,8 +146,8 @@ def open_seven_scenes(root: Path, options: SourceOptions) -> FolderSource:
         for image in images:
             offset = (_frame_number(image) - first) * SECOND_NS // SEVEN_SCENES_RATE_HZ
             stem = image.name.split('.')[0]
-            entries.append(Entry(image, start_ns + offset, folder / f'{stem}.depth.png',
-                                 T_map_cam=_seven_scenes_pose(folder / f'{stem}.pose.txt')))
+            entries.append(ImageEntry(image, start_ns + offset, folder / f'{stem}.depth.png',
+                                      T_map_cam=_seven_scenes_pose(folder / f'{stem}.pose.txt')))
     return FolderSource(root, entries, options, invalid_depth=SEVEN_SCENES_INVALID_DEPTH)
 
 

@@ -39,7 +39,7 @@ ROTATION_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
-class Entry:
+class ImageEntry:
     """One image of a folder, not read yet; K [3, 3] belongs to the image's own size."""
 
     image: Path
@@ -53,7 +53,7 @@ class Entry:
 class FolderSource(Source):
     """Image files listed beforehand; existence and stamps are checked when it is opened."""
 
-    def __init__(self, root: Path, entries: Sequence[Entry], options: SourceOptions,
+    def __init__(self, root: Path, entries: Sequence[ImageEntry], options: SourceOptions,
                  depth_units_per_metre: float = 1000.0, invalid_depth: int = 0) -> None:
         """Refuse missing files and stamps that do not increase.
 
@@ -78,13 +78,13 @@ class FolderSource(Source):
     def _read(self, indices: range) -> Iterator[Frame]:
         return (self._frame(self._entries[index]) for index in indices)
 
-    def _frame(self, entry: Entry) -> Frame:
+    def _frame(self, entry: ImageEntry) -> Frame:
         image = decode_compressed(_bytes(entry.image), str(entry.image))
         size_wh = (image.shape[1], image.shape[0])
         return Frame(entry.stamp_ns, image, self._depth(entry), self._camera(entry, size_wh),
                      entry.image.relative_to(self._root).as_posix(), entry.T_map_cam)
 
-    def _depth(self, entry: Entry) -> np.ndarray | None:
+    def _depth(self, entry: ImageEntry) -> np.ndarray | None:
         if entry.depth is None or not self.options.use_depth:
             return None
         stored = decode_depth_image(_bytes(entry.depth), str(entry.depth))
@@ -92,7 +92,7 @@ class FolderSource(Source):
             stored = np.where(stored == self._invalid_depth, 0, stored)
         return depth_in_metres(stored, self._units)
 
-    def _camera(self, entry: Entry, size_wh: tuple[int, int]) -> Camera | None:
+    def _camera(self, entry: ImageEntry, size_wh: tuple[int, int]) -> Camera | None:
         if self.options.has_camera or entry.K is None:
             return self.options.camera_for(size_wh)
         return Camera.from_matrix(entry.K, size_wh, entry.distortion,
@@ -107,7 +107,7 @@ def _bytes(path: Path) -> bytes:
                          'file and its permissions') from None
 
 
-def _check_entries(root: Path, entries: Sequence[Entry], use_depth: bool) -> None:
+def _check_entries(root: Path, entries: Sequence[ImageEntry], use_depth: bool) -> None:
     if not entries:
         raise InputError(f'{root}: expected images, found none; give a folder with images')
     for entry in entries:
@@ -133,9 +133,9 @@ def images_in(folder: Path) -> list[Path]:
                   key=natural_key)
 
 
-def plain_entries(images: Iterable[Path]) -> list[Entry]:
+def plain_entries(images: Iterable[Path]) -> list[ImageEntry]:
     """Images in the given order, stamped by their index (100 ms apart)."""
-    return [Entry(path, index * UNSTAMPED_STEP_NS) for index, path in enumerate(images)]
+    return [ImageEntry(path, index * UNSTAMPED_STEP_NS) for index, path in enumerate(images)]
 
 
 def open_cameras_json(root: Path, options: SourceOptions) -> FolderSource:
@@ -175,15 +175,15 @@ def _one_camera(frames: list[dict[str, Any]], camera: str, path: Path) -> list[d
     return [frame for frame in frames if frame.get('camera') == camera]
 
 
-def _entry(path: Path, index: int, frame: dict[str, Any]) -> Entry:
+def _entry(path: Path, index: int, frame: dict[str, Any]) -> ImageEntry:
     root, where = path.parent, f'{path}: frame {index}'
     stamp, depth = frame.get('timestamp'), frame.get('depth')
     distortion = frame.get('distortion') or ()
     try:
         stamp_ns = index * UNSTAMPED_STEP_NS if stamp is None else stamp_from_seconds(stamp)
-        return Entry(root / frame['file'], stamp_ns, root / depth if depth else None,
-                     _matrix(frame.get('K'), 3, where), tuple(map(float, distortion)),
-                     _pose(frame.get('T_world_camera'), where))
+        return ImageEntry(root / frame['file'], stamp_ns, root / depth if depth else None,
+                          _matrix(frame.get('K'), 3, where), tuple(map(float, distortion)),
+                          _pose(frame.get('T_world_camera'), where))
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise InputError(f'{where}: expected file, timestamp, K, distortion, T_world_camera and '
                          f'depth, found {type(error).__name__}: {error}; correct the file'

@@ -1,16 +1,16 @@
 """``Follower``: a stream of images in a frozen memory, followed between answers of the localizer.
 
     image -> points of the last answer by optical flow -> pose
-          -> the memory is asked when that fails, and every few images to check and renew
+          -> the memory is queried when that fails, and every few images to check and renew
 
-Asking the memory takes ten times as long as following. What is followed are points of the memory
+Querying the memory takes ten times as long as following. What is followed are points of the memory
 alone, so nothing can drift for longer than from one answer to the next, and nothing is written.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import cv2
 import numpy as np
@@ -32,8 +32,8 @@ from feedforward_recon.mapping.tracking import MIN_AGREEMENT, Motion
 from feedforward_recon.types import Estimate, Features, Frame, Status
 
 MIN_SURVIVING = 0.2  # share of the points expected in view; fewer may agree by chance
-RENEW_SHARE = 0.5  # of the points of the last answer, below which the memory is asked early
-MAX_DOUBTS = 5  # answers in a row that contradict what is followed
+RENEW_SHARE = 0.5  # of the points of the last answer, below which the memory is queried early
+MAX_CONTRADICTIONS = 5  # answers in a row that contradict what is followed
 OVERDUE = 3  # times the planned number of images, after which an image waits for the memory
 
 
@@ -48,12 +48,37 @@ class Followed:
 
 
 @dataclass(frozen=True)
-class Question:
-    """What the memory is being asked: an image, and where it was followed to."""
+class MemoryQuery:
+    """A query to the memory: an image, and where it was followed to."""
 
     features: Features
     camera: Camera
     state: Followed
+
+
+@dataclass
+class Following:
+    """State of following a stream.
+
+    followed: points in the newest image, None before the first answer. unverified: the newest
+    image, when the memory is due. runner_up, count: of the last answer adopted, the share of
+    votes for another pose and the number of points. since: images since then.
+    contradictions: answers in a row that disagreed with ``followed``.
+    """
+
+    followed: Followed | None = None
+    motion: Motion = field(default_factory=Motion)
+    unverified: Frame | None = None
+    query: MemoryQuery | None = None
+    runner_up: float = 0.0
+    count: int = 0
+    since: int = 0
+    contradictions: int = 0
+
+    def adopt(self, followed: Followed, answer: Estimate) -> None:
+        """Go on from an answer of the memory and the points that agree with it."""
+        self.followed, self.runner_up = followed, answer.runner_up
+        self.count, self.since = len(followed.tracks.ids), 0
 
 
 class Follower:
@@ -61,21 +86,16 @@ class Follower:
 
     def __init__(self, localizer: Localizer, config: TrackingConfig) -> None:
         self.localizer, self.config = localizer, config
-        self.forget()
+        self._now = Following()
 
     def forget(self) -> None:
-        """The next image continues nothing: the memory is asked."""
-        self._state: Followed | None = None
-        self._motion = Motion()
-        self._unverified: Frame | None = None  # the newest image, when the memory is due
-        self._question: Question | None = None
-        self._answer = Estimate(0, Status.NOT_LOCALISED)
-        self._count = self._since = self._doubts = 0
+        """The next image continues nothing: the memory is queried."""
+        self._now = Following()
 
     def process(self, frame: Frame, T_map_cam_hint: np.ndarray | None = None) -> Estimate:
         """Pose of the next image, or NOT_LOCALISED with the reason.
 
-        T_map_cam_hint: tried first where the memory has to be asked.
+        T_map_cam_hint: tried first where the memory has to be queried.
         Raises InputError for an image that cannot be used.
         """
         started = time.perf_counter()
@@ -87,46 +107,47 @@ class Follower:
             self.forget()
             found = self.localizer.sight(frame, T_map_cam_hint)
             if found.estimate.T_map_cam is not None:
-                self._adopt(self._from_answer(found, gray, camera), found.estimate)
-            self._motion.moved(frame.stamp_ns, None, np.eye(4))
+                self._now.adopt(self._from_answer(found, gray, camera), found.estimate)
+            self._now.motion.moved(frame.stamp_ns, None, np.eye(4))
             return found.estimate
-        self._since += 1
+        self._now.since += 1
         estimate = self._measured(frame, fit, 1e3 * (time.perf_counter() - started))
         self._plan(frame, estimate)
         return estimate
 
     def work(self) -> bool:
-        """A piece of asking the memory, if that is due; False when nothing is left.
+        """A piece of querying the memory, if that is due; False when nothing is left.
 
         Other images may be processed between pieces: no piece takes long.
         """
-        if self._question is not None:
-            question, self._question = self._question, None
-            self._ask(question)
+        now = self._now
+        if now.query is not None:
+            query, now.query = now.query, None
+            self._renew(query)
             return True
-        frame, self._unverified = self._unverified, None
-        if frame is None or self._state is None:
+        frame, now.unverified = now.unverified, None
+        if frame is None or now.followed is None:
             return False
         features = self.localizer.encoder.encode(frame.image)
-        self._question = Question(features, self.localizer.camera_of(frame), self._state)
+        now.query = MemoryQuery(features, self.localizer.camera_of(frame), now.followed)
         return True
 
-    def _ask(self, question: Question) -> None:
-        state, camera = question.state, question.camera
-        found = self.localizer.sight_features(question.features, camera, state.T_map_cam)
+    def _renew(self, query: MemoryQuery) -> None:
+        state, camera = query.state, query.camera
+        found = self.localizer.sight_features(query.features, camera, state.T_map_cam)
         if self._agrees(found.estimate, state, camera):
-            self._doubts = 0
+            self._now.contradictions = 0
             renewed = self._up_to_date(self._from_answer(found, state.tracks.gray, camera), camera)
             if renewed is not None:
-                self._adopt(renewed, found.estimate)
+                self._now.adopt(renewed, found.estimate)
             return
-        self._doubts += 1
-        if self._doubts >= MAX_DOUBTS:
+        self._now.contradictions += 1
+        if self._now.contradictions >= MAX_CONTRADICTIONS:
             self.forget()  # the next image is looked up as if it were the first
 
     def _up_to_date(self, state: Followed, camera: Camera) -> Followed | None:
         """The points of an answer, followed into the newest image; None if too few are there."""
-        newest = self._state
+        newest = self._now.followed
         assert newest is not None
         if newest.tracks.gray is state.tracks.gray:
             return state
@@ -137,16 +158,16 @@ class Follower:
 
     def _follow(self, stamp_ns: int, gray: np.ndarray, camera: Camera) -> PoseFit | None:
         """Follow the points into an image and take its pose; None if too few agree."""
-        state = self._state
+        state = self._now.followed
         if state is None or state.tracks.gray.shape != gray.shape \
                 or not self.localizer.config.followed_images:
             return None
-        T_guess = self._motion.predict(state.T_map_cam, stamp_ns)
+        T_guess = self._now.motion.predict(state.T_map_cam, stamp_ns)
         found = self._into(state, gray, T_guess, camera)
         if found is None:
             return None
-        self._state, fit = found
-        self._motion.moved(stamp_ns, state.T_map_cam, fit.T_map_cam)
+        self._now.followed, fit = found
+        self._now.motion.moved(stamp_ns, state.T_map_cam, fit.T_map_cam)
         return fit
 
     def _into(self, state: Followed, gray: np.ndarray, T_guess: np.ndarray, camera: Camera
@@ -191,20 +212,21 @@ class Follower:
 
     def _measured(self, frame: Frame, fit: PoseFit, latency_ms: float) -> Estimate:
         score = fit.count / len(fit.inliers)
-        sure = fit.count >= 2 * self.config.min_inliers and score > 0.5 and not self._doubts
+        sure = fit.count >= 2 * self.config.min_inliers and score > 0.5 \
+            and not self._now.contradictions
         return Estimate(frame.stamp_ns, Status.TRACKING if sure else Status.UNCERTAIN,
                         fit.T_map_cam, fit.covariance, fit.count, score,
-                        self._answer.runner_up, latency_ms=latency_ms, source=frame.source)
+                        self._now.runner_up, latency_ms=latency_ms, source=frame.source)
 
     # -- the memory ------------------------------------------------------------------------
 
     def _plan(self, frame: Frame, estimate: Estimate) -> None:
-        """Is the memory to be asked about this image?"""
-        planned = self.localizer.config.followed_images
-        few = estimate.inliers < RENEW_SHARE * self._count
-        due = self._since >= planned or few or estimate.status is Status.UNCERTAIN
-        self._unverified = frame if due and self._question is None else None
-        if self._since >= OVERDUE * planned:
+        """Is the memory to be queried about this image?"""
+        planned, now = self.localizer.config.followed_images, self._now
+        few = estimate.inliers < RENEW_SHARE * now.count
+        due = now.since >= planned or few or estimate.status is Status.UNCERTAIN
+        now.unverified = frame if due and now.query is None else None
+        if now.since >= OVERDUE * planned:
             while self.work():
                 pass
 
@@ -215,11 +237,6 @@ class Follower:
         limit_px = ELSEWHERE * self.localizer.config.search_px
         return self.localizer.shift_px(state.T_map_cam, answer.T_map_cam, camera) < limit_px
 
-    def _adopt(self, state: Followed, answer: Estimate) -> None:
-        """Go on from an answer of the memory and the points that speak for it."""
-        self._state, self._answer = state, answer
-        self._count, self._since = len(state.tracks.ids), 0
-
     def _from_answer(self, found: Sighting, gray: np.ndarray, camera: Camera) -> Followed:
         """The points of an accepted answer, in its image."""
         chosen, T_map_cam = self._chosen(found.matches, camera), found.estimate.T_map_cam
@@ -228,6 +245,6 @@ class Follower:
         return Followed(tracks, chosen.points, chosen.sigma_px, T_map_cam)
 
     def _chosen(self, matches: Matches, camera: Camera) -> Matches:
-        """The surest matches of each part of the image, no more than can be followed fast."""
+        """The most certain matches of each part of the image, as many as can be followed."""
         return matches.select(spread(matches.pixels, -matches.sigma_px, np.zeros((0, 2)),
                                      camera.size_wh, self.config.max_tracks))

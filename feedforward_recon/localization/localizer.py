@@ -1,6 +1,6 @@
-"""``Localizer``: one image, one frozen memory, a pose - or an honest refusal.
+"""``Localizer``: one image and one frozen memory -> a pose, or a refusal with its reason.
 
-    features -> nearest slots -> robust PnP; if unsure, the network's points as well
+    features -> nearest slots -> robust PnP; if few agree, the network's points as well
              -> slots matched again around the pose, refinement -> accept or refuse
 
 The global candidates only have to be right often enough for the robust search; the accuracy
@@ -29,7 +29,7 @@ NEIGHBOURS = 6
 ELSEWHERE = 4.0
 MIN_SIGMA_PX = 1.5
 OUTLIER_SIGMAS = 3.0
-SETTLED_PX = 2.0  # a refinement that moves the view by less finds the same matches again
+CONVERGED_PX = 2.0  # a refinement that moves the view by less finds the same matches again
 SHIFT_STEP = 10  # one slot in so many tells how far the view moved
 
 
@@ -116,11 +116,6 @@ class Localizer:
                              'found none; give --fx --fy --cx --cy or --fov')
         return camera
 
-    def localize_features(self, features: Features, camera: Camera,
-                          T_map_cam_hint: np.ndarray | None = None) -> Estimate:
-        """Pose of an encoded image (stamp, source and latency are left empty)."""
-        return self.sight_features(features, camera, T_map_cam_hint).estimate
-
     def sight_features(self, features: Features, camera: Camera,
                        T_map_cam_hint: np.ndarray | None = None) -> Sighting:
         """``sight`` of an encoded image (stamp, source and latency are left empty)."""
@@ -135,21 +130,21 @@ class Localizer:
         poses += [] if T_map_cam_hint is None else [T_map_cam_hint]
         if not poses:
             return _refused(_refusal('NO_CONSISTENT_POSE'))
-        fits = [(pose, self._settled(pose, features, network, camera)) for pose in poses]
+        fits = [(pose, self._refined(pose, features, network, camera)) for pose in poses]
         start, (final, matches) = max(fits, key=lambda fit: fit[1][0].count)
-        if self.shift_px(start, final.T_map_cam, camera) > SETTLED_PX:
-            final, matches = self._settled(final.T_map_cam, features, network, camera)
+        if self.shift_px(start, final.T_map_cam, camera) > CONVERGED_PX:
+            final, matches = self._refined(final.T_map_cam, features, network, camera)
         estimate = self._judged(final, slots if len(self._values) else network, camera)
         if estimate.T_map_cam is None:
             return _refused(estimate)
         return Sighting(estimate, matches.select(np.flatnonzero(final.inliers)))
 
     def _from_network(self, features: Features) -> Matches:
-        """The surest answers of the coordinate network."""
+        """The answers of the coordinate network that expect the smallest errors."""
         points, sigma_px = self.memory.predict(features.descriptors)
-        surest = np.argsort(sigma_px, kind='stable')[:self.config.network_candidates]
-        return Matches(points[surest], features.keypoints[surest], surest,
-                       np.maximum(sigma_px[surest], MIN_SIGMA_PX))
+        best = np.argsort(sigma_px, kind='stable')[:self.config.network_candidates]
+        return Matches(points[best], features.keypoints[best], best,
+                       np.maximum(sigma_px[best], MIN_SIGMA_PX))
 
     def _from_slots(self, features: Features) -> Matches:
         """Mutual nearest neighbours between the most confident features and all slots."""
@@ -168,15 +163,15 @@ class Localizer:
     def _starts(self, reading: Matches, camera: Camera) -> list[PoseFit]:
         """The pose that most answers of one reading agree with, if enough do.
 
-        The readings are searched apart: where the map ends the network guesses, and its
-        guesses would drown the few right slots.
+        The readings are searched apart: where the map ends the network extrapolates, and its
+        wrong answers would outvote the few right slots.
         """
         config = self.config
         fit = pnp_ransac(reading.points, reading.pixels, camera, config.search_px, config.seed,
                          config.search_iterations)
         return [] if fit is None or fit.count < config.min_votes else [fit]
 
-    def _settled(self, T_map_cam: np.ndarray, features: Features, network: Matches,
+    def _refined(self, T_map_cam: np.ndarray, features: Features, network: Matches,
                  camera: Camera) -> tuple[PoseFit, Matches]:
         """Refine a pose on slots matched again around it; on the network if there are none."""
         matches = self._rematch(features, camera, T_map_cam) if len(self._values) else network
@@ -228,7 +223,7 @@ class Localizer:
         return visible, pixels[visible]
 
     def _judged(self, fit: PoseFit, candidates: Matches, camera: Camera) -> Estimate:
-        """Accept the pose, or say why not.
+        """Accept the pose, or refuse it with a reason.
 
         The score counts the *unguided* candidates that agree: guided matches lie near the
         pose by construction and would flatter it. The network is no witness beside slots: it

@@ -29,11 +29,11 @@ STILL = ('expected cameras that move alike in the map and in the world of the ne
 
 @dataclass(frozen=True)
 class NetworkLink:
-    """How the world of a network's memory lies in a map: x_map = T_map_net (scale * x_net).
+    """How the world of a network's state lies in a map: x_map = T_map_net (scale * x_net).
 
     T_map_net: rows of the 4x4 matrix. scale_source: 'cameras' or 'depth', whichever answered
     better. keyframes: images written. fit_position, fit_angle: rms of what their cameras differ
-    by after the fit (map units, radians). checked: images asked for afterwards; position, angle:
+    by after the fit (map units, radians). checked: images queried afterwards; position, angle:
     rms error of their answers; agreement: median share of the landmarks in their view that their
     depth confirmed; novelty: the largest of them (see ``SceneNetwork``).
     depth: typical depth of the map, map units.
@@ -67,7 +67,7 @@ class NetworkLink:
     def recognised(self) -> bool:
         """False when answers to images of the walk itself are too far off to be of use.
 
-        Or when cameras and depth differ in their unit, so that neither can vouch for the other.
+        Or when cameras and depth differ in their unit, so that neither confirms the other.
         """
         return (self.position < USABLE_POSITION * self.depth and self.angle < USABLE_ANGLE
                 and self.agreement > USABLE_AGREEMENT)
@@ -151,7 +151,7 @@ def depth_agreement(prediction: Prediction, link: NetworkLink, camera: Camera | 
 
 def _depth_ratios(prediction: Prediction, index: int, T_map_cam: FloatArray,
                   camera: Camera | None, points: FloatArray) -> np.ndarray:
-    """Depth of the landmarks in view of a camera as multiples of what the network says there."""
+    """Depth of the landmarks in view of a camera as multiples of the predicted one there."""
     height, width = prediction.depth.shape[1:]
     camera = camera or Camera.from_matrix(prediction.K[index], (width, height))
     in_cam = transform_points(inverse(T_map_cam), points)

@@ -1,10 +1,10 @@
-"""A map remembered by the network itself: one joint write, a similarity, and honest queries.
+"""Localisation with a feed-forward network: one joint write, a similarity, then queries.
 
-    keyframes that span the walk -> predict, writing -> memory of bounded size
+    keyframes that span the walk -> predict, writing -> fast weights of bounded size
            their cameras against those of the map -> similarity from the network's world
            other images of the walk, as queries -> how far answers are off: the covariance
 
-The network stays behind the protocol ``SceneNetwork`` and its memory stays a value, so nothing
+The network stays behind the protocol ``SceneNetwork`` and its state is a value, so nothing
 here depends on which network it is.
 """
 
@@ -42,26 +42,26 @@ from feedforward_recon.types import Estimate, FloatArray, Frame, Prediction, Sta
 
 log = logging.getLogger(__name__)
 KEYFRAMES = 64  # written together at most
-CHECKED = 16  # other images that are asked for afterwards
+CHECKED = 16  # other images that are queried afterwards
 MIN_LANDMARKS = 20  # in view, to judge an answer by
-SURE_SHARE = 0.5  # of the agreement that images of the walk itself reach
-MOST_NOVEL = 2.0
-FAMILIAR = 2.0  # times the largest novelty of images of the walk: more is another place
+MIN_DEPTH_AGREEMENT = 0.5  # share of the agreement that images of the walk itself reach
+MAX_NOVELTY = 2.0
+NOVELTY_FACTOR = 2.0  # times the largest novelty of images of the walk: more is another place
 
 
 class SceneNetwork(Protocol):
-    """A network that can be shown a scene, and asked about it without being changed."""
+    """A network that writes a scene into a state, and answers queries without changing it."""
 
     def write(self, images: Sequence[NDArray[np.uint8]]) -> tuple[Prediction, Any]:
-        """What images show together, and the memory of them, of bounded size.
+        """What images show together, and the state after writing them, of bounded size.
 
         Raises InputError for images that cannot be used, MemoryError when they are too many
         for the device.
         """
         ...
 
-    def ask(self, image: NDArray[np.uint8], memory: Any) -> tuple[Prediction, float]:
-        """What one image shows in the world of the memory, and how novel it is there.
+    def query(self, image: NDArray[np.uint8], state: Any) -> tuple[Prediction, float]:
+        """What one image shows in the world of a state, and how novel it is there.
 
         Novelty is about 0 for an image that was written, at most 2; only ratios mean something.
         Raises InputError for an image that cannot be used.
@@ -70,11 +70,11 @@ class SceneNetwork(Protocol):
 
 
 @dataclass(frozen=True)
-class NetworkMemory:
-    """What a network remembers of a map, with all that is needed to ask it again.
+class SavedFastWeights:
+    """Fast weights that a network wrote for a map, with all that is needed to query them.
 
     model, attention, weights, sha256: the network; weights is a name, '' for a file.
-    tensors: the memory, on the CPU.
+    tensors: its state, on the CPU.
     """
 
     model: str
@@ -96,8 +96,8 @@ class NetworkMemory:
         save_file(self.tensors, path, {**metadata, 'link': json.dumps(asdict(self.link))})
 
     @staticmethod
-    def load(path: Path) -> NetworkMemory:
-        """The memory that ``save`` wrote.
+    def load(path: Path) -> SavedFastWeights:
+        """What ``save`` wrote.
 
         Raises MapError for a file that holds something else.
         """
@@ -107,11 +107,11 @@ class NetworkMemory:
                 link = json.loads(metadata.pop('link'))
                 link['T_map_net'] = tuple(map(tuple, link['T_map_net']))
                 known = {field.name for field in fields(NetworkLink)}
-                return NetworkMemory(
+                return SavedFastWeights(
                     **metadata, link=NetworkLink(**{k: link[k] for k in known}),
                     tensors={key: file.get_tensor(key) for key in file.keys()})
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise MapError(f'{path}: expected the memory of a network, found another file '
+            raise MapError(f'{path}: expected the fast weights of a network, found another file '
                            f'({type(error).__name__}: {error}); map again') from error
 
 
@@ -136,30 +136,30 @@ def spanning(T_map_cam: FloatArray, count: int, unit: float) -> np.ndarray:
     return np.array(chosen)
 
 
-def remember(network: SceneNetwork, walk: Sequence[Frame], others: Sequence[Frame],
-             points: FloatArray, unit: float) -> tuple[Any, NetworkLink]:
-    """Write keyframes into one memory together, and find out where its world lies.
+def write_keyframes(network: SceneNetwork, walk: Sequence[Frame], others: Sequence[Frame],
+                    points: FloatArray, unit: float) -> tuple[Any, NetworkLink]:
+    """Write keyframes together into one state, and find out where its world lies in the map.
 
-    walk, others: frames whose T_map_cam is known; ``others`` are asked for only. points: the
+    walk, others: frames whose T_map_cam is known; ``others`` are only queried. points: the
     landmarks of the map [V, 3]. unit: its typical depth.
 
     Raises DegenerateError when the cameras of the walk do not determine a similarity,
     MemoryError when the device has no room for ``MIN_CAMERAS`` images.
     """
     poses = np.stack([known_pose(frame) for frame in walk])
-    written, prediction, memory = _written(network, walk, spanning(poses, KEYFRAMES, unit))
+    written, prediction, state = _written(network, walk, spanning(poses, KEYFRAMES, unit))
     seen = [walk[index] for index in written]
-    asked = _evenly(others or seen, CHECKED)
-    answers = [network.ask(frame.image, memory) for frame in asked]
-    links = [_checked(link, answers, asked, points)
+    queried = _evenly(others or seen, CHECKED)
+    answers = [network.query(frame.image, state) for frame in queried]
+    links = [_checked(link, answers, queried, points)
              for link in _links(prediction, seen, points, unit)]
     best = min(links, key=lambda link: (not link.recognised, link.position))
     if not others:  # what was written is never novel, so any image may be of this place
-        best = replace(best, novelty=MOST_NOVEL)
-    log.info('the network remembers %d keyframes; scale from %s; %d other images %.3f units and '
+        best = replace(best, novelty=MAX_NOVELTY)
+    log.info('the network holds %d keyframes; scale from %s; %d other images %.3f units and '
              '%.1f degrees off', best.keyframes, best.scale_source, best.checked, best.position,
              np.rad2deg(best.angle))
-    return memory, best
+    return state, best
 
 
 def _links(prediction: Prediction, walk: Sequence[Frame], points: FloatArray, unit: float
@@ -192,12 +192,12 @@ def _written(network: SceneNetwork, walk: Sequence[Frame], order: np.ndarray
     while True:
         chosen = np.sort(order)
         try:
-            prediction, memory = network.write([walk[i].image for i in chosen])
-            return chosen, prediction, memory
+            prediction, state = network.write([walk[i].image for i in chosen])
+            return chosen, prediction, state
         except MemoryError:
             if len(order) // 2 < MIN_CAMERAS:
                 raise
-        log.warning('out of memory: the network remembers %d keyframes instead of %d',
+        log.warning('out of memory: the network holds %d keyframes instead of %d',
                     len(order) // 2, len(order))
         order = order[:len(order) // 2]
 
@@ -223,15 +223,15 @@ def _evenly(frames: Sequence[Frame], count: int) -> list[Frame]:
 
 
 class NetworkLocalizer:
-    """Finds images with a network that remembers the map. Keeps no state between calls.
+    """Finds images with a network and its fast weights. Keeps nothing between calls.
 
-    refiner: has the last word: it finds the pose among the map's landmarks, with the one of the
-    network, if that is sure, as a hint.
+    refiner: decides: it finds the pose among the map's landmarks, with an accepted answer of the
+    network as a hint.
     """
 
-    def __init__(self, network: SceneNetwork, memory: Any, link: NetworkLink, points: FloatArray,
+    def __init__(self, network: SceneNetwork, state: Any, link: NetworkLink, points: FloatArray,
                  refiner: Localizer | None = None) -> None:
-        self.network, self.memory, self.link = network, memory, link
+        self.network, self.state, self.link = network, state, link
         self.points, self.refiner = points, refiner
 
     def localize(self, frame: Frame) -> Estimate:
@@ -241,7 +241,7 @@ class NetworkLocalizer:
         cannot be used.
         """
         started = time.perf_counter()
-        prediction, novelty = self.network.ask(frame.image, self.memory)
+        prediction, novelty = self.network.query(frame.image, self.state)
         answer = self._judged(prediction, novelty, frame)
         if self.refiner is not None:
             camera = self._camera(frame, prediction)
@@ -265,11 +265,11 @@ class NetworkLocalizer:
         answer = Estimate(0, Status.NOT_LOCALISED, score=share)
         if not self.link.recognised:
             return replace(answer, reason='MAP_NOT_RECOGNISED')
-        if novelty > FAMILIAR * self.link.novelty:
+        if novelty > NOVELTY_FACTOR * self.link.novelty:
             return replace(answer, reason='UNKNOWN_PLACE')
         if seen < MIN_LANDMARKS:
             return replace(answer, reason='NO_LANDMARKS_IN_VIEW')
-        if share < SURE_SHARE * self.link.agreement:
+        if share < MIN_DEPTH_AGREEMENT * self.link.agreement:
             return replace(answer, reason='DEPTH_DISAGREES')
         return replace(answer, status=Status.UNCERTAIN, covariance=self.link.covariance,
                        T_map_cam=self.link.pose(prediction.T_world_cam[0]))

@@ -158,7 +158,7 @@ class Tracker:
 
 def exact_fit(T_map_cam: np.ndarray, inliers: int = 0) -> PoseFit:
     """A pose that was given or that defines the map frame."""
-    return PoseFit(T_map_cam, np.diag(FLOOR_STD**2), np.ones(inliers, bool), np.zeros(inliers))
+    return PoseFit(T_map_cam, np.diag(FLOOR_STD**2), np.ones(inliers, bool))
 
 
 def support(fit: PoseFit) -> float:

@@ -7,6 +7,9 @@ so that the localizer can take its best answers first.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -32,3 +35,35 @@ class CoordinateNetwork(nn.Module):
             x = x + block(F.relu(x))
         out = self.exit(F.relu(x).float())
         return out[:, :3], out[:, 3].clamp(*LOG_SIGMA_RANGE)
+
+
+def initial_network(dim: int, hidden: int, blocks: int, seed: int) -> CoordinateNetwork:
+    """A network with the random weights of a seed, drawn as PyTorch draws those of `nn.Linear`.
+
+    The global generator is not used, so nobody else's random numbers depend on it.
+    """
+    network = _without_weights(dim, hidden, blocks).to_empty(device='cpu')
+    generator = torch.Generator().manual_seed(seed)
+    gain = nn.init.calculate_gain('leaky_relu', math.sqrt(5))
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear):
+            bound = math.sqrt(3.0) * (gain / math.sqrt(layer.in_features))
+            layer.weight.data.uniform_(-bound, bound, generator=generator)
+            bound = 1 / math.sqrt(layer.in_features)
+            layer.bias.data.uniform_(-bound, bound, generator=generator)
+    return network
+
+
+def network_from(tensors: Mapping[str, torch.Tensor]) -> CoordinateNetwork:
+    """The network with these weights, for reading."""
+    hidden, dim = tensors['entry.weight'].shape
+    blocks = sum(name.endswith('.0.weight') for name in tensors)
+    network = _without_weights(dim, hidden, blocks)
+    network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()},
+                            assign=True)
+    return network.eval()
+
+
+def _without_weights(dim: int, hidden: int, blocks: int) -> CoordinateNetwork:
+    with torch.device('meta'):
+        return CoordinateNetwork(dim, hidden, blocks)

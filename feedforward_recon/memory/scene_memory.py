@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from feedforward_recon.errors import MapError
-from feedforward_recon.memory.coordinate_mlp import CoordinateNetwork
+from feedforward_recon.memory.coordinate_mlp import CoordinateNetwork, network_from
 
 DESCRIPTOR_SCALE = 127.0
 POINT_LEVELS = 65535
@@ -72,11 +72,7 @@ class SceneMemory:
 
     @cached_property
     def _network(self) -> CoordinateNetwork:
-        hidden, dim = self.network['entry.weight'].shape
-        blocks = sum(k.endswith('.0.weight') for k in self.network)
-        net = CoordinateNetwork(dim, hidden, blocks)
-        net.load_state_dict({k: v.float() for k, v in self.network.items()})
-        return net.eval()
+        return network_from(self.network)
 
     @torch.inference_mode()
     def predict(self, descriptors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

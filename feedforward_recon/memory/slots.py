@@ -7,7 +7,10 @@ When the table is full the least useful slot gives way.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
+import torch
 from scipy.spatial import cKDTree
 
 from feedforward_recon.geometry.transforms import inverse, transform_points
@@ -18,6 +21,7 @@ SAME_DESCRIPTOR = 0.75
 SAME_DEPTH = 0.03
 NEIGHBOURS = 4
 PROTECTED_KEYFRAMES = 3
+ARRAYS = ('descriptors', 'points_cam', 'anchor', 'counts', 'born')
 
 
 class SlotTable:
@@ -44,11 +48,21 @@ class SlotTable:
     def trusted(self) -> np.ndarray:
         """Mask [S] of slots worth reading.
 
-        Once half of the table is confirmed by a second view, slots seen once mislead more
-        often than they help; before that, they are all there is.
+        Once half of the table is confirmed by a second view, slots seen once are wrong more
+        often than they help; before that, there are no others.
         """
         confirmed = self.counts > 1
         return confirmed if confirmed.sum() > len(confirmed) / 2 else self.counts > 0
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The arrays as named tensors that share their memory."""
+        return {name: torch.from_numpy(getattr(self, name)) for name in ARRAYS}
+
+    def restore(self, state: Mapping[str, torch.Tensor], writes: int) -> None:
+        """Take over a ``state`` after that many writes."""
+        self.writes = writes
+        for name in ARRAYS:
+            getattr(self, name)[:] = state[name].numpy()
 
     def write(self, keyframe: Keyframe, poses: np.ndarray) -> None:
         """Fuse the keyframe's points into the slots they repeat; add the others as new."""

@@ -1,15 +1,14 @@
 """``MemoryWriter``: fits a scene memory while the robot drives, in constant time and space.
 
 Per keyframe: the slots are fused, a bounded reservoir takes a fair sample of all features
-seen so far (Vitter 1985, algorithm R), and the coordinate network makes a fixed number of
-optimisation steps on it. Samples keep their keyframe and camera-frame point, so a loop
-correction re-anchors them before the next step; weights alone could not be corrected.
-Reading goes through ``snapshot()``: a quantised copy that no later write touches.
+seen so far, and the coordinate network makes a fixed number of optimisation steps on it.
+Slots and samples keep their keyframe and camera-frame point, so a loop correction re-anchors
+them before the next step; weights alone could not be corrected.
+Reading goes through ``snapshot()``: a quantised ``SceneMemory`` that no later write touches.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 
@@ -18,7 +17,8 @@ import torch
 from torch.nn import functional as F
 
 from feedforward_recon.config.schema import MemoryConfig
-from feedforward_recon.memory.coordinate_mlp import CoordinateNetwork
+from feedforward_recon.memory.coordinate_mlp import initial_network
+from feedforward_recon.memory.reservoir import Reservoir
 from feedforward_recon.memory.scene_memory import (
     SceneMemory,
     quantise_descriptors,
@@ -33,8 +33,6 @@ ROBUST_PX = 50.0
 WRITE_RATE = 2e-3
 POLISH_RATE = 6e-3
 REFERENCE_FOCAL_PX = 525.0
-RESERVOIR_ARRAYS = ('descriptors', 'points_cam', 'keyframe_ids')
-SLOT_ARRAYS = ('descriptors', 'points_cam', 'anchor', 'counts', 'born')
 
 
 class MemoryWriter:
@@ -44,27 +42,26 @@ class MemoryWriter:
         self.config = config
         self.slots = SlotTable(config.slots, dim)
         self.poses = np.zeros((0, 4, 4))
-        self.descriptors = np.zeros((config.reservoir, dim), np.float16)
-        self.points_cam = np.zeros((config.reservoir, 3), np.float32)
-        self.keyframe_ids = np.zeros(config.reservoir, np.int32)
-        self.filled = 0
-        self.offered = 0
+        self.reservoir = Reservoir(config.reservoir, dim, config.seed)
         self.normaliser: np.ndarray | None = None
-        torch.manual_seed(config.seed)
-        self.network = CoordinateNetwork(dim, config.hidden_dim, config.blocks)
+        self.network = initial_network(dim, config.hidden_dim, config.blocks, config.seed)
         self._optimiser = torch.optim.AdamW(self.network.parameters(), lr=1e-3,
                                             weight_decay=1e-4)
         self._generator = torch.Generator().manual_seed(config.seed)
-        self._rng = np.random.default_rng(config.seed)
+
+    @property
+    def filled(self) -> int:
+        """Number of samples that the coordinate network is fitted to."""
+        return self.reservoir.filled
 
     def write(self, keyframe: Keyframe) -> None:
         """Take in one keyframe: fuse slots, sample the reservoir, make a few steps."""
-        self._remember_pose(keyframe.id, keyframe.T_map_cam)
+        self._set_pose(keyframe.id, keyframe.T_map_cam)
         known = np.flatnonzero(keyframe.has_point)
         if not len(known):
             return
         self.slots.write(keyframe, self.poses)
-        self._sample(keyframe, known)
+        self.reservoir.offer(keyframe, known)
         if self.normaliser is None:
             self.normaliser = self._first_normaliser(keyframe, known)
         self.fit(self.config.steps_per_keyframe, learning_rate=WRITE_RATE)
@@ -72,7 +69,7 @@ class MemoryWriter:
     def reanchor(self, T_map_cam: Mapping[int, np.ndarray]) -> None:
         """Move keyframes (id -> pose [4, 4]); their samples and slots move with them."""
         for keyframe_id, pose in T_map_cam.items():
-            self._remember_pose(keyframe_id, pose)
+            self._set_pose(keyframe_id, pose)
 
     def polish(self, steps: int | None = None,
                progress: Callable[[int], None] | None = None) -> None:
@@ -106,16 +103,17 @@ class MemoryWriter:
         along the ray as relative depth, which moves a pose less and is noisier.
         """
         assert self.normaliser is not None
-        descriptors = torch.from_numpy(self.descriptors[rows].astype(np.float32))
+        samples = self.reservoir
+        descriptors = torch.from_numpy(samples.descriptors[rows].astype(np.float32))
         noise = torch.randn(descriptors.shape, generator=self._generator)
         descriptors = F.normalize(descriptors + DESCRIPTOR_NOISE * noise, dim=-1)
         with torch.autocast('cpu', torch.bfloat16):
             out, log_sigma = self.network(descriptors)
         centre = torch.from_numpy(self.normaliser[:3].astype(np.float32))
         in_map = centre + float(self.normaliser[3]) * out
-        T = poses[self.keyframe_ids[rows]]
+        T = poses[samples.keyframe_ids[rows]]
         in_cam = torch.einsum('nji,nj->ni', T[:, :3, :3], in_map - T[:, :3, 3])
-        truth = torch.from_numpy(self.points_cam[rows])
+        truth = torch.from_numpy(samples.points_cam[rows])
         z = truth[:, 2:]
         ray = F.normalize(truth, dim=-1)
         delta = (in_cam - truth) / z
@@ -124,10 +122,10 @@ class MemoryWriter:
         error = REFERENCE_FOCAL_PX * torch.sqrt(
             across.square().sum(-1) + (DEPTH_WEIGHT * along[:, 0]).square() + 1e-9)
         fit = ROBUST_PX * torch.log1p(error / ROBUST_PX)
-        # The expected error is learnt beside the fit, not through it: a network that may
-        # excuse itself stops learning the points it finds hard.
-        doubt = error.detach() * torch.exp(-log_sigma) + log_sigma
-        return fit.mean() + doubt.mean()
+        # The expected error is learnt beside the fit, not through it: otherwise a large sigma
+        # would stop the network from learning the points that are hard.
+        negative_log_likelihood = error.detach() * torch.exp(-log_sigma) + log_sigma
+        return fit.mean() + negative_log_likelihood.mean()
 
     @torch.inference_mode()
     def snapshot(self) -> SceneMemory:
@@ -146,21 +144,17 @@ class MemoryWriter:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything that writing depends on, as named tensors: from_state resumes exactly."""
-        named = {name: torch.from_numpy(getattr(self, name)[:self.filled])
-                 for name in RESERVOIR_ARRAYS}
-        named |= {f'slots.{name}': torch.from_numpy(getattr(self.slots, name))
-                  for name in SLOT_ARRAYS}
+        named = self.reservoir.state()
+        named |= {f'slots.{name}': tensor for name, tensor in self.slots.state().items()}
         for name, parameter in self.network.named_parameters():
             named[f'network.{name}'] = parameter.detach()
             named |= {f'optimiser.{name}.{key}': value
                       for key, value in self._optimiser.state[parameter].items()}
         if self.normaliser is not None:
             named['normaliser'] = torch.from_numpy(self.normaliser)
-        random = json.dumps(self._rng.bit_generator.state).encode()
         named |= {'poses': torch.from_numpy(self.poses),
-                  'counters': torch.tensor([self.offered, self.slots.writes]),
-                  'random.torch': self._generator.get_state(),
-                  'random.numpy': torch.frombuffer(bytearray(random), dtype=torch.uint8)}
+                  'counters': torch.tensor([self.reservoir.offered, self.slots.writes]),
+                  'random.torch': self._generator.get_state()}
         return {name: value.clone().contiguous() for name, value in named.items()}
 
     @staticmethod
@@ -170,12 +164,10 @@ class MemoryWriter:
         Raises KeyError, ValueError or RuntimeError when the state does not fit.
         """
         writer = MemoryWriter(config, state['descriptors'].shape[1])
-        writer.offered, writer.slots.writes = state['counters'].tolist()
-        writer.filled = min(writer.offered, config.reservoir)
-        for name in RESERVOIR_ARRAYS:
-            getattr(writer, name)[:writer.filled] = state[name].numpy()
-        for name in SLOT_ARRAYS:
-            getattr(writer.slots, name)[:] = state[f'slots.{name}'].numpy()
+        offered, writes = state['counters'].tolist()
+        writer.reservoir.restore(state, offered)
+        writer.slots.restore({key.removeprefix('slots.'): value for key, value in state.items()
+                              if key.startswith('slots.')}, writes)
         for name, parameter in writer.network.named_parameters():
             parameter.data.copy_(state[f'network.{name}'])
             prefix = f'optimiser.{name}.'
@@ -185,28 +177,13 @@ class MemoryWriter:
         writer.poses = state['poses'].numpy().copy()
         writer.normaliser = state['normaliser'].numpy().copy() if 'normaliser' in state else None
         writer._generator.set_state(state['random.torch'])
-        random = bytes(state['random.numpy'].numpy())
-        writer._rng.bit_generator.state = json.loads(random)
         return writer
 
-    def _remember_pose(self, keyframe_id: int, T_map_cam: np.ndarray) -> None:
+    def _set_pose(self, keyframe_id: int, T_map_cam: np.ndarray) -> None:
         missing = keyframe_id + 1 - len(self.poses)
         if missing > 0:
             self.poses = np.concatenate([self.poses, np.tile(np.eye(4), (missing, 1, 1))])
         self.poses[keyframe_id] = T_map_cam
-
-    def _sample(self, keyframe: Keyframe, known: np.ndarray) -> None:
-        """Algorithm R on all features at once: every feature ever seen is equally likely."""
-        arrival = self.offered + np.arange(len(known))
-        self.offered += len(known)
-        place = np.where(arrival < self.config.reservoir, arrival,
-                         self._rng.integers(0, arrival + 1))
-        kept = place < self.config.reservoir
-        place, chosen = place[kept], known[kept]
-        self.descriptors[place] = keyframe.features.descriptors[chosen]
-        self.points_cam[place] = keyframe.points_cam[chosen]
-        self.keyframe_ids[place] = keyframe.id
-        self.filled = min(self.offered, self.config.reservoir)
 
     @staticmethod
     def _first_normaliser(keyframe: Keyframe, known: np.ndarray) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 Each image is encoded by DINOv2; one camera token and four registers are put before its
 patches. Frame blocks attend within a frame, global blocks over all tokens of all frames.
-A global block is the only place where frames meet, and so the only place where a scene is
-remembered: its attention takes a state and returns one (see ``model/attention``).
+A global block is the only place where frames meet, and so the only place that keeps a state of
+the scene: its attention takes a state and returns one (see ``model/attention``).
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import logging
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -31,7 +30,6 @@ from feedforward_recon.config.schema import EncoderConfig
 from feedforward_recon.errors import CheckpointError, InputError
 from feedforward_recon.types import Features
 
-log = logging.getLogger(__name__)
 STRIDES = (4, 8, 16, 32)
 WEIGHTS_FILE = 'compact.safetensors'
 
@@ -153,7 +151,7 @@ class CompactEncoder:
         Raises CheckpointError when the file is missing, damaged or of another architecture.
         """
         file = Path(path) if path else _shipped_weights()
-        network = load_network(file)
+        network = load_compact(file)
         return CompactEncoder(network, hashlib.sha256(file.read_bytes()).hexdigest(), config)
 
     @torch.inference_mode()
@@ -229,7 +227,7 @@ def _fold(module: nn.Module, conv: str, norm: str) -> None:
     setattr(module, norm, nn.Identity())
 
 
-def save_network(network: CompactNetwork, path: str | Path) -> None:
+def save_compact(network: CompactNetwork, path: str | Path) -> None:
     """Write the weights in fp16, with the shape of the network in the header."""
     tensors = {k: (v.half() if v.is_floating_point() else v).contiguous()
                for k, v in network.state_dict().items()}
@@ -237,8 +235,8 @@ def save_network(network: CompactNetwork, path: str | Path) -> None:
     save_file(tensors, str(path), metadata={'architecture': CompactEncoder.name, **shape})
 
 
-def load_network(path: Path) -> CompactNetwork:
-    """Read a network that ``save_network`` wrote; raises CheckpointError with the reason."""
+def load_compact(path: Path) -> CompactNetwork:
+    """Read a network that ``save_compact`` wrote; raises CheckpointError with the reason."""
     if not path.is_file():
         raise CheckpointError(f'expected encoder weights at {path}, found no file; reinstall '
                               'the package or train them with ffrecon-train encoder')

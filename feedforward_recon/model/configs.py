@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from feedforward_recon.errors import ConfigError
-from feedforward_recon.model.attention import attention_factory
 from feedforward_recon.model.attention.config import SparseLinearOptions, TttOptions
+from feedforward_recon.model.attention.registry import attention_factory
 from feedforward_recon.model.attention.sparse_linear import replace_local
 from feedforward_recon.model.backbone import SPECIAL, BackboneConfig
 from feedforward_recon.model.da3 import Da3, Da3Config

@@ -36,7 +36,7 @@ from feedforward_recon.model.layers import (
     empty_states,
     in_chunks,
 )
-from feedforward_recon.model.pose_encoding import decode_cameras, encode_cameras, inverse
+from feedforward_recon.model.pose_encoding import decode_cameras, encode_cameras, rigid_inverse
 from feedforward_recon.model.reference_view import choose, order_from, reordered
 from feedforward_recon.model.rope import patch_positions
 from feedforward_recon.model.vit import (
@@ -248,7 +248,7 @@ class Da3(nn.Module):
         with torch.autocast(device.type, enabled=False):
             if cameras is not None:
                 T_cam_world, K = cameras
-                known = self.cam_enc(encode_cameras(inverse(T_cam_world), K, size_hw))
+                known = self.cam_enc(encode_cameras(rigid_inverse(T_cam_world), K, size_hw))
         states = self.empty_memory(len(images)) if memory is None else memory
         tokens, after = self.vit(images, states, write=write, has_first=memory is None,
                                  reference=reference, camera_tokens=known, demand=demand)
@@ -267,7 +267,7 @@ class Da3(nn.Module):
         maps = in_chunks(partial(self._dense, tokens.grid_hw, device),
                          [level.flatten(0, 1) for level in tokens.levels], FRAMES_PER_CHUNK,
                          place=demand.place(device))
-        return Da3Reconstruction(encodings, inverse(T_world_cam), K,
+        return Da3Reconstruction(encodings, rigid_inverse(T_world_cam), K,
                                  *(x.unflatten(0, shape) for x in maps))
 
     def _dense(self, grid_hw: tuple[int, int], device: torch.device,

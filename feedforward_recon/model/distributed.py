@@ -2,11 +2,12 @@
 
 Frames meet only in global attention, and every variant writes through an `Exchange`
 (`attention/base.py`): `ttt` adds up its gradient sums (786 432 numbers per layer and step at
-the size of VGGT-1B, whatever the number of frames), the others pass on what they remember.
+the size of VGGT-1B, whatever the number of frames), the others pass on their states.
 Everything else is local to a frame, except VGGT's camera head, which needs the camera tokens of
-all frames: `reconstruct` gathers them, so that poses are global. (pi3 has no such head: inside
-`sequence_parallel` an ordinary call will do.) The result equals that of one process.
+all frames: `predict_distributed` gathers them, so that poses are global. (pi3 has no such head:
+inside `sequence_parallel` an ordinary call will do.) The result equals that of one process.
 
+Not used by the nodes or commands yet; for several GPUs (see `benchmarks/attention_gpu.py`).
 Run under torchrun; `gloo` on CPU, `nccl` on GPU. Inference only: gradients of a loss do not
 flow between processes.
 """
@@ -23,7 +24,7 @@ from torch import nn
 from feedforward_recon.errors import ConfigError
 from feedforward_recon.model.attention.base import QkvAttention
 from feedforward_recon.model.backbone import EVERYTHING, Demand
-from feedforward_recon.model.vggt import Reconstruction, TransformerMemory, Vggt
+from feedforward_recon.model.vggt import NetworkState, Reconstruction, Vggt
 
 
 class AcrossProcesses:
@@ -56,8 +57,8 @@ class AcrossProcesses:
                           for part, length in zip(parts, sizes, strict=True)], dim)
 
 
-def reconstruct(model: Vggt, images: torch.Tensor, group: dist.ProcessGroup | None = None,
-                demand: Demand = EVERYTHING) -> tuple[Reconstruction, TransformerMemory]:
+def predict_distributed(model: Vggt, images: torch.Tensor, group: dist.ProcessGroup | None = None,
+                        demand: Demand = EVERYTHING) -> tuple[Reconstruction, NetworkState]:
     """One scene whose frames are spread over the processes of a group, in order of rank.
 
     images: the frames of this process, [B, N, 3, H, W]; rank 0 has the first of the scene.
@@ -76,7 +77,7 @@ def reconstruct(model: Vggt, images: torch.Tensor, group: dist.ProcessGroup | No
     with torch.autocast(device.type, enabled=False):
         cameras = exchange.concatenate(tokens.camera.float(), 1)
         encodings = model.camera_head(cameras)[:, :, start:start + own]
-        memory = TransformerMemory(states, cameras) if demand.memory else empty
+        memory = NetworkState(states, cameras) if demand.memory else empty
         return model.read_out(tokens, encodings, demand), memory
 
 

@@ -102,11 +102,11 @@ class DptHead(nn.Module):
 
     def forward(self, levels: Sequence[torch.Tensor], grid_hw: tuple[int, int]) -> torch.Tensor:
         """Patch tokens of four layers, each [B, h * w, C] -> float32 [B, H, W, outputs]."""
-        fused = self._fuse(self._maps(levels, grid_hw), 'refinenet{}')
-        return self._read_out(fused, grid_hw)
+        fused = self.fuse(self.level_maps(levels, grid_hw), 'refinenet{}')
+        return self.per_pixel(fused, grid_hw)
 
-    def _maps(self, levels: Sequence[torch.Tensor],
-              grid_hw: tuple[int, int]) -> list[torch.Tensor]:
+    def level_maps(self, levels: Sequence[torch.Tensor],
+                   grid_hw: tuple[int, int]) -> list[torch.Tensor]:
         """Four maps of ``features`` channels, fine to coarse."""
         maps = []
         for index, level in enumerate(levels):
@@ -116,7 +116,7 @@ class DptHead(nn.Module):
             maps.append(self.scratch.get_submodule(f'layer{index + 1}_rn')(x))
         return maps
 
-    def _fuse(self, maps: list[torch.Tensor], name: str) -> torch.Tensor:
+    def fuse(self, maps: list[torch.Tensor], name: str) -> torch.Tensor:
         """The fused map, twice as large as the finest of the four."""
         sizes = [[2 * side for side in maps[0].shape[2:]], *[m.shape[2:] for m in maps]]
         x = self.scratch.get_submodule(name.format(4))(maps[3], None, sizes[3])
@@ -125,7 +125,8 @@ class DptHead(nn.Module):
             x = fusion(x, maps[level - 1], sizes[level - 1])
         return x
 
-    def _read_out(self, fused: torch.Tensor, grid_hw: tuple[int, int]) -> torch.Tensor:
+    def per_pixel(self, fused: torch.Tensor, grid_hw: tuple[int, int]) -> torch.Tensor:
+        """The outputs [B, H, W, outputs] of a fused map."""
         size_hw = [side * PATCH for side in grid_hw]
         x = enlarged(self.scratch.output_conv1(fused), size_hw)
         return self.scratch.output_conv2(with_directions(x, grid_hw)).permute(0, 2, 3, 1)

@@ -60,9 +60,9 @@ class DualDptHead(DptHead):
 
         Depth [B, H, W, 2] and rays [B, 8 h, 8 w, 7].
         """
-        maps = self._maps(levels, grid_hw)
-        depth = self._read_out(self._fuse(maps, 'refinenet{}'), grid_hw)
-        rays = self.scratch.output_conv1_aux[-1](self._fuse(maps, 'refinenet{}_aux'))
+        maps = self.level_maps(levels, grid_hw)
+        depth = self.per_pixel(self.fuse(maps, 'refinenet{}'), grid_hw)
+        rays = self.scratch.output_conv1_aux[-1](self.fuse(maps, 'refinenet{}_aux'))
         rays = self.scratch.output_conv2_aux[-1](with_directions(rays, grid_hw))
         return depth, rays.permute(0, 2, 3, 1)
 

@@ -9,6 +9,9 @@ through (dQ/dx = 1), so a network can be trained to bear the rounding. Parameter
 
 `StoredFp8Linear` is what is deployed: one byte per weight and one scale per row, widened when
 used. It saves memory, not arithmetic, and runs on any machine; inputs are not rounded.
+
+Not used by the nodes or commands yet, except for `linear_rows`; for trainings and deployments of
+your own.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ class Block(nn.Module):
 class GlobalBlock(Block):
     """A block whose attention joins all frames, and so reads and writes the scene's state."""
 
-    attn: Any  # a `model.attention.GlobalAttention`
+    attn: Any  # a `model.attention.base.QkvAttention`
 
     def forward(self, x: torch.Tensor, state: Any, *,  # type: ignore[override]
                 positions: torch.Tensor, frames: int, write: bool,

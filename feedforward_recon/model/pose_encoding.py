@@ -107,7 +107,7 @@ def homogeneous(R: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return torch.cat((top, bottom), -2)
 
 
-def inverse(T: torch.Tensor) -> torch.Tensor:
+def rigid_inverse(T: torch.Tensor) -> torch.Tensor:
     """Inverse of rigid transforms [..., 4, 4]."""
     R_inv = T[..., :3, :3].transpose(-1, -2)
     return homogeneous(R_inv, -(R_inv @ T[..., :3, 3, None])[..., 0])

@@ -22,9 +22,9 @@ from feedforward_recon.model.backbone import Demand
 from feedforward_recon.model.configs import Network, load
 from feedforward_recon.model.da3 import Da3
 from feedforward_recon.model.pi3 import Pi3, fitted_intrinsics
-from feedforward_recon.model.pose_encoding import centres_at_integers, inverse
+from feedforward_recon.model.pose_encoding import centres_at_integers, rigid_inverse
 from feedforward_recon.model.preprocess import (
-    Placed,
+    PreparedImage,
     crop,
     longest_side,
     match_pixels,
@@ -41,7 +41,7 @@ LONGEST_SIDE = 504
 PIXELS = 255_000
 HALF_FROM_DIM = 384
 OFFLOAD_VIEWS = 64  # 3 GB of tokens at the size of VGGT-1B and 518x392 pixels
-Prepare = Callable[[Sequence[NDArray]], list[Placed]]
+Prepare = Callable[[Sequence[NDArray]], list[PreparedImage]]
 Answer = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -160,10 +160,11 @@ def read(said: Any) -> Answer:
         return (said.T_world_cam, torch.stack(fitted, 1), said.points_cam[..., 2],
                 1 + said.confidence_logit.exp())
     K = centres_at_integers(said.K)
-    return inverse(said.T_cam_world), K, said.depth, said.depth_confidence
+    return rigid_inverse(said.T_cam_world), K, said.depth, said.depth_confidence
 
 
-def as_prediction(answer: Answer, placed: Sequence[Placed], size_hw: Sequence[int]) -> Prediction:
+def as_prediction(answer: Answer, placed: Sequence[PreparedImage],
+                  size_hw: Sequence[int]) -> Prediction:
     """The answer about prepared images as one about the originals of height and width size_hw.
 
     Raises CheckpointError when the network does not describe cameras at all.
@@ -187,7 +188,7 @@ def orthonormal(T: NDArray[np.floating]) -> NDArray[np.float64]:
     return out
 
 
-def _back(image: Placed, depth: NDArray, confidence: NDArray, size_hw: Sequence[int]
+def _back(image: PreparedImage, depth: NDArray, confidence: NDArray, size_hw: Sequence[int]
           ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Depth and confidence [h, w] at the size of the original, 0 where it was cut off."""
     good = np.isfinite(depth) & np.isfinite(confidence) & (depth > 0)

@@ -27,7 +27,7 @@ PI3_PIXELS = 255_000
 
 
 @dataclass(frozen=True)
-class Placed:
+class PreparedImage:
     """An image [H, W, 3] for the network and where it came from.
 
     A pixel p (x, y) of the original lies at (p + 0.5) * scale_xy - 0.5 + offset_xy.
@@ -47,7 +47,7 @@ class Placed:
         return out
 
 
-def crop(images: Sequence[NDArray], size: int = 518) -> list[Placed]:
+def crop(images: Sequence[NDArray], size: int = 518) -> list[PreparedImage]:
     """VGGT's default: width ``size``; rows beyond ``size`` are cut off on both sides."""
     placed = []
     for image in map(checked_rgb, images):
@@ -60,20 +60,8 @@ def crop(images: Sequence[NDArray], size: int = 518) -> list[Placed]:
     return _padded_to_common_size(placed)
 
 
-def pad(images: Sequence[NDArray], size: int = 518) -> list[Placed]:
-    """VGGT's other way: the whole image, with white around it, in a square of ``size``."""
-    placed = []
-    for image in map(checked_rgb, images):
-        height, width = image.shape[:2]
-        longest = max(height, width)
-        size_hw = tuple(size if side == longest else _to_patch(side * size / longest)
-                        for side in (height, width))
-        placed.append(_padded(_resized(image, size_hw, bicubic), (size, size)))
-    return placed
-
-
 def match_pixels(images: Sequence[NDArray], pixels: int = PI3_PIXELS,
-                 patches: int = 1) -> list[Placed]:
+                 patches: int = 1) -> list[PreparedImage]:
     """The way of pi3: all images at one size of about ``pixels``, chosen from the first.
 
     patches: sides are multiples of so many patches; Speed3R was trained with 4.
@@ -92,7 +80,7 @@ def match_pixels(images: Sequence[NDArray], pixels: int = PI3_PIXELS,
     return [_resized(image, (rows * unit, columns * unit), lanczos) for image in arrays]
 
 
-def longest_side(images: Sequence[NDArray], size: int = 504) -> list[Placed]:
+def longest_side(images: Sequence[NDArray], size: int = 504) -> list[PreparedImage]:
     """The way of DA3: longest side ``size``, other side to the nearest patch, smallest crop."""
     placed = []
     for image in map(checked_rgb, images):
@@ -104,11 +92,11 @@ def longest_side(images: Sequence[NDArray], size: int = 504) -> list[Placed]:
         resized = _opencv_resized(_opencv_resized(image, first, enlarge=factor > 1), second,
                                   enlarge=any(b > a for a, b in zip(first, second, strict=True)))
         scale_y, scale_x = np.array(second) / image.shape[:2]
-        placed.append(Placed(resized, (scale_x, scale_y)))
+        placed.append(PreparedImage(resized, (scale_x, scale_y)))
     return _cropped_to_common_size(placed)
 
 
-def stacked(placed: Sequence[Placed]) -> torch.Tensor:
+def stacked(placed: Sequence[PreparedImage]) -> torch.Tensor:
     """Images of one size as float32 [1, N, 3, H, W] in 0..1.
 
     Raises InputError when there is none or the sizes differ.
@@ -172,10 +160,10 @@ def _weights(size_in: int, size_out: int, kernel: Callable[[NDArray], NDArray],
 
 
 def _resized(image: Image, size_hw: Sequence[int],
-             kernel: Callable[[NDArray], NDArray]) -> Placed:
+             kernel: Callable[[NDArray], NDArray]) -> PreparedImage:
     rows, columns = size_hw
     height, width = image.shape[:2]
-    return Placed(resampled(image, size_hw, kernel), (columns / width, rows / height))
+    return PreparedImage(resampled(image, size_hw, kernel), (columns / width, rows / height))
 
 
 def _opencv_resized(image: Image, size_hw: Sequence[int], *, enlarge: bool) -> Image:
@@ -198,7 +186,7 @@ def _too_small(found: str) -> InputError:
                       f'found {found}; use less elongated images')
 
 
-def _padded(placed: Placed, size_hw: Sequence[int]) -> Placed:
+def _padded(placed: PreparedImage, size_hw: Sequence[int]) -> PreparedImage:
     """White around the image, centred; an odd rest goes to the right and below."""
     (height, width), (rows, columns) = placed.image.shape[:2], size_hw
     top, left = (rows - height) // 2, (columns - width) // 2
@@ -208,7 +196,7 @@ def _padded(placed: Placed, size_hw: Sequence[int]) -> Placed:
     return replace(placed, image=canvas, offset_xy=(x + left, y + top))
 
 
-def _padded_to_common_size(placed: list[Placed]) -> list[Placed]:
+def _padded_to_common_size(placed: list[PreparedImage]) -> list[PreparedImage]:
     sizes = {p.image.shape[:2] for p in placed}
     if len(sizes) < 2:
         return placed
@@ -218,7 +206,7 @@ def _padded_to_common_size(placed: list[Placed]) -> list[Placed]:
     return [_padded(p, common) for p in placed]
 
 
-def _cropped_to_common_size(placed: list[Placed]) -> list[Placed]:
+def _cropped_to_common_size(placed: list[PreparedImage]) -> list[PreparedImage]:
     sizes = {p.image.shape[:2] for p in placed}
     if len(sizes) < 2:
         return placed
@@ -227,7 +215,7 @@ def _cropped_to_common_size(placed: list[Placed]) -> list[Placed]:
     return [_cropped(p, rows, columns) for p in placed]
 
 
-def _cropped(placed: Placed, rows: int, columns: int) -> Placed:
+def _cropped(placed: PreparedImage, rows: int, columns: int) -> PreparedImage:
     top, left = (placed.image.shape[0] - rows) // 2, (placed.image.shape[1] - columns) // 2
     x, y = placed.offset_xy
     return replace(placed, image=placed.image[top:top + rows, left:left + columns],

@@ -1,7 +1,7 @@
-"""VGGT and its descendants: images in; cameras, depth, points and the scene's memory out.
+"""VGGT and its descendants: images in; cameras, depth, points and the state of the scene out.
 
 Mapping is a forward pass that writes; localisation is the same pass with ``write=False``
-against the memory of an earlier one. The memory is an argument and a return value: the
+against the state of an earlier one. The state is an argument and a return value: the
 modules keep nothing of a scene.
 """
 
@@ -48,8 +48,8 @@ class VggtConfig:
 
 
 @dataclass(frozen=True)
-class TransformerMemory:
-    """What the network remembers of a scene.
+class NetworkState:
+    """State of the network after writing a scene.
 
     states: one per global block, of the kind that its attention makes.
     camera_tokens: float32 [B, S, 2 C], of the frames written so far.
@@ -60,17 +60,17 @@ class TransformerMemory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything that is remembered."""
+        """Bytes of all tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The memory as named tensors, for saving."""
+        """The state as named tensors, for saving."""
         named = {f'{index}.{name}': tensor for index, state in enumerate(self.states)
                  for name, tensor in state.tensors().items()}
         return {'camera_tokens': self.camera_tokens, **named}
 
-    def with_few_camera_tokens(self, limit: int) -> TransformerMemory:
-        """The same memory with at most ``limit`` camera tokens per scene.
+    def with_few_camera_tokens(self, limit: int) -> NetworkState:
+        """The same state with at most ``limit`` camera tokens per scene.
 
         Kept are the first, whose camera is the world, and then always the one that differs
         most from those already kept (Gonzalez 1985): the views that span the scene.
@@ -120,14 +120,14 @@ class Vggt(nn.Module):
         if config.point_head:
             self.point_head = DptHead(config.dpt, Scratch(config.dpt, outputs=4))
 
-    def empty_memory(self, batch: int = 1) -> TransformerMemory:
-        """The memory of a scene that nobody has seen."""
+    def empty_memory(self, batch: int = 1) -> NetworkState:
+        """The state of a scene of which nothing was written."""
         states = empty_states(self.aggregator.global_blocks, batch)
         weight = self.camera_head.token_norm.weight
-        return TransformerMemory(states, weight.new_zeros(batch, 0, len(weight)))
+        return NetworkState(states, weight.new_zeros(batch, 0, len(weight)))
 
-    def memory_from(self, tensors: Mapping[str, torch.Tensor]) -> TransformerMemory:
-        """The memory that ``tensors`` were taken from (`TransformerMemory.tensors`).
+    def state_from(self, tensors: Mapping[str, torch.Tensor]) -> NetworkState:
+        """The state that ``tensors`` were taken from (`NetworkState.tensors`).
 
         Raises InputError when they belong to another network.
         """
@@ -137,15 +137,15 @@ class Vggt(nn.Module):
             names = [field.name for field in fields(kind)]
             missing = [name for name in names if f'{index}.{name}' not in tensors]
             if missing or 'camera_tokens' not in tensors:
-                raise InputError(f'expected the memory of {self.config.attention} attention in '
+                raise InputError(f'expected the state of {self.config.attention} attention in '
                                  f'{len(self.aggregator.global_blocks)} blocks, found none of '
                                  f'block {index}; map again with this model')
             states.append(kind.from_tensors({n: tensors[f'{index}.{n}'] for n in names}))
-        return TransformerMemory(tuple(states), tensors['camera_tokens'])
+        return NetworkState(tuple(states), tensors['camera_tokens'])
 
-    def forward(self, images: torch.Tensor, memory: TransformerMemory | None = None, *,
+    def forward(self, images: torch.Tensor, memory: NetworkState | None = None, *,
                 write: bool = True, demand: Demand = EVERYTHING,
-                ) -> tuple[Reconstruction, TransformerMemory]:
+                ) -> tuple[Reconstruction, NetworkState]:
         """Images [B, N, 3, H, W] in 0..1 -> what they show and the memory after them.
 
         With ``write=False`` the memory given is returned as it is. An empty memory makes the
@@ -162,7 +162,7 @@ class Vggt(nn.Module):
             cameras = torch.cat((memory.camera_tokens,
                                  tokens.camera.to(memory.camera_tokens)), 1)
             answer = self.read_out(tokens, self.camera_head(cameras)[:, :, known:], demand)
-        return answer, TransformerMemory(states, cameras) if write and demand.memory else memory
+        return answer, NetworkState(states, cameras) if write and demand.memory else memory
 
     def read_out(self, tokens: Tokens, encodings: torch.Tensor,
                  demand: Demand = EVERYTHING) -> Reconstruction:

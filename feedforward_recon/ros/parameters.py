@@ -23,7 +23,7 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from feedforward_recon.config.files import ROS_OWN, nested
-from feedforward_recon.config.node import Setting, walk
+from feedforward_recon.config.node import Setting, each_setting
 from feedforward_recon.config.schema import from_dict
 from feedforward_recon.errors import ConfigError
 
@@ -44,13 +44,13 @@ class Parameters(Generic[T]):
 
     def __init__(self, node: Node, defaults: T) -> None:
         self._node = node
-        self._settings = {setting.name: setting for setting in walk(defaults)}
+        self._settings = {setting.name: setting for setting in each_setting(defaults)}
         self._listeners: list[Callable[[T], None]] = []
         self.locked = False
         overrides = _overrides(node)
         self.config: T = _changed(defaults, {name: value for name, value in overrides.items()
                                              if name in self._settings})
-        for setting in walk(self.config):
+        for setting in each_setting(self.config):
             node.declare_parameter(setting.name, setting.value, descriptor(setting),
                                    ignore_override=setting.name in overrides)
         self.config = self._with(node.get_parameters(list(self._settings)))
@@ -80,7 +80,8 @@ class Parameters(Generic[T]):
         except ConfigError as error:
             return SetParametersResult(successful=False, reason=str(error))
         refused = [] if not self.locked else [
-            new.name for old, new in zip(walk(self.config), walk(config), strict=True)
+            new.name for old, new in zip(each_setting(self.config), each_setting(config),
+                                         strict=True)
             if new.value != old.value and new.when != 'live']
         if refused:
             return SetParametersResult(successful=False, reason=self._about_locked(refused))
@@ -145,7 +146,7 @@ def descriptor(setting: Setting) -> ParameterDescriptor:
 
 
 def _changed(config: T, changes: dict[str, Any]) -> T:
-    flat = {setting.name: setting.value for setting in walk(config)}
+    flat = {setting.name: setting.value for setting in each_setting(config)}
     return from_dict(type(config), nested({**flat, **changes}))
 
 

@@ -43,7 +43,7 @@ from feedforward_recon.io.writers import (
     write_tum,
 )
 from feedforward_recon.localization.localizer import Localizer
-from feedforward_recon.localization.network_localizer import NetworkMemory
+from feedforward_recon.localization.network_localizer import SavedFastWeights
 from feedforward_recon.mapping.scene_map import SceneMap
 from feedforward_recon.memory import MemoryWriter, SceneMemory
 from feedforward_recon.model import Encoder
@@ -117,11 +117,11 @@ class SavedMap:
         return Localizer(self.memory, encoder or self.load_encoder(), self.info.config.localizer,
                          self.info.camera)
 
-    def network_memory(self) -> NetworkMemory | None:
+    def fast_weights(self) -> SavedFastWeights | None:
         """What a network remembers of this map; None when it was made without."""
         if NETWORK not in self.info.files:
             return None
-        return NetworkMemory.load(self._verified(NETWORK))
+        return SavedFastWeights.load(self._verified(NETWORK))
 
     def trajectory(self) -> Trajectory:
         """Poses of the mapped images, from poses.json."""
@@ -170,7 +170,7 @@ def check_map_output(path: str | Path) -> None:
 
 
 def save_map(path: str | Path, scene: SceneMap, writer: MemoryWriter, encoder: Encoder,
-             config: MapperConfig, network: NetworkMemory | None = None, *,
+             config: MapperConfig, network: SavedFastWeights | None = None, *,
              replaces: str | None = None) -> SavedMap:
     """Write a map folder, read it back and return it; replaces an older map, nothing else.
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.evaluation import TrajectoryError, absolute_trajectory_error
-from feedforward_recon.localization.network_localizer import NetworkMemory
+from feedforward_recon.localization.network_localizer import SavedFastWeights
 from feedforward_recon.mapping.mapper import Mapper
 from feedforward_recon.mapping.scene_map import SceneMap, Stats
 from feedforward_recon.mapping.sources import FeaturePoses, PoseSource
@@ -85,7 +85,7 @@ class Run:
         alignment = 'sim3' if self.scene.metres_per_unit is None else 'se3'
         return absolute_trajectory_error(self.scene.trajectory, self.truth, alignment)
 
-    def save(self, path: str | Path, network: NetworkMemory | None = None) -> SavedMap:
+    def save(self, path: str | Path, network: SavedFastWeights | None = None) -> SavedMap:
         """Write the map folder; replaces an older map there.
 
         Raises as ``save_map``.

@@ -34,7 +34,8 @@ class Face:
 class Room:
     """A closed room of ``size`` [3] metres with boxes in it.
 
-    World frame: z up, origin in the middle of the floor.
+    World frame: z up, origin in the middle of the floor. pyramids: lit textures of the faces that
+    were seen so far, by index.
     """
 
     seed: int
@@ -42,7 +43,7 @@ class Room:
     boxes: list[Box]
     faces: list[Face]
     lamps: list[lighting.Lamp]
-    _pyramids: dict[int, list[NDArray]] = field(default_factory=dict)
+    pyramids: dict[int, list[NDArray]] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def generate(seed: int) -> Room:
@@ -93,9 +94,9 @@ class Room:
 
     def _texture(self, index: int) -> list[NDArray]:
         """Lit mip pyramid of a face, made on first use: most faces are never seen."""
-        if index not in self._pyramids:
-            self._pyramids[index] = self._painted(self.faces[index])
-        return self._pyramids[index]
+        if index not in self.pyramids:
+            self.pyramids[index] = self._painted(self.faces[index])
+        return self.pyramids[index]
 
     def _painted(self, face: Face) -> list[NDArray]:
         rng = np.random.default_rng(face.seed)

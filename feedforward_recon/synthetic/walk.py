@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,16 +10,37 @@ from scipy.ndimage import gaussian_filter1d, minimum_filter1d
 
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.transforms import make_transform, so3_exp
+from feedforward_recon.synthetic.layout import Box
 from feedforward_recon.synthetic.lighting import first_hit
-
-if TYPE_CHECKING:
-    from feedforward_recon.synthetic.room import Room
 
 SPEED_M_S = 0.4
 TURN_RAD_S = np.deg2rad(20)
 MARGIN_M = 0.3
 HELD_OUT_MARGIN_M = 0.12
 HEIGHTS_M = (1.15, 1.65)
+
+
+class FreeSpace(Protocol):
+    """What a walk needs to know of a room: its seed, its size [3] in metres and what is in it."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the room."""
+        ...
+
+    @property
+    def size(self) -> NDArray[np.float64]:
+        """Sides [3] in metres."""
+        ...
+
+    @property
+    def boxes(self) -> list[Box]:
+        """What stands in it."""
+        ...
+
+    def clearance(self, points_world: NDArray) -> NDArray[np.float64]:
+        """Distance [N] in metres of points [N, 3] to the nearest surface; negative inside one."""
+        ...
 
 
 def look(yaw: NDArray, pitch: NDArray, roll: NDArray) -> NDArray[np.float64]:
@@ -32,7 +53,8 @@ def look(yaw: NDArray, pitch: NDArray, roll: NDArray) -> NDArray[np.float64]:
     return R @ so3_exp(np.stack([zero, zero, roll], -1))
 
 
-def walk(room: Room, n_frames: int, seed: int, fps: float = 15.0) -> list[NDArray[np.float64]]:
+def walk(room: FreeSpace, n_frames: int, seed: int, fps: float = 15.0
+         ) -> list[NDArray[np.float64]]:
     """Poses T_world_cam of a walk at about 0.4 m/s that looks around and closes its loop.
 
     Raises InputError unless n_frames >= 1 and fps > 0.
@@ -67,7 +89,7 @@ def _waves(rng: np.random.Generator, phase: NDArray, duration_s: float, low_hz: 
         min(1.0, high_hz * duration_s)
 
 
-def _loop(room: Room, rng: np.random.Generator, phase: NDArray, duration_s: float) -> NDArray:
+def _loop(room: FreeSpace, rng: np.random.Generator, phase: NDArray, duration_s: float) -> NDArray:
     """Floor positions [N, 2] on laps around a free place, at about ``SPEED_M_S``."""
     centre, outline = _free_star(room, rng)
     # Laps differ: each drifts between a smaller and a wider circle.
@@ -95,7 +117,7 @@ def _length(closed: NDArray) -> float:
     return float(np.linalg.norm(np.diff(closed, axis=0, append=closed[:1]), axis=1).sum())
 
 
-def _free_star(room: Room, rng: np.random.Generator) -> tuple[NDArray, NDArray]:
+def _free_star(room: FreeSpace, rng: np.random.Generator) -> tuple[NDArray, NDArray]:
     """A place [2] and, around it, a smooth outline [180, 2] (offsets) of the free space."""
     places = rng.uniform(-0.3, 0.3, (64, 2)) * room.size[:2]
     centre = places[np.argmax(_free(room, places))]
@@ -113,14 +135,14 @@ def _free_star(room: Room, rng: np.random.Generator) -> tuple[NDArray, NDArray]:
     return centre, radius[:, None] * directions
 
 
-def _free(room: Room, places: NDArray) -> NDArray:
+def _free(room: FreeSpace, places: NDArray) -> NDArray:
     """Distance [N] to the nearest surface from floor places [N, 2], over all camera heights."""
     heights = np.linspace(*HEIGHTS_M, 5)
     points = [np.column_stack([places, np.full(len(places), z)]) for z in heights]
     return np.min([room.clearance(p) for p in points], axis=0)
 
 
-def _yaw(room: Room, rng: np.random.Generator, positions: NDArray, phase: NDArray,
+def _yaw(room: FreeSpace, rng: np.random.Generator, positions: NDArray, phase: NDArray,
          laps_turned: int, duration_s: float) -> NDArray[np.float64]:
     """Headings [N] that turn slowly; of several tries, the one that looks farthest."""
     best, best_score = np.zeros(len(phase)), -np.inf
@@ -136,7 +158,7 @@ def _yaw(room: Room, rng: np.random.Generator, positions: NDArray, phase: NDArra
     return best
 
 
-def _distance(room: Room, origins: NDArray, directions: NDArray) -> NDArray[np.float64]:
+def _distance(room: FreeSpace, origins: NDArray, directions: NDArray) -> NDArray[np.float64]:
     """Distance [N] along unit directions [N, 3] to a box or wall."""
     half = np.array([room.size[0] / 2, room.size[1] / 2])
     flat = np.where(np.abs(directions[:, :2]) < 1e-9, 1e-9, directions[:, :2])
@@ -144,7 +166,7 @@ def _distance(room: Room, origins: NDArray, directions: NDArray) -> NDArray[np.f
     return np.minimum(walls, first_hit(origins, directions, room.boxes))
 
 
-def held_out_views(room: Room, trajectory: list[NDArray[np.float64]], n: int, seed: int
+def held_out_views(room: FreeSpace, trajectory: list[NDArray[np.float64]], n: int, seed: int
                    ) -> list[NDArray[np.float64]]:
     """``n`` poses 5-20 cm and 3-10 degrees off random poses of a walk, in free space.
 

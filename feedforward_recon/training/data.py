@@ -99,7 +99,7 @@ def room_pair(views: np.lib.npyio.NpzFile, rng: np.random.Generator) -> Pair | N
     return _finished(images_ab, [in_a[keep], corners[keep]], rng)
 
 
-def photometric(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def augment_image(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Random exposure, colour, blur, noise and JPEG artefacts of an RGB uint8 image."""
     x = image.astype(np.float32) / 255
     x = np.power(x, rng.uniform(0.6, 1.6)) * rng.uniform(0.6, 1.3, 3).astype(np.float32) \
@@ -211,4 +211,4 @@ def _finished(images: list[np.ndarray], pixels: list[np.ndarray],
     # Detected corners repeat to within about a pixel; training sees the same jitter.
     jitter = rng.normal(0, 0.5, (POINTS, 2))
     stack = np.stack([pixels[0][chosen] + jitter, pixels[1][chosen]]).astype(np.float32)
-    return Pair(np.stack([photometric(i, rng) for i in images]), stack)
+    return Pair(np.stack([augment_image(i, rng) for i in images]), stack)

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from feedforward_recon.errors import InputError
-from feedforward_recon.model.compact import CompactNetwork, CompactShape, save_network
+from feedforward_recon.model.compact import CompactNetwork, CompactShape, save_compact
 from feedforward_recon.training.data import PairStream
 from feedforward_recon.training.losses import confidence_loss, matching_loss
 
@@ -123,7 +123,7 @@ class EncoderTrainer:
                  'optimiser': self.optimiser.state_dict(), 'settings': asdict(self.settings)}
         torch.save(state, self.out / 'state.tmp')
         (self.out / 'state.tmp').replace(self.out / 'state.pt')
-        save_network(self.network, self.out / 'compact.safetensors')
+        save_compact(self.network, self.out / 'compact.safetensors')
 
     def _resume(self) -> None:
         file = self.out / 'state.pt'

@@ -11,7 +11,6 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,12 +21,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from feedforward_recon.errors import ConfigError
-from feedforward_recon.model.attention.ttt import ShortConv, TttAttention, unit
+from feedforward_recon.model.attention.ttt import ShortConv
 from feedforward_recon.model.configs import build, load
 from feedforward_recon.model.dpt import direction_embedding
 from feedforward_recon.model.heads import PASSES
 from feedforward_recon.model.layers import Block, GlobalBlock, LayerScale
 from feedforward_recon.model.vggt import Vggt
+from feedforward_recon.training.guidance import GuideInputs
 from feedforward_recon.training.muon import Muon
 from feedforward_recon.training.transformer_data import (
     HEIGHTS,
@@ -35,13 +35,12 @@ from feedforward_recon.training.transformer_data import (
     TRAIN,
     RoomViews,
     Windows,
+    augment_batch,
     draw_windows,
     load_views,
     mirrored,
-    photometric,
 )
 from feedforward_recon.training.transformer_losses import (
-    TEMPERATURE,
     TrainingHeads,
     attention_logits,
     camera_loss,
@@ -53,7 +52,7 @@ from feedforward_recon.training.transformer_losses import (
     matching_patches,
     patch_loss,
 )
-from feedforward_recon.training.transformer_scores import Scores, baseline, errors, joined
+from feedforward_recon.training.transformer_scores import Scores, baseline, concatenated, errors
 
 log = logging.getLogger(__name__)
 VIEWS_PER_WINDOW = (2, 4, 4, 8)  # drawn evenly
@@ -116,11 +115,7 @@ class TransformerTrainer:
             take_over(network, Path(settings.start))
         self.optimisers = self._optimisers()
         self.step, self.best = 0, -math.inf
-        self._encoded: torch.Tensor | None = None
-        self._joined: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._guided = {block: cast(GlobalBlock, network.aggregator.global_blocks[block])
-                        for block in GUIDED_BLOCKS}
-        self._listen()
+        self._guide = GuideInputs(network, GUIDED_BLOCKS)
         self._resume()
 
     def run(self) -> Iterator[int]:
@@ -180,10 +175,9 @@ class TransformerTrainer:
         """Encoded patches, and queries and keys of some heads, are alike where they match."""
         target, visible = matching_patches(windows)
         shape, patches = windows.images.shape[:2], target.shape[-1]
-        assert self._encoded is not None, 'the image encoder has run'
-        features = self.heads.match(self._encoded.unflatten(0, shape))
+        features = self.heads.match(self._guide.encoded.unflatten(0, shape))
         loss = match_loss(feature_logits(features), target, visible)
-        compared = {block: self._compared(block, states[block], shape[1])
+        compared = {block: self._guide.queries_keys(block, states[block], shape[1])
                     for block in GUIDED_BLOCKS}
         for block, head in MATCHING_HEADS:
             logits = attention_logits(*(x[:, head, :, -patches:] for x in compared[block]))
@@ -192,18 +186,6 @@ class TransformerTrainer:
             q, k = (x[:, head] for x in compared[block])
             loss = loss + first_view_loss(q, k, target, visible)
         return loss
-
-    def _compared(self, block: int, state: Any, views: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and keys [B, h, N, T, d] of a global block in the last forward pass."""
-        attention, (x, positions) = self._guided[block].attn, self._joined[block]
-        if isinstance(attention, TttAttention):  # compares unit vectors
-            sharp = attention.config.head_dim ** 0.5 / TEMPERATURE
-            q = sharp * unit(attention.raw_queries(x), positions)
-            k = unit(attention.raw_keys_values(x)[0], positions)
-        else:
-            q = attention.turned(attention.q_norm, attention.raw_queries(x), positions)
-            k = state.keys
-        return q.unflatten(2, (views, -1)), k.unflatten(2, (views, -1))
 
     def _step(self) -> dict[str, float]:
         rng = np.random.default_rng([self.settings.seed, self.step])
@@ -220,7 +202,7 @@ class TransformerTrainer:
         self.network.train()
         # Plain matrix products are faster than the fused attention at this size.
         with sdpa_kernel(SDPBackend.MATH):
-            parts = self.loss(windows, photometric(windows.images, generator), dense_view)
+            parts = self.loss(windows, augment_batch(windows.images, generator), dense_view)
             total = torch.stack(list(parts.values())).sum()
         for parameter in self._parameters():
             parameter.grad = None
@@ -250,18 +232,6 @@ class TransformerTrainer:
         others = [p for p in self._parameters() if id(p) not in chosen]
         return (Muon(inner, weight_decay=WEIGHT_DECAY),
                 torch.optim.AdamW(others, betas=BETAS, weight_decay=0.0))
-
-    def _listen(self) -> None:
-        """Keep what the guiding losses look at in every forward pass."""
-        def keep_encoded(module: nn.Module, inputs: object, encoded: torch.Tensor) -> None:
-            self._encoded = encoded
-
-        def keep_joined(block: int, module: nn.Module, inputs: tuple[torch.Tensor, ...],
-                        named: dict[str, Any]) -> None:
-            self._joined[block] = inputs[0], named['positions']
-        self.network.aggregator.patch_embed.register_forward_hook(keep_encoded)
-        for block, guided in self._guided.items():
-            guided.attn.register_forward_pre_hook(partial(keep_joined, block), with_kwargs=True)
 
     def _validate(self) -> None:
         scores, without = held_out_scores(self.network, self.held_out)
@@ -356,4 +326,4 @@ def held_out_scores(network: Vggt, rooms: list[RoomViews],
         said, _ = network(windows.images)
         found.append(errors(said.T_cam_world, said.depth, windows))
         without.append(baseline(windows))
-    return joined(found).scores(), joined(without).scores()
+    return concatenated(found).scores(), concatenated(without).scores()

@@ -6,7 +6,6 @@ from them. Half of a room's views follow a walk, the other half look at one plac
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +17,10 @@ from torch.nn import functional as F
 
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
-from feedforward_recon.model.pose_encoding import inverse, unprojected
+from feedforward_recon.model.pose_encoding import rigid_inverse, unprojected
 from feedforward_recon.synthetic import Room
 from feedforward_recon.synthetic.walk import look
 
-log = logging.getLogger(__name__)
 SIDE = 112
 HEIGHTS = (84, 84, 84, 112, 70)  # drawn evenly: most cameras are 4:3
 # Rooms 2000... are trained on, rooms 9000... never; tests and benchmarks use seeds below 1000.
@@ -124,7 +122,7 @@ def views_of(seed: int, side: int = SIDE) -> RoomViews:
 def _coarse(room: Room) -> Room:
     """The same room with textures that suffice for small images and are made much faster."""
     faces = [replace(face, texels_per_m=face.texels_per_m / COARSER) for face in room.faces]
-    return replace(room, faces=faces, _pyramids={})
+    return replace(room, faces=faces, pyramids={})
 
 
 def _camera(rng: np.random.Generator, side: int) -> Camera:
@@ -172,7 +170,7 @@ def gather(chosen: Sequence[tuple[RoomViews, NDArray]], height: int) -> Windows:
     K = torch.from_numpy(np.stack([r.K[i] for r, i in chosen]))
     K[..., 1, 2] -= top
     T_world_cam = torch.from_numpy(np.stack([r.T_world_cam[i] for r, i in chosen]))
-    T_cam_world = inverse(T_world_cam) @ T_world_cam[:, :1]
+    T_cam_world = rigid_inverse(T_world_cam) @ T_world_cam[:, :1]
     return normalised_windows(images.permute(0, 1, 4, 2, 3).float() / 255, depth, K.float(),
                               T_cam_world.float())
 
@@ -207,7 +205,7 @@ def _window(room: RoomViews, rng: np.random.Generator, views: int) -> NDArray[np
     return (int(rng.integers(length)) + stride * np.arange(views)) % length
 
 
-def photometric(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def augment_batch(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Exposure, colour, sharpness and noise of each view changed at random; [B, N, 3, H, W]."""
     shape = images.shape
 

@@ -43,7 +43,7 @@ class PairErrors:
                       100 * float(auc), float(self.abs_rel.median()))
 
 
-def joined(parts: list[PairErrors]) -> PairErrors:
+def concatenated(parts: list[PairErrors]) -> PairErrors:
     """The errors of several batches of windows."""
     return PairErrors(*(torch.cat([getattr(part, name) for part in parts])
                         for name in ('rotation_deg', 'direction_deg', 'abs_rel')))

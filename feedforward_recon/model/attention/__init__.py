@@ -1,76 +1,7 @@
 """Global attention: the only place where frames meet, and so the only memory of a scene.
 
-Every variant satisfies `GlobalAttention` and these laws (test/test_attention_laws.py):
+Every variant satisfies `base.QkvAttention` and these laws (test/test_attention_laws.py):
 reading never changes a state; a saved state is the same state; `fixed_size` states have the
 same bytes however many frames were written; permuting the frames of a call permutes its
 outputs; frames that were written are read back unchanged with ``write=False``.
 """
-
-from __future__ import annotations
-
-import difflib
-from collections.abc import Callable
-from typing import Any, Protocol
-
-import torch
-
-from feedforward_recon.errors import ConfigError
-from feedforward_recon.model.attention.base import QkvAttention, State
-from feedforward_recon.model.attention.config import AttentionConfig
-from feedforward_recon.model.attention.hybrid import HybridAttention
-from feedforward_recon.model.attention.latent import LatentAttention
-from feedforward_recon.model.attention.softmax import SoftmaxAttention
-from feedforward_recon.model.attention.sparse import SparseAttention
-from feedforward_recon.model.attention.sparse_linear import SparseLinearAttention
-from feedforward_recon.model.attention.ttt import TttAttention
-from feedforward_recon.model.layers import BlockConfig
-
-
-class GlobalAttention(Protocol):
-    """Attention over all frames; memory goes in as an argument and comes out as a value."""
-
-    fixed_size: bool
-    state_type: type[State]
-
-    def empty_state(self, batch: int) -> State:
-        """The state of ``batch`` scenes of which nothing is known."""
-        ...
-
-    def __call__(self, x: torch.Tensor, state: Any, *, positions: torch.Tensor | None,
-                 frames: int, tokens_per_frame: int, write: bool) -> tuple[torch.Tensor, Any]:
-        """Tokens [B, frames * tokens_per_frame, C] and a state -> the same (see base.py)."""
-        ...
-
-
-ATTENTION: dict[str, type[QkvAttention]] = {
-    'softmax': SoftmaxAttention,
-    'ttt': TttAttention,
-    'sparse': SparseAttention,
-    'sparse_linear': SparseLinearAttention,
-    'latent': LatentAttention,
-    'hybrid': HybridAttention,
-}
-
-
-def global_attention(config: AttentionConfig, layer_index: int = 0) -> QkvAttention:
-    """The attention that ``config.name`` says; layer_index makes initial fast weights differ.
-
-    Raises ConfigError, with the nearest name, for one that does not exist.
-    """
-    if config.name not in ATTENTION:
-        near = difflib.get_close_matches(config.name, ATTENTION, 1)
-        hint = f'did you mean {near[0]}?' if near else f'choose one of {", ".join(ATTENTION)}'
-        raise ConfigError(f'expected the name of an attention, found {config.name!r}; {hint}')
-    return ATTENTION[config.name](config, layer_index)
-
-
-def attention_factory(name: str, **options: Any) -> Callable[[BlockConfig, int], QkvAttention]:
-    """A function (block, layer index) -> attention, for building a backbone.
-
-    options: further fields of `AttentionConfig`.
-    """
-    def make(block: BlockConfig, layer_index: int) -> QkvAttention:
-        config = AttentionConfig(block.dim, block.heads, name, qk_norm=block.qk_norm,
-                                 round_qk=block.round_qk, one_place=block.one_place, **options)
-        return global_attention(config, layer_index)
-    return make

@@ -28,7 +28,7 @@ S = TypeVar('S', bound='State')
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What one layer remembers of a scene: named tensors, replaced and never changed."""
+    """State of one layer after writing a scene: named tensors, replaced and never changed."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors by name, for saving."""
@@ -156,13 +156,13 @@ class QkvAttention(nn.Module, ABC):
 
     def raw_queries(self, x: torch.Tensor) -> torch.Tensor:
         """Queries [B, h, T, d] as projected. Writing and reading each project what they need."""
-        return self._heads(linear_rows(self.qkv, x, slice(0, self.config.dim)))
+        return self.split_heads(linear_rows(self.qkv, x, slice(0, self.config.dim)))
 
     def raw_keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B, h, T, d] as projected."""
         keys_values = linear_rows(self.qkv, x, slice(self.config.dim, 3 * self.config.dim))
         k, v = keys_values.chunk(2, -1)
-        return self._heads(k), self._heads(v)
+        return self.split_heads(k), self.split_heads(v)
 
     def turned(self, norm: nn.Module, x: torch.Tensor, positions: torch.Tensor | None,
                ) -> torch.Tensor:
@@ -175,7 +175,8 @@ class QkvAttention(nn.Module, ABC):
         """Where tokens count as lying when they are turned, of where they lie [..., 2]."""
         return positions.clamp(max=1) if self.config.one_place else positions
 
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, h * d] -> [B, h, T, d]."""
         return x.unflatten(-1, (self.config.heads, -1)).transpose(1, 2)
 
     def no_tokens(self, *shape: int) -> torch.Tensor:

@@ -45,7 +45,7 @@ class SparseLinearOptions:
 
 @dataclass(frozen=True)
 class HybridOptions:
-    """Ours. anchors: tokens per head that are remembered word for word."""
+    """Ours. anchors: tokens per head that are stored exactly."""
 
     anchors: int = 256
 

@@ -1,6 +1,6 @@
 """The mathematics of `ttt`: a small network per head that is trained while it is used.
 
-Fast network of a head (VGG-T3, "Test-Time Training for Transformers at scale of 3D scenes",
+FastWeights network of a head (VGG-T3, "Test-Time Training for Transformers at scale of 3D scenes",
 arXiv 2602.23361, sec. 3; kernel of LaCT, arXiv 2505.23884): a SwiGLU without biases,
     f_W(x) = (SiLU(x w0) * (x w2)) w1,      w0, w2 [d, m], w1 [m, d].
 Its inner objective is how well f_W(k_t) aligns with v_t, weighted per token and matrix:
@@ -20,7 +20,7 @@ import torch
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # quintic of Muon: singular values -> about [0.7, 1.13]
 
 
-class Fast(NamedTuple):
+class FastWeights(NamedTuple):
     """The three matrices of a fast network, or anything of their shapes, e.g. gradients.
 
     w0, w2 [..., d, m] and w1 [..., m, d].
@@ -31,7 +31,7 @@ class Fast(NamedTuple):
     w2: torch.Tensor
 
 
-class Samples(NamedTuple):
+class KeyValueSamples(NamedTuple):
     """What is learned from a chunk: keys and values [..., T, d], rates [3, ..., T, 1]."""
 
     k: torch.Tensor
@@ -39,20 +39,20 @@ class Samples(NamedTuple):
     rates: torch.Tensor
 
 
-def apply(w: Fast, x: torch.Tensor) -> torch.Tensor:
+def apply(w: FastWeights, x: torch.Tensor) -> torch.Tensor:
     """f_W(x) for x [..., T, d]."""
     return (torch.nn.functional.silu(x @ w.w0) * (x @ w.w2)) @ w.w1
 
 
-def gradients(w: Fast, samples: Samples) -> Fast:
+def gradients(w: FastWeights, samples: KeyValueSamples) -> FastWeights:
     """dJ_r/dw_r of one chunk, summed over its tokens."""
     k, v, rates = samples
     gate, up = k @ w.w0, k @ w.w2  # [..., T, m]
     down = v @ w.w1.transpose(-1, -2)
     silu = torch.nn.functional.silu(gate)
-    return Fast((rates[0] * k).transpose(-1, -2) @ _through_silu(down * up, gate),
-                (silu * up).transpose(-1, -2) @ (rates[1] * v),
-                (rates[2] * k).transpose(-1, -2) @ (down * silu))
+    return FastWeights((rates[0] * k).transpose(-1, -2) @ _through_silu(down * up, gate),
+                       (silu * up).transpose(-1, -2) @ (rates[1] * v),
+                       (rates[2] * k).transpose(-1, -2) @ (down * silu))
 
 
 def _through_silu(slope: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -63,13 +63,13 @@ def _through_silu(slope: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return slope * sigmoid * (1 + x * (1 - sigmoid))
 
 
-def summed_gradients(w: Fast, chunks: Iterable[Samples]) -> Fast:
+def summed_gradients(w: FastWeights, chunks: Iterable[KeyValueSamples]) -> FastWeights:
     """Gradients of all chunks, accumulated in float32 (or wider) at the same weights."""
-    total: Fast | None = None
+    total: FastWeights | None = None
     for samples in chunks:
-        part = Fast(*(g.to(torch.promote_types(g.dtype, torch.float32))
-                      for g in gradients(w, samples)))
-        total = part if total is None else Fast(*map(torch.add, total, part))
+        part = FastWeights(*(g.to(torch.promote_types(g.dtype, torch.float32))
+                             for g in gradients(w, samples)))
+        total = part if total is None else FastWeights(*map(torch.add, total, part))
     assert total is not None, 'a call has at least one chunk'
     return total
 
@@ -91,9 +91,10 @@ def column_norms(w: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(w, dim=-2, keepdim=True)
 
 
-def advanced(w: Fast, gradient: Fast, initial: Fast, iterations: int = 5) -> Fast:
+def advanced(w: FastWeights, gradient: FastWeights, initial: FastWeights,
+             iterations: int = 5) -> FastWeights:
     """One step from ``w``; columns get the norms that they have in ``initial``."""
     def step(weight: torch.Tensor, slope: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         moved = weight + orthogonalised(slope, iterations)
         return moved / (column_norms(moved) + 1e-5) * column_norms(first)
-    return Fast(*map(step, w, gradient, initial))
+    return FastWeights(*map(step, w, gradient, initial))

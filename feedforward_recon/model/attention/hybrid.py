@@ -1,4 +1,4 @@
-"""``hybrid``: fast weights, and a few tokens remembered word for word.
+"""``hybrid``: fast weights, and a few tokens stored exactly.
 
 What VGG-T3 (arXiv 2602.23361) names as future work: a linear memory is smooth and cannot
 reproduce a sharp match, softmax can. Each head therefore also keeps the A tokens with the
@@ -22,10 +22,9 @@ import torch
 from torch import nn
 
 from feedforward_recon.errors import InputError
-from feedforward_recon.model.attention import fast_weights
 from feedforward_recon.model.attention.base import State
 from feedforward_recon.model.attention.config import AttentionConfig
-from feedforward_recon.model.attention.fast_weights import Samples
+from feedforward_recon.model.attention.fast_weights import KeyValueSamples, apply
 from feedforward_recon.model.attention.ttt import (
     PatchLayout,
     TttAttention,
@@ -35,36 +34,36 @@ from feedforward_recon.model.attention.ttt import (
 )
 
 
-class Anchors(NamedTuple):
+class AnchorTokens(NamedTuple):
     """Tokens kept per head: keys, values [B, h, A, d], scores [B, h, A] (-inf: free place)."""
 
     keys: torch.Tensor
     values: torch.Tensor
     scores: torch.Tensor
 
-    def joined(self, other: Anchors) -> Anchors:
+    def joined(self, other: AnchorTokens) -> AnchorTokens:
         """All places of both."""
-        return Anchors(*(torch.cat(pair, 2) for pair in zip(self, other, strict=True)))
+        return AnchorTokens(*(torch.cat(pair, 2) for pair in zip(self, other, strict=True)))
 
-    def best(self, count: int) -> Anchors:
+    def best(self, count: int) -> AnchorTokens:
         """The ``count`` places with the highest scores."""
         scores, chosen = self.scores.topk(min(count, self.scores.shape[2]), dim=2)
         index = chosen[..., None].expand(-1, -1, -1, self.keys.shape[-1])
-        return Anchors(self.keys.gather(2, index), self.values.gather(2, index), scores)
+        return AnchorTokens(self.keys.gather(2, index), self.values.gather(2, index), scores)
 
 
 @dataclass(frozen=True)
 class HybridState(TttState):
-    """Gradient sums of `ttt`, and the anchors (see `Anchors`)."""
+    """Gradient sums of `ttt`, and the anchors (see `AnchorTokens`)."""
 
     keys: torch.Tensor
     values: torch.Tensor
     scores: torch.Tensor
 
     @property
-    def anchors(self) -> Anchors:
+    def anchors(self) -> AnchorTokens:
         """The anchors."""
-        return Anchors(self.keys, self.values, self.scores)
+        return AnchorTokens(self.keys, self.values, self.scores)
 
     def __add__(self, other: HybridState) -> HybridState:  # type: ignore[override]
         sums = super().__add__(other)
@@ -98,21 +97,22 @@ class HybridAttention(TttAttention):
               layout: PatchLayout) -> HybridState:
         """Add the gradient sums, and keep the best of old and new tokens as anchors."""
         count = self.config.hybrid.anchors
-        candidates: list[Anchors] = []
+        candidates: list[AnchorTokens] = []
 
-        def samples() -> Iterator[Samples]:
+        def samples() -> Iterator[KeyValueSamples]:
             candidates.clear()  # a second step sees the same tokens again
             for chunk in chunks:
                 sample = self.samples(chunk, layout)
                 candidates.append(_candidates(sample).best(count))
                 yield sample
         sums = self.learned(samples, state)
-        local = Anchors(*(torch.cat(column, 2) for column in zip(*candidates, strict=True)))
-        new = Anchors(*(self.exchange.concatenate(t.contiguous(), 2) for t in local.best(count)))
+        local = AnchorTokens(*(torch.cat(column, 2) for column in zip(*candidates, strict=True)))
+        new = AnchorTokens(*(self.exchange.concatenate(t.contiguous(), 2)
+                             for t in local.best(count)))
         return HybridState(sums.g0, sums.g1, sums.g2, *state.anchors.joined(new).best(count))
 
     def readable(self, state: HybridState) -> Any:
-        """Fast weights and anchors."""
+        """FastWeights weights and anchors."""
         return super().readable(state), state.anchors
 
     def read(self, chunk: torch.Tensor, memory: Any,
@@ -123,10 +123,10 @@ class HybridAttention(TttAttention):
         tau = self.anchor_log_tau.exp()[:, None, None]
         said = read_anchors(q, anchors, tau)
         gate = self.anchor_gate.tanh()[:, None, None]
-        return (fast_weights.apply(weights, q) + gate * said).to(chunk.dtype)
+        return (apply(weights, q) + gate * said).to(chunk.dtype)
 
 
-def read_anchors(q: torch.Tensor, anchors: Anchors, tau: torch.Tensor) -> torch.Tensor:
+def read_anchors(q: torch.Tensor, anchors: AnchorTokens, tau: torch.Tensor) -> torch.Tensor:
     """Softmax over the anchors and one empty answer: queries [B, h, T, d] -> [B, h, T, d]."""
     free = anchors.scores.isneginf()[:, :, None]  # [B, h, 1, A]
     logits = (tau * (q @ anchors.keys.transpose(-1, -2))).masked_fill(free, -torch.inf)
@@ -134,8 +134,8 @@ def read_anchors(q: torch.Tensor, anchors: Anchors, tau: torch.Tensor) -> torch.
     return share[..., 1:] @ anchors.values
 
 
-def _candidates(samples: Samples) -> Anchors:
+def _candidates(samples: KeyValueSamples) -> AnchorTokens:
     """All tokens of a chunk; the score is the sum of a token's rates."""
     dtype = sum_dtype(samples.v)
-    return Anchors(samples.k.to(dtype), samples.v.to(dtype), samples.rates.sum(0)[..., 0])
+    return AnchorTokens(samples.k.to(dtype), samples.v.to(dtype), samples.rates.sum(0)[..., 0])
 

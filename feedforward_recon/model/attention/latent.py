@@ -1,4 +1,4 @@
-"""``latent``: frames talk through one vector each.
+"""``latent``: frames exchange one vector each.
 
 Light3R-SfM (arXiv 2501.14914, sec. 3.2, latent global alignment). Each frame is summarised by
 the mean g_i of its tokens; the summaries attend to each other, and every token attends to all
@@ -67,7 +67,7 @@ class LatentAttention(QkvAttention):
         """Keys and values [B, h, frames, d] of the latents after they saw each other."""
         require_written(state.latents.shape[1])
         latents = state.latents
-        q, k, v = (self._heads(part)
+        q, k, v = (self.split_heads(part)
                    for part in self.latent_qkv(self.latent_norm(latents)).chunk(3, -1))
         seen = merge_heads(F.scaled_dot_product_attention(q, k, v))
         keys, values = self.raw_keys_values(latents + self.latent_proj(seen))

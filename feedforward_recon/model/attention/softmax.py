@@ -1,4 +1,4 @@
-"""``softmax``: every token of every frame, remembered and read exactly.
+"""``softmax``: every token of every frame, stored and read exactly.
 
 The attention of VGGT (Wang et al., CVPR 2025, sec. 3.2) and pi3: out = softmax(q k^T / sqrt(d)) v
 over the tokens of all frames. The state is the list of rotated keys and values, as in the

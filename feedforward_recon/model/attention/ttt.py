@@ -30,10 +30,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from feedforward_recon.errors import InputError
-from feedforward_recon.model.attention import fast_weights
 from feedforward_recon.model.attention.base import Layout, QkvAttention, State, merge_heads
 from feedforward_recon.model.attention.config import AttentionConfig
-from feedforward_recon.model.attention.fast_weights import Fast, Samples
+from feedforward_recon.model.attention.fast_weights import (
+    FastWeights,
+    KeyValueSamples,
+    advanced,
+    apply,
+    summed_gradients,
+)
 from feedforward_recon.model.rope import rotate
 
 BASE_RATE = 0.01
@@ -57,9 +62,9 @@ class TttState(State):
         """Number of update steps that can be derived."""
         return len(self.g0)
 
-    def gradient(self, step: int) -> Fast:
+    def gradient(self, step: int) -> FastWeights:
         """The gradient sums of one step."""
-        return Fast(self.g0[step], self.g1[step], self.g2[step])
+        return FastWeights(self.g0[step], self.g1[step], self.g2[step])
 
     def __add__(self, other: TttState) -> TttState:
         return TttState(*map(torch.add, self._additive(), other._additive()))
@@ -67,8 +72,8 @@ class TttState(State):
     def __sub__(self, other: TttState) -> TttState:
         return TttState(*map(torch.sub, self._additive(), other._additive()))
 
-    def _additive(self) -> Fast:
-        return Fast(self.g0[:1], self.g1[:1], self.g2[:1])
+    def _additive(self) -> FastWeights:
+        return FastWeights(self.g0[:1], self.g1[:1], self.g2[:1])
 
 
 class PatchLayout(NamedTuple):
@@ -95,7 +100,7 @@ class ShortConv(nn.Module):
 
 
 class TttAttention(QkvAttention):
-    """Fast weights instead of attention; parameters and buffers as published for VGG-T3."""
+    """FastWeights weights instead of attention; parameters and buffers as published for VGG-T3."""
 
     fixed_size = True
     has_norms = False
@@ -114,7 +119,7 @@ class TttAttention(QkvAttention):
 
     def empty_state(self, batch: int) -> TttState:
         """No gradients: reading it gives what the initial weights give."""
-        weights = Fast(self.w0, self.w1, self.w2)
+        weights = FastWeights(self.w0, self.w1, self.w2)
         return TttState(*(w.new_zeros(1, batch, *w.shape, dtype=sum_dtype(w)) for w in weights))
 
     def prepared(self, layout: Layout) -> PatchLayout:
@@ -123,13 +128,14 @@ class TttAttention(QkvAttention):
             raise InputError('expected positions of the patches for the convolution of values, '
                              'found None; pass those of one frame')
         return PatchLayout(self.places(layout.positions),
-                           grid_of(layout.positions, self.config.special))
+                           patch_grid_of(layout.positions, self.config.special))
 
     def write(self, chunks: tuple[torch.Tensor, ...], state: Any, layout: PatchLayout) -> Any:
         """Add the gradient sums of all chunks."""
         return self.learned(lambda: (self.samples(chunk, layout) for chunk in chunks), state)
 
-    def learned(self, samples: Callable[[], Iterable[Samples]], state: TttState) -> TttState:
+    def learned(self, samples: Callable[[], Iterable[KeyValueSamples]],
+                state: TttState) -> TttState:
         """The state with the samples of all chunks added.
 
         samples: called once per step; keeping all of them would take memory per frame.
@@ -140,20 +146,20 @@ class TttAttention(QkvAttention):
         if steps > 1 and (state.steps > 1 or state.g1.any()):
             raise InputError(f'expected an empty state for {steps} update steps, found one '
                              'that was written to; write all frames at once or use steps=1')
-        weights, sums = Fast(self.w0, self.w1, self.w2), list[Fast]()
+        weights, sums = FastWeights(self.w0, self.w1, self.w2), list[FastWeights]()
         for step in range(steps):
             if step:
                 weights = self._advanced(weights, sums[-1])
-            part = fast_weights.summed_gradients(weights, samples())
-            total = Fast(*map(self.exchange.sum, part))
+            part = summed_gradients(weights, samples())
+            total = FastWeights(*map(self.exchange.sum, part))
             if step == 0:
-                total = Fast(*map(torch.add, state.gradient(0), total))
+                total = FastWeights(*map(torch.add, state.gradient(0), total))
             sums.append(total)
         return TttState(*(torch.stack(column) for column in zip(*sums, strict=True)))
 
     def readable(self, state: Any) -> Any:
         """The fast weights after the steps of the state."""
-        weights = Fast(self.w0, self.w1, self.w2)
+        weights = FastWeights(self.w0, self.w1, self.w2)
         for step in range(state.steps):
             weights = self._advanced(weights, state.gradient(step))
         return weights
@@ -162,13 +168,13 @@ class TttAttention(QkvAttention):
              layout: PatchLayout) -> torch.Tensor:
         """Apply the fast network to the queries."""
         q = unit(self.raw_queries(chunk), layout.positions)
-        return fast_weights.apply(memory, q).to(chunk.dtype)
+        return apply(memory, q).to(chunk.dtype)
 
-    def samples(self, chunk: torch.Tensor, layout: PatchLayout) -> Samples:
+    def samples(self, chunk: torch.Tensor, layout: PatchLayout) -> KeyValueSamples:
         """What the tokens of a chunk teach: keys, values and rates."""
         k, v = self.raw_keys_values(chunk)
-        return Samples(unit(k, layout.positions), F.silu(self._convolved(v, layout)),
-                       self.rates(chunk))
+        return KeyValueSamples(unit(k, layout.positions), F.silu(self._convolved(v, layout)),
+                               self.rates(chunk))
 
     def rates(self, chunk: torch.Tensor) -> torch.Tensor:
         """Learning rates [3, B, h, T, 1], positive; output r * h + head of lr_fc is (r, head)."""
@@ -181,11 +187,11 @@ class TttAttention(QkvAttention):
         tokens = merge_heads(v)
         frames = tokens.reshape(-1, len(layout.positions), tokens.shape[-1])
         mixed = self.short_conv_qkv[2](frames, layout.grid_hw).reshape(tokens.shape)
-        return self._heads(mixed)
+        return self.split_heads(mixed)
 
-    def _advanced(self, weights: Fast, gradient: Fast) -> Fast:
-        initial = Fast(self.w0, self.w1, self.w2)
-        return fast_weights.advanced(weights, gradient, initial, self.config.ttt.newton_schulz)
+    def _advanced(self, weights: FastWeights, gradient: FastWeights) -> FastWeights:
+        initial = FastWeights(self.w0, self.w1, self.w2)
+        return advanced(weights, gradient, initial, self.config.ttt.newton_schulz)
 
 
 def unit(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -200,7 +206,7 @@ def sum_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def grid_of(positions: torch.Tensor, special: int) -> tuple[int, int]:
+def patch_grid_of(positions: torch.Tensor, special: int) -> tuple[int, int]:
     """Rows and columns of the patches at positions[special:].
 
     Raises InputError when they do not fill a rectangle.
@@ -213,7 +219,7 @@ def grid_of(positions: torch.Tensor, special: int) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def initial_weights(config: AttentionConfig, layer_index: int) -> Fast:
+def initial_weights(config: AttentionConfig, layer_index: int) -> FastWeights:
     """Random matrices N(0, 2 / inputs); never trained, and the same in every process."""
     generator = torch.Generator('cpu').manual_seed(layer_index)
     heads, d, m = config.heads, config.head_dim, config.ttt.hidden * config.head_dim
@@ -221,4 +227,4 @@ def initial_weights(config: AttentionConfig, layer_index: int) -> Fast:
     def draw(inputs: int, outputs: int) -> torch.Tensor:
         sample = torch.randn(heads, inputs, outputs, generator=generator, device='cpu')
         return (sample * math.sqrt(2 / inputs)).to(torch.empty(0).device)
-    return Fast(draw(d, m), draw(m, d), draw(d, m))
+    return FastWeights(draw(d, m), draw(m, d), draw(d, m))

@@ -152,7 +152,7 @@ def load_weights(model: nn.Module, path: str | Path, *, sha256: str = '',
     shapes, read = _open(file)
     report = match_keys(model, shapes)
     if not report.fits:
-        raise misfit(_described(model), file, report)
+        raise mismatch_error(_described(model), file, report)
     for name, key in report.sources.items():
         tensor = _read(read, key, file)
         put_tensor(model, name, tensor.to(device, torch.float32))
@@ -164,7 +164,7 @@ def load_weights(model: nn.Module, path: str | Path, *, sha256: str = '',
     return report
 
 
-def misfit(model: str, file: Path, report: KeyReport) -> CheckpointError:
+def mismatch_error(model: str, file: Path, report: KeyReport) -> CheckpointError:
     """The error for a file whose names and shapes are not those of a model."""
     return CheckpointError(f'expected weights of {model} in {file}, found {report}; is it the '
                            'checkpoint of another model, or of another attention?')
@@ -200,7 +200,7 @@ def _open_torch(file: Path) -> tuple[dict[str, Shape], Callable[[str], torch.Ten
             raise _damaged(file, ValueError('it does not begin like weights'))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # it talks about old ways of pickling
+            warnings.simplefilter('ignore')  # about old ways of pickling
             content = torch.load(file, map_location='cpu', weights_only=True,
                                  mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from torch import nn
 
 from feedforward_recon.errors import CheckpointError
-from feedforward_recon.model.compact import CompactEncoder, load_network
+from feedforward_recon.model.compact import CompactEncoder, load_compact
 from feedforward_recon.model.configs import build
 from feedforward_recon.model.weights.checkpoints import (
     KeyReport,
@@ -116,7 +116,7 @@ def _checkpoint_named(name_or_path: str | Path) -> Checkpoint:
 def _network(model: str, attention: str | None, file: Path) -> nn.Module:
     # Files of the compact encoder carry its widths; the others have fixed ones.
     if model == CompactEncoder.name:
-        return load_network(file)
+        return load_compact(file)
     return build(model, attention, device='meta')
 
 
