@@ -1,7 +1,7 @@
 """docs/architecture.md shows the packages as the imports have them.
 
 Run as a script (``python test/test_architecture_page.py``) to write its picture and the last
-column of its table again.
+column of its table again; it also prints how many packages, floors, arrows and circles there are.
 """
 
 import re
@@ -45,6 +45,13 @@ def floors(pairs):
         height[package] = 1 + max((height[b] for a, b in pairs if a == package), default=-1)
     return [[p for p in FLOORS if height[p] == level] for level in range(max(height.values()), -1,
                                                                          -1)]
+
+
+def circles(pairs):
+    """Sets of packages that reach each other."""
+    ways = {package: reachable(package, pairs) for package in FLOORS}
+    return {frozenset(b for b in FLOORS if b in ways[a] and a in ways[b]) for a in FLOORS
+            if a in ways[a]}
 
 
 def picture(pairs):
@@ -96,5 +103,13 @@ def test_picture_leaves_out_what_follows():
     assert shown(pairs) == {('ros', 'cli'), ('cli', 'io')}
 
 
+def test_circles_are_found():
+    pairs = {('ros', 'cli'), ('cli', 'io'), ('io', 'cli'), ('io', 'errors')}
+    assert circles(pairs) == {frozenset({'cli', 'io'})}
+
+
 if __name__ == '__main__':
-    PAGE.write_text(written(PAGE.read_text(encoding='utf-8'), arrows()), encoding='utf-8')
+    found = arrows()
+    PAGE.write_text(written(PAGE.read_text(encoding='utf-8'), found), encoding='utf-8')
+    print(f'{len(FLOORS)} packages, {len(floors(shown(found)))} floors, {len(found)} arrows, '
+          f'{len(circles(found))} circles')
