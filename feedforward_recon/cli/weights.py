@@ -39,7 +39,7 @@ Attention = Annotated[str | None, typer.Option('--attention', help='Global atten
 
 
 def root(context: typer.Context) -> None:
-    """Weights of the networks: which there are, getting them, checking them.
+    """List, download and check the weights of the networks.
 
     Examples:
       ffrecon weights list
