@@ -73,8 +73,8 @@ Out = Annotated[Path | None, typer.Option('--out', '-o', help='Also write the JS
 Align = Annotated[bool, typer.Option('--align', help='Before measuring errors, align the found '
                                      'poses with those of the source: needed unless the map '
                                      'was made with --poses given.')]
-Model = Annotated[str, typer.Option('--model', help='Also ask the network that made the map: '
-                                    'the name given to `ffrecon map --model`.', metavar='NAME',
+Model = Annotated[str, typer.Option('--model', help='Query the network that made the map with '
+                                    '--model: its name.', metavar='NAME',
                                     rich_help_panel='Network')]
 Device = Annotated[str, typer.Option('--device', help='Where the network runs: cpu, cuda, '
                                      'cuda:1.', metavar='NAME', rich_help_panel='Network')]
@@ -93,7 +93,7 @@ def localize_command(map_: MapFolder, source: Source, options: SourceOptions, ou
                      set_: Set = None, encoder: Weights = None, model: Model = '',
                      device: Device = 'cpu', weights: NetworkWeights = '',
                      refine: Refine = True) -> int:
-    """Find images in a map: a pose with covariance, or the reason why there is none.
+    """Find images in a map: a pose with covariance, or a refusal with its reason.
 
     Only reads the map (map.yaml and memory.safetensors are enough). The camera comes from the
     source or from --fx, --fov or --calibration; without any, the camera that made the map is

@@ -39,7 +39,7 @@ Attention = Annotated[str | None, typer.Option('--attention', help='Global atten
 
 
 def root(context: typer.Context) -> None:
-    """List, download and check the weights of the networks.
+    """Weights of the networks: which there are, getting them, checking them.
 
     Examples:
       ffrecon weights list
