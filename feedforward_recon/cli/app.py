@@ -23,12 +23,12 @@ app = typer.Typer(name='ffrecon', add_completion=False, pretty_exceptions_enable
 def root(context: typer.Context,
          version: Annotated[bool, typer.Option('--version', help='Print the version.')] = False
          ) -> None:
-    """A pose, a map of fixed size in bytes, and a way back into that map, from one camera.
+    """Mapping and localisation with one camera; the saved scene memory has a fixed size.
 
     Start here:
-      ffrecon demo                            maps a synthetic room, finds views in it
-      ffrecon map WALK --out MAP              maps your walk: folder, video or bag
-      ffrecon localize MAP IMAGES             finds images in the map
+      ffrecon demo                     maps a rendered room, localises in it
+      ffrecon map WALK --out MAP       maps a walk: folder, video or bag
+      ffrecon localize MAP IMAGES      finds images in the map
     """
     if version:
         typer.echo(__version__)

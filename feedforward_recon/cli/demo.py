@@ -1,4 +1,4 @@
-"""``ffrecon demo``: the whole product on a synthetic room, measured against exact truth."""
+"""``ffrecon demo``: maps a synthetic room, localises in it, measures errors to exact truth."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Out = Annotated[Path, typer.Option('--out', '-o', help='Map folder to write; an 
 
 @dataclass(frozen=True)
 class Found:
-    """What the map answers to views that it never saw.
+    """Answers of the map to views that were not mapped.
 
     held_out: answers to views of the mapped room; other_room: to views of another room.
     """
@@ -56,13 +56,13 @@ class Found:
 
 
 def demo_command(out: Out = Path('out/demo'), json_: Json = False) -> int:
-    """Map a synthetic room, find new views in it, refuse another room.
+    """Map a synthetic room, find new views in it, refuse views of another room.
 
-    Renders a walk with exact truth (no download, no data), maps it online, saves the map, loads
-    it and localises views that were never mapped, then views of a different room. Writes
-    cloud.ply, trajectory.tum, the memory and a picture, overview.png. Exit code 1 unless the
-    trajectory error is below 3 cm, 90 % of the views are found within 5 cm, and the other room
-    is refused.
+    Renders a walk with exact truth (no download, no data), maps it image by image, saves the
+    map, loads it and localises views that were not mapped, then views of a different room.
+    Writes cloud.ply, trajectory.tum, the scene memory and a picture, overview.png. Exit code 1
+    unless the trajectory error is below 3 cm, 90 % of the views are found within 5 cm, and no
+    view of the other room is accepted.
 
     Examples:
       ffrecon demo

@@ -51,8 +51,8 @@ def eval_command(estimated: Estimated, groundtruth: Truth, align: Align = Alignm
                  step: Step = 1, json_: Json = False) -> None:
     """Measure a trajectory: absolute (ATE) and relative (RPE) error.
 
-    Beside the ATE stands the error of the best straight line driven at constant speed: a figure
-    that blind guessing reaches proves nothing.
+    The table also has the ATE of the best straight line at constant speed, which uses no image:
+    a useful trajectory has to be much better.
 
     Examples:
       ffrecon eval maps/kitchen groundtruth.txt
@@ -103,7 +103,7 @@ def _rows(error: TrajectoryError, relative: RelativeError, kind: str,
 
 
 def bench_command() -> int:
-    """Measure everything the README claims; needs a checkout and the data of FFRECON_DATA.
+    """Measure every figure of the README; needs a checkout and the data of FFRECON_DATA.
 
     Same as `make bench`: writes benchmarks/results/*.json and the tables of docs/benchmarks.md.
 

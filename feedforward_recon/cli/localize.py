@@ -83,8 +83,8 @@ NetworkWeights = Annotated[str, typer.Option('--weights', help='File of weights,
                                              'map.', metavar='FILE|NAME',
                                              rich_help_panel='Network')]
 Refine = Annotated[bool, typer.Option('--refine/--no-refine', help='Let the landmarks of the map '
-                                      'decide, with the pose of the network as a hint, or take '
-                                      'its pose as it is.', rich_help_panel='Network')]
+                                      'decide, with the pose of the network as a hint; or '
+                                      'answer with its pose.', rich_help_panel='Network')]
 
 
 @takes_source_options
@@ -97,11 +97,11 @@ def localize_command(map_: MapFolder, source: Source, options: SourceOptions, ou
 
     Only reads the map (map.yaml and memory.safetensors are enough). The camera comes from the
     source or from --fx, --fov or --calibration; without any, the camera that made the map is
-    assumed. If the source carries poses, errors and recall are printed.
+    assumed. If the source has poses, errors and recall are printed.
 
     With --model the images are shown to the network that made the map (ffrecon map --model vgg-t3
-    or --attention ttt, hybrid), one by one and without writing; its poses are hints for the
-    landmarks. With --no-refine they are the answers, UNCERTAIN at best.
+    or --attention ttt, hybrid), one by one and without writing. Its poses are hints, and the
+    landmarks decide. With --no-refine its poses are the answers, with the status UNCERTAIN.
 
     --json prints a list with one entry per image: file, stamp_ns, status, T_map_cam (4x4 or
     null), inliers, score, ms. Exit code 1: no image was found in the map.

@@ -1,4 +1,4 @@
-"""``ffrecon map``: a camera walk becomes a map folder."""
+"""``ffrecon map``: makes a map folder of a camera walk."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Poses(str, Enum):
 
 Out = Annotated[Path, typer.Option('--out', '-o', help='Map folder to write.',
                                    show_default=False)]
-Mono = Annotated[bool, typer.Option('--mono', help='Use colour alone, even where there is '
-                                    'depth. The map then has no metric scale.')]
+Mono = Annotated[bool, typer.Option('--mono', help='Do not use depth, even where there is '
+                                    'some. The map then has no metric scale.')]
 PosesOption = Annotated[Poses, typer.Option('--poses', help='given: take the poses that come '
                                             'with the source as they are, and map only.')]
 
@@ -66,15 +66,15 @@ def map_command(source: Source, out: Out, options: SourceOptions, network: Netwo
                 overwrite: Overwrite = False,
                 json_: Json = False, config: Config = None, set_: Set = None,
                 encoder: Weights = None) -> None:
-    """Map a camera walk into a folder whose memory has a fixed size.
+    """Map a camera walk; the scene memory in the map folder has a fixed size.
 
     Reads image folders (with cameras.json; TUM RGB-D; 7-Scenes; plain), videos and ROS 2 bags.
-    Depth makes the map metric; without it, the scale is unknown and the map says so. A camera
-    without intrinsics is guessed and refined. If the source carries poses, they are used to
-    measure the error, never to map (unless --poses given).
+    With depth the map is in metres; without it, the scale is unknown. Missing intrinsics are
+    guessed and refined. If the source has poses, they are used to measure the error, not to
+    map (unless --poses given).
 
-    A feed-forward network (--model) maps windows of images at once and ties them together. Its
-    maps are like all others: views are found in them by the shipped encoder.
+    A feed-forward network (--model) maps windows of images at once and aligns each window with
+    the map. Images are found in such maps with the shipped encoder, as in all others.
 
     Examples:
       ffrecon map walk/ --out maps/kitchen

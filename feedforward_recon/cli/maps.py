@@ -37,7 +37,7 @@ class Format(str, Enum):
 
 
 def info_command(map_: MapFolder, json_: Json = False) -> None:
-    """Say what a map holds, and check every file against its checksum.
+    """Show what a map holds, and check every file against its checksum.
 
     Example:
       ffrecon info maps/kitchen
