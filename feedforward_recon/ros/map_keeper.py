@@ -86,8 +86,8 @@ class MapKeeper:
         session.hurry.set()
         if folder and autosave_s:
             self._autosave(folder, at_the_end=True)
-        elif session.unsaved_keyframes and not self.is_busy:
-            self._log.warning(f'not saved: the map of {session.unsaved_keyframes} keyframes ends '
+        elif session.info.unsaved_keyframes and not self.is_busy:
+            self._log.warning(f'not saved: the map of {session.info.unsaved_keyframes} keyframes ends '
                               'here, because ' + ('autosave_s is 0' if folder else
                                                   'the parameter map is empty'))
 
