@@ -14,6 +14,8 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from feedforward_recon.version import __version__
+
 if TYPE_CHECKING:
     from feedforward_recon.config.schema import MapperConfig
     from feedforward_recon.io import open_source
@@ -25,9 +27,9 @@ if TYPE_CHECKING:
     from feedforward_recon.session.offline import map_frames
     from feedforward_recon.types import Estimate, Frame
 
-__version__ = '0.1.0'
 __all__ = ['CompactEncoder', 'Estimate', 'Frame', 'Localizer', 'Mapper', 'MapperConfig',
-           'MemoryWriter', 'SceneMemory', 'load_map', 'map_frames', 'open_source', 'save_map']
+           'MemoryWriter', 'SceneMemory', '__version__', 'load_map', 'map_frames',
+           'open_source', 'save_map']
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 _HOMES = {'CompactEncoder': 'model.compact', 'Estimate': 'types', 'Frame': 'types',

@@ -85,7 +85,7 @@ def test_an_album_has_a_fixed_size_and_keeps_what_differs():
     album, _ = walked(60, size=8, step=0.02)
     assert len(album._old) == OLD_IMAGES
     assert {item.frame for item in album._old} & set(range(10)), 'the start was given up'
-    angles = np.sort([np.arctan2(*item.look[::-1]) for item in album._old])
+    angles = np.sort([np.arctan2(*item.global_descriptor[::-1]) for item in album._old])
     assert np.diff(angles).max() < 0.3
 
 

@@ -19,6 +19,7 @@ from feedforward_recon.geometry.transforms import (
     make_transform,
     pose_error,
     so3_exp,
+    spanning_poses,
     transform_points,
 )
 from feedforward_recon.localization import network_localizer
@@ -26,7 +27,6 @@ from feedforward_recon.localization.network_link import align_cameras
 from feedforward_recon.localization.network_localizer import (
     NetworkLocalizer,
     SavedFastWeights,
-    spanning,
     write_keyframes,
 )
 from feedforward_recon.localization.scene_network import (
@@ -216,9 +216,10 @@ def test_a_network_that_does_not_know_how_it_moves_gets_its_scale_from_depth(fra
 def test_few_keyframes_are_a_part_of_more_and_reach_the_ends(frames):
     T = np.repeat(np.eye(4)[None], 9, 0)
     T[:, 0, 3] = np.arange(9)
-    assert spanning(T, 3, 1.0).tolist() == [0, 8, 4]
-    assert spanning(T, 20, 1.0)[:3].tolist() == [0, 8, 4] and len(set(spanning(T, 20, 1.0))) == 9
-    assert sorted(spanning(T[[0, 0, 0]], 3, 1.0)) == [0, 1, 2]
+    assert spanning_poses(T, 3, 1.0).tolist() == [0, 8, 4]
+    every = spanning_poses(T, 20, 1.0)
+    assert every[:3].tolist() == [0, 8, 4] and len(set(every)) == 9
+    assert sorted(spanning_poses(T[[0, 0, 0]], 3, 1.0)) == [0, 1, 2]
 
 
 # -- a real network with random weights ----------------------------------------------------

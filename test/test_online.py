@@ -108,7 +108,7 @@ def test_monocular_finds_the_same_walk_up_to_scale(frames, encoder):
 
 def test_a_guessed_camera_is_named_and_refined(frames, encoder):
     mapper = run(without(frames, depth=None, camera=None), encoder)
-    assert mapper.camera_source in ('guessed', 'refined')
+    assert mapper.results.camera_source in ('guessed', 'refined')
     scene = mapper.finish()
     assert scene.camera_source == 'refined'
     assert mapper.results.camera.fx == pytest.approx(CAMERA.fx, rel=0.02)

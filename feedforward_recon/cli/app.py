@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from feedforward_recon import __version__
 from feedforward_recon.cli import weights
 from feedforward_recon.cli.demo import demo_command
 from feedforward_recon.cli.evaluate import bench_command, eval_command
@@ -15,6 +14,7 @@ from feedforward_recon.cli.localize import localize_command
 from feedforward_recon.cli.mapping import map_command
 from feedforward_recon.cli.maps import export_command, info_command
 from feedforward_recon.console.terminal import taught
+from feedforward_recon.version import __version__
 
 app = typer.Typer(name='ffrecon', add_completion=False, pretty_exceptions_enable=False,
                   context_settings={'help_option_names': ['-h', '--help']})

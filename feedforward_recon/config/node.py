@@ -23,6 +23,8 @@ class NodeConfig(ModelOptions, MapperConfig):
 
     map: str = option('', 'folder that save_map writes and load_map reads; ~ is the home folder',
                       live=True)
+    fresh: bool = option(False, 'in mapping mode: start a new map also where the folder map holds '
+                         'one; else mapping goes on with it', fixed=True)
     autosave_s: float = option(60.0, 'a growing map is saved to the folder map this often, '
                                'unrefined and unpolished; 0: never', low=0.0, high=86_400.0,
                                unit='s', live=True)

@@ -142,3 +142,37 @@ def matrix_from_quat_xyzw(quat_xyzw: np.ndarray) -> np.ndarray:
             [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
             [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)]]
     return np.stack([np.stack(row, -1) for row in rows], -2)
+
+
+def spanning_poses(T_map_cam: np.ndarray, count: int, unit: float) -> np.ndarray:
+    """At most ``count`` of N poses, each in turn the one farthest from those before it.
+
+    unit: distance (map units) that counts like one radian; the typical depth. The first pose is
+    always the first, and the choice of fewer is the beginning of the choice of more.
+    """
+    centres, axes = T_map_cam[:, :3, 3], T_map_cam[:, :3, :3]
+    chosen, nearest = [0], np.full(len(T_map_cam), np.inf)
+    while len(chosen) < min(count, len(T_map_cam)):
+        last = chosen[-1]
+        turned = rotation_angle_rad(np.swapaxes(axes[last], -1, -2) @ axes)
+        moved = np.linalg.norm(centres - centres[last], axis=1) / unit
+        nearest = np.minimum(nearest, np.hypot(moved, turned))
+        nearest[chosen] = -1
+        chosen.append(int(nearest.argmax()))
+    return np.array(chosen)
+
+
+def nearest_poses(T_map_cam: np.ndarray, chosen: np.ndarray, unit: float) -> np.ndarray:
+    """Of N poses, the place in ``chosen`` (indices [K]) of the most similar chosen one, [N].
+
+    unit: as in ``spanning_poses``.
+    """
+    centres, axes = T_map_cam[:, :3, 3], T_map_cam[:, :3, :3]
+    nearest, best = np.zeros(len(T_map_cam), int), np.full(len(T_map_cam), np.inf)
+    for place, index in enumerate(chosen):
+        turned = rotation_angle_rad(np.swapaxes(axes[index], -1, -2) @ axes)
+        moved = np.linalg.norm(centres - centres[index], axis=1) / unit
+        distance = np.hypot(moved, turned)
+        closer = distance < best
+        nearest[closer], best[closer] = place, distance[closer]
+    return nearest

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from feedforward_recon.errors import DegenerateError, MapError
 from feedforward_recon.geometry.camera import Camera
-from feedforward_recon.geometry.transforms import rotation_angle_rad
+from feedforward_recon.geometry.transforms import spanning_poses
 from feedforward_recon.localization.localizer import Localizer
 from feedforward_recon.localization.network_link import (
     MIN_CAMERAS,
@@ -118,24 +118,6 @@ class SavedFastWeights:
 # -- writing -------------------------------------------------------------------------------
 
 
-def spanning(T_map_cam: FloatArray, count: int, unit: float) -> np.ndarray:
-    """At most ``count`` of N poses, each in turn the one farthest from those before it.
-
-    unit: distance (map units) that counts like one radian; the typical depth. The first pose is
-    always the first, and the choice of fewer is the beginning of the choice of more.
-    """
-    centres, axes = T_map_cam[:, :3, 3], T_map_cam[:, :3, :3]
-    chosen, nearest = [0], np.full(len(T_map_cam), np.inf)
-    while len(chosen) < min(count, len(T_map_cam)):
-        last = chosen[-1]
-        turned = rotation_angle_rad(np.swapaxes(axes[last], -1, -2) @ axes)
-        moved = np.linalg.norm(centres - centres[last], axis=1) / unit
-        nearest = np.minimum(nearest, np.hypot(moved, turned))
-        nearest[chosen] = -1
-        chosen.append(int(nearest.argmax()))
-    return np.array(chosen)
-
-
 def write_keyframes(network: SceneNetwork, walk: Sequence[Frame], others: Sequence[Frame],
                     points: FloatArray, unit: float) -> tuple[Any, NetworkLink]:
     """Write keyframes together into one state, and find out where its world lies in the map.
@@ -147,7 +129,7 @@ def write_keyframes(network: SceneNetwork, walk: Sequence[Frame], others: Sequen
     MemoryError when the device has no room for ``MIN_CAMERAS`` images.
     """
     poses = np.stack([known_pose(frame) for frame in walk])
-    written, prediction, state = _written(network, walk, spanning(poses, KEYFRAMES, unit))
+    written, prediction, state = _written(network, walk, spanning_poses(poses, KEYFRAMES, unit))
     seen = [walk[index] for index in written]
     queried = _evenly(others or seen, CHECKED)
     answers = [network.query(frame.image, state) for frame in queried]

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from feedforward_recon.errors import DegenerateError, MapError
+from feedforward_recon.geometry.transforms import spanning_poses
 from feedforward_recon.localization.network_localizer import (
     KEYFRAMES,
     SavedFastWeights,
-    spanning,
     write_keyframes,
 )
 from feedforward_recon.mapping.scene_map import SceneMap
@@ -129,7 +129,7 @@ def _frames_of(scene: SceneMap, frames: Iterable[Frame], unit: float
                ) -> tuple[list[Frame], list[Frame]]:
     """Keyframes to write, and other images with a pose, with the poses that the map gave them."""
     poses = np.stack([keyframe.T_map_cam for keyframe in scene.keyframes])
-    chosen = np.sort(spanning(poses, KEYFRAMES, unit))
+    chosen = np.sort(spanning_poses(poses, KEYFRAMES, unit))
     wanted = {scene.keyframes[i].stamp_ns: poses[i] for i in chosen}
     others = {e.stamp_ns: e.T_map_cam for e in scene.estimates
               if e.T_map_cam is not None and e.stamp_ns not in wanted}

@@ -121,11 +121,7 @@ class MapKeyframe:
     @property
     def descriptors(self) -> np.ndarray:
         """Descriptors of the features, float32 [N, D], L2-normalised."""
-        packed = self.features.descriptors
-        if packed.dtype != np.int8:
-            return packed
-        values = packed.astype(np.float32)
-        return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1)
+        return unit_length(self.features.descriptors)
 
     @property
     def has_sparse_depth(self) -> bool:
@@ -139,9 +135,7 @@ class MapKeyframe:
         """
         descriptors = self.features.descriptors
         if descriptors.dtype != np.int8:
-            largest = np.abs(descriptors).max(1, keepdims=True, initial=1e-9)
-            self.features = replace(
-                self.features, descriptors=np.rint(descriptors * (127 / largest)).astype(np.int8))
+            self.features = replace(self.features, descriptors=quantised(descriptors))
             self.points_cam = self.points_cam.astype(np.float32)
             self.landmark = self.landmark.astype(np.int32)
         step = -(-len(self.cloud_cam) // cloud_points)
@@ -154,6 +148,22 @@ class MapKeyframe:
         return Keyframe(self.id, self.stamp_ns, self.camera, T_map_cam.copy(),
                         replace(self.features, descriptors=self.descriptors),
                         points_cam.astype(np.float32), self.source)
+
+
+def quantised(descriptors: np.ndarray) -> np.ndarray:
+    """Descriptors [N, D] as int8, each scaled by its largest value; int8 stays as it is."""
+    if descriptors.dtype == np.int8:
+        return descriptors
+    largest = np.abs(descriptors).max(1, keepdims=True, initial=1e-9)
+    return np.rint(descriptors * (127 / largest)).astype(np.int8)
+
+
+def unit_length(descriptors: np.ndarray) -> np.ndarray:
+    """Descriptors float32 [N, D] of length one, from ``quantised`` ones or as they are."""
+    if descriptors.dtype != np.int8:
+        return descriptors
+    values = descriptors.astype(np.float32)
+    return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1)
 
 
 class Archive:

@@ -34,7 +34,7 @@ from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.preparation import Preparation
 from feedforward_recon.mapping.relocalisation import relocalise
 from feedforward_recon.mapping.results import MapResults
-from feedforward_recon.mapping.scene_map import Memory, SceneMap, Stats
+from feedforward_recon.mapping.scene_map import Memory, SceneMap, StartingMap, Stats
 from feedforward_recon.mapping.sources import FeaturePoses, PoseSource
 from feedforward_recon.mapping.tracking import Tracked, is_well_supported, support
 from feedforward_recon.model import Encoder
@@ -49,23 +49,24 @@ class Mapper:
     memory: gets each keyframe once, after it left the sliding window (``finish`` writes the
     rest), and all keyframe poses whenever more than the window has moved.
     source: how frames get their poses; by default from their features.
-    results: the map as it is now, for reading.
+    start: a map of earlier sessions to go on with: frames are located in it first, and extend it
+    once one is found. results: the map as it is now, for reading.
     """
 
     def __init__(self, config: MapperConfig, encoder: Encoder, memory: Memory | None = None, *,
-                 source: PoseSource | None = None) -> None:
+                 source: PoseSource | None = None, start: StartingMap | None = None) -> None:
         self.encoder = encoder
         self.source: PoseSource = source or FeaturePoses(config, encoder)
         config = self.source.mapping_config(config)
-        self.stats = Stats()
-        self._map = GrowingMap(config, encoder.dim)
+        self._map = GrowingMap(config, encoder.dim) if start is None else start.map
+        self.stats = Stats(keyframes=len(self._map))
         self._history = EstimateHistory()
-        self._preparation = Preparation(config.tracking)
+        self._preparation = Preparation(config.tracking, start)
         self._policy = KeyframePolicy(config.keyframes)
-        self._backlog = Backlog(self._map, MemoryFeed(memory, config), self._history,
-                                self._preparation, self.stats)
-        self.results = MapResults(self._map, self._history, self._preparation, self.source,
-                                  self._backlog.feed)
+        feed = MemoryFeed(memory, config, written=len(self._map))
+        self._backlog = Backlog(self._map, feed, self._history, self._preparation, self.stats)
+        self.results = MapResults(self._map, self._history, self._preparation, self.source, feed,
+                                  start)
 
     # -- the loop --------------------------------------------------------------------------
 

@@ -11,9 +11,11 @@ from feedforward_recon.config.schema import TrackingConfig
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.mapping.keyframes import View, sharpness
+from feedforward_recon.mapping.scene_map import StartingMap
 from feedforward_recon.types import Frame
 
 log = logging.getLogger(__name__)
+IN_METRES = ('depth', 'given poses')  # scale sources of maps whose depth is the sensor's
 # Depth cameras see little below 0.3 m and stereo little beyond 50 m: where nearly all of an image
 # is nearer, or half of it farther, its numbers are in another unit.
 NEAREST_M, FARTHEST_M = 0.5, 100.0
@@ -29,12 +31,12 @@ class Preparation:
     map that is continued.
     """
 
-    def __init__(self, config: TrackingConfig, metric: bool | None = None) -> None:
+    def __init__(self, config: TrackingConfig, start: StartingMap | None = None) -> None:
         self.config = config
         self.camera: Camera | None = None
         self.camera_source = 'given'
-        self.metric = bool(metric)
-        self._decided = metric is not None
+        self.metric = start is not None and start.gauge.scale_source in IN_METRES
+        self._start = start
         self._warned: set[str] = set()
 
     def view(self, frame: Frame, index: int) -> View:
@@ -46,7 +48,7 @@ class Preparation:
         image = frame.image
         size_wh = (image.shape[1], image.shape[0])
         if self.camera is None:
-            self._start(frame, size_wh)
+            self._take_first(frame, size_wh)
         camera = self._checked_camera(frame, size_wh)
         gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
         return View(index, frame.stamp_ns, image, gray, camera, self._depth(frame),
@@ -55,18 +57,20 @@ class Preparation:
 
     def gains_depth(self, frame: Frame) -> bool:
         """The first frames came without depth, this one has it: a map may still be metric."""
-        return (self.camera is not None and not self.metric and not self._decided
+        return (self.camera is not None and not self.metric and self._start is None
                 and frame.depth is not None)
 
     def adopt(self, camera: Camera, source: str) -> None:
         """Use a camera that was 'refined' or 'predicted' for the frames that come without one."""
         self.camera, self.camera_source = camera, source
 
-    def _start(self, frame: Frame, size_wh: tuple[int, int]) -> None:
-        if not self._decided:
+    def _take_first(self, frame: Frame, size_wh: tuple[int, int]) -> None:
+        if self._start is None:
             self.metric = frame.depth is not None
         self.camera = frame.camera
-        if frame.camera is None:
+        if frame.camera is None and self._start is not None:
+            self.camera, self.camera_source = self._start.camera, 'refined'
+        elif frame.camera is None:
             self.camera = Camera.from_fov(self.config.guessed_fov_deg, size_wh)
             self.camera_source = 'guessed'
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.mapping.cloud import CloudSource, cloud_source
 from feedforward_recon.mapping.estimates import EstimateHistory
 from feedforward_recon.mapping.feed import MemoryFeed
+from feedforward_recon.mapping.keyframe_graph import keyframe_graph
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.preparation import Preparation
-from feedforward_recon.mapping.scene_map import Draft, Gauge, SceneMap
+from feedforward_recon.mapping.scene_map import Draft, Gauge, SceneMap, StartingMap
 from feedforward_recon.mapping.sources import PoseSource
 from feedforward_recon.types import Estimate, Keyframe, PointCloud, Trajectory
 
@@ -19,16 +22,13 @@ class MapResults:
     """The reading side of a ``Mapper``; nothing here changes the map."""
 
     def __init__(self, map_: GrowingMap, history: EstimateHistory, preparation: Preparation,
-                 source: PoseSource, feed: MemoryFeed) -> None:
+                 source: PoseSource, feed: MemoryFeed, start: StartingMap | None = None) -> None:
         self._map, self._history, self._preparation = map_, history, preparation
-        self._source, self._feed = source, feed
+        self._source, self._feed, self._start = source, feed, start
 
     def scene_map(self) -> SceneMap:
         """The result so far."""
-        gauge = self.gauge
-        return SceneMap(tuple(self.keyframes), self.trajectory(), tuple(self.estimates),
-                        self.cloud(), gauge.metres_per_unit, gauge.scale_source,
-                        self.camera_source, gauge.frame)
+        return replace(self.draft().scene(), keyframes=tuple(self.keyframes))
 
     def draft(self) -> Draft:
         """The map as it stands, unrefined.
@@ -38,17 +38,28 @@ class MapResults:
         T_map_cam, history = self._map.T_map_cam.copy(), self._history.copy()
         keyframes, source = list(self._map.keyframes), self.cloud_source()
         gauge, camera_source = self.gauge, self.camera_source
+        config, graph, sessions = self._map.config, None, self.sessions
+        if len(self._map):
+            graph = keyframe_graph(self._map, config.keyframes.saved, config.cloud.max_points)
         return Draft(lambda: SceneMap(
             tuple(k.exported(T, k.points_cam)
                   for k, T in zip(keyframes, T_map_cam, strict=True)),
             history.trajectory(T_map_cam), tuple(history.estimates(T_map_cam)), source.fused(),
-            gauge.metres_per_unit, gauge.scale_source, camera_source, gauge.frame),
+            gauge.metres_per_unit, gauge.scale_source, camera_source, gauge.frame, graph,
+            sessions),
             [self._map.exported(id_) for id_ in range(self._feed.written, len(self._map))])
 
     @property
     def gauge(self) -> Gauge:
         """What the unit and the axes of the map rest on."""
+        if self._start is not None:
+            return self._start.gauge
         return self._source.gauge(metric=self._preparation.metric)
+
+    @property
+    def sessions(self) -> int:
+        """How many sessions made the map, this one included."""
+        return 1 if self._start is None else self._start.sessions + 1
 
     @property
     def waiting_for(self) -> str:

@@ -8,6 +8,9 @@ from typing import Protocol
 
 import numpy as np
 
+from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.mapping.keyframe_graph import KeyframeGraph
+from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.types import Estimate, Keyframe, PointCloud, Trajectory
 
 
@@ -22,6 +25,7 @@ class SceneMap:
     camera_source: 'given', 'guessed', 'refined', or 'predicted' by a feed-forward network.
     frame: 'first camera' (its optical axes), 'z up' (gravity known or assumed, x forward at the
     start) or 'given poses'.
+    graph: what a later session needs to go on. sessions: how many made the map.
     """
 
     keyframes: tuple[Keyframe, ...] = ()
@@ -32,6 +36,21 @@ class SceneMap:
     scale_source: str = 'unknown'
     camera_source: str = 'given'
     frame: str = 'first camera'
+    graph: KeyframeGraph | None = None
+    sessions: int = 1
+
+
+@dataclass(frozen=True)
+class StartingMap:
+    """A map of earlier sessions that a mapper goes on with.
+
+    camera: for frames that come without one. sessions: how many made it.
+    """
+
+    map: GrowingMap
+    gauge: Gauge
+    camera: Camera
+    sessions: int
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,12 @@ class SlotTable:
         T = poses[self.anchor]
         return np.einsum('sij,sj->si', T[:, :3, :3], self.points_cam) + T[:, :3, 3]
 
+    def move(self, carrier: np.ndarray, T_carrier_old: np.ndarray) -> None:
+        """Anchor what keyframe k saw in keyframe ``carrier[k]``; T_carrier_old: [K, 4, 4]."""
+        T = T_carrier_old[self.anchor]
+        self.points_cam = np.einsum('sij,sj->si', T[:, :3, :3], self.points_cam) + T[:, :3, 3]
+        self.anchor = carrier[self.anchor]
+
     @property
     def trusted(self) -> np.ndarray:
         """Mask [S] of slots worth reading.

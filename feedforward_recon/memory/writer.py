@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from feedforward_recon.config.schema import MemoryConfig
+from feedforward_recon.geometry.transforms import inverse, nearest_poses
 from feedforward_recon.memory.coordinate_mlp import initial_network
 from feedforward_recon.memory.reservoir import Reservoir
 from feedforward_recon.memory.scene_memory import (
@@ -70,6 +71,18 @@ class MemoryWriter:
         """Move keyframes (id -> pose [4, 4]); their samples and slots move with them."""
         for keyframe_id, pose in T_map_cam.items():
             self._set_pose(keyframe_id, pose)
+
+    def renumber(self, kept: np.ndarray) -> None:
+        """Keyframes with the ids ``kept`` [K] become 0..K-1; the others are forgotten.
+
+        What a forgotten one saw is anchored in the kept keyframe that is most like it.
+        """
+        unit = 1.0 if self.normaliser is None else float(self.normaliser[3])
+        carrier = nearest_poses(self.poses, kept, unit)
+        T_carrier_old = inverse(self.poses[kept])[carrier] @ self.poses
+        self.slots.move(carrier, T_carrier_old)
+        self.reservoir.move(carrier, T_carrier_old)
+        self.poses = self.poses[kept]
 
     def polish(self, steps: int | None = None,
                progress: Callable[[int], None] | None = None) -> None:

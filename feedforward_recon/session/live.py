@@ -27,13 +27,14 @@ from feedforward_recon.errors import InputError, MapError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.localization.localizer import Localizer
 from feedforward_recon.mapping.cloud import CloudSource
+from feedforward_recon.mapping.scene_map import StartingMap
 from feedforward_recon.mapping.sources import FeaturePoses, PoseSource
 from feedforward_recon.mapping.sources.window import FeedForward
 from feedforward_recon.mapping.sources.windows import WindowPoses
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.model import Encoder
 from feedforward_recon.model.compact import CompactEncoder
-from feedforward_recon.session.map_folder import SavedMap, load_map
+from feedforward_recon.session.map_folder import SavedMap, is_map, load_map, settings_to_go_on
 from feedforward_recon.session.map_in_progress import MapInProgress, SaveJob, no_map_yet
 from feedforward_recon.session.networks import load_network
 from feedforward_recon.session.newest_memory import NO_MAP, NewestMemory, no_map
@@ -80,6 +81,8 @@ def session_of(config: NodeConfig, on_ready: Callable[[], None] = lambda: None) 
                           else None, on_ready=on_ready)
     if config.mode == 'localization' and config.map:
         session.load(config.map)
+    elif config.map and not config.fresh and is_map(config.map):
+        session.load(config.map, extend=True)
     return session
 
 
@@ -135,21 +138,21 @@ class LiveSession:
             while settle and self._stream.work():
                 pass
             return estimate
-        mapper = self._mapping().mapper
+        if self._map is None:
+            self._map = self._begin(MemoryWriter(self.config.memory, self.encoder.dim))
+        mapper = self._map.mapper
         if T_map_first is not None and not mapper.stats.keyframes:
             mapper.source.T_map_first = T_map_first
         return mapper.process(frame) if settle else mapper.track(frame, on_pose)
 
-    def _mapping(self) -> MapInProgress:
-        """The map that is being made; begun when the first frame comes."""
-        if self._map is None:
-            writer = MemoryWriter(self.config.memory, self.encoder.dim)
-            self._newest = NewestMemory(writer, self.encoder, self.config.localizer,
-                                        hint=lambda: self._stream.hint)
-            source = _pose_source(self.config, self.encoder, self._network, self._newest,
-                                  on_ready=lambda: self.on_ready())
-            self._map = MapInProgress(self.config, self.encoder, writer, source, self.hurry)
-        return self._map
+    def _begin(self, writer: MemoryWriter, start: StartingMap | None = None, sha256: str = ''
+               ) -> MapInProgress:
+        """A new map, or one that goes on from ``start``, whose map.yaml was ``sha256``."""
+        self._newest = NewestMemory(writer, self.encoder, self.config.localizer,
+                                    hint=lambda: self._stream.hint)
+        source = _pose_source(self.config, self.encoder, self._network, self._newest,
+                              on_ready=lambda: self.on_ready())
+        return MapInProgress(self.config, self.encoder, writer, source, self.hurry, start, sha256)
 
     def work(self) -> bool:
         """One piece of what was put off by ``settle=False``; False when nothing is left."""
@@ -208,19 +211,31 @@ class LiveSession:
         """
         return None if self._map is None else self._map.autosave(path)
 
-    def load(self, path: str | Path) -> SavedMap:
+    def load(self, path: str | Path, *, extend: bool = False) -> SavedMap:
         """Localise in a saved map from now on; the map that was being made is given up.
 
+        extend: go on mapping into it, once a frame was found there; until then, and beside
+        mapping, images are localised in it.
         Raises MapError, and keeps everything, when the folder cannot be used.
         """
         if not str(path):
             raise MapError("expected a map folder in the parameter 'map', found ''; set it")
         saved = load_map(path)
         encoder = saved.load_encoder()
-        localizer = Localizer(saved.memory, encoder, self.config.localizer, saved.info.camera)
+        if not extend:
+            localizer = Localizer(saved.memory, encoder, self.config.localizer, saved.info.camera)
+            self._clear()
+            self.mode, self.encoder, self._loaded = 'localization', encoder, (saved, localizer)
+            return saved
+        if self._load_network is not None:
+            raise MapError(f'{saved.path}: expected model compact to go on with a map, found a '
+                           'feed-forward network; choose model compact, or start a new map')
+        config = settings_to_go_on(saved, self.config)
+        start, writer = saved.start(config)
         self._clear()
-        self._loaded, self.encoder = (saved, localizer), encoder
-        self.mode = 'localization'
+        self.mode, self.encoder, self.config = 'mapping', encoder, config
+        self._memory_bytes = saved.memory.nbytes
+        self._map = self._begin(writer, start, saved.sha256)
         return saved
 
     def reset(self) -> str:
@@ -244,9 +259,8 @@ class LiveSession:
                 raise no_map_yet()
             self._map.finished()
         if not on and self._loaded is not None:
-            raise MapError(f'expected a map made here, found the one loaded from '
-                           f'{self._loaded[0].path}, which is not extended; clean the node up '
-                           'and configure it in mapping mode')
+            self.load(self._loaded[0].path, extend=True)
+            return f'mode is {self.mode}'
         if not on and self._network is None and self._load_network is not None:
             self._network = self._load_network()
         self.mode = 'localization' if on else 'mapping'
@@ -265,7 +279,8 @@ class LiveSession:
 
     def set_odometry_scale(self, metres_per_unit: float) -> None:
         """Odometry has told how long a unit of a monocular map is."""
-        self._mapping().metres_per_unit = metres_per_unit
+        if self._map is not None:
+            self._map.metres_per_unit = metres_per_unit
 
     def _clear(self) -> None:
         self._map = self._newest = self._loaded = None

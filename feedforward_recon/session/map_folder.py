@@ -24,9 +24,9 @@ import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
-from feedforward_recon import __version__
 from feedforward_recon.config.schema import MapperConfig, from_dict, to_dict
 from feedforward_recon.errors import ConfigError, InputError, MapError
 from feedforward_recon.geometry.camera import Camera
@@ -44,17 +44,20 @@ from feedforward_recon.io.writers import (
 )
 from feedforward_recon.localization.localizer import Localizer
 from feedforward_recon.localization.network_localizer import SavedFastWeights
-from feedforward_recon.mapping.scene_map import SceneMap
+from feedforward_recon.mapping.keyframe_graph import KeyframeGraph
+from feedforward_recon.mapping.scene_map import Gauge, SceneMap, StartingMap
 from feedforward_recon.memory import MemoryWriter, SceneMemory
 from feedforward_recon.model import Encoder
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.types import PointCloud, Trajectory
+from feedforward_recon.version import __version__
 
 log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 BACKUPS = 5
 MEMORY, RESERVOIR = 'memory.safetensors', 'reservoir.safetensors'
 NETWORK = 'network.safetensors'
+KEYFRAMES = 'keyframes.safetensors'
 POSES, TRAJECTORY, CLOUD = 'poses.json', 'trajectory.tum', 'cloud.ply'
 
 
@@ -64,7 +67,8 @@ class MapInfo:
 
     encoder, encoder_sha256: name and weights of the encoder that wrote the memory.
     camera: the camera that mapped; camera_source, scale_source and frame as in ``SceneMap``.
-    images, tracked, keyframes, points: counts. files: name -> {bytes, sha256}.
+    images, tracked: of the last session; keyframes, points: of all; sessions: how many made it.
+    files: name -> {bytes, sha256}.
     """
 
     package_version: str
@@ -81,6 +85,7 @@ class MapInfo:
     files: dict[str, dict[str, Any]]
     config: MapperConfig
     frame: str = 'first camera'
+    sessions: int = 1
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,30 @@ class SavedMap:
             raise MapError(f'{self.path / RESERVOIR}: expected the training state of this map, '
                            f'found another ({error}); map again') from error
 
+    def start(self, config: MapperConfig) -> tuple[StartingMap, MemoryWriter]:
+        """What a mapper with these settings needs to go on with this map.
+
+        Raises MapError for a map that was saved without its keyframes, or with damaged ones.
+        """
+        if KEYFRAMES not in self.info.files:
+            raise MapError(f'{self.path}: expected {KEYFRAMES} to go on with this map, found '
+                           'a map of an older version; map again, or start a new one')
+        file = self._verified(KEYFRAMES)
+        try:
+            with safe_open(str(file), 'np') as stored:
+                graph = KeyframeGraph({name: stored.get_tensor(name) for name in stored.keys()},
+                                      dict(stored.metadata() or {})['about'])
+            map_ = graph.restored(config)
+        except (SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
+            raise MapError(f'{file}: expected the keyframes of this map, found others ({error}); '
+                           'map again') from error
+        writer = self.writer()
+        if len(graph) < len(writer.poses):
+            writer.renumber(graph.ids)
+        info = self.info
+        gauge = Gauge(info.metres_per_unit, info.scale_source, info.frame)
+        return StartingMap(map_, gauge, info.camera, info.sessions), writer
+
     def verify(self) -> list[str]:
         """Names of the files that are absent; raises MapError for a damaged one."""
         names = [name for name in self.info.files if (self.path / name).is_file()]
@@ -158,6 +187,12 @@ class SavedMap:
 
     def _verified(self, name: str) -> Path:
         return _verified(self.path / name, self.info.files.get(name))
+
+
+def is_map(path: str | Path) -> bool:
+    """Whether a map was saved in a folder, or is there again after a save that died."""
+    folder = Path(path).expanduser()
+    return recover(folder) or (folder / MAP_MARKER).is_file()
 
 
 def check_map_output(path: str | Path) -> None:
@@ -196,6 +231,8 @@ def save_map(path: str | Path, scene: SceneMap, writer: MemoryWriter, encoder: E
         try:
             memory.save(folder / MEMORY)
             save_file(writer.state(), folder / RESERVOIR)
+            if scene.graph is not None:
+                save_arrays(scene.graph.arrays, folder / KEYFRAMES, {'about': scene.graph.about})
             write_poses(folder / POSES, scene.estimates)
             write_tum(folder / TRAJECTORY, scene.trajectory)
             write_ply(folder / CLOUD, scene.cloud)
@@ -241,6 +278,7 @@ def _write_description(folder: Path, scene: SceneMap, encoder: Encoder,
         'encoder': {'name': encoder.name, 'sha256': encoder.sha256},
         'camera': {**asdict(camera), 'source': scene.camera_source},
         'frame': scene.frame,
+        'sessions': scene.sessions,
         'scale': {'metres_per_unit': scene.metres_per_unit, 'source': scene.scale_source},
         'counts': {'images': len(scene.estimates), 'tracked': len(scene.trajectory),
                    'keyframes': len(scene.keyframes), 'points': len(scene.cloud)},
@@ -270,6 +308,14 @@ def load_map(path: str | Path) -> SavedMap:
     info = _read_description(folder)
     file = _verified(folder / MEMORY, info.files.get(MEMORY))
     return SavedMap(folder, info, SceneMemory.load(file), _sha256(folder / MAP_MARKER))
+
+
+def settings_to_go_on(saved: SavedMap, config: MapperConfig) -> MapperConfig:
+    """Settings for going on with a map: its memory and its encoder stay as they were made."""
+    made = saved.info.config
+    if config.memory != made.memory:
+        log.warning('%s: the scene memory keeps the settings it was made with', saved.path)
+    return replace(config, memory=made.memory, encoder=made.encoder)
 
 
 def _read_description(folder: Path) -> MapInfo:
@@ -306,7 +352,8 @@ def _parsed(values: dict[str, Any]) -> MapInfo:
                    camera_source, values['scale']['metres_per_unit'], values['scale']['source'],
                    **values['counts'], files=values['files'],
                    config=from_dict(MapperConfig, values['config']),
-                   frame=values.get('frame', 'first camera'))
+                   frame=values.get('frame', 'first camera'),
+                   sessions=values.get('sessions', 1))
 
 
 def _verified(file: Path, expected: dict[str, Any] | None) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.errors import MapError
 from feedforward_recon.mapping.mapper import Mapper
-from feedforward_recon.mapping.scene_map import Draft, SceneMap
+from feedforward_recon.mapping.scene_map import Draft, SceneMap, StartingMap
 from feedforward_recon.mapping.sources import PoseSource
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.model import Encoder
@@ -26,24 +26,25 @@ class _OutOfTimeError(Exception):
 class LastSave:
     """The last save of one map: SHA-256 of its map.yaml, and how far the map was."""
 
-    def __init__(self) -> None:
-        self.sha256 = ''
-        self.progress = (0, 0)
+    def __init__(self, sha256: str, progress: tuple[int, int]) -> None:
+        self.sha256, self.progress = sha256, progress
 
 
 class MapInProgress:
     """A mapper, the memory it writes, and the folder jobs that save both.
 
     hurry: once set, the memory is saved without being polished. metres_per_unit: what odometry
-    says of a map without a scale of its own.
+    says of a map without a scale of its own. start, sha256: the saved map to go on with, and of
+    its map.yaml.
     """
 
     def __init__(self, config: MapperConfig, encoder: Encoder, writer: MemoryWriter,
-                 source: PoseSource, hurry: threading.Event) -> None:
-        self.mapper = Mapper(config, encoder, writer, source=source)
+                 source: PoseSource, hurry: threading.Event, start: StartingMap | None = None,
+                 sha256: str = '') -> None:
+        self.mapper = Mapper(config, encoder, writer, source=source, start=start)
         self.metres_per_unit: float | None = None
         self._config, self._encoder, self._writer, self._hurry = config, encoder, writer, hurry
-        self._last_save = LastSave()
+        self._last_save = LastSave(sha256, self._progress)
 
     @property
     def scale(self) -> tuple[float | None, str]:

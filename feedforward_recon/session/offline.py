@@ -25,7 +25,7 @@ from feedforward_recon.mapping.sources.features import Ask
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.model import Encoder
 from feedforward_recon.model.compact import CompactEncoder
-from feedforward_recon.session.map_folder import SavedMap, save_map
+from feedforward_recon.session.map_folder import SavedMap, save_map, settings_to_go_on
 from feedforward_recon.session.newest_memory import NewestMemory
 from feedforward_recon.types import Frame, Trajectory
 
@@ -95,22 +95,29 @@ class Run:
 
 def map_frames(frames: Iterable[Frame], config: MapperConfig | None = None,
                encoder: Encoder | None = None, *, source: SourceOf | None = None,
-               total: int = 0, progress: Progress = quiet) -> Run:
+               into: SavedMap | None = None, total: int = 0, progress: Progress = quiet) -> Run:
     """Map frames, refine, look for missed frames in the finished map, and polish the memory.
 
     source: makes what gives frames their poses; default: their features, and the memory for a
     lost camera. The second look needs frames that can be read twice (not an iterator).
+    into: a saved map to go on with: frames are located in it first, and extend it once one is
+    found; memory and encoder keep the settings it was made with.
     total: how many frames there are, for the progress.
-    Raises InputError for a frame that cannot be used, and what a network raises.
+    Raises InputError for a frame that cannot be used, MapError for a map that cannot be gone on
+    with, and what a network raises.
     """
     config = config or MapperConfig()
-    encoder = encoder or CompactEncoder.load(config=config.encoder)
-    writer = MemoryWriter(config.memory, encoder.dim)
+    if into is None:
+        encoder = encoder or CompactEncoder.load(config=config.encoder)
+        start, writer = None, MemoryWriter(config.memory, encoder.dim)
+    else:
+        config, encoder = settings_to_go_on(into, config), into.load_encoder()
+        start, writer = into.start(config)
     ask = NewestMemory(writer, encoder, config.localizer).ask
     poses = FeaturePoses(config, encoder, relocalise=ask) if source is None else source(ask)
-    mapper = Mapper(config, encoder, writer, source=poses)
-    truth, started = [], time.perf_counter()
-    mapping_s = 0.0
+    mapper = Mapper(config, encoder, writer, source=poses, start=start)
+    truth: list[tuple[int, np.ndarray]] = []
+    started, mapping_s = time.perf_counter(), 0.0
     with progress('mapping', total) as bar:
         for frame in frames:
             before = time.perf_counter()

@@ -181,6 +181,11 @@ class WindowPlacement:
         return view if view.knows_camera or self.camera is None \
             else replace(view, camera=self.camera)
 
+    def as_seen(self, view: View) -> View:
+        """The view with the camera of the map, and with depth only in a metric one."""
+        view = self.with_known_camera(view)
+        return view if self.metric else replace(view, depth=None)
+
     def posed(self, placed: PlacedView) -> View:
         """A placed view as one with a given pose, and with depth."""
         depth = self._depth(placed)

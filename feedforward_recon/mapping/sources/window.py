@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,6 @@ class PlacedView:
     view: View
     prediction: Prediction | None = None
     T_map_cam: np.ndarray | None = None
-    covariance: np.ndarray | None = None
+    covariance: np.ndarray = field(default_factory=lambda: np.zeros((6, 6)))
     score: float = 0.0
     reason: str = ''

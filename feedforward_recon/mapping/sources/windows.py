@@ -81,6 +81,11 @@ class WindowQueue:
         """New images that a window holds beside at most ``anchors`` mapped ones."""
         return self.windows.size - min(self.windows.anchors, anchors)
 
+    def wanted(self, placement: WindowPlacement) -> int:
+        """Views that fill the next window."""
+        room = self.room(len(placement.anchors))
+        return min(room, FIRST_VIEWS) if self.early and not placement.started else room
+
     @property
     def window(self) -> Window | None:
         """What the network looks at."""
@@ -203,14 +208,9 @@ class WindowPoses:
             self._queue.add(WaitingView(view, self.T_map_first))
         tracked = None
         if self._selection is not None and self._placement.started:
-            tracked = self._follower.follow(self._visible(view), map_, refresh=is_view)
+            tracked = self._follower.follow(self._placement.as_seen(view), map_, refresh=is_view)
         self._late.see(view.stamp_ns, told=tracked is not None)
         return tracked
-
-    def _visible(self, view: View) -> View:
-        """The view with the camera of the map, and with depth only in a metric one."""
-        view = self._placement.with_known_camera(view)
-        return view if self._placement.metric else replace(view, depth=None)
 
     def keyframe_added(self, map_: GrowingMap, tracks: Tracks) -> list[tuple[View, PoseFit]]:
         """Nothing follows for other frames."""
@@ -232,21 +232,15 @@ class WindowPoses:
         """What the window waits for, in words."""
         if self._queue.window is not None:
             return f'the network looks at {len(self._queue.window.views)} views'
-        return f'{len(self._queue.views)} of {self._wanted} views for a window'
+        wanted = self._queue.wanted(self._placement)
+        return f'{len(self._queue.views)} of {wanted} views for a window'
 
     def waiting_for(self, map_: GrowingMap) -> str:
         """The first window; '' once it is in the map."""
         return '' if len(map_) else self.progress
 
-    @property
-    def _wanted(self) -> int:
-        """Views that fill the window."""
-        room = self._queue.room(len(self._placement.anchors))
-        first = self._queue.early and not self._placement.started
-        return min(room, FIRST_VIEWS) if first else room
-
     def _is_due(self, *, final: bool) -> bool:
-        fewest = self._wanted
+        fewest = self._queue.wanted(self._placement)
         if self._queue.early and self._placement.started and self._follower.is_leaving \
                 and self._tied:
             fewest = min(fewest, FEWEST_VIEWS)
@@ -319,11 +313,15 @@ class WindowPoses:
         if not self._placement.started:
             mapper.insert(placed.view, None, 'waiting for views that overlap')
             return
-        if placed.T_map_cam is None or placed.prediction is None or placed.covariance is None:
+        if placed.T_map_cam is None or placed.prediction is None:
             mapper.insert(placed.view, None, placed.reason)
             return
         view = self._placement.posed(placed)
-        estimate = mapper.insert(view, self._located(view, map_, placed))
+        is_first = not len(map_)
+        tracked = self._given.locate(view, map_)
+        estimate = mapper.insert(view, tracked and _with_doubts(
+            tracked, placed, is_first or
+            tracked.fit.count >= map_.config.tracking.min_inliers))
         newest = map_.keyframes[-1] if len(map_) else None
         is_keyframe = newest is not None and newest.frame == view.index
         variance = (placed.covariance[0, 0], placed.covariance[3, 3])
@@ -332,17 +330,6 @@ class WindowPoses:
             newest.features.global_descriptor if newest is not None and is_keyframe else None)
         if estimate.T_map_cam is not None:
             self._new.append((view.index, estimate))
-
-    def _located(self, view: View, map_: GrowingMap, placed: PlacedView) -> Tracked | None:
-        """The placed view with its landmarks, and with the doubts of its window."""
-        is_first = not len(map_)
-        tracked = self._given.locate(view, map_)
-        if tracked is None or placed.covariance is None:
-            return None
-        # Optical flow is another witness: few tracks agree with a pose that is off.
-        followed = is_first or tracked.fit.count >= map_.config.tracking.min_inliers
-        return replace(tracked, fit=replace(tracked.fit, covariance=placed.covariance),
-                       score=placed.score, sure=placed.score >= SURE_SCORE and followed)
 
     def _end_window(self, mapper: MapExtension, map_: GrowingMap) -> None:
         """All views of a window are in the map: refine it there, and tell what was waited for."""
@@ -371,3 +358,12 @@ class WindowPoses:
         """Frames without a pose, and after a refinement all that are no keyframes."""
         return not estimate.status.has_pose or (
             bool(self._placement.final_settings) and not estimate.is_keyframe)
+
+
+def _with_doubts(tracked: Tracked, placed: PlacedView, followed: bool) -> Tracked:
+    """A placed view, as sure as its window is of it.
+
+    followed: optical flow agrees; few tracks agree with a pose that is off.
+    """
+    return replace(tracked, fit=replace(tracked.fit, covariance=placed.covariance),
+                   score=placed.score, sure=placed.score >= SURE_SCORE and followed)

@@ -1,0 +1,217 @@
+"""A map lives longer than one run: later sessions find themselves in it and extend it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from feedforward_recon.config.schema import MapperConfig
+from feedforward_recon.errors import MapError
+from feedforward_recon.geometry.align import align_points
+from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.geometry.transforms import inverse, pose_error
+from feedforward_recon.mapping.keyframe_graph import keyframe_graph
+from feedforward_recon.mapping.mapper import Mapper
+from feedforward_recon.memory import MemoryWriter
+from feedforward_recon.session.live import LiveSession
+from feedforward_recon.session.map_folder import KEYFRAMES, MEMORY, load_map
+from feedforward_recon.session.offline import map_frames
+from feedforward_recon.synthetic import Room, render_walk
+from feedforward_recon.types import Status
+
+CAMERA = Camera.from_fov(68.0, (320, 240))
+FPS = 10.0
+BASE = MapperConfig()
+CONFIG = replace(BASE, memory=replace(BASE.memory, polish_steps=20, slots=8000, reservoir=20_000,
+                                      hidden_dim=64))
+LATER_NS = 10**12
+
+
+@pytest.fixture(scope='module')
+def frames(room_walk):
+    return room_walk[:90]
+
+
+@pytest.fixture(scope='module')
+def elsewhere():
+    room = Room.generate(11)
+    return list(render_walk(room, CAMERA, room.walk(120, seed=0, fps=FPS)[:6], fps=FPS))
+
+
+def again(frames, times=1):
+    """The same views, seen on a later day."""
+    return [replace(f, stamp_ns=f.stamp_ns + times * LATER_NS) for f in frames]
+
+
+def parts(frames, depth=True):
+    """Three sessions that overlap by ten frames."""
+    shown = frames if depth else [replace(f, depth=None) for f in frames]
+    return [again(shown[first:first + 40], day) for day, first in enumerate((0, 25, 50))]
+
+
+def mapped(frames, encoder, folder, into=None):
+    return map_frames(frames, CONFIG, encoder, into=into).save(folder)
+
+
+@pytest.fixture(scope='module', params=[True, False], ids=['depth', 'monocular'])
+def sessions(request, frames, encoder, tmp_path_factory):
+    """The folder after each of three sessions, and the frames of each."""
+    root, saved, shown = tmp_path_factory.mktemp('sessions'), [], parts(frames, request.param)
+    for number, part in enumerate(shown):
+        saved.append(mapped(part, encoder, root / str(number), saved[-1] if saved else None))
+    return saved, shown
+
+
+def test_all_sessions_share_one_frame_and_one_scale(sessions):
+    """One alignment, that of the first session, fits them all."""
+    saved, shown = sessions
+    assert [s.info.sessions for s in saved] == [1, 2, 3]
+    fit = None
+    for map_, part in zip(saved, shown, strict=True):
+        found, true = map_.trajectory(), {f.stamp_ns: f.T_map_cam[:3, 3] for f in part}
+        centres = np.stack([true[stamp] for stamp in found.stamps_ns])
+        fit = fit or align_points(found.positions, centres,
+                                  with_scale=saved[0].info.metres_per_unit is None)
+        off = np.linalg.norm(fit.apply_to_poses(found.T_map_cam)[:, :3, 3] - centres, axis=1)
+        assert len(found) >= 0.9 * len(part) and np.median(off) < 0.03
+        assert (map_.info.metres_per_unit, map_.info.frame) == (
+            saved[0].info.metres_per_unit, saved[0].info.frame)
+
+
+def test_places_of_earlier_sessions_stay_found(sessions, encoder):
+    saved, shown = sessions
+    queries = again([replace(f, depth=None) for f in shown[0][3:30:3]], 5)
+    recall = [np.mean([map_.localizer(encoder).localize(f).status.has_pose for f in queries])
+              for map_ in saved]
+    assert recall[0] >= 0.9 and recall[2] >= recall[0] - 0.05
+
+
+def test_the_memory_keeps_its_bytes_and_the_keyframes_theirs(sessions):
+    saved, _ = sessions
+    sizes = {map_.info.files[MEMORY]['bytes'] for map_ in saved}
+    assert len(sizes) == 1
+    keyframes = [map_.info.keyframes for map_ in saved]
+    assert keyframes[0] < keyframes[1] < keyframes[2]
+
+
+def test_nothing_is_mapped_before_a_frame_is_found(sessions, elsewhere, encoder):
+    saved, shown = sessions
+    session = LiveSession(CONFIG, encoder)
+    session.load(saved[0].path, extend=True)
+    depth = shown[0][0].depth is not None
+    strange = [replace(f, depth=f.depth if depth else None) for f in elsewhere]
+    before = session.info.keyframes
+    assert before == saved[0].info.keyframes and session.info.mode == 'mapping'
+    assert all(session.process(f).status is Status.LOST for f in strange)
+    assert session.info.keyframes == before and session.info.unsaved_keyframes == 0
+    assert session.locate(shown[0][10]).status.has_pose  # it can be asked meanwhile
+    for frame in again(shown[1], 3):
+        estimate = session.process(frame)
+    assert estimate.status.has_pose and session.info.keyframes > before
+
+
+def test_going_on_and_saving_replaces_the_map_without_a_backup(frames, encoder, tmp_path):
+    saved = mapped(frames[:40], encoder, tmp_path / 'map')
+    session = LiveSession(CONFIG, encoder)
+    session.load(saved.path, extend=True)
+    for frame in again(frames[25:60]):
+        session.process(frame)
+    longer = session.save(tmp_path / 'map')()
+    assert longer.backup is None and longer.info.keyframes > saved.info.keyframes
+    session.reset()
+    for frame in frames[:20]:
+        session.process(frame)
+    other = session.save(tmp_path / 'map')()
+    assert load_map(other.backup).sha256 == longer.sha256
+
+
+def test_a_loaded_map_is_gone_on_with_when_localization_ends(frames, encoder, tmp_path):
+    saved = mapped(frames[:40], encoder, tmp_path / 'map')
+    session = LiveSession(CONFIG, encoder)
+    session.load(saved.path)
+    assert session.process(frames[20]).status.has_pose
+    assert session.set_localization(False) == 'mode is mapping'
+    for frame in again(frames[30:60]):
+        estimate = session.process(frame)
+    assert estimate.status.has_pose and session.info.keyframes > saved.info.keyframes
+
+
+def test_a_saved_map_is_the_map_that_was_running(frames, encoder):
+    mapper = Mapper(CONFIG, encoder)
+    for frame in frames[:40]:
+        mapper.process(frame)
+    scene = mapper.finish()
+    map_ = scene.graph.restored(CONFIG)
+    assert len(map_) == len(scene.keyframes)
+    for id_, keyframe in enumerate(scene.keyframes):
+        np.testing.assert_array_equal(map_.T_map_cam[id_], keyframe.T_map_cam)
+        points, known = map_.points_cam(id_), keyframe.has_point
+        assert (np.isfinite(points[:, 2]) == known).mean() > 0.97
+        both = known & np.isfinite(points[:, 2])
+        np.testing.assert_allclose(points[both], keyframe.points_cam[both], atol=1e-3)
+        likeness = (map_.keyframes[id_].descriptors * keyframe.features.descriptors).sum(1)
+        assert likeness.min() > 0.99
+
+
+def test_what_is_saved_to_go_on_is_bounded(frames, encoder):
+    """Fewer keyframes than the walk had; their landmarks stay where they were."""
+    mapper = Mapper(CONFIG, encoder)
+    for frame in frames:
+        mapper.process(frame)
+    scene = mapper.finish()
+    whole, few = scene.graph, keyframe_graph(mapper._map, 5, 1000)
+    assert len(few) == 5 and len(whole) == len(scene.keyframes) > 10
+    assert few.nbytes < 0.5 * whole.nbytes
+    assert few.arrays['cloud_cam'].shape[0] <= 1000 + 5
+    map_ = few.restored(CONFIG)
+    table, full = map_.landmarks, mapper._map.landmarks
+    points = table.points_map(np.arange(len(table)), map_.T_map_cam)
+    every = full.points_map(np.flatnonzero(full.has_point), mapper._map.T_map_cam)
+    apart = np.linalg.norm(points[::50, None] - every[None], axis=2).min(1)
+    assert len(table) > 200 and apart.max() < 1e-4
+    assert set(table.seen_keyframe) == set(range(5))
+
+
+def test_forgotten_keyframes_leave_their_points_in_the_memory(frames, encoder):
+    """The table of slots says the same after its keyframes were renumbered."""
+    writer = MemoryWriter(CONFIG.memory, encoder.dim)
+    mapper = Mapper(CONFIG, encoder, writer)
+    for frame in frames[:60]:
+        mapper.process(frame)
+    kept = mapper.finish().graph.ids[::3]
+    used = writer.slots.counts > 0
+    before = writer.slots.map_points(writer.poses)[used]
+    writer.renumber(kept)
+    assert len(writer.poses) == len(kept)
+    np.testing.assert_allclose(writer.slots.map_points(writer.poses)[used], before, atol=1e-6)
+    assert writer.reservoir.points_cam[:writer.filled, 2].min() > 0
+    assert set(writer.reservoir.keyframe_ids[:writer.filled]) <= set(range(len(kept)))
+    writer.fit(5, 1e-3)
+    assert all(torch.isfinite(p).all() for p in writer.network.parameters())
+
+
+def test_what_cannot_be_gone_on_with_is_said(frames, encoder, tmp_path):
+    saved = mapped(frames[:30], encoder, tmp_path / 'map')
+    session = LiveSession(CONFIG, encoder)
+    info = replace(saved.info, files={name: about for name, about in saved.info.files.items()
+                                      if name != KEYFRAMES})
+    with pytest.raises(MapError, match='older version'):
+        replace(saved, info=info).start(CONFIG)
+    (saved.path / KEYFRAMES).write_bytes((saved.path / KEYFRAMES).read_bytes()[:-100])
+    with pytest.raises(MapError, match='truncated'):
+        session.load(saved.path, extend=True)
+    assert session.info.mode == 'mapping' and not session.info.has_map
+    network = LiveSession(CONFIG, encoder, 'localization', load_network=lambda: None)
+    with pytest.raises(MapError, match='model compact'):
+        network.load(saved.path, extend=True)
+
+
+def test_a_camera_without_intrinsics_is_that_of_the_map(frames, encoder, tmp_path):
+    saved = mapped(frames[:40], encoder, tmp_path / 'map')
+    shown = [replace(f, camera=None) for f in again(frames[20:50])]
+    run = map_frames(shown, CONFIG, encoder, into=saved)
+    assert run.scene.camera_source == 'refined' and run.tracked_share > 0.9
+    last = run.scene.trajectory.T_map_cam[-1]
+    true = saved.trajectory().T_map_cam[0] @ inverse(frames[0].T_map_cam) @ frames[49].T_map_cam
+    assert float(pose_error(last[None], true[None])[0][0]) < 0.03
