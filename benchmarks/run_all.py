@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 ENTRIES = {
     'mapping': ('mapping', 'run'),
     'sparse_depth': ('sparse_depth', 'run'),
+    'sessions': ('sessions', 'run'),
     'localisation': ('localisation', 'run'),
     'wrong_places': ('localisation', 'run_wrong_places'),
     'memory_law': ('memory_law', 'run'),

@@ -37,9 +37,12 @@ from feedforward_recon.localization.network_localizer import SavedFastWeights
 from feedforward_recon.mapping.sources import GivenPoses
 from feedforward_recon.model import Encoder
 from feedforward_recon.session.map_folder import (
+    KEYFRAMES,
     MEMORY,
     RESERVOIR,
     SavedMap,
+    check_map_output,
+    load_map,
 )
 from feedforward_recon.session.offline import Run, map_frames
 
@@ -51,8 +54,11 @@ class Poses(str, Enum):
     GIVEN = 'given'
 
 
-Out = Annotated[Path, typer.Option('--out', '-o', help='Map folder to write.',
-                                   show_default=False)]
+Out = Annotated[Path | None, typer.Option('--out', '-o', help='Map folder to write.',
+                                          show_default=False)]
+Into = Annotated[Path | None, typer.Option('--into', help='Instead of --out: a map to go on with. '
+                                           'Images are located in it, then extend it.',
+                                           show_default=False)]
 Mono = Annotated[bool, typer.Option('--mono', help='Do not use depth, even where there is '
                                     'some. The map then has no metric scale.')]
 PosesOption = Annotated[Poses, typer.Option('--poses', help='given: take the poses that come '
@@ -61,9 +67,9 @@ PosesOption = Annotated[Poses, typer.Option('--poses', help='given: take the pos
 
 @takes_model_options
 @takes_source_options
-def map_command(source: Source, out: Out, options: SourceOptions, network: NetworkOptions,
-                mono: Mono = False, poses: PosesOption = Poses.ESTIMATED,
-                overwrite: Overwrite = False,
+def map_command(source: Source, options: SourceOptions, network: NetworkOptions,
+                out: Out = None, into: Into = None, mono: Mono = False,
+                poses: PosesOption = Poses.ESTIMATED, overwrite: Overwrite = False,
                 json_: Json = False, config: Config = None, set_: Set = None,
                 encoder: Weights = None) -> None:
     """Map a camera walk; the scene memory in the map folder has a fixed size.
@@ -78,6 +84,7 @@ def map_command(source: Source, out: Out, options: SourceOptions, network: Netwo
 
     Examples:
       ffrecon map walk/ --out maps/kitchen
+      ffrecon map tomorrow/ --into maps/kitchen
       ffrecon map walk.mp4 --fov 70 --out maps/hall
       ffrecon map drive.mcap --image-topic /camera/image_raw --out maps/yard
       ffrecon map walk/ --mono --set memory.slots=8000 --out maps/small
@@ -86,21 +93,43 @@ def map_command(source: Source, out: Out, options: SourceOptions, network: Netwo
     from feedforward_recon.model.compact import CompactEncoder
 
     chosen = settings(MapperConfig(), config, set_)
-    check_out(out, overwrite)
+    folder, before = _folder(out, into, overwrite, network, poses)
     frames = open_source(source, _for_mapping(options, mono))
     _check_source(frames, poses)
-    describing = CompactEncoder.load(encoder, chosen.encoder)
+    describing = before.load_encoder(encoder) if before else \
+        CompactEncoder.load(encoder, chosen.encoder)
     fast_weights = None
     if network.feeds_forward:
         run, fast_weights = _map_windows(frames, network, poses, describing, chosen)
     else:
         with one_thread():
             run = map_frames(
-                frames, chosen, describing, total=len(frames), progress=progress_bar,
-                source=None if poses is Poses.ESTIMATED else
+                frames, chosen, describing, into=before, total=len(frames),
+                progress=progress_bar, source=None if poses is Poses.ESTIMATED else
                 lambda _: GivenPoses(chosen, describing))
-    saved = run.save(out, fast_weights)
+    saved = run.save(folder, fast_weights)
     _report(run, saved, json_)
+
+
+def _folder(out: Path | None, into: Path | None, overwrite: bool, network: NetworkOptions,
+            poses: Poses) -> tuple[Path, SavedMap | None]:
+    """Where the map goes, and the map to go on with, if any.
+
+    Raises ConfigError, InputError or MapError, before any work.
+    """
+    if (out is None) == (into is None):
+        raise ConfigError(f'expected one of --out and --into, found {"both" if out else "none"}; '
+                          '--out writes a new map, --into goes on with one')
+    if out is not None:
+        check_out(out, overwrite)
+        return out, None
+    assert into is not None
+    if network.feeds_forward or poses is Poses.GIVEN:
+        raise ConfigError('expected features of the images to locate them in a map (--into), '
+                          f'found {"--model" if network.feeds_forward else "--poses given"}; '
+                          'leave it out, or map with --out')
+    check_map_output(into)
+    return into, load_map(into)
 
 
 def _map_windows(frames: FrameSource, network: NetworkOptions, poses: Poses, encoder: Encoder,
@@ -157,7 +186,8 @@ def summarise(run: Run, saved: SavedMap) -> dict[str, Any]:
         'tracked_share': run.tracked_share, 'keyframes': info.keyframes, 'points': info.points,
         'loops': run.stats.loops, 'relocalised': run.stats.relocalised,
         'mapping_s': run.mapping_s, 'reading_s': run.reading_s, 'polish_s': run.polish_s,
-        'memory_bytes': info.files[MEMORY]['bytes'],
+        'sessions': info.sessions, 'memory_bytes': info.files[MEMORY]['bytes'],
+        'keyframes_bytes': info.files[KEYFRAMES]['bytes'],
         'reservoir_bytes': info.files[RESERVOIR]['bytes'],
         'metres_per_unit': info.metres_per_unit, 'scale_source': info.scale_source,
         'camera_source': info.camera_source, 'fx': info.camera.fx, 'error': None}
@@ -186,7 +216,8 @@ def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
                                 f'(reading {summary["reading_s"]:.1f} s beside it)',
         'polish of the memory': f'{summary["polish_s"]:.1f} s',
         'memory': f'{bytes_text(summary["memory_bytes"])}, all that localising needs',
-        'reservoir': f'{bytes_text(summary["reservoir_bytes"])}, only to resume',
+        'to go on': f'{bytes_text(summary["reservoir_bytes"])} and '
+                    f'{bytes_text(summary["keyframes_bytes"])} of keyframes',
         'scale': _scale_text(summary),
         'camera': f'{summary["camera_source"]}, fx {summary["fx"]:.1f} px'}
     error = summary['error']

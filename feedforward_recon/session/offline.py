@@ -111,7 +111,7 @@ def map_frames(frames: Iterable[Frame], config: MapperConfig | None = None,
         encoder = encoder or CompactEncoder.load(config=config.encoder)
         start, writer = None, MemoryWriter(config.memory, encoder.dim)
     else:
-        config, encoder = settings_to_go_on(into, config), into.load_encoder()
+        config, encoder = settings_to_go_on(into, config), encoder or into.load_encoder()
         start, writer = into.start(config)
     ask = NewestMemory(writer, encoder, config.localizer).ask
     poses = FeaturePoses(config, encoder, relocalise=ask) if source is None else source(ask)
