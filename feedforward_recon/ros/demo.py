@@ -40,7 +40,7 @@ DOMAIN_ID = 77
 START_S, ANSWER_S, MAP_S = 60.0, 120.0, 180.0
 
 
-def environment() -> dict[str, str]:
+def demo_variables() -> dict[str, str]:
     """Variables of all processes of the demo: one machine, one domain, whole images."""
     places = (Path(__file__).parents[2] / 'config',
               Path(sysconfig.get_path('data')) / 'share/feedforward_recon/config')
@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument('--out', type=Path, default=Path('out/demo_ros'), help='map folder')
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
     arguments = parser.parse_args()
-    os.environ.update(environment())
+    os.environ.update(demo_variables())
     log = Path(tempfile.mkdtemp(prefix='demo_ros_')) / 'nodes.log'
     note(f'output of the nodes: {log}')
     observer = Observer()
@@ -208,7 +208,7 @@ def main() -> None:
     if arguments.json:
         print_json({**mapped, **found, 'verdicts': verdicts})
     else:
-        print_table('make demo-ros', rows(mapped, found))
+        print_table('make demo-ros', figures(mapped, found))
         for promise, kept in verdicts.items():
             note(f'{"ok  " if kept else "FAIL"} {promise}')
     raise SystemExit(0 if all(verdicts.values()) else 1)
@@ -224,8 +224,8 @@ def judge(mapped: dict[str, Any], found: dict[str, Any]) -> dict[str, bool]:
         'the other room is refused': not found['other_accepted'] and not found['other_localize']}
 
 
-def rows(mapped: dict[str, Any], found: dict[str, Any]) -> dict[str, str]:
-    """The table."""
+def figures(mapped: dict[str, Any], found: dict[str, Any]) -> dict[str, str]:
+    """The table: what was measured, as name and text."""
     latency = mapped['latency_ms']
     return {
         'images sent': f'{mapped["images"]}, {mapped["poses"]} poses, '

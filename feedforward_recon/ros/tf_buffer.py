@@ -13,7 +13,7 @@ owns it.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -151,10 +151,10 @@ class TransformBuffer:
         edge.on_tf = on_tf
         edge.add(stamp_ns, T_parent_child, self._history_ns)
 
-    def take(self, tf_message: Any, static: bool = False) -> list[str]:
-        """Add all transforms of a tf2_msgs/TFMessage; returns a sentence for each refused one."""
+    def take(self, transforms: Iterable[Any], static: bool = False) -> list[str]:
+        """Add geometry_msgs/TransformStamped; returns a sentence for each refused one."""
         refused = []
-        for stamped in tf_message.transforms:
+        for stamped in transforms:
             header, move = stamped.header, stamped.transform
             q, t = move.rotation, move.translation
             try:
