@@ -14,10 +14,13 @@ if missing_ros():
 from geometry_msgs.msg import TransformStamped
 
 from feedforward_recon.config.node import NodeConfig
+from feedforward_recon.errors import InputError
+from feedforward_recon.ros import session_runner
 from feedforward_recon.ros.arrivals import Arrival
 from feedforward_recon.ros.depth_pairing import DepthPairing
 from feedforward_recon.ros.health import Health
 from feedforward_recon.ros.host import Host
+from feedforward_recon.ros.map_start import FirstPose
 from feedforward_recon.ros.pose_publisher import WAITING_POSES
 from feedforward_recon.ros.positioning import Positioning
 from feedforward_recon.ros.topic_sources import TopicChoice, transports
@@ -344,6 +347,66 @@ def test_a_worker_that_stops_does_what_was_asked_for_before():
     hold.set()
     letters.read(2)
     assert said == ['done', 'the last'] and worker.stop(5)
+
+
+class FakeSession:
+    """A session whose images are decoded already; bad ones are refused."""
+
+    info, is_busy = SimpleNamespace(window='', keyframes=0), False
+
+    def process(self, frame, T_map_first, *, settle, on_pose):
+        if frame.image is None:
+            raise InputError('expected an image, found none')
+        estimate = SimpleNamespace(T_map_cam=np.eye(4), is_keyframe=False)
+        on_pose(estimate)
+        return estimate
+
+    def late(self):
+        return []
+
+    def work(self):
+        return False
+
+
+@pytest.fixture
+def runner(monkeypatch):
+    """A running SessionRunner, its mailbox, and the names of the results it has handed on."""
+    monkeypatch.setattr(session_runner, 'session_of', lambda config, wake: FakeSession())
+    monkeypatch.setattr(session_runner, 'decoded_frame', lambda arrival, inputs: SimpleNamespace(
+        image=arrival.image, depth=None))
+    health, names, letters = Health('node'), [], Letters()
+    health.pictures = SimpleNamespace(look=lambda image, depth: None)
+    results = SimpleNamespace(**{name: lambda *_, name=name: names.append(name) for name in (
+        'pose_known', 'image_used', 'image_refused', 'poses_found')})
+    made = session_runner.SessionRunner(NodeConfig(), letters, health, results)
+    yield made, letters, names
+    made.close()
+
+
+def offered(runner, image):
+    runner.offer(Arrival(SECOND, CAMERA, image, None, None, 0), FirstPose(np.eye(4), 'imu'))
+
+
+def test_a_pose_is_handed_on_before_its_image_is_done_and_bad_images_are_refused(runner):
+    made, letters, names = runner
+    offered(made, np.zeros((2, 2, 3), np.uint8))
+    letters.read(2)
+    assert names == ['pose_known', 'image_used']
+    offered(made, None)
+    letters.read(1)
+    assert names[2:] == ['image_refused']
+
+
+def test_after_a_runner_was_closed_only_jobs_are_answered(runner):
+    made, letters, names = runner
+    offered(made, np.zeros((2, 2, 3), np.uint8))
+    assert letters.came.acquire(timeout=5), 'the image was not begun'
+    letters.came.release()
+    answers = []
+    made.ask(lambda: 'done', lambda result, error: answers.append(result))
+    made.close()
+    letters.read(3)
+    assert names == [] and answers == ['done']
 
 
 # -- raw or compressed --------------------------------------------------------------------------

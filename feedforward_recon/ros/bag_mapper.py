@@ -67,7 +67,7 @@ OdomTopic = Annotated[str, typer.Option(
 class Surroundings:
     """What a bag holds beside its images: the tree of frames, odometry and gravity.
 
-    The whole bag is known before the first image, so nothing is ever too late.
+    The whole bag is known before the first image, so nothing comes too late.
     """
 
     def __init__(self, bag: BagSource, config: NodeConfig, odom_topic: str = '') -> None:
@@ -115,7 +115,7 @@ class Surroundings:
         until_ns = frame.stamp_ns + int(self._config.tf_wait_s * SECOND_NS)
         for stamp_ns, imu_frame, acceleration in self._accelerations:
             if stamp_ns <= until_ns:
-                self.frames.felt_gravity(imu_frame, acceleration)
+                self.frames.add_acceleration(imu_frame, acceleration)
         return self.frames.first_pose(self.camera_frame, frame.stamp_ns, frame.depth is not None)
 
     def odometry(self, stamp_ns: int) -> np.ndarray | None:

@@ -19,10 +19,10 @@ LEVELS = {'OK': DiagnosticStatus.OK, 'WARN': DiagnosticStatus.WARN,
 
 def diagnostic_status(health: Health, found: Sequence[Diagnosis], now_ns: int) -> DiagnosticStatus:
     """The report as a message: level, first diagnosis, and every number as text."""
-    told = report(health, found, now_ns)
-    level_, message = LEVELS[told.pop('level')], told.pop('summary')
-    values = [KeyValue(key=key, value=text) for key, text in _flat(told)]
-    return DiagnosticStatus(level=level_, name=health.name, message=message, values=values)
+    values = report(health, found, now_ns)
+    level_, message = LEVELS[values.pop('level')], values.pop('summary')
+    pairs = [KeyValue(key=key, value=text) for key, text in _flat(values)]
+    return DiagnosticStatus(level=level_, name=health.name, message=message, values=pairs)
 
 
 def report_json(health: Health, found: Sequence[Diagnosis], now_ns: int) -> str:

@@ -70,7 +70,7 @@ class Examination:
         return self.node.get_clock().now().nanoseconds
 
     def listen(self, seconds: float) -> None:
-        """Spin for so long (steady clock), looking at the publishers again and again."""
+        """Spin for so long (steady clock), looking at the publishers every LOOK_S."""
         end = time.monotonic() + seconds
         next_look = 0.0
         while (now := time.monotonic()) < end:
@@ -140,7 +140,7 @@ class Examination:
 
 
 def _about_graph(node: Node) -> Iterator[Diagnosis]:
-    """What the graph of nodes and topics says on its own."""
+    """What is wrong with the graph of nodes and topics."""
     others = [name for name in node.get_node_names() if name != node.get_name()]
     if not others:
         domain = os.environ.get('ROS_DOMAIN_ID', '0')
@@ -153,7 +153,7 @@ def _about_graph(node: Node) -> Iterator[Diagnosis]:
 
 
 def _about_transports(examination: Examination) -> Iterator[str]:
-    """Where images were found that are not what was asked for."""
+    """Notes on images that were found compressed where raw ones were asked for."""
     for kind in ('image', 'depth'):
         found = examination.health.inputs[kind].topic
         setting = getattr(examination.config, f'{kind}_transport')
@@ -242,7 +242,7 @@ def examine(context: rclpy.Context, config: NodeConfig, remaps: dict[str, str], 
     for name, topic in remaps.items():
         arguments += ['-r', f'{name}:={topic}'] if topic != name else []
     node = rclpy.create_node(NAME, context=context, cli_args=arguments)
-    node.get_logger().set_level(LoggingSeverity.WARN)  # the table says it all
+    node.get_logger().set_level(LoggingSeverity.WARN)  # stdout is for the report
     transport = Transport.here(get_rmw_implementation_identifier())
     examination = Examination(node, config)
     try:
@@ -255,9 +255,9 @@ def examine(context: rclpy.Context, config: NodeConfig, remaps: dict[str, str], 
         node.destroy_node()
     machine = machine_facts(transport)
     health = replace(examination.health, conversions=conversion_paths())
-    told = report(health, [*_about_libraries(machine), *found], examination.now_ns)
+    values = report(health, [*_about_libraries(machine), *found], examination.now_ns)
     kept = ('level', 'causes', 'inputs', 'camera_info', 'tf_mode', 'conversions', 'use_sim_time')
-    findings = {key: told[key] for key in kept}
+    findings = {key: values[key] for key in kept}
     findings['notes'] = notes
     for name, theirs in nodes.items():
         findings['causes'] += [{**cause, 'sentence': f'{name}: {cause["sentence"]}'}
@@ -266,12 +266,13 @@ def examine(context: rclpy.Context, config: NodeConfig, remaps: dict[str, str], 
 
 
 def _print(findings: dict[str, Any]) -> None:
-    print_table('Inputs', {told['topic']: _heard(told) for told in findings['inputs'].values()})
+    print_table('Inputs', {input_['topic']: _about_input(input_)
+                           for input_ in findings['inputs'].values()})
     print_table('Conversions', findings['conversions'])
     print_table('Machine', findings['environment'])
     if findings['nodes']:
-        print_table('Nodes', {name: f'{told["level"]}: {told["summary"]}'
-                              for name, told in findings['nodes'].items()})
+        print_table('Nodes', {name: f'{node["level"]}: {node["summary"]}'
+                              for name, node in findings['nodes'].items()})
     if findings['notes']:
         print_table('To know', {f'{number}.': note
                                 for number, note in enumerate(findings['notes'], 1)})
@@ -283,14 +284,14 @@ def _print(findings: dict[str, Any]) -> None:
         print_table('Nothing is wrong', {'images': 'arrive and can be used'})
 
 
-def _heard(told: dict[str, Any]) -> str:
+def _about_input(input_: dict[str, Any]) -> str:
     """One input as a sentence."""
-    if not told['publishers'] and not told['messages']:
-        return 'nobody publishes it' + ('' if told['needed'] else ' (not needed)')
-    names = ', '.join(f'{p["node"]} ({p["reliability"]})' for p in told['publishers'] or ())
-    parts = [f'{told["messages"]} messages, {told["rate_hz"]:.1f} Hz, {told["lost"]} lost',
-             told['size'], f'frame_id {told["frame_id"]!r}' if told['messages'] else '',
-             f'clock - stamp {told["clock_minus_stamp_s"]:.3f} s' if told['messages'] else '']
+    if not input_['publishers'] and not input_['messages']:
+        return 'nobody publishes it' + ('' if input_['needed'] else ' (not needed)')
+    names = ', '.join(f'{p["node"]} ({p["reliability"]})' for p in input_['publishers'] or ())
+    parts = [f'{input_["messages"]} messages, {input_["rate_hz"]:.1f} Hz, {input_["lost"]} lost',
+             input_['size'], f'frame_id {input_["frame_id"]!r}' if input_['messages'] else '',
+             f'clock - stamp {input_["clock_minus_stamp_s"]:.3f} s' if input_['messages'] else '']
     return f'{names}: ' + ', '.join(filter(None, parts))
 
 

@@ -1,4 +1,4 @@
-"""Images and depth that cannot be mapped, told from their pixels: black, blurred, repeated."""
+"""Judges pixels: images and depth that cannot be mapped, such as black or blurred ones."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ REFUSED = (StampFault.ZERO, StampFault.EQUAL, StampFault.REVERSED)
 
 
 def _ignore(_: Any) -> None:
-    """Nobody needs it."""
+    """For handlers that are not given."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,8 @@ class Inputs:
             self._notice('INFO_BAD', str(error))
             return
         if camera is not None and camera != before:
-            if before is None or before.size_wh != camera.size_wh:  # an autofocus changes the rest
+            # An autofocus changes the focal length all the time: only a new size is logged again.
+            if before is None or before.size_wh != camera.size_wh:
                 self._node.get_logger().info(
                     f'{self._health.inputs["camera_info"].topic}: {about_camera(camera)}')
             self._handlers.on_calibration(camera)

@@ -19,7 +19,7 @@ from feedforward_recon.ros import parameters
 from feedforward_recon.ros.convert import conversion_paths
 from feedforward_recon.ros.health import Health
 from feedforward_recon.ros.host import STEADY, Host
-from feedforward_recon.ros.map_keeper import MapKeeper
+from feedforward_recon.ros.map_saver import MapSaver
 from feedforward_recon.ros.pipeline import Pipeline
 from feedforward_recon.ros.positioning import Positioning
 from feedforward_recon.ros.reporting import Reporting
@@ -33,7 +33,7 @@ DONE, FAILED = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILUR
 class CameraNode(LifecycleNode):
     """Maps, or localises in a map, what one camera sees.
 
-    keeper: saves the map, so that whoever ends the process can wait for it.
+    saver: saves the map, so that whoever ends the process can wait for it.
     """
 
     def __init__(self, name: str, mode: str) -> None:
@@ -45,12 +45,12 @@ class CameraNode(LifecycleNode):
         self._host.parameters.on_change(self._on_parameters)
         self._pipeline: Pipeline | None = None  # from configure to cleanup
         self._mailbox = Mailbox(self)
-        self._clerk = Worker('clerk', self._mailbox)  # saves, fuses clouds
-        self._clerk.start()
-        self.keeper = MapKeeper(self._clerk, self.get_logger(), self._host.notice)
+        self._background = Worker('background', self._mailbox)  # writes maps, fuses clouds
+        self._background.start()
+        self.saver = MapSaver(self._background, self.get_logger(), self._host.notice)
         self._positioning = Positioning(self._host)
         self._reporting = Reporting(self._host)
-        self._service_handlers = Services(self._host, self._positioning, self.keeper,
+        self._service_handlers = Services(self._host, self._positioning, self.saver,
                                           self._reporting, lambda: self._pipeline)
         self.create_timer(1.0, self._report, clock=STEADY)
         self.create_timer(TIDY_S, self._tidy, clock=STEADY)
@@ -84,14 +84,14 @@ class CameraNode(LifecycleNode):
                                       'from before is back')
         try:
             self._pipeline = Pipeline(self._host, self._positioning, self._reporting,
-                                      self._mailbox, self._clerk)
+                                      self._mailbox, self._background)
         except ReconError as error:
             self.get_logger().error(str(error))
             self._host.health.reason = str(error)
             return FAILED
-        self.keeper.take(self._pipeline.runner, config.autosave_s)
+        self.saver.take(self._pipeline.runner, config.autosave_s)
         if config.mode == 'mapping':
-            self.keeper.announce(config.map, config.autosave_s)
+            self.saver.announce(config.map, config.autosave_s)
         self._host.parameters.locked = True
         self._enter('inactive')
         return DONE
@@ -132,7 +132,7 @@ class CameraNode(LifecycleNode):
     def _drop(self) -> None:
         """Let go of everything that configure made; late results are not listened to."""
         self.save_at_the_end()
-        self.keeper.drop()
+        self.saver.drop()
         if self._pipeline is not None:
             self._pipeline.close()
             self._pipeline = None
@@ -145,13 +145,13 @@ class CameraNode(LifecycleNode):
     def save_at_the_end(self) -> None:
         """Stop listening, and save what mapping made and nobody saved."""
         self._stop_listening()
-        self.keeper.save_at_the_end(self._host.config.map, self._host.config.autosave_s)
+        self.saver.save_at_the_end(self._host.config.map, self._host.config.autosave_s)
 
     def close(self) -> bool:
         """End the threads; False when one is still busy after two seconds."""
         self._stop_listening()
         runner = None if self._pipeline is None else self._pipeline.runner
-        workers = [self._clerk] if runner is None else [runner.worker, self._clerk]
+        workers = [self._background] if runner is None else [runner.worker, self._background]
         ended = all(worker.stop(timeout_s=2.0) for worker in workers)
         return ended and not (runner is not None and runner.is_busy)
 
@@ -163,7 +163,7 @@ class CameraNode(LifecycleNode):
         self._positioning.configure(config)
 
     def _report(self) -> None:
-        """Once a second: tell how the node is, publish the whole cloud, save the map."""
+        """Once a second: publish the diagnostics, publish the whole cloud, save the map."""
         config, health = self._host.config, self._host.health
         health.tf_mode, health.tf_missing = self._positioning.tf_state()
         if self._pipeline is not None:
@@ -171,13 +171,13 @@ class CameraNode(LifecycleNode):
         self._reporting.publish()
         if self._pipeline is not None:
             self._pipeline.show_cloud()
-        self.keeper.tick(config.map, config.autosave_s)
+        self.saver.tick(config.map, config.autosave_s)
 
     def _tidy(self) -> None:
-        self._clerk.ask(Job(give_back_freed_memory, lambda *_: None))
+        self._background.ask(Job(give_back_freed_memory, lambda *_: None))
 
     def _watch(self) -> None:
-        """Messages of the workers, should a signal be missed, and who publishes the inputs."""
+        """Look at results of the workers, should a signal be missed, and at the publishers."""
         self._mailbox.empty()
         if self._pipeline is not None and self._pipeline.inputs is not None:
             self._pipeline.inputs.watch()

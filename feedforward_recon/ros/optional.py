@@ -1,7 +1,7 @@
-"""Libraries that a ROS install may bring: used where they pass a test, never trusted unseen.
+"""Libraries that a ROS install may bring: used where they pass a test.
 
 cv_bridge, sensor_msgs_py and tf_transformations exist in several versions, and some of them are
-wrong without a word: 16-bit depth read as 8 bit, quaternions with w first. Each is therefore
+wrong without an error: 16-bit depth read as 8 bit, quaternions with w first. Each is therefore
 tried once, on messages whose content is known, before it is used; `convert` has its own way for
 everything, and `conversion_paths` says which way was chosen.
 

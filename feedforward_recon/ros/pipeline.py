@@ -70,7 +70,7 @@ class Pipeline:
         """Take over settings that changed while running."""
         if self.inputs is not None:
             self.inputs.configure(config)
-        self.runner.tell(lambda session: session.configure(config.mapper))
+        self.runner.change(lambda session: session.configure(config.mapper))
 
     def close(self) -> None:
         """Let go of session and publishers."""

@@ -130,7 +130,8 @@ class Positioning:
 
     def _take_imu(self, message: Imu) -> None:
         force = message.linear_acceleration
-        self.frames.felt_gravity(message.header.frame_id, np.array([force.x, force.y, force.z]))
+        self.frames.add_acceleration(message.header.frame_id,
+                                     np.array([force.x, force.y, force.z]))
 
     def _take_initial_pose(self, message: PoseWithCovarianceStamped) -> None:
         host, map_frame = self._host, self.frames.config.map_frame
@@ -147,7 +148,7 @@ class Positioning:
         except InputError as error:
             host.notice('INITIALPOSE_REFUSED', f'the initialpose was not used: {error}')
             return
-        self._session.tell(lambda session: session.hint(T_map_cam))
+        self._session.change(lambda session: session.hint(T_map_cam))
         host.log.info('initialpose: looking there first')
 
     def _scale_found(self, metres_per_unit: float, uncertainty: float) -> None:
@@ -155,7 +156,7 @@ class Positioning:
             return
         self._host.log.info(f'scale from odometry: {metres_per_unit:.4g} m per unit, '
                             f'uncertain by {100 * uncertainty:.1f} %')
-        self._session.tell(lambda session: session.set_odometry_scale(metres_per_unit))
+        self._session.change(lambda session: session.set_odometry_scale(metres_per_unit))
 
     # -- what others ask -------------------------------------------------------------------
 

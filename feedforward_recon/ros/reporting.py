@@ -1,4 +1,4 @@
-"""How a node tells how it is: /diagnostics once a second, and its log when something changes."""
+"""Publishes the health of a node: /diagnostics once a second, its log when something changes."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Reporting:
         message = DiagnosticArray(status=[diagnostic_status(health, found, now_ns)])
         message.header.stamp = stamp_msg(now_ns)
         self._publisher.publish(message)
-        # Nothing is diagnosed while the node is not active, but things happen to it; why it could
-        # not be configured is in the log already.
+        # While the node is not active only what happened is logged; why it could not be configured
+        # is in the log already.
         for line in self._log.look(
                 found if health.state == 'active' else noticed(health, now_ns), time.monotonic()):
             self._write(line)
@@ -68,5 +68,5 @@ class Reporting:
         self._log.forget_status()
 
     def stop(self) -> None:
-        """The node listens no longer, so nobody knows whether diagnoses are over."""
+        """The node listens no longer, so diagnoses may or may not be over."""
         self._log.forget()

@@ -15,8 +15,8 @@ from std_srvs.srv import SetBool, Trigger
 
 from feedforward_recon.ros.diagnostics import report_json
 from feedforward_recon.ros.host import Host
-from feedforward_recon.ros.localizing import Localizing
-from feedforward_recon.ros.map_keeper import MapKeeper
+from feedforward_recon.ros.image_queries import ImageQueries
+from feedforward_recon.ros.map_saver import MapSaver
 from feedforward_recon.ros.pipeline import Pipeline
 from feedforward_recon.ros.positioning import Positioning
 from feedforward_recon.ros.reporting import Reporting
@@ -30,14 +30,14 @@ class Services:
     pipeline: gives what the node consists of now, None while it is not configured.
     """
 
-    def __init__(self, host: Host, positioning: Positioning, keeper: MapKeeper,
+    def __init__(self, host: Host, positioning: Positioning, saver: MapSaver,
                  reporting: Reporting, pipeline: Callable[[], Pipeline | None]) -> None:
-        self._host, self._keeper, self._reporting = host, keeper, reporting
+        self._host, self._saver, self._reporting = host, saver, reporting
         self._calls = ServiceCalls(host, pipeline)
-        localizing = Localizing(host, positioning, self._calls)
+        queries = ImageQueries(host, positioning, self._calls)
         group = ReentrantCallbackGroup()  # a call that awaits must not hold up the others
         for type_, name, handler in (
-                (Trigger, 'localize', localizing.localize),
+                (Trigger, 'localize', queries.localize),
                 (Trigger, '~/save_map', self._save_map),
                 (Trigger, '~/load_map', self._load_map),
                 (Trigger, '~/reset', self._reset),
@@ -55,7 +55,7 @@ class Services:
     async def _save(self) -> Outcome:
         runner = self._calls.configured().runner
         future: Any = Future()
-        self._keeper.save(runner, self._host.config.map,
+        self._saver.save(runner, self._host.config.map,
                           lambda *answer: future.set_result(answer))
         text, error = await future
         if error is not None:

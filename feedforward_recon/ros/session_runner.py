@@ -1,7 +1,7 @@
 """The session at work: images and jobs on the worker's thread, results on the executor's.
 
 offer -> FrameQueue -> Worker: decode, LiveSession.process -> Mailbox -> SessionResults
-tell, ask -> Worker: anything else that a session does
+change, ask -> Worker: anything else that a session does
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class _Item(NamedTuple):
 class SessionRunner:
     """One ``LiveSession`` on one worker; from configure to cleanup.
 
-    session: read it on the executor's thread, change it with ``tell`` and ``ask``.
+    session: read it on the executor's thread, change it with ``change`` and ``ask``.
     """
 
     def __init__(self, config: NodeConfig, mailbox: Mailbox, health: Health,
@@ -94,7 +94,7 @@ class SessionRunner:
         """Leave out the images that wait."""
         self._queue.clear()
 
-    def tell(self, change: Callable[[LiveSession], Any]) -> None:
+    def change(self, change: Callable[[LiveSession], Any]) -> None:
         """Have the session changed by the worker; nobody waits for a result."""
         self.ask(lambda: change(self.session), lambda *_: None)
 

@@ -1,4 +1,4 @@
-"""Hears /tf and /tf_static: the tree of frames, and who else sends transforms below the map."""
+"""Reads /tf and /tf_static: the tree of frames, and who else sends transforms below the map."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from feedforward_recon.ros.host import Host
 from feedforward_recon.ros.tf_messages import TFMessage
 from feedforward_recon.ros.tf_sent import SentTransforms
 
-HEARD_S = 10.0  # somebody who sent a transform so lately sends it still
+HEARD_S = 10.0  # whoever sent a transform so recently is taken to send it still
 
 
 class TfListener:

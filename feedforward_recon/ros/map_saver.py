@@ -5,8 +5,8 @@
     ~/save_map -> save             refined and polished
     the end   -> save_at_the_end   what is not saved yet; a save under way ends, without polishing
 
-Jobs take the state of the session on its worker and write it on another one, the clerk, so that
-images never wait for a disk.
+Jobs take the state of the session on its worker and write it on another one, so that images
+never wait for a disk.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ Done = Callable[[str | None, Exception | None], None]  # the sentence of a save,
 RETRY_S = 10.0  # after a save that failed
 
 
-class MapKeeper:
+class MapSaver:
     """Saves of one node. Everything here is called on the executor's thread.
 
-    notice: notes a failed save for log and diagnostics, (code, sentence).
+    writer: the worker that writes folders. notice: notes a failed save for log and diagnostics,
+    (code, sentence).
     """
 
-    def __init__(self, clerk: Worker, log: RcutilsLogger, notice: Callable[[str, str], None]
+    def __init__(self, writer: Worker, log: RcutilsLogger, notice: Callable[[str, str], None]
                  ) -> None:
-        self._clerk, self._log, self._notice = clerk, log, notice
+        self._writer, self._log, self._notice = writer, log, notice
         self._runner: SessionRunner | None = None
         self._waiting: list[Done] = []
         self._due_s = 0.0
@@ -113,7 +114,7 @@ class MapKeeper:
             if job is None:
                 self._ended(None, error, done)
             else:
-                self._clerk.ask(Job(job, lambda saved, error: self._ended(saved, error, done)))
+                self._writer.ask(Job(job, lambda saved, error: self._ended(saved, error, done)))
 
         runner.ask(take, taken)
 

@@ -23,7 +23,7 @@ from feedforward_recon.session.live import SessionInfo
 from feedforward_recon.types import Estimate
 
 
-class Localizing:
+class ImageQueries:
     """Finds single images in the memory, on the worker; nothing is written to the map."""
 
     def __init__(self, host: Host, positioning: Positioning, calls: ServiceCalls) -> None:
