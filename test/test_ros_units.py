@@ -127,8 +127,8 @@ class Robot:
         self.published, self.sent = [], []
         self.positioning = Positioning(
             Host(self.node, SimpleNamespace(config=config), self.health))
-        self.positioning.connect(None, SimpleNamespace(pose=self.published.append,
-                                                       transforms=self.sent.extend))
+        self.positioning.connect(SimpleNamespace(), SimpleNamespace(
+            pose=self.published.append, transforms=self.sent.extend))
         self.positioning.start(config)
 
     @property

@@ -49,15 +49,15 @@ class LatePoses:
             self._waiting[arrival.stamp_ns] = self._newest
             if len(self._waiting) > WAITING:
                 del self._waiting[next(iter(self._waiting))]
-        self.collect()
+        self._collect()
 
     def work(self) -> bool:
         """One piece of what the session put off; False when nothing is left."""
         more = self._session.work()
-        self.collect()
+        self._collect()
         return more
 
-    def collect(self) -> None:
+    def _collect(self) -> None:
         """Hand on what became known, if anything did."""
         late, info = self._session.late(), self._session.info
         poses = [(self._waiting.pop(estimate.stamp_ns), estimate) for estimate in late
