@@ -170,7 +170,8 @@ def test_private_names_stay_in_their_module():
     """No `_name` is imported, and none is used on anything but self, cls and one's own kind."""
     foreign = []
     for module, tree in TREES.items():
-        own = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+        own = {n.name for n in ast.walk(tree)
+               if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))}
         own |= {a for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)
                 for a in state_set_in(n)}
         for node in ast.walk(tree):

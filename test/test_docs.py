@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from feedforward_recon.ros.camera_topics import CAMERA_TOPICS
-from feedforward_recon.ros.causes import PICTURES, TRACKING
-from feedforward_recon.ros.health import StampFault
+from feedforward_recon.ros.diagnosis import PICTURES, TRACKING
+from feedforward_recon.ros.input_health import StampFault
 
 ROOT = Path(__file__).resolve().parent.parent
 NODES = ROOT / 'feedforward_recon' / 'ros'
@@ -83,10 +83,10 @@ def codes() -> tuple[set[str], list[str]]:
     written, computed = {'NODE_SILENT'}, []
     for path in NODES.glob('*.py'):
         for name, call in calls(path):
-            if name in ('Cause', 'notice', '_notice', 'warn') and len(call.args) > 1:
+            if name in ('Diagnosis', 'notice', '_notice', 'warn') and len(call.args) > 1:
                 if constant(call.args[0]):
                     written.add(constant(call.args[0]))
-                elif name == 'Cause':
+                elif name == 'Diagnosis':
                     computed.append(ast.unparse(call.args[0]))
     return written, computed
 
@@ -107,7 +107,7 @@ def rows(text: str) -> set[str]:
 
 
 def test_table_of_inputs_is_complete():
-    expected = topics(node_files(), SUBSCRIBERS) | resolved(NODES / 'inputs.py')
+    expected = topics(node_files(), SUBSCRIBERS) | resolved(NODES / 'subscriptions.py')
     assert rows(section('### Inputs')) == expected
 
 

@@ -52,9 +52,9 @@ def block(monkeypatch, *names):
 def own_code(monkeypatch):
     """Each test starts without optional libraries, whatever this machine has."""
     block(monkeypatch, *LIBRARIES)
-    optional._choices.cache_clear()
+    optional.tested_libraries.cache_clear()
     yield
-    optional._choices.cache_clear()
+    optional.tested_libraries.cache_clear()
 
 
 def through_dds(message):
@@ -465,7 +465,7 @@ def install(monkeypatch, name, **content):
     for depth in range(1, len(parts) + 1):
         monkeypatch.setitem(sys.modules, '.'.join(parts[:depth]), ModuleType(parts[depth - 1]))
     vars(sys.modules[LIBRARIES[name]]).update(content)
-    optional._choices.cache_clear()
+    optional.tested_libraries.cache_clear()
 
 
 def test_without_libraries_everything_is_our_own():
@@ -529,7 +529,7 @@ def test_a_bridge_that_shows_the_message_itself_gets_copied(monkeypatch, rgb):
 def test_libraries_that_cannot_be_imported_are_named(monkeypatch):
     monkeypatch.setattr(optional.importlib, 'import_module',
                         lambda name: (_ for _ in ()).throw(ImportError('built for NumPy 1')))
-    optional._choices.cache_clear()
+    optional.tested_libraries.cache_clear()
     assert convert.conversion_paths()['cv_bridge'] == \
         'own: cv_bridge cannot be imported (ImportError: built for NumPy 1)'
 
@@ -538,7 +538,7 @@ def test_what_a_library_misses_is_named(monkeypatch):
     def halted(name):
         raise ModuleNotFoundError("No module named 'transforms3d'", name='transforms3d')
     monkeypatch.setattr(optional.importlib, 'import_module', halted)
-    optional._choices.cache_clear()
+    optional.tested_libraries.cache_clear()
     assert convert.conversion_paths()['tf_transformations'] == \
         'own: tf_transformations needs transforms3d, which is not installed'
 
@@ -629,7 +629,7 @@ def test_the_real_library_and_our_own_code_agree(monkeypatch, rng, rgb, name):
     own = everything()
     for module in {LIBRARIES[name].split('.')[0], LIBRARIES[name]}:
         monkeypatch.delitem(sys.modules, module)
-    optional._choices.cache_clear()
+    optional.tested_libraries.cache_clear()
     if convert.conversion_paths()[name] == 'own: not installed':
         pytest.skip(f'no {name}: it comes with a full ROS install')
     for found, expected in zip(everything(), own, strict=True):

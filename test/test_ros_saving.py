@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 from ros_support.harness import missing_ros
 
@@ -13,6 +14,7 @@ from rclpy.task import Future
 from ros_support.camera import FakeCamera, walk
 from std_srvs.srv import Trigger
 
+from feedforward_recon.geometry.transforms import inverse
 from feedforward_recon.io.writers import backups
 from feedforward_recon.session.map_folder import load_map
 
@@ -62,14 +64,37 @@ def test_the_map_of_another_run_is_announced_and_kept(start_node, probe, frames,
     assert mapped.save().success
     large = load_map(folder)
     mapped.node.kill()
-    mapped = Mapped(start_node, probe, frames[:12], folder)
+    mapped = Mapped(start_node, probe, frames[:12], folder, fresh=True)
     assert f'holds a map of {large.info.keyframes} keyframes' in mapped.node.output
+    assert 'this run starts a new map' in mapped.node.output
     reply = mapped.save()
     (backup,) = backups(folder)
     assert str(backup) in reply.message and str(backup) in mapped.node.output
     assert load_map(backup).sha256 == large.sha256
     assert load_map(folder).info.keyframes < large.info.keyframes
     assert mapped.save().success and backups(folder) == [backup]  # the own one is replaced
+
+
+def test_a_node_that_is_started_again_goes_on_with_its_map(start_node, probe, frames, tmp_path):
+    """Same folder, same frame, more keyframes, no backup."""
+    folder = tmp_path / 'map'
+    mapped = Mapped(start_node, probe, frames[:30], folder, autosave_s=1.0)
+    mapped.node.wait_for_output('saved ')
+    mapped.probe.spin_for(2.5)
+    mapped.node.kill()
+    before = load_map(folder)
+    true = {f.stamp_ns: f.T_map_cam for f in frames}
+    mapped = Mapped(start_node, probe, frames[20:], folder)
+    assert 'this run goes on with it' in mapped.node.output
+    assert mapped.save().success
+    after = load_map(folder)
+    assert after.info.sessions == 2 and after.info.keyframes > before.info.keyframes
+    assert backups(folder) == []
+    first, last = before.trajectory(), after.trajectory()
+    T_map_world = first.T_map_cam[0] @ inverse(true[first.stamps_ns[0]])
+    off = [np.linalg.norm((T_map_world @ true[stamp])[:3, 3] - T[:3, 3])
+           for stamp, T in zip(last.stamps_ns, last.T_map_cam, strict=True)]
+    assert len(off) >= 25 and np.median(off) < 0.03
 
 
 def test_a_killed_node_has_lost_no_more_than_autosave_s(start_node, probe, frames, tmp_path):

@@ -1,6 +1,7 @@
 """Parts of the nodes without DDS: pairing of depth, queues and threads."""
 
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,11 +14,16 @@ if missing_ros():
 from geometry_msgs.msg import TransformStamped
 
 from feedforward_recon.config.node import NodeConfig
+from feedforward_recon.errors import InputError
+from feedforward_recon.ros import session_runner
+from feedforward_recon.ros.arrivals import Arrival
+from feedforward_recon.ros.depth_pairing import DepthPairing
 from feedforward_recon.ros.health import Health
-from feedforward_recon.ros.inputs import Arrival, DepthPairing
-from feedforward_recon.ros.outputs import Outputs
-from feedforward_recon.ros.positioning import WAITING_POSES, Positioning
-from feedforward_recon.ros.sources import Choice, transports
+from feedforward_recon.ros.host import Host
+from feedforward_recon.ros.map_start import FirstPose
+from feedforward_recon.ros.pose_publisher import WAITING_POSES
+from feedforward_recon.ros.positioning import Positioning
+from feedforward_recon.ros.topic_sources import TopicChoice, transports
 from feedforward_recon.ros.worker import FrameQueue, Job, Worker
 
 MS = 1_000_000
@@ -87,23 +93,17 @@ def test_after_the_time_went_back_nothing_of_the_future_is_paired():
 SECOND, CAMERA = 1000 * MS, 'camera_optical_frame'
 
 
-class Node:
-    """What Positioning needs of a node; keeps what is published and said."""
+class RosNode:
+    """What the parts of a node use of rclpy; timers run when the test says so."""
 
-    def __init__(self, **config):
-        self.config, self.health = NodeConfig(**config), Health('node')
-        self.publishers, self.codes, self.log = {'/tf': 1}, [], []
-        self.poses, self.sent, self.posed = [], [], lambda arrival: None
-        self.outputs = SimpleNamespace(
-            pose=self.poses.append, transforms=self.sent.extend, sent=(),
-            own_body=lambda *args: Outputs.own_body(self.outputs, *args))
-        self.session = self.worker = None
-        self.positioning = Positioning(self)
+    def __init__(self):
+        self.publishers, self.lines, self.timers = {'/tf': 1}, [], []
 
     def create_subscription(self, *_):
         return None
 
-    def create_timer(self, *_, **__):
+    def create_timer(self, _period_s, callback, **_):
+        self.timers.append(callback)
         return SimpleNamespace()
 
     def resolve_topic_name(self, name):
@@ -113,127 +113,156 @@ class Node:
         return self.publishers.get(topic, 0)
 
     def get_logger(self):
-        return SimpleNamespace(info=self.log.append)
+        return SimpleNamespace(info=self.lines.append)
 
-    def now_ns(self):
-        return 0
+    def get_clock(self):
+        return SimpleNamespace(now=lambda: SimpleNamespace(nanoseconds=0))
 
-    def notice(self, code, sentence):
-        self.codes += [code] if sentence else []
+
+class Robot:
+    """Positioning of an active node; keeps what it publishes."""
+
+    def __init__(self, **config):
+        self.node, self.health, config = RosNode(), Health('node'), NodeConfig(**config)
+        self.published, self.sent = [], []
+        self.positioning = Positioning(
+            Host(self.node, SimpleNamespace(config=config), self.health))
+        self.positioning.connect(SimpleNamespace(), SimpleNamespace(
+            pose=self.published.append, transforms=self.sent.extend))
+        self.positioning.start(config)
+
+    @property
+    def buffer(self):
+        return self.positioning.frames.buffer
+
+    def first_pose(self, arrival):
+        return self.positioning.map_start.first_pose(arrival)
 
     def look(self, stamp):
         """An image that is measured at once; False when it has to wait for TF."""
         arrival = Arrival(stamp, CAMERA, None, None, None, 0)
-        if self.positioning.first_pose(arrival) is None:
+        if self.first_pose(arrival) is None:
             return False
         estimate = SimpleNamespace(T_map_cam=np.eye(4), covariance=np.eye(6))
-        self.positioning.measured(arrival, estimate, SimpleNamespace(metres_per_unit=1.0))
+        self.positioning.poses.measured(arrival, estimate, SimpleNamespace(metres_per_unit=1.0))
         return True
 
+    def tick(self):
+        for callback in self.node.timers:
+            callback()
+
     def stamps(self):
-        return [pose.stamp_ns for pose in self.poses]
+        return [pose.stamp_ns for pose in self.published]
 
     def children(self):
         return [(t.header.frame_id, t.child_frame_id) for t in self.sent]
 
+    def codes(self):
+        return list(self.health.warnings)
+
     def mount(self):
-        self.positioning.buffer.set('base_link', CAMERA, np.eye(4), 0, static=True)
+        self.buffer.set('base_link', CAMERA, np.eye(4), 0, static=True)
 
     def drive(self, stamp):
-        self.positioning.buffer.set('odom', 'base_link', np.eye(4), stamp)
+        self.buffer.set('odom', 'base_link', np.eye(4), stamp)
 
 
-@pytest.fixture
-def started():
-    def start(**config):
-        node = Node(**config)
-        node.positioning.start(node.config)
-        return node
-    return start
-
-
-def test_poses_that_wait_for_odometry_are_bounded_in_number_in_order_and_not_lost(started):
-    node = started(tf_wait_s=10.0)
-    node.mount()
-    node.drive(0)
+def test_poses_that_wait_for_odometry_are_bounded_in_number_in_order_and_not_lost():
+    robot = Robot(tf_wait_s=10.0)
+    robot.mount()
+    robot.drive(0)
     expected = [index * 30 * MS for index in range(1, 101)]
-    assert all(node.look(stamp) for stamp in expected)
-    assert node.stamps() == expected[:100 - WAITING_POSES + 1] and not node.sent
-    assert set(node.codes) == {'TF_LATE'}
-    node.drive(3000 * MS)
-    node.positioning._flush()
-    assert node.stamps() == expected
-    assert set(node.children()) == {('map', 'odom')} and len(node.sent) == WAITING_POSES - 1
+    assert all(robot.look(stamp) for stamp in expected)
+    assert robot.stamps() == expected[:100 - WAITING_POSES + 1] and not robot.sent
+    assert robot.codes() == ['TF_LATE']
+    robot.drive(3000 * MS)
+    robot.positioning.poses.flush()
+    assert robot.stamps() == expected
+    assert set(robot.children()) == {('map', 'odom')} and len(robot.sent) == WAITING_POSES - 1
 
 
 @pytest.mark.parametrize(('topic', 'known'), [('/tf', False), ('/tf_static', False),
                                               ('odom', True), ('/tf', True)])
-def test_a_map_waits_for_what_somebody_may_publish_and_not_for_ever(started, topic, known):
-    node = started(tf_wait_s=0.2)
-    node.publishers[topic] = node.publishers.get(topic, 0) + 1
+def test_a_map_waits_for_what_somebody_may_publish_and_not_for_ever(topic, known):
+    robot = Robot(tf_wait_s=0.2)
+    robot.node.publishers[topic] = robot.node.publishers.get(topic, 0) + 1
     if known:
-        node.mount()
-    assert not node.look(SECOND)
-    node.positioning._first_image_s -= 0.3
-    assert node.look(2 * SECOND) and node.poses
+        robot.mount()
+    assert not robot.look(SECOND)
+    time.sleep(0.25)
+    assert robot.look(2 * SECOND) and robot.published
 
 
-def test_a_map_that_is_there_or_a_tf_without_others_makes_no_image_wait(started):
-    alone = started(tf_wait_s=10.0)
+def test_a_map_that_is_there_or_a_tf_without_others_makes_no_image_wait():
+    alone = Robot(tf_wait_s=10.0)
     assert alone.look(SECOND) and alone.children() == [
         ('map', CAMERA), (CAMERA, f'{CAMERA}_body')]
-    mapped = started(tf_wait_s=10.0)
-    mapped.publishers['/tf'] = 2
+    mapped = Robot(tf_wait_s=10.0)
+    mapped.node.publishers['/tf'] = 2
     mapped.health.keyframes = 1
     assert mapped.look(SECOND)
 
 
-def test_what_made_the_map_upright_is_said_once_per_map(started):
-    node = started()
+def test_what_made_the_map_upright_is_said_once_per_map():
+    robot = Robot()
+    start, lines = robot.positioning.map_start, robot.node.lines
     arrival = Arrival(SECOND, CAMERA, None, None, None, 0)
-    first = node.positioning.first_pose(arrival)
-    node.mount()
-    for pose in (first, node.positioning.first_pose(arrival), first):
-        node.positioning.map_has(pose)
-    assert node.log == ['the map is upright by: level camera']
-    node.positioning.new_map()
-    node.positioning.map_has(node.positioning.first_pose(arrival))
-    assert node.log[1:] == ['the map is upright by: level base']
+    first = robot.first_pose(arrival)
+    robot.mount()
+    for pose in (first, robot.first_pose(arrival), first):
+        start.map_has(pose)
+    assert lines == ['the map is upright by: level camera']
+    robot.positioning.new_map()
+    start.map_has(robot.first_pose(arrival))
+    assert lines[1:] == ['the map is upright by: level base']
 
 
-def test_a_correction_is_not_sent_on_when_its_frame_gets_another_parent(started):
-    node = started()
-    node.mount()
-    node.drive(SECOND)
-    assert node.look(SECOND)
-    node.positioning._tick()
-    assert node.children() == [('map', 'odom')] * 2
-    node.positioning.buffer.set('earth', 'odom', np.eye(4), SECOND)
-    node.positioning._tick()
-    assert len(node.sent) == 2 and 'TWO_PARENTS' in node.codes
+def test_a_correction_is_not_sent_on_when_its_frame_gets_another_parent():
+    robot = Robot()
+    robot.mount()
+    robot.drive(SECOND)
+    assert robot.look(SECOND)
+    robot.tick()
+    assert robot.children() == [('map', 'odom')] * 2
+    robot.buffer.set('earth', 'odom', np.eye(4), SECOND)
+    robot.tick()
+    assert len(robot.sent) == 2 and 'TWO_PARENTS' in robot.codes()
 
 
 @pytest.mark.parametrize(('parent', 'child', 'own', 'said'), [
     ('map', 'odom', False, True), ('map', 'base_link', False, True),
     ('map', 'odom', True, False), ('map', 'table', False, False)])
-def test_who_else_sends_below_the_map_is_told_from_ourselves(started, parent, child, own, said):
-    node = started()
-    node.mount()
-    theirs = TransformStamped(child_frame_id=child)
-    theirs.header.frame_id = parent
-    node.outputs.sent = (theirs,) if own else ()
-    node.positioning._take_tf(SimpleNamespace(transforms=[theirs]), False)
-    node.drive(SECOND)
-    assert node.look(SECOND)
-    assert ('TWO_PUBLISHERS' in node.codes) == said
-    assert node.children() == [('map', 'odom')]
+def test_who_else_sends_below_the_map_is_told_from_ourselves(parent, child, own, said):
+    robot = Robot()
+    robot.mount()
+    if own:
+        robot.drive(0)
+        assert robot.look(0)
+        heard = robot.sent.pop()
+        assert (heard.header.frame_id, heard.child_frame_id) == (parent, child)
+    else:
+        heard = TransformStamped(child_frame_id=child)
+        heard.header.frame_id = parent
+    robot.positioning.listener.take([heard])
+    robot.drive(SECOND)
+    assert robot.look(SECOND)
+    assert ('TWO_PUBLISHERS' in robot.codes()) == said
+    assert robot.children() == [('map', 'odom')]
 
 
-def test_the_body_that_we_name_below_the_camera_is_not_taken_from_somebody_else(started):
-    node = started()
-    node.positioning.buffer.set('hand', f'{CAMERA}_body', np.eye(4), SECOND)
-    assert node.look(SECOND)
-    assert node.children() == [('map', CAMERA)] and node.codes == ['TWO_PARENTS']
+def test_the_body_that_we_name_below_the_camera_is_not_taken_from_somebody_else():
+    robot = Robot()
+    robot.buffer.set('hand', f'{CAMERA}_body', np.eye(4), SECOND)
+    assert robot.look(SECOND)
+    assert robot.children() == [('map', CAMERA)] and robot.codes() == ['TWO_PARENTS']
+
+
+def test_a_node_without_outputs_publishes_nothing():
+    robot = Robot()
+    robot.positioning.disconnect()
+    assert robot.look(SECOND)
+    robot.tick()
+    assert not robot.published and not robot.sent
 
 
 # -- threads ------------------------------------------------------------------------------------
@@ -320,12 +349,72 @@ def test_a_worker_that_stops_does_what_was_asked_for_before():
     assert said == ['done', 'the last'] and worker.stop(5)
 
 
+class FakeSession:
+    """A session whose images are decoded already; bad ones are refused."""
+
+    info, is_busy = SimpleNamespace(window='', keyframes=0), False
+
+    def process(self, frame, T_map_first, *, settle, on_pose):
+        if frame.image is None:
+            raise InputError('expected an image, found none')
+        estimate = SimpleNamespace(T_map_cam=np.eye(4), is_keyframe=False)
+        on_pose(estimate)
+        return estimate
+
+    def late(self):
+        return []
+
+    def work(self):
+        return False
+
+
+@pytest.fixture
+def runner(monkeypatch):
+    """A running SessionRunner, its mailbox, and the names of the results it has handed on."""
+    monkeypatch.setattr(session_runner, 'session_of', lambda config, wake: FakeSession())
+    monkeypatch.setattr(session_runner, 'decoded_frame', lambda arrival, inputs: SimpleNamespace(
+        image=arrival.image, depth=None))
+    health, names, letters = Health('node'), [], Letters()
+    health.pictures = SimpleNamespace(look=lambda image, depth: None)
+    results = SimpleNamespace(**{name: lambda *_, name=name: names.append(name) for name in (
+        'pose_known', 'image_used', 'image_refused', 'poses_found')})
+    made = session_runner.SessionRunner(NodeConfig(), letters, health, results)
+    yield made, letters, names
+    made.close()
+
+
+def offered(runner, image):
+    runner.offer(Arrival(SECOND, CAMERA, image, None, None, 0), FirstPose(np.eye(4), 'imu'))
+
+
+def test_a_pose_is_handed_on_before_its_image_is_done_and_bad_images_are_refused(runner):
+    made, letters, names = runner
+    offered(made, np.zeros((2, 2, 3), np.uint8))
+    letters.read(2)
+    assert names == ['pose_known', 'image_used']
+    offered(made, None)
+    letters.read(1)
+    assert names[2:] == ['image_refused']
+
+
+def test_after_a_runner_was_closed_only_jobs_are_answered(runner):
+    made, letters, names = runner
+    offered(made, np.zeros((2, 2, 3), np.uint8))
+    assert letters.came.acquire(timeout=5), 'the image was not begun'
+    letters.came.release()
+    answers = []
+    made.ask(lambda: 'done', lambda result, error: answers.append(result))
+    made.close()
+    letters.read(3)
+    assert names == [] and answers == ['done']
+
+
 # -- raw or compressed --------------------------------------------------------------------------
 
 def test_the_best_source_that_is_published_is_chosen_and_not_in_a_hurry():
     raw, beside, itself = transports('/image', '/compressed', 'auto')
     assert (beside.topic, itself.topic) == ('/image/compressed', '/image')
-    choice, published = Choice([raw, beside, itself]), set()
+    choice, published = TopicChoice([raw, beside, itself]), set()
 
     def look(now_s):
         return choice.look(published.__contains__, now_s)
@@ -346,6 +435,6 @@ def test_the_best_source_that_is_published_is_chosen_and_not_in_a_hurry():
 @pytest.mark.parametrize(('setting', 'topics'), [('raw', ['/image']),
                                                  ('compressed', ['/image/compressed'])])
 def test_a_transport_that_was_set_is_kept(setting, topics):
-    choice = Choice(transports('/image', '/compressed', setting))
+    choice = TopicChoice(transports('/image', '/compressed', setting))
     assert [source.topic for source in choice.sources] == topics
     assert not any(choice.look(lambda _: False, float(now)) for now in range(5))

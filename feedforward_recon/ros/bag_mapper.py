@@ -65,9 +65,9 @@ OdomTopic = Annotated[str, typer.Option(
 
 
 class Surroundings:
-    """What a bag tells beside its images: the tree of frames, and where up is.
+    """What a bag holds beside its images: the tree of frames, odometry and gravity.
 
-    The whole bag is known before the first image, so nothing is ever too late.
+    The whole bag is known before the first image, so nothing comes too late.
     """
 
     def __init__(self, bag: BagSource, config: NodeConfig, odom_topic: str = '') -> None:
@@ -91,10 +91,10 @@ class Surroundings:
                 self._take_tf(message, topic.endswith('/tf_static'))
 
     def _take_tf(self, message: Any, static: bool) -> None:
-        """Everything but what hangs below the map: that is for us to say."""
-        message.transforms = [t for t in message.transforms if
-                              t.header.frame_id.lstrip('/') != self._config.map_frame]
-        for sentence in self.buffer.take(message, static):
+        """Add what does not hang below the map: that place is for the new map."""
+        kept = [t for t in message.transforms
+                if t.header.frame_id.lstrip('/') != self._config.map_frame]
+        for sentence in self.buffer.take(kept, static):
             log.warning('%s', sentence)
 
     def _take_odometry(self, message: Any) -> None:
@@ -111,11 +111,11 @@ class Surroundings:
                                     np.array([force.x, force.y, force.z])))
 
     def first_pose(self, frame: Frame) -> tuple[np.ndarray, str]:
-        """T_map_cam [4, 4] of the image that starts the map, and what told where up is."""
+        """T_map_cam [4, 4] of the image that starts the map, and what tells its vertical."""
         until_ns = frame.stamp_ns + int(self._config.tf_wait_s * SECOND_NS)
         for stamp_ns, imu_frame, acceleration in self._accelerations:
             if stamp_ns <= until_ns:
-                self.frames.felt_gravity(imu_frame, acceleration)
+                self.frames.add_acceleration(imu_frame, acceleration)
         return self.frames.first_pose(self.camera_frame, frame.stamp_ns, frame.depth is not None)
 
     def odometry(self, stamp_ns: int) -> np.ndarray | None:
@@ -129,7 +129,10 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class BagMap:
-    """A mapped bag; up_source: what told where up is; seconds: reading, mapping and polish."""
+    """A mapped bag.
+
+    up_source: what the vertical was taken from. seconds: of reading, mapping and polishing.
+    """
 
     bag: BagSource
     saved: SavedMap
@@ -145,7 +148,7 @@ def map_bag(bag: BagSource, config: NodeConfig, out: Path, odom_topic: str = '')
     """
     started = time.perf_counter()
     surroundings = Surroundings(bag, config, odom_topic)
-    session = session_of(replace(config, mode='mapping'))
+    session = session_of(replace(config, mode='mapping', map=''))
     scale = OdometryScale()
     T_map_first, up_source = None, ''
     with progress_bar('mapping', len(bag)) as bar:

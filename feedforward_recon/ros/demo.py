@@ -40,7 +40,7 @@ DOMAIN_ID = 77
 START_S, ANSWER_S, MAP_S = 60.0, 120.0, 180.0
 
 
-def environment() -> dict[str, str]:
+def demo_variables() -> dict[str, str]:
     """Variables of all processes of the demo: one machine, one domain, whole images."""
     places = (Path(__file__).parents[2] / 'config',
               Path(sysconfig.get_path('data')) / 'share/feedforward_recon/config')
@@ -100,7 +100,7 @@ class Observer:
                 {stamp_ns(m.header): matrix_from_pose(m.pose)}), 100)
 
     def forget(self) -> None:
-        """Begin a new act."""
+        """Begin anew."""
         self.poses.clear()
         self.truth.clear()
 
@@ -144,7 +144,7 @@ def _trajectory(poses: dict[int, np.ndarray]) -> Trajectory:
 
 
 def map_room(observer: Observer, folder: Path, log: Path) -> dict[str, Any]:
-    """Act one: map the room, save the map; figures and the map's place in the room."""
+    """Part one: map the room, save the map; figures and the alignment of the map with the room."""
     with running('mapping_node', log, map=folder, memory__polish_steps=POLISH_STEPS), \
             running('player_node', log, source=f'synthetic:{ROOM}', stamps='now') as player:
         observer.watch(lambda: player.poll() is not None, MAP_S)
@@ -156,15 +156,15 @@ def map_room(observer: Observer, folder: Path, log: Path) -> dict[str, Any]:
         raise SystemExit(f'demo-ros: the map was not saved: {message}')
     error = absolute_trajectory_error(found, truth)
     known = np.isin(truth.stamps_ns, found.stamps_ns)
-    told = json.loads(report)
+    health = json.loads(report)
     return {'images': len(truth), 'poses': len(found), 'ate_m': error.rmse,
-            'straight_line_m': error.straight_line_rmse, 'dropped': told['dropped'],
-            'latency_ms': told['latency_ms'], 'saved': message,
+            'straight_line_m': error.straight_line_rmse, 'dropped': health['dropped'],
+            'latency_ms': health['latency_ms'], 'saved': message,
             'fit': align_points(found.positions, truth.positions[known])}
 
 
 def find_views(observer: Observer, folder: Path, log: Path, fit: Alignment) -> dict[str, Any]:
-    """Act two: views beside the walk, found in the saved map by a new process."""
+    """Part two: views beside the walk, found in the saved map by a new process."""
     observer.forget()
     with running('localization_node', log, map=folder):
         with running('player_node', log, source=f'synthetic:{ROOM}', stamps='now', rate=0.5,
@@ -190,12 +190,12 @@ def find_views(observer: Observer, folder: Path, log: Path, fit: Alignment) -> d
 
 
 def main() -> None:
-    """Run both acts, print the table, and judge."""
+    """Run both parts, print the table, and judge."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--out', type=Path, default=Path('out/demo_ros'), help='map folder')
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
     arguments = parser.parse_args()
-    os.environ.update(environment())
+    os.environ.update(demo_variables())
     log = Path(tempfile.mkdtemp(prefix='demo_ros_')) / 'nodes.log'
     note(f'output of the nodes: {log}')
     observer = Observer()
@@ -208,14 +208,14 @@ def main() -> None:
     if arguments.json:
         print_json({**mapped, **found, 'verdicts': verdicts})
     else:
-        print_table('make demo-ros', rows(mapped, found))
+        print_table('make demo-ros', figures(mapped, found))
         for promise, kept in verdicts.items():
             note(f'{"ok  " if kept else "FAIL"} {promise}')
     raise SystemExit(0 if all(verdicts.values()) else 1)
 
 
 def judge(mapped: dict[str, Any], found: dict[str, Any]) -> dict[str, bool]:
-    """What the demo promises, and whether it holds."""
+    """Each figure that the demo has to reach -> whether it does."""
     return {
         f'ATE of /pose <= {100 * MAX_ATE_M:g} cm': mapped['ate_m'] <= MAX_ATE_M,
         f'{100 * MIN_RECALL_5CM:g} % of new views within 5 cm':
@@ -224,8 +224,8 @@ def judge(mapped: dict[str, Any], found: dict[str, Any]) -> dict[str, bool]:
         'the other room is refused': not found['other_accepted'] and not found['other_localize']}
 
 
-def rows(mapped: dict[str, Any], found: dict[str, Any]) -> dict[str, str]:
-    """The table."""
+def figures(mapped: dict[str, Any], found: dict[str, Any]) -> dict[str, str]:
+    """The table: what was measured, as name and text."""
     latency = mapped['latency_ms']
     return {
         'images sent': f'{mapped["images"]}, {mapped["poses"]} poses, '

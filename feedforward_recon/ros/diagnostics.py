@@ -8,28 +8,30 @@ from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
 
-from feedforward_recon.ros.causes import Cause
-from feedforward_recon.ros.health import SECOND, Health, InputHealth
+from feedforward_recon.ros.diagnosis import Diagnosis
+from feedforward_recon.ros.health import Health
+from feedforward_recon.ros.input_health import InputHealth
+from feedforward_recon.ros.meters import SECOND
 
 LEVELS = {'OK': DiagnosticStatus.OK, 'WARN': DiagnosticStatus.WARN,
           'ERROR': DiagnosticStatus.ERROR, 'STALE': DiagnosticStatus.STALE}
 
 
-def diagnostic_status(health: Health, found: Sequence[Cause], now_ns: int) -> DiagnosticStatus:
-    """The report as a message: level, first cause, and every number as text."""
-    told = report(health, found, now_ns)
-    level_, message = LEVELS[told.pop('level')], told.pop('summary')
-    values = [KeyValue(key=key, value=text) for key, text in _flat(told)]
-    return DiagnosticStatus(level=level_, name=health.name, message=message, values=values)
+def diagnostic_status(health: Health, found: Sequence[Diagnosis], now_ns: int) -> DiagnosticStatus:
+    """The report as a message: level, first diagnosis, and every number as text."""
+    values = report(health, found, now_ns)
+    level_, message = LEVELS[values.pop('level')], values.pop('summary')
+    pairs = [KeyValue(key=key, value=text) for key, text in _flat(values)]
+    return DiagnosticStatus(level=level_, name=health.name, message=message, values=pairs)
 
 
-def report_json(health: Health, found: Sequence[Cause], now_ns: int) -> str:
+def report_json(health: Health, found: Sequence[Diagnosis], now_ns: int) -> str:
     """The report as JSON text on one line."""
     return json.dumps(report(health, found, now_ns), allow_nan=False)
 
 
-def report(health: Health, found: Sequence[Cause], now_ns: int) -> dict[str, Any]:
-    """Plain values: level, summary, causes, state, counts, times and one entry per input."""
+def report(health: Health, found: Sequence[Diagnosis], now_ns: int) -> dict[str, Any]:
+    """Plain values: level, summary, diagnoses as causes, state, counts, times, every input."""
     latency = health.latency.at(50, 95, 99)
     return {
         'level': level(health, found),
@@ -54,27 +56,28 @@ def report(health: Health, found: Sequence[Cause], now_ns: int) -> dict[str, Any
     }
 
 
-def level(health: Health, found: Sequence[Cause]) -> str:
+def level(health: Health, found: Sequence[Diagnosis]) -> str:
     """OK, WARN (works, but), ERROR (cannot work) or STALE (worked until the camera stopped)."""
     if not found:
         return 'OK'
     if found[0].code == 'SILENT' and health.frames:
         return 'STALE'
-    return 'ERROR' if any(cause.blocking for cause in found) else 'WARN'
+    return 'ERROR' if any(diagnosis.blocking for diagnosis in found) else 'WARN'
 
 
 def _input(input_: InputHealth, now_ns: int) -> dict[str, Any]:
-    publishers = None if input_.publishers is None else [
-        {'node': p.node, 'reliability': _reliability(p.reliable)} for p in input_.publishers]
-    stamped = input_.stamp_ns is not None
+    connection, traffic = input_.connection, input_.traffic
+    publishers = None if connection.publishers is None else [
+        {'node': p.node, 'reliability': _reliability(p.reliable)} for p in connection.publishers]
+    stamped = traffic.stamp_ns is not None
     return {
         'topic': input_.topic, 'needed': input_.needed, 'publishers': publishers,
-        'subscribed': _reliability(input_.reliable), 'messages': input_.messages,
-        'rate_hz': round(input_.rate.rate_hz(now_ns), 2), 'lost': input_.lost,
-        'frame_id': input_.frame_id,
-        'size': f'{input_.size_wh[0]}x{input_.size_wh[1]}' if input_.size_wh else None,
-        'clock_minus_stamp_s': round(input_.offset_ns / SECOND, 3) if stamped else None,
-        'stamp_faults': {fault.value: n for fault, n in input_.faults.items()},
+        'subscribed': _reliability(connection.reliable), 'messages': traffic.messages,
+        'rate_hz': round(traffic.rate.rate_hz(now_ns), 2), 'lost': connection.lost,
+        'frame_id': traffic.frame_id,
+        'size': f'{traffic.size_wh[0]}x{traffic.size_wh[1]}' if traffic.size_wh else None,
+        'clock_minus_stamp_s': round(traffic.offset_ns / SECOND, 3) if stamped else None,
+        'stamp_faults': {fault.value: n for fault, n in traffic.faults.items()},
     }
 
 

@@ -29,12 +29,13 @@ from feedforward_recon.config.node import NodeConfig
 from feedforward_recon.config.schema import from_dict
 from feedforward_recon.console.terminal import DONE, REFUSED, print_json, print_table, run, taught
 from feedforward_recon.errors import InputError
-from feedforward_recon.ros.causes import Cause, Transport, causes
+from feedforward_recon.ros.arrivals import DEFAULT_FRAME, Arrival
 from feedforward_recon.ros.convert import conversion_paths, depth_metres, image_rgb
+from feedforward_recon.ros.diagnosis import Diagnosis, Transport, diagnose
 from feedforward_recon.ros.diagnostics import report
 from feedforward_recon.ros.frames import Frames
 from feedforward_recon.ros.health import Health
-from feedforward_recon.ros.inputs import DEFAULT_FRAME, Arrival, Inputs
+from feedforward_recon.ros.inputs import InputHandlers, Inputs
 from feedforward_recon.ros.tf_buffer import TransformBuffer
 from feedforward_recon.ros.tf_messages import NO_TF, TFMessage
 
@@ -56,9 +57,7 @@ class Examination:
         self.health = Health(NAME, state='active', status='TRACKING',
                              active_since_ns=self.now_ns)
         self.health.use_sim_time = node.get_parameter('use_sim_time').value
-        self.inputs = Inputs(node, config, self.health, on_frame=self._look,
-                             on_jump=lambda _: None, on_calibration=lambda _: None,
-                             on_odometry=lambda _: None)
+        self.inputs = Inputs(node, config, self.health, InputHandlers(on_frame=self._look))
         self.camera_frame = config.camera_frame or DEFAULT_FRAME
         self.transforms = TransformBuffer()
         self._subscribe_tf()
@@ -71,7 +70,7 @@ class Examination:
         return self.node.get_clock().now().nanoseconds
 
     def listen(self, seconds: float) -> None:
-        """Spin for so long (steady clock), looking at the publishers again and again."""
+        """Spin for so long (steady clock), looking at the publishers every LOOK_S."""
         end = time.monotonic() + seconds
         next_look = 0.0
         while (now := time.monotonic()) < end:
@@ -91,7 +90,7 @@ class Examination:
             TFMessage, '/tf_static', lambda message: self._take_tf(message, True), latched)
 
     def _take_tf(self, message: Any, static: bool = False) -> None:
-        for sentence in self.transforms.take(message, static):
+        for sentence in self.transforms.take(message.transforms, static):
             self.health.warn('TF_REFUSED', sentence, self.now_ns)
 
     def _look(self, arrival: Arrival) -> None:
@@ -106,13 +105,13 @@ class Examination:
         except InputError as error:
             self.health.warn('IMAGE_REFUSED', str(error), self.now_ns)
 
-    def found(self, transport: Transport, seconds: float) -> list[Cause]:
+    def found(self, transport: Transport, seconds: float) -> list[Diagnosis]:
         """What is wrong with the graph and the inputs, most likely cause first."""
         frames = Frames(self.config, self.transforms)
         self.health.tf_mode = frames.mode(self.camera_frame)
         self.health.tf_missing = frames.missing(self.camera_frame)
         return [*_about_graph(self.node),
-                *causes(self.health, self.now_ns, silence_s=min(3.0, seconds / 2),
+                *diagnose(self.health, self.now_ns, silence_s=min(3.0, seconds / 2),
                         transport=transport)]
 
     def ask_nodes(self) -> dict[str, dict[str, Any]]:
@@ -140,21 +139,21 @@ class Examination:
         self._executor.shutdown()
 
 
-def _about_graph(node: Node) -> Iterator[Cause]:
-    """What the graph of nodes and topics says on its own."""
+def _about_graph(node: Node) -> Iterator[Diagnosis]:
+    """What is wrong with the graph of nodes and topics."""
     others = [name for name in node.get_node_names() if name != node.get_name()]
     if not others:
         domain = os.environ.get('ROS_DOMAIN_ID', '0')
-        yield Cause('NO_NODES', f'no other ROS node is visible in domain {domain}; start the '
-                    'camera driver, or compare ROS_DOMAIN_ID, the RMW implementation and the '
-                    'network of the two terminals', True)
+        yield Diagnosis('NO_NODES', f'no other ROS node is visible in domain {domain}; start '
+                        'the camera driver, or compare ROS_DOMAIN_ID, the RMW implementation and '
+                        'the network of the two terminals', True)
     if node.count_publishers('/clock') and not node.get_parameter('use_sim_time').value:
-        yield Cause('SIM_TIME_UNUSED', 'somebody publishes /clock but use_sim_time is false here; '
-                    'run the nodes (and this doctor) with use_sim_time:=true')
+        yield Diagnosis('SIM_TIME_UNUSED', 'somebody publishes /clock but use_sim_time is false '
+                        'here; run the nodes (and this doctor) with use_sim_time:=true')
 
 
 def _about_transports(examination: Examination) -> Iterator[str]:
-    """Where images were found that are not what was asked for."""
+    """Notes on images that were found compressed where raw ones were asked for."""
     for kind in ('image', 'depth'):
         found = examination.health.inputs[kind].topic
         setting = getattr(examination.config, f'{kind}_transport')
@@ -164,8 +163,8 @@ def _about_transports(examination: Examination) -> Iterator[str]:
                    'or compressed, and the same topics as here')
 
 
-def environment(transport: Transport) -> dict[str, str]:
-    """What this machine and this terminal bring along."""
+def machine_facts(transport: Transport) -> dict[str, str]:
+    """Middleware, library versions, limits and variables of this machine and terminal."""
     known = {'middleware': transport.rmw, 'Python': sys.version.split()[0]}
     known |= {name: _version(name) for name in LIBRARIES}
     if transport.rmem_max is not None:
@@ -181,11 +180,11 @@ def _version(library: str) -> str:
         return f'{MISSING}: {error}'
 
 
-def _about_libraries(environment_: dict[str, str]) -> Iterator[Cause]:
+def _about_libraries(machine: dict[str, str]) -> Iterator[Diagnosis]:
     for library in LIBRARIES:
-        if environment_[library].startswith(MISSING):
-            yield Cause('LIBRARY_MISSING', f'Python cannot import {library} '
-                        f'({environment_[library]}); install it for {sys.executable}', True)
+        if machine[library].startswith(MISSING):
+            yield Diagnosis('LIBRARY_MISSING', f'Python cannot import {library} '
+                            f'({machine[library]}); install it for {sys.executable}', True)
 
 
 Seconds = Annotated[float, typer.Option('--seconds', min=1.0, max=600.0,
@@ -243,7 +242,7 @@ def examine(context: rclpy.Context, config: NodeConfig, remaps: dict[str, str], 
     for name, topic in remaps.items():
         arguments += ['-r', f'{name}:={topic}'] if topic != name else []
     node = rclpy.create_node(NAME, context=context, cli_args=arguments)
-    node.get_logger().set_level(LoggingSeverity.WARN)  # the table says it all
+    node.get_logger().set_level(LoggingSeverity.WARN)  # stdout is for the report
     transport = Transport.here(get_rmw_implementation_identifier())
     examination = Examination(node, config)
     try:
@@ -254,11 +253,11 @@ def examine(context: rclpy.Context, config: NodeConfig, remaps: dict[str, str], 
     finally:
         examination.close()
         node.destroy_node()
-    machine = environment(transport)
+    machine = machine_facts(transport)
     health = replace(examination.health, conversions=conversion_paths())
-    told = report(health, [*_about_libraries(machine), *found], examination.now_ns)
+    values = report(health, [*_about_libraries(machine), *found], examination.now_ns)
     kept = ('level', 'causes', 'inputs', 'camera_info', 'tf_mode', 'conversions', 'use_sim_time')
-    findings = {key: told[key] for key in kept}
+    findings = {key: values[key] for key in kept}
     findings['notes'] = notes
     for name, theirs in nodes.items():
         findings['causes'] += [{**cause, 'sentence': f'{name}: {cause["sentence"]}'}
@@ -267,12 +266,13 @@ def examine(context: rclpy.Context, config: NodeConfig, remaps: dict[str, str], 
 
 
 def _print(findings: dict[str, Any]) -> None:
-    print_table('Inputs', {told['topic']: _heard(told) for told in findings['inputs'].values()})
+    print_table('Inputs', {input_['topic']: _about_input(input_)
+                           for input_ in findings['inputs'].values()})
     print_table('Conversions', findings['conversions'])
     print_table('Machine', findings['environment'])
     if findings['nodes']:
-        print_table('Nodes', {name: f'{told["level"]}: {told["summary"]}'
-                              for name, told in findings['nodes'].items()})
+        print_table('Nodes', {name: f'{node["level"]}: {node["summary"]}'
+                              for name, node in findings['nodes'].items()})
     if findings['notes']:
         print_table('To know', {f'{number}.': note
                                 for number, note in enumerate(findings['notes'], 1)})
@@ -284,14 +284,14 @@ def _print(findings: dict[str, Any]) -> None:
         print_table('Nothing is wrong', {'images': 'arrive and can be used'})
 
 
-def _heard(told: dict[str, Any]) -> str:
+def _about_input(input_: dict[str, Any]) -> str:
     """One input as a sentence."""
-    if not told['publishers'] and not told['messages']:
-        return 'nobody publishes it' + ('' if told['needed'] else ' (not needed)')
-    names = ', '.join(f'{p["node"]} ({p["reliability"]})' for p in told['publishers'] or ())
-    parts = [f'{told["messages"]} messages, {told["rate_hz"]:.1f} Hz, {told["lost"]} lost',
-             told['size'], f'frame_id {told["frame_id"]!r}' if told['messages'] else '',
-             f'clock - stamp {told["clock_minus_stamp_s"]:.3f} s' if told['messages'] else '']
+    if not input_['publishers'] and not input_['messages']:
+        return 'nobody publishes it' + ('' if input_['needed'] else ' (not needed)')
+    names = ', '.join(f'{p["node"]} ({p["reliability"]})' for p in input_['publishers'] or ())
+    parts = [f'{input_["messages"]} messages, {input_["rate_hz"]:.1f} Hz, {input_["lost"]} lost',
+             input_['size'], f'frame_id {input_["frame_id"]!r}' if input_['messages'] else '',
+             f'clock - stamp {input_["clock_minus_stamp_s"]:.3f} s' if input_['messages'] else '']
     return f'{names}: ' + ', '.join(filter(None, parts))
 
 

@@ -12,7 +12,7 @@ except ImportError:  # Humble
 
 def subscription_events(on_lost: Callable[[int], None],
                         on_unmatched: Callable[[int], None]) -> SubscriptionEventCallbacks:
-    """Tell the total of messages lost on the way, and of publishers that cannot be heard."""
+    """Callbacks for totals: messages lost on the way, publishers with incompatible QoS."""
     return SubscriptionEventCallbacks(
         message_lost=lambda event: on_lost(event.total_count),
         incompatible_qos=lambda event: on_unmatched(event.total_count))

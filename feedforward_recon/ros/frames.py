@@ -1,8 +1,8 @@
-"""Which transform to send, and whose pose to tell (REP-103, REP-105).
+"""Which transform to send, and which body's pose to publish (REP-103, REP-105).
 
-The core speaks of one thing: T_map_cam of an optical frame. Here it becomes the one transform
-that connects ``map`` with the tree the camera hangs in - odom, the robot's root or the camera
-itself - and the pose of a body whose x axis points forward. The rotation between optical and
+The core knows one thing: T_map_cam of an optical frame. Here it becomes the one transform that
+connects ``map`` with the tree of the camera - with odom, the robot's root or the camera itself -
+and the pose of a body whose x axis points forward. The rotation between optical and
 body axes comes from TF where there is one, and from ``R_BODY_OPTICAL`` once where there is none.
 """
 
@@ -20,7 +20,7 @@ from feedforward_recon.ros.tf_buffer import TransformBuffer, TransformError
 # Optical axes (x right, y down, z forward) seen in body axes (x forward, y left, z up).
 R_BODY_OPTICAL = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
 T_BODY_OPTICAL = make_transform(R_BODY_OPTICAL, np.zeros(3))
-STANDING = (9.3, 10.3)  # m/s^2: an accelerometer that feels gravity alone
+GRAVITY_MPS2 = (9.3, 10.3)  # norm of an acceleration that is gravity alone
 UNKNOWN_VARIANCE = 1e6
 
 
@@ -44,7 +44,7 @@ class BodyPose:
 
 
 class Frames:
-    """Knows the tree of frames and our place in it."""
+    """Answers what TF and odometry say about the frames of camera, robot and map."""
 
     def __init__(self, config: NodeConfig, buffer: TransformBuffer) -> None:
         self.config = config
@@ -53,7 +53,7 @@ class Frames:
         self._odometry_seen = False
 
     def forget(self) -> None:
-        """Nobody listens any more: the robot may come back with another odometry, or none."""
+        """The node stops listening: the robot may come back with another odometry, or none."""
         self.buffer.clear()
         self._odometry_seen = False
 
@@ -62,7 +62,7 @@ class Frames:
     def child_frame(self, camera_frame: str) -> str:
         """The frame that hangs below the map: the root of the tree that the camera is in.
 
-        Odometry that was once seen counts as there: where it is late or silent nothing can be
+        Odometry that was known once stays the child: while it is late or silent nothing can be
         sent, because the robot hangs below it.
         """
         config = self.config
@@ -110,11 +110,11 @@ class Frames:
         return 'map_to_base' if self.knows_base(camera_frame) else 'map_to_camera'
 
     def knows_base(self, camera_frame: str) -> bool:
-        """TF tells where the camera sits on the robot."""
+        """TF connects the camera with the robot."""
         return self.buffer.can(self.config.base_frame, camera_frame)
 
     def knows_odometry(self, camera_frame: str) -> bool:
-        """TF or the odometry topic tell where the camera is in the odometry's frame."""
+        """TF or the odometry topic connect the camera with the frame of odometry."""
         return self.buffer.can(self.config.odom_frame, camera_frame)
 
     def take_odometry(self, parent: str, child: str, T_parent_child: np.ndarray, stamp_ns: int
@@ -135,7 +135,7 @@ class Frames:
     def is_driven(self, child_frame: str, camera_frame: str) -> bool:
         """Something below the child of the map moves the robot: its lengths are metres.
 
-        A mount that moves the camera on a robot is none of that.
+        A joint between robot and camera does not count.
         """
         if child_frame == self.config.odom_frame:
             return True
@@ -153,18 +153,18 @@ class Frames:
 
     # -- the start of a map ----------------------------------------------------------------
 
-    def felt_gravity(self, imu_frame: str, acceleration: np.ndarray) -> None:
+    def add_acceleration(self, imu_frame: str, acceleration: np.ndarray) -> None:
         """An accelerometer reading [3], m/s^2; kept while it is gravity alone."""
         norm = float(np.linalg.norm(acceleration))
-        if STANDING[0] < norm < STANDING[1]:
+        if GRAVITY_MPS2[0] < norm < GRAVITY_MPS2[1]:
             self._up = (imu_frame, acceleration / norm)
 
     def first_pose(self, camera_frame: str, stamp_ns: int, metric: bool
                    ) -> tuple[np.ndarray, str]:
-        """T_map_cam [4, 4] of the camera that starts a map with z up, and what told the up.
+        """T_map_cam [4, 4] of the camera that starts a map with z up, and its source of "up".
 
-        x points where the body looks. The origin is in the body where lengths are known, else
-        in the camera.
+        The source is imu, odometry, level base or level camera. x points where the body
+        looks. The origin is in the body where lengths are known, else in the camera.
         """
         T_body_cam = self.body_of_camera(camera_frame, stamp_ns)
         R_map_body, source = self._levelled(camera_frame, stamp_ns, T_body_cam)
@@ -184,9 +184,9 @@ class Frames:
 
     def _levelled(self, camera_frame: str, stamp_ns: int, T_body_cam: np.ndarray
                   ) -> tuple[np.ndarray, str]:
-        """R_map_body [3, 3] with z up and no yaw, from the best that is known.
+        """R_map_body [3, 3] with z up and no yaw, from the best source there is, and that source.
 
-        Odometry that is some milliseconds late, or begins later, tells as well where up is.
+        Of odometry the sample nearest to the stamp will do: roll and pitch change slowly.
         """
         if self._up is not None:
             imu_frame, up_imu = self._up
@@ -246,7 +246,7 @@ class OdometryScale:
     """Metres per unit of a monocular map, from how far odometry says that the camera moved.
 
     Ratios of displacements over at least ``BASELINE_M``; their median holds once it is certain
-    to ``CERTAIN``, and then stays, because a map whose unit changes is no map.
+    to ``CERTAIN``, and then stays, because poses in different units cannot be compared.
     """
 
     BASELINE_M = 0.2

@@ -71,6 +71,9 @@ def arguments(mode: str | Substitution, use_sim_time: str = 'false') -> list[Act
                               description='the same for depth; empty: as in params_file'),
         DeclareLaunchArgument('map', default_value='',
                               description='folder of the map; empty: as in params_file'),
+        DeclareLaunchArgument('fresh', default_value='', choices=['', *TRUTH],
+                              description='start a new map also where map holds one; empty: as in '
+                              'params_file'),
         DeclareLaunchArgument('model', default_value='',
                               description='network that maps; empty: as in params_file'),
         DeclareLaunchArgument('attention', default_value='',
@@ -107,6 +110,8 @@ def _node(context: LaunchContext, name: list[str | Substitution]) -> list[Action
             given[setting] = str(Path(given[setting]).expanduser().absolute())
     flags = {flag: ParameterValue(LaunchConfiguration(flag), value_type=bool)
              for flag in ('use_sim_time', 'autostart')}
+    if context.launch_configurations['fresh']:
+        flags['fresh'] = ParameterValue(LaunchConfiguration('fresh'), value_type=bool)
     texts = {setting: ParameterValue(value, value_type=str) for setting, value in given.items()}
     return [Node(
         package=PACKAGE, executable=name, name=name,

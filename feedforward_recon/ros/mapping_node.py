@@ -6,7 +6,7 @@ from feedforward_recon.ros.run import run_camera_node
 
 
 def main() -> None:
-    """Run the node until it is told to end."""
+    """Run the node until SIGINT or SIGTERM."""
     run_camera_node('mapping_node', 'mapping')
 
 

@@ -1,4 +1,4 @@
-"""What goes well, for the log: once for each map. Nothing here needs ROS."""
+"""Lines for the log when a map has its first pose. Nothing here needs ROS."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ POSED = ('TRACKING', 'UNCERTAIN')
 
 
 class Milestones:
-    """What was reached with one map."""
+    """What was reached with one map so far."""
 
     def __init__(self) -> None:
         self._reached: set[str] = set()
 
     def reached(self, health: Health) -> list[str]:
-        """Sentences about what the newest image brought for the first time."""
+        """Sentences about what the newest image reached for the first time."""
         mode = health.mode
         if health.status not in POSED or mode in self._reached:
             return []

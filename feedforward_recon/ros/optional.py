@@ -1,7 +1,7 @@
-"""Libraries that a ROS install may bring: used where they pass a test, never trusted unseen.
+"""Libraries that a ROS install may bring: used where they pass a test.
 
 cv_bridge, sensor_msgs_py and tf_transformations exist in several versions, and some of them are
-wrong without a word: 16-bit depth read as 8 bit, quaternions with w first. Each is therefore
+wrong without an error: 16-bit depth read as 8 bit, quaternions with w first. Each is therefore
 tried once, on messages whose content is known, before it is used; `convert` has its own way for
 everything, and `conversion_paths` says which way was chosen.
 
@@ -28,8 +28,11 @@ QUATERNION_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A library that passed its test (``use``: what to call), or None and the reason."""
+class TestedLibrary:
+    """The outcome of a self-test.
+
+    use: what to call, None where the library is not used. path: its name, or 'own: ' and why not.
+    """
 
     use: Any
     path: str
@@ -41,39 +44,40 @@ class SelfTestError(Exception):
 
 def chosen(name: str) -> Any:
     """The tested library (cv_bridge: a CvBridge), or None where our own code does it."""
-    return _choices()[name].use
+    return tested_libraries()[name].use
 
 
 def conversion_paths() -> dict[str, str]:
     """Library -> its name where it is used, else 'own: ' and why not; tested at first call."""
-    return {name: choice.path for name, choice in _choices().items()}
+    return {name: library.path for name, library in tested_libraries().items()}
 
 
 @cache
-def _choices() -> dict[str, Choice]:
-    return {'cv_bridge': _choose('cv_bridge', 'cv_bridge', _tested_bridge),
-            'sensor_msgs_py': _choose('sensor_msgs_py', 'sensor_msgs_py.point_cloud2',
+def tested_libraries() -> dict[str, TestedLibrary]:
+    """Every optional library, tested at the first call."""
+    return {'cv_bridge': _tested('cv_bridge', 'cv_bridge', _tested_bridge),
+            'sensor_msgs_py': _tested('sensor_msgs_py', 'sensor_msgs_py.point_cloud2',
                                       _tested_clouds),
-            'tf_transformations': _choose('tf_transformations', 'tf_transformations',
+            'tf_transformations': _tested('tf_transformations', 'tf_transformations',
                                           _tested_quaternions)}
 
 
-def _choose(name: str, module: str, test: Callable[[Any], Any]) -> Choice:
+def _tested(name: str, module: str, test: Callable[[Any], Any]) -> TestedLibrary:
     try:
         imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
         missing = 'not installed' if error.name in (name, module) \
             else f'{name} needs {error.name}, which is not installed'
-        return Choice(None, f'own: {missing}')
+        return TestedLibrary(None, f'own: {missing}')
     # A library built for another NumPy fails in its own ways: ImportError, AttributeError.
     except Exception as error:
-        return Choice(None, f'own: {name} cannot be imported ({_brief(error)})')
+        return TestedLibrary(None, f'own: {name} cannot be imported ({_brief(error)})')
     try:
-        return Choice(test(imported), name)
+        return TestedLibrary(test(imported), name)
     except SelfTestError as error:
-        return Choice(None, f'own: {name} failed the self-test ({error})')
+        return TestedLibrary(None, f'own: {name} failed the self-test ({error})')
     except Exception as error:  # the same: whatever it raises, it is not used, and we say so
-        return Choice(None, f'own: {name} failed the self-test ({_brief(error)})')
+        return TestedLibrary(None, f'own: {name} failed the self-test ({_brief(error)})')
 
 
 def _brief(error: Exception) -> str:

@@ -11,21 +11,14 @@ from nav_msgs.msg import Odometry, Path
 from rclpy.lifecycle import LifecycleNode
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from sensor_msgs.msg import PointCloud2
-from std_msgs.msg import Header, String
+from std_msgs.msg import String
 from visualization_msgs.msg import Marker, MarkerArray
 
-from feedforward_recon.config.node import NodeConfig
 from feedforward_recon.geometry.transforms import transform_points
-from feedforward_recon.ros.convert import (
-    covariance_list,
-    pose_msg,
-    stamp_msg,
-    transform_msg,
-)
+from feedforward_recon.ros.convert import covariance_list, header_msg, pose_msg
 from feedforward_recon.ros.frames import UNKNOWN_VARIANCE, BodyPose
 from feedforward_recon.ros.pointcloud import cloud_msg
 from feedforward_recon.ros.tf_messages import TFMessage
-from feedforward_recon.ros.tf_sent import SentTransforms
 from feedforward_recon.types import FloatArray, PointCloud, Trajectory
 
 LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
@@ -36,47 +29,34 @@ FRUSTUM = 0.05 * np.array([[0, 0, 0], [-1, -0.75, 1], [1, -0.75, 1], [1, 0.75, 1
 EDGES = ((0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (2, 3), (3, 4), (4, 1))
 
 
-class Outputs:
-    """Publishers of one node; silent while it is inactive, as lifecycle publishers are."""
+class PoseOutputs:
+    """Publishers of poses and transforms; silent while the node is inactive."""
 
-    def __init__(self, node: LifecycleNode, config: NodeConfig) -> None:
-        self._map_frame = config.map_frame
+    def __init__(self, node: LifecycleNode, map_frame: str) -> None:
+        self._node, self._map_frame = node, map_frame
         create = node.create_lifecycle_publisher
         self._pose = create(PoseWithCovarianceStamped, 'pose', 10)
         self._odometry = create(Odometry, 'odometry', 10)
-        self._path = create(Path, 'path', LATCHED)
-        self._cloud = create(PointCloud2, 'cloud', 5)
-        self._cloud_map = create(PointCloud2, 'cloud_map', LATCHED)
-        self._markers = create(MarkerArray, 'markers', LATCHED)
         self._query_pose = create(PoseWithCovarianceStamped, 'query_pose', 10)
         self._query_result = create(String, 'query_result', 10)
         self._tf = create(TFMessage, '/tf', QoSProfile(depth=100)) if TFMessage else None
-        self.sent = SentTransforms()
-        self._node = node
-        self._sent_ns: deque[int] = deque(maxlen=REMEMBERED)  # stamps of poses
-        self._all = (self._pose, self._odometry, self._path, self._cloud, self._cloud_map,
-                     self._markers, self._query_pose, self._query_result, self._tf)
+        self._published_ns: deque[int] = deque(maxlen=REMEMBERED)  # stamps of poses
 
     def destroy(self) -> None:
         """Take the publishers down."""
-        for publisher in self._all:
+        for publisher in (self._pose, self._odometry, self._query_pose, self._query_result,
+                          self._tf):
             if publisher is not None:
                 self._node.destroy_publisher(publisher)
 
-    def wants(self, name: str) -> bool:
-        """Does anybody listen to 'path', 'cloud', 'cloud_map' or 'markers'?"""
-        return bool(getattr(self, f'_{name}').get_subscription_count())
-
-    def _header(self, stamp_ns: int) -> Header:
-        return Header(stamp=stamp_msg(stamp_ns), frame_id=self._map_frame)
-
-    # -- poses -----------------------------------------------------------------------------
-
     def pose(self, body: BodyPose) -> None:
-        """Publish a measured pose as pose and odometry, once for each stamp."""
-        if body.stamp_ns in self._sent_ns:
+        """Publish a measured pose as pose and odometry, once for each stamp.
+
+        Raises InputError for a pose or covariance that no message can hold.
+        """
+        if body.stamp_ns in self._published_ns:
             return
-        self._sent_ns.append(body.stamp_ns)
+        self._published_ns.append(body.stamp_ns)
         message = self._stamped(body)
         self._pose.publish(message)
         odometry = Odometry(header=message.header, child_frame_id=body.body_frame,
@@ -87,45 +67,73 @@ class Outputs:
 
     def is_old(self, stamp_ns: int) -> bool:
         """A pose with a later stamp went out already."""
-        return bool(self._sent_ns) and stamp_ns < max(self._sent_ns)
+        return bool(self._published_ns) and stamp_ns < max(self._published_ns)
 
     def new_time_line(self) -> None:
         """Another map, or stamps that went back: the stamps sent so far mean nothing."""
-        self._sent_ns.clear()
+        self._published_ns.clear()
 
     def query(self, body: BodyPose | None, result_json: str) -> None:
-        """Answer a query image: the pose if there is one, and what is to say about it."""
+        """Answer a query image: the pose if there is one, and the result as JSON."""
         if body is not None:
             self._query_pose.publish(self._stamped(body))
         self._query_result.publish(String(data=result_json))
 
+    def transforms(self, transforms: list[TransformStamped]) -> None:
+        """Send transforms on /tf, where its message is installed."""
+        if transforms and self._tf is not None:
+            self._tf.publish(TFMessage(transforms=transforms))
+
     def _stamped(self, body: BodyPose) -> PoseWithCovarianceStamped:
-        message = PoseWithCovarianceStamped(header=self._header(body.stamp_ns))
+        message = PoseWithCovarianceStamped(header=header_msg(self._map_frame, body.stamp_ns))
         message.pose.pose = pose_msg(body.T_map_body)
         message.pose.covariance = covariance_list(body.covariance)
         return message
 
-    def transforms(self, transforms: list[TransformStamped]) -> None:
-        """Send transforms on /tf."""
-        self.sent.add(transforms)
-        if transforms and self._tf is not None:
-            self._tf.publish(TFMessage(transforms=transforms))
 
-    def own_body(self, body: BodyPose, camera_frame: str) -> list[TransformStamped]:
-        """The body frame that we name below the camera where TF has no base."""
-        if body.from_tf or not body.child_frame:
-            return []
-        return [transform_msg(body.T_cam_body, camera_frame, body.body_frame, body.stamp_ns)]
+class MapOutputs:
+    """Publishers of the map: path, clouds, keyframes; silent while the node is inactive."""
 
-    # -- the map ---------------------------------------------------------------------------
+    def __init__(self, node: LifecycleNode, map_frame: str) -> None:
+        self._node, self._map_frame = node, map_frame
+        create = node.create_lifecycle_publisher
+        self._path = create(Path, 'path', LATCHED)
+        self._cloud = create(PointCloud2, 'cloud', 5)
+        self._cloud_map = create(PointCloud2, 'cloud_map', LATCHED)
+        self._markers = create(MarkerArray, 'markers', LATCHED)
+
+    def destroy(self) -> None:
+        """Take the publishers down."""
+        for publisher in (self._path, self._cloud, self._cloud_map, self._markers):
+            self._node.destroy_publisher(publisher)
+
+    @property
+    def wants_path(self) -> bool:
+        """Somebody subscribes to path."""
+        return _is_heard(self._path)
+
+    @property
+    def wants_markers(self) -> bool:
+        """Somebody subscribes to markers."""
+        return _is_heard(self._markers)
+
+    @property
+    def wants_cloud(self) -> bool:
+        """Somebody subscribes to what keyframes add to the cloud."""
+        return _is_heard(self._cloud)
+
+    @property
+    def wants_cloud_map(self) -> bool:
+        """Somebody subscribes to the whole cloud."""
+        return _is_heard(self._cloud_map)
 
     def path(self, bodies: Trajectory, length: int) -> None:
         """Publish body poses with their own stamps, the newest ``length`` of them."""
-        poses = [PoseStamped(header=self._header(int(stamp_ns)), pose=pose_msg(T))
+        poses = [PoseStamped(header=header_msg(self._map_frame, int(stamp_ns)), pose=pose_msg(T))
                  for stamp_ns, T in zip(bodies.stamps_ns[-length:], bodies.T_map_cam[-length:],
                                         strict=True)]
         stamp_ns = int(bodies.stamps_ns[-1]) if len(bodies) else 0
-        self._path.publish(Path(header=self._header(stamp_ns), poses=poses))
+        self._path.publish(Path(header=header_msg(self._map_frame, stamp_ns), poses=poses))
 
     def cloud(self, cloud: PointCloud, stamp_ns: int, whole: bool) -> None:
         """Publish points: the whole map latched, or what a keyframe added."""
@@ -134,7 +142,7 @@ class Outputs:
 
     def markers(self, T_map_cam: FloatArray, stamp_ns: int) -> None:
         """Publish keyframes [K, 4, 4] as pyramids."""
-        marker = Marker(header=self._header(stamp_ns), ns='keyframes', id=0,
+        marker = Marker(header=header_msg(self._map_frame, stamp_ns), ns='keyframes', id=0,
                         type=Marker.LINE_LIST, action=Marker.ADD)
         marker.pose.orientation.w = 1.0
         marker.scale.x = 0.005
@@ -143,6 +151,10 @@ class Outputs:
                          (transform_points(T, FRUSTUM) for T in T_map_cam)
                          for edge in EDGES for index in edge]
         self._markers.publish(MarkerArray(markers=[marker]))
+
+
+def _is_heard(publisher: Any) -> bool:
+    return bool(publisher.get_subscription_count())
 
 
 def _point(xyz: Any) -> Point:

@@ -1,7 +1,7 @@
 """ROS parameters from a configuration dataclass: declared, described, checked, changed.
 
 ``parameters = declare(node, NodeConfig, mode='localization')``, then ``parameters.config``
-holds the settings (immutable, replaced as a whole), ``parameters.on_change(callback)`` is told
+holds the settings (immutable, replaced as a whole), ``parameters.on_change(callback)`` gets
 every accepted change, and after ``parameters.locked = True`` only live settings may change.
 """
 

@@ -46,22 +46,22 @@ def _save(node: CameraNode, executor: SingleThreadedExecutor) -> None:
     """End the save that is under way, or save what nobody saved; answer who waits for it."""
     node.save_at_the_end()
     end_s = time.monotonic() + END_S
-    while node.keeper.is_busy and time.monotonic() < end_s:
+    while node.saver.is_busy and time.monotonic() < end_s:
         executor.spin_once(timeout_sec=STOP_POLL_S)
-    if node.keeper.is_busy:
-        node.keeper.give_up(f'no time left after {END_S:g} s, the process ends')
+    if node.saver.is_busy:
+        node.saver.give_up(f'no time left after {END_S:g} s, the process ends')
     end_s = time.monotonic() + ANSWER_S
     while time.monotonic() < end_s:
         executor.spin_once(timeout_sec=STOP_POLL_S)
 
 
 def run_camera_node(name: str, mode: str) -> None:
-    """Spin a node until it is told to end; ends the process with 0, or 1 for bad settings."""
+    """Spin a node until SIGINT or SIGTERM; ends the process with 0, or 1 for bad settings."""
     # Small matrices gain little from more, and the camera driver wants the other cores: on two
     # of them one thread halves the images that are left out (docs/experiments.md).
     use_one_thread()
     share_heaps()
-    # Our own handlers: those of rclpy take the context away while it is being waited on.
+    # Our own handlers: those of rclpy shut the context down while the executor waits on it.
     rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
     stop = _stopped_by_signals()
     try:
@@ -78,7 +78,7 @@ def run_camera_node(name: str, mode: str) -> None:
     idle = node.close()
     executor.shutdown(timeout_sec=1.0)
     if not idle:
-        # A thread deep in a kernel cannot be asked to stop, and must not hold up the robot.
+        # A thread inside a long computation cannot be stopped; the process ends all the same.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

@@ -6,14 +6,14 @@ poses between frames at the stamp of an image, exact sentences when there are no
 
 Each frame has one parent. Between two samples of an edge the translation is linear and the
 rotation turns at constant rate (slerp); outside them nothing is made up. When time jumps, samples
-are forgotten, but not who is whose parent. Not thread-safe: the node's single-threaded executor
+are forgotten, parents are not. Not thread-safe: the node's single-threaded executor
 owns it.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,8 +36,8 @@ ROTATION_TOLERANCE = 1e-3
 class TransformError(InputError):
     """The pose between two frames is not known; ``kind`` says why.
 
-    missing: no chain of transforms joins the frames. future, past: the stamp lies outside what
-    an edge has heard. loop: a transform would make a frame its own ancestor.
+    missing: no chain of transforms joins the frames. future, past: the stamp lies outside the
+    samples of an edge. loop: a transform would make a frame its own ancestor.
     """
 
     def __init__(self, sentence: str, kind: Literal['missing', 'future', 'past', 'loop']) -> None:
@@ -49,8 +49,8 @@ class TransformError(InputError):
 class _Edge:
     """Samples of T_parent_child [4, 4], ordered by stamp; a static edge has one.
 
-    on_tf: TF tells of this edge, not an odometry topic alone. last: what was told last, also
-    before a jump of time, after which there may be no samples.
+    on_tf: TF has this edge, not an odometry topic alone. last: the newest sample, also from before
+    a jump of time, after which there may be none.
     """
 
     parent: str
@@ -131,7 +131,7 @@ class TransformBuffer:
         """Add a sample of an edge; a frame that gets another parent leaves the first.
 
         A stamp more than 1 s before the edge's newest means that time jumped: the edge forgets.
-        on_tf: False for what another topic tells; that never replaces what TF tells.
+        on_tf: False for an edge from another topic, which never replaces one of TF.
         Raises InputError for empty names and what is no rigid transform, TransformError when
         the child is the parent or above it. The tree stays as it was then.
         """
@@ -151,10 +151,10 @@ class TransformBuffer:
         edge.on_tf = on_tf
         edge.add(stamp_ns, T_parent_child, self._history_ns)
 
-    def take(self, tf_message: Any, static: bool = False) -> list[str]:
-        """Add all transforms of a tf2_msgs/TFMessage; returns a sentence for each refused one."""
+    def take(self, transforms: Iterable[Any], static: bool = False) -> list[str]:
+        """Add geometry_msgs/TransformStamped; returns a sentence for each refused one."""
         refused = []
-        for stamped in tf_message.transforms:
+        for stamped in transforms:
             header, move = stamped.header, stamped.transform
             q, t = move.rotation, move.translation
             try:
@@ -171,7 +171,7 @@ class TransformBuffer:
         self._edges = {child: edge for child, edge in self._edges.items() if edge.static}
 
     def jumped(self, stamp_ns: int) -> None:
-        """Time jumped back to a stamp: forget samples, not who is whose parent.
+        """Time jumped back to a stamp: forget samples, keep the parents.
 
         An edge whose newest sample is near the stamp has made the jump already.
         """
@@ -182,7 +182,7 @@ class TransformBuffer:
     def parent_of(self, frame: str, on_tf: bool = False) -> str | None:
         """The frame above, or None at a root and for unknown frames.
 
-        on_tf: only what TF tells counts.
+        on_tf: edges of other topics do not count.
         """
         edge = self._edges.get(_name(frame))
         return None if edge is None or (on_tf and not edge.on_tf) else edge.parent

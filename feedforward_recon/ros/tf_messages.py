@@ -1,7 +1,7 @@
 """The message of /tf, where it is installed.
 
 Every ROS has tf2_msgs; the wheels on PyPI have not, and `make` generates it where it finds cmake
-and a compiler. Without it a node works, says so, and neither reads nor sends transforms.
+and a compiler. Without it a node works, reports it, and neither reads nor sends transforms.
 """
 
 from __future__ import annotations

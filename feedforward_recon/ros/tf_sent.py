@@ -1,4 +1,4 @@
-"""Which transforms on /tf are our own: everybody hears what he sends."""
+"""Which transforms on /tf are our own: a node also receives what it sends."""
 
 from __future__ import annotations
 

@@ -22,15 +22,15 @@ class Mailbox:
 
     def __init__(self, node: Node) -> None:
         self._calls: deque[Callable[[], None]] = deque()
-        self._bell = node.create_guard_condition(self.empty)
+        self._signal = node.create_guard_condition(self.empty)
 
     def post(self, call: Callable[[], None]) -> None:
         """Have ``call`` made by the executor's thread."""
         self._calls.append(call)
-        self._bell.trigger()
+        self._signal.trigger()
 
     def empty(self) -> None:
-        """Make the calls that were posted; also done on a timer, should a bell be missed."""
+        """Make the calls that were posted; also done on a timer, should a signal be missed."""
         while self._calls:
             self._calls.popleft()()
 
@@ -39,7 +39,7 @@ class FrameQueue:
     """Bounded queue of frames with a declared policy.
 
     live: the oldest frame makes room and is counted; offline: ``put`` waits for room, so that
-    nothing is lost and the sender feels the pressure.
+    nothing is lost and the sender slows down.
     """
 
     def __init__(self, policy: str, size: int) -> None:
@@ -79,7 +79,7 @@ class FrameQueue:
         return count
 
     def close(self) -> None:
-        """Let go of everybody who waits for room."""
+        """End the waits for room."""
         with self._changed:
             self._open = False
             self._changed.notify_all()
@@ -87,7 +87,7 @@ class FrameQueue:
 
 @dataclass(frozen=True)
 class Job:
-    """Something to run, and who is told: ``done(result, None)`` or ``done(None, error)``."""
+    """Something to run, then ``done(result, None)`` or ``done(None, error)``."""
 
     run: Callable[[], Any]
     done: Callable[[Any, Exception | None], None]
@@ -97,8 +97,8 @@ class Worker(threading.Thread):
     """Runs jobs one after another, and ``on_frame`` for queued frames in between.
 
     ``on_idle`` is called while nothing waits, until it returns False. Jobs and frames answer
-    through the mailbox; an exception is an answer like any other, because a node survives
-    whatever its input does to the algorithm.
+    through the mailbox; an exception is an answer like any other: bad input must not end the
+    thread.
     """
 
     def __init__(self, name: str, mailbox: Mailbox, frames: FrameQueue | None = None,
@@ -146,7 +146,7 @@ class Worker(threading.Thread):
             self._step()
 
     def _idle(self) -> bool:
-        """Nobody waits: a piece of the work that was put off; False when there is none."""
+        """No frame and no job waits: a piece of the work that was put off; False without any."""
         if self._on_idle is None:
             return False
         more, error = _attempt(self._on_idle)

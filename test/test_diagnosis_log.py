@@ -1,99 +1,101 @@
-"""The log tells each cause once when it begins and once when it is over."""
+"""The log has each diagnosis once when it begins and once when it is over."""
 
 import itertools
 
 import pytest
 
 from feedforward_recon.geometry.camera import Camera
-from feedforward_recon.ros.cause_log import GONE_S, HOLD_S, WORDINGS, CauseLog, Line
-from feedforward_recon.ros.causes import Cause
+from feedforward_recon.ros.diagnosis import Diagnosis
+from feedforward_recon.ros.diagnosis_log import GONE_S, HOLD_S, WORDINGS, DiagnosisLog, Line
 from feedforward_recon.ros.health import Health
 from feedforward_recon.ros.milestones import Milestones, about_camera
 
-LOST = Cause('LOST', 'the camera is lost (TOO_FEW_INLIERS); go back', True)
-WRONG_TOPIC = Cause('NO_PUBLISHER', 'nobody publishes /image; remap it', True, '/image')
-REFUSED = Cause('IMAGE_REFUSED', 'an image cannot be used; check it', certain=True)
+LOST = Diagnosis('LOST', 'the camera is lost (TOO_FEW_INLIERS); go back', True)
+WRONG_TOPIC = Diagnosis('NO_PUBLISHER', 'nobody publishes /image; remap it', True, '/image')
+REFUSED = Diagnosis('IMAGE_REFUSED', 'an image cannot be used; check it', certain=True)
 SECONDS = range(60)
 
 
 def silent(seconds, topic='/image'):
-    return Cause('SILENT', f'{topic} has been silent for {seconds} s; restart it', True, topic)
+    return Diagnosis('SILENT', f'{topic} has been silent for {seconds} s; restart it', True, topic)
 
 
 def told(log, *looks, start=0):
-    """Lines of looks that are a second apart, each a list of causes, with their second."""
+    """Lines of looks that are a second apart, each a list of diagnoses, with their second."""
     return [(second, line) for second, found in enumerate(looks, start)
             for line in log.look(found, float(second))]
 
 
-def test_a_cause_that_stays_is_told_once_and_its_end_once():
-    lines = told(CauseLog(), *[[WRONG_TOPIC]] * 30, *[[]] * 30)
+def test_a_diagnosis_that_stays_is_told_once_and_its_end_once():
+    lines = told(DiagnosisLog(), *[[WRONG_TOPIC]] * 30, *[[]] * 30)
     assert lines == [
         (HOLD_S, Line('ERROR', 'NO_PUBLISHER: nobody publishes /image; remap it')),
         (29 + GONE_S, Line('INFO', 'NO_PUBLISHER is over (/image)'))]
 
 
-def test_numbers_that_change_are_not_news():
-    lines = told(CauseLog(), *[[silent(second)] for second in SECONDS])
+def test_numbers_that_change_are_not_told_again():
+    lines = told(DiagnosisLog(), *[[silent(second)] for second in SECONDS])
     assert [line.text for _, line in lines] == [
         f'SILENT: /image has been silent for {HOLD_S:.0f} s; restart it']
 
 
 def test_a_short_fault_is_not_told():
-    log = CauseLog()
+    log = DiagnosisLog()
     assert told(log, [LOST], [LOST], *[[]] * 20) == []
     assert told(log, *itertools.islice(itertools.cycle([[LOST], []]), 60), start=30) == []
 
 
 def test_what_comes_and_goes_is_told_once_until_it_stays_away():
     flicker = itertools.islice(itertools.cycle([[LOST], [], [], []]), 200)
-    lines = told(CauseLog(), *[[LOST]] * 5, *flicker, *[[]] * 10, *[[LOST]] * 5)
+    lines = told(DiagnosisLog(), *[[LOST]] * 5, *flicker, *[[]] * 10, *[[LOST]] * 5)
     assert [line.level for _, line in lines] == ['WARNING', 'INFO', 'WARNING']
     assert lines[1][1].text == 'LOST is over: the camera was found again'
     assert lines[1][0] > 200, 'said to be over while it still came again'
 
 
 def test_what_is_certain_is_told_at_once_and_an_event_has_no_end():
-    assert told(CauseLog(), [REFUSED], *[[]] * 10) == [
+    assert told(DiagnosisLog(), [REFUSED], *[[]] * 10) == [
         (0, Line('WARNING', 'IMAGE_REFUSED: an image cannot be used; check it')),
         (GONE_S, Line('INFO', 'IMAGE_REFUSED is over'))]
-    late = Cause('CALIBRATION_LATE', 'the calibration came late', certain=True)
-    assert len(told(CauseLog(), *[[late]] * 10, *[[]] * 20)) == 1
+    late = Diagnosis('CALIBRATION_LATE', 'the calibration came late', certain=True)
+    assert len(told(DiagnosisLog(), *[[late]] * 10, *[[]] * 20)) == 1
 
 
-def test_other_words_are_news_but_not_without_end():
+def test_other_words_are_told_but_not_without_end():
     def remap(names):
-        return Cause('NO_PUBLISHER', f'nobody publishes /image; there is {names}', True, '/image')
+        return Diagnosis('NO_PUBLISHER', f'nobody publishes /image; there is {names}', True,
+                         '/image')
 
-    lines = told(CauseLog(), *[[remap('no other')]] * 5, *[[remap('/camera')]] * 5,
+    lines = told(DiagnosisLog(), *[[remap('no other')]] * 5, *[[remap('/camera')]] * 5,
                  *[[remap('no other')]] * 5)
     assert [line.text[-8:] for _, line in lines] == ['no other', '/camera'.rjust(8)]
     letters = [[remap(chr(ord('a') + second % 26) * (1 + second // 26))] for second in SECONDS]
-    assert len(told(CauseLog(), *letters)) == WORDINGS
+    assert len(told(DiagnosisLog(), *letters)) == WORDINGS
 
 
 def test_what_stands_in_parentheses_is_a_detail():
-    other = Cause('LOST', 'the camera is lost (NO_CONSISTENT_POSE); go back', True)
-    assert len(told(CauseLog(), *itertools.islice(itertools.cycle([[LOST], [other]]), 60))) == 1
+    other = Diagnosis('LOST', 'the camera is lost (NO_CONSISTENT_POSE); go back', True)
+    looks = itertools.islice(itertools.cycle([[LOST], [other]]), 60)
+    assert len(told(DiagnosisLog(), *looks)) == 1
 
 
-def test_one_code_of_two_topics_is_two_causes():
+def test_one_code_of_two_topics_is_two_diagnoses():
     both, one = [silent(3), silent(3, '/depth')], [silent(3)]
-    lines = [line.text for _, line in told(CauseLog(), *[both] * 5, *[one] * 10)]
+    lines = [line.text for _, line in told(DiagnosisLog(), *[both] * 5, *[one] * 10)]
     assert len(lines) == 3
     assert lines[-1] == 'SILENT is over (/depth)'
 
 
 def test_a_lost_camera_that_falls_silent_is_not_said_to_be_found():
     lost = [[LOST]] * 5
-    for hidden in ([silent(9)], [Cause('PAUSED', 'paused; go on', certain=True)]):
-        lines = told(CauseLog(), *lost, *[hidden] * 30, *lost)
+    for hidden in ([silent(9)], [Diagnosis('PAUSED', 'paused; go on', certain=True)]):
+        lines = told(DiagnosisLog(), *lost, *[hidden] * 30, *lost)
         assert not [line for _, line in lines if line.text.startswith('LOST is over')]
         assert len([line for _, line in lines if line.text.startswith('LOST: ')]) == 1
 
 
 def test_what_nobody_looks_at_any_more_is_not_said_to_be_over():
-    log = CauseLog()
+    log = DiagnosisLog()
     assert told(log, *[[WRONG_TOPIC, LOST]] * 5)
     log.forget_status()
     assert [line.text[:12] for _, line in told(log, *[[]] * 9, start=5)] == ['NO_PUBLISHER']

@@ -1,6 +1,6 @@
-"""Poses that become known after their images: what the windows of a network bring.
+"""Poses that become known after their images: those of the windows of a feed-forward network.
 
-Everything here runs on the worker, beside the session; what it finds goes through the mailbox.
+Everything here runs on the worker, beside the session.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from feedforward_recon.ros.inputs import Arrival
+from feedforward_recon.ros.arrivals import Arrival
 from feedforward_recon.session.live import LiveSession, SessionInfo
 from feedforward_recon.types import Estimate, Trajectory
 
@@ -17,8 +17,12 @@ WAITING = 2048  # images without a pose whose headers are kept
 
 
 @dataclass(frozen=True)
-class News:
-    """What a window brought. keyframes: of the map, None if it has as many as before."""
+class LateResult:
+    """What a window of the network brought.
+
+    poses: of earlier images. keyframes: of the map, None if it has as many as before. newest: the
+    last image that the session saw, without its pixels.
+    """
 
     poses: list[tuple[Arrival, Estimate]]
     keyframes: Trajectory | None
@@ -29,11 +33,11 @@ class News:
 class LatePoses:
     """Remembers the headers of images without a pose until the session knows it.
 
-    post: called with news, on the worker.
+    on_result: called on the worker.
     """
 
-    def __init__(self, session: LiveSession, post: Callable[[News], Any]) -> None:
-        self._session, self._post = session, post
+    def __init__(self, session: LiveSession, on_result: Callable[[LateResult], Any]) -> None:
+        self._session, self._on_result = session, on_result
         self._waiting: dict[int, Arrival] = {}
         self._newest: Arrival | None = None
         self._keyframes = 0
@@ -45,22 +49,22 @@ class LatePoses:
             self._waiting[arrival.stamp_ns] = self._newest
             if len(self._waiting) > WAITING:
                 del self._waiting[next(iter(self._waiting))]
-        self.tell()
+        self._collect()
 
     def work(self) -> bool:
         """One piece of what the session put off; False when nothing is left."""
         more = self._session.work()
-        self.tell()
+        self._collect()
         return more
 
-    def tell(self) -> None:
-        """Post what became known, if anything did."""
+    def _collect(self) -> None:
+        """Hand on what became known, if anything did."""
         late, info = self._session.late(), self._session.info
         poses = [(self._waiting.pop(estimate.stamp_ns), estimate) for estimate in late
                  if estimate.stamp_ns in self._waiting]
-        # Without windows, the image that became a keyframe tells of the map.
+        # Without windows, the estimate of a keyframe says already that the map has grown.
         grown = bool(info.window) and info.keyframes != self._keyframes
         self._keyframes = info.keyframes
         if self._newest is not None and (poses or grown):
             keyframes = self._session.keyframe_poses() if grown else None
-            self._post(News(poses, keyframes, self._newest, info))
+            self._on_result(LateResult(poses, keyframes, self._newest, info))

@@ -1,4 +1,4 @@
-"""Where images come from: raw topics or compressed ones, as they are published."""
+"""Which topic an input is read from: raw or compressed, whichever is published."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ALONE_S = 0.4  # compressed images are taken once nobody has published raw ones 
 
 
 @dataclass(frozen=True)
-class Source:
+class TopicSource:
     """A topic that an input may be read from, and the type of its messages."""
 
     topic: str
@@ -26,27 +26,27 @@ class Source:
                    for endpoint in node.get_publishers_info_by_topic(self.topic))
 
 
-def transports(topic: str, ending: str, setting: str) -> list[Source]:
+def transports(topic: str, ending: str, setting: str) -> list[TopicSource]:
     """What images may be read from, best first: raw, or compressed beside the topic or on it."""
-    raw, beside = Source(topic, Image), Source(topic + ending, CompressedImage)
+    raw, beside = TopicSource(topic, Image), TopicSource(topic + ending, CompressedImage)
     return {'raw': [raw], 'compressed': [beside],
-            'auto': [raw, beside, Source(topic, CompressedImage)]}[setting]
+            'auto': [raw, beside, TopicSource(topic, CompressedImage)]}[setting]
 
 
-class Choice:
-    """The source that one input is read from: the best one that somebody publishes.
+class TopicChoice:
+    """Chooses the source of one input: the first of ``sources`` that somebody publishes.
 
-    The best of all is taken at once, another when it was the best for a moment: a driver does not
-    advertise all of its topics at the same time.
+    The first of all is taken at once, another only after it was the best for ALONE_S: a driver
+    does not advertise all of its topics at the same time.
     """
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[TopicSource]) -> None:
         self.sources = sources
         self.chosen = sources[0]
-        self._since_s: float | None = None  # another than the chosen one has been the best
+        self._since_s: float | None = None  # since when a source that is not chosen is the best
 
-    def look(self, is_published: Callable[[Source], bool], now_s: float) -> bool:
-        """Choose anew; True when that is another one. now_s: seconds of a steady clock."""
+    def look(self, is_published: Callable[[TopicSource], bool], now_s: float) -> bool:
+        """Choose again; True when another source is chosen. now_s: seconds of a steady clock."""
         if len(self.sources) == 1:
             return False
         best = next(filter(is_published, self.sources), self.chosen)
