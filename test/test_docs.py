@@ -227,13 +227,7 @@ def test_links_lead_somewhere(path):
         assert not anchor or anchor in anchors(file), f'{path.name}: {target}'
 
 
-# The names of the package itself are not there yet: take a document out once they are.
-AWAITED = pytest.mark.xfail(strict=True, reason='names of feedforward_recon itself')
-
-
-@pytest.mark.parametrize('path', [
-    pytest.param(path, marks=AWAITED) if path.name in ('README.md', 'map_format.md') else path
-    for path in DOCUMENTS], ids=lambda path: path.name)
+@pytest.mark.parametrize('path', DOCUMENTS, ids=lambda path: path.name)
 def test_python_in_documents_imports_what_exists(path):
     for block in re.findall(r'```python\n(.*?)```', path.read_text(encoding='utf-8'), re.S):
         for node in ast.walk(ast.parse(block)):

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NAV2 = {'namespace', 'use_sim_time', 'params_file', 'autostart', 'use_respawn', 'log_level',
         'use_rviz', 'rviz_config'}
 OWN = {'image_topic', 'camera_info_topic', 'depth_topic', 'odom_topic', 'imu_topic',
-       'image_transport', 'depth_transport', 'map', 'fresh', 'model', 'attention', 'device', 'weights'}
+       'image_transport', 'depth_transport', 'map', 'fresh', 'model', 'attention', 'device',
+       'weights'}
 REPLAY = {'source', 'bag', 'rate', 'loop', 'mode'}
 REAL = importlib.util.find_spec('launch_ros') is not None
 needs_real = pytest.mark.skipif(not REAL, reason='launch: launch_ros is not installed and PyPI '

@@ -78,23 +78,24 @@ def test_the_map_of_another_run_is_announced_and_kept(start_node, probe, frames,
 def test_a_node_that_is_started_again_goes_on_with_its_map(start_node, probe, frames, tmp_path):
     """Same folder, same frame, more keyframes, no backup."""
     folder = tmp_path / 'map'
-    mapped = Mapped(start_node, probe, frames[:30], folder, autosave_s=1.0)
+    mapped = Mapped(start_node, probe, frames[:15], folder, autosave_s=1.0)
     mapped.node.wait_for_output('saved ')
     mapped.probe.spin_for(2.5)
     mapped.node.kill()
-    before = load_map(folder)
+    before, first = load_map(folder).info, load_map(folder).trajectory()
     true = {f.stamp_ns: f.T_map_cam for f in frames}
-    mapped = Mapped(start_node, probe, frames[20:], folder)
+    mapped = Mapped(start_node, probe, frames[10:], folder)
     assert 'this run goes on with it' in mapped.node.output
     assert mapped.save().success
     after = load_map(folder)
-    assert after.info.sessions == 2 and after.info.keyframes > before.info.keyframes
+    assert after.info.sessions == 2 and after.info.keyframes > before.keyframes
     assert backups(folder) == []
-    first, last = before.trajectory(), after.trajectory()
+    last = after.trajectory()
     T_map_world = first.T_map_cam[0] @ inverse(true[first.stamps_ns[0]])
     off = [np.linalg.norm((T_map_world @ true[stamp])[:3, 3] - T[:3, 3])
            for stamp, T in zip(last.stamps_ns, last.T_map_cam, strict=True)]
-    assert len(off) >= 25 and np.median(off) < 0.03
+    assert len(off) >= 13, mapped.node.output
+    assert np.median(off) < 0.03
 
 
 def test_a_killed_node_has_lost_no_more_than_autosave_s(start_node, probe, frames, tmp_path):

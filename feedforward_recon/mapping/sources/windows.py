@@ -126,7 +126,7 @@ class WindowQueue:
                     self.windows.size, self.windows.anchors)
 
 
-class LatePoses:
+class LateEstimates:
     """Poses of views, told when their window is placed and no newer frame was told before."""
 
     def __init__(self) -> None:
@@ -180,7 +180,7 @@ class WindowPoses:
         self._given = GivenPoses(config, encoder)
         self._selection = ViewSelection(config) if selects else None
         self._follower = ViewFollower(encoder, relocalise)
-        self._late = LatePoses()
+        self._late = LateEstimates()
         self._arrived: deque[PlacedView] = deque()
         self._new: list[tuple[int, Estimate]] = []
         self._tied = True  # the last window had an overlap with the map
