@@ -122,6 +122,19 @@ SECTIONS = (
      'RGB-D mapping of four rendered rooms, 320x240, each walked forwards and backwards, with the '
      'depth of every image spoilt in one way; means over the walks. ATE without scale. Rendered '
      'depth is exact, which favours dense depth.'),
+    ('Sessions', ('sessions',),
+     {'tracked': lambda row: f'{row["tracked"]:.0f} of {row["images"]:.0f}',
+      'ATE cm': number('ate_m', 2, 100), 'one run cm': number('ate_one_run_m', 2, 100),
+      'ratio': number('ratio', 2), 'worst': number('worst_ratio', 2),
+      'in one frame cm': number('ate_joint_m', 2, 100),
+      'recall': lambda row: f'{100 * row["recall_5cm"]:.0f} %' if 'recall_5cm' in row else '-',
+      'keyframes': number('keyframes', 0), 'memory bytes': number('memory_bytes', 0),
+      'keyframes MB': number('keyframes_bytes', 1, 1e-6)},
+     'Three sessions, each going on with the map that the one before saved, against one run over '
+     'the same images; means over walks forwards and backwards. ATE after an alignment of the '
+     'session alone, and (in one frame) after one alignment of all three; poses that were saved '
+     'are not corrected later. All keyframes: those of the last map. Recall: images of the first '
+     'session found within 5 cm.'),
     ('Localisation', ('localisation', 'peers_localisation'), LOCALISATION,
      'Medians and recalls are over all queries; one without an answer counts as wrong. Mapping '
      'images have their true poses unless the row says otherwise. Interleaved: every fourth '
