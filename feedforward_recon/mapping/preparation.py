@@ -69,7 +69,7 @@ class Preparation:
             self.metric = frame.depth is not None
         self.camera = frame.camera
         if frame.camera is None and self._start is not None:
-            self.camera, self.camera_source = self._start.camera, 'refined'
+            self.camera = self._start.camera  # given, by the map
         elif frame.camera is None:
             self.camera = Camera.from_fov(self.config.guessed_fov_deg, size_wh)
             self.camera_source = 'guessed'
