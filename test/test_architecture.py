@@ -75,6 +75,12 @@ def test_nothing_outside_training_imports_it():
                      lambda name: within(name, {f'{NAME}.training'})) == []
 
 
+def test_nothing_imports_the_commands():
+    """What commands share with nodes and training is in console."""
+    assert offenders(lambda m: not within(m, {f'{NAME}.cli'}),
+                     lambda name: within(name, {f'{NAME}.cli'})) == []
+
+
 def test_geometry_knows_no_network():
     """Nor anything above it: cameras, points, errors, nothing else of ours."""
     assert offenders(lambda m: within(m, {f'{NAME}.geometry'}),
