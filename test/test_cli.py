@@ -18,8 +18,9 @@ from feedforward_recon.errors import ConfigError
 from feedforward_recon.geometry.transforms import pose_error
 from feedforward_recon.io import SourceOptions, open_source
 from feedforward_recon.localization.localizer import Localizer
+from feedforward_recon.mapping.sources import GivenPoses
 from feedforward_recon.model.compact import CompactEncoder
-from feedforward_recon.session.map_folder import load_map, save_map
+from feedforward_recon.session.map_folder import load_map
 from feedforward_recon.session.offline import map_frames
 
 SMALL = ['memory.hidden_dim=64', 'memory.blocks=1', 'memory.slots=6000', 'memory.reservoir=5000',
@@ -34,9 +35,9 @@ def mapped(walk_folder, tmp_path_factory):
     config = settings(MapperConfig(), None, SMALL)
     encoder = CompactEncoder.load(config=config.encoder)
     source = open_source(walk_folder, SourceOptions(max_frames=16))
-    run = map_frames(source, len(source), encoder, config, 'given')
+    run = map_frames(source, config, encoder, source=lambda _: GivenPoses(config, encoder))
     folder = tmp_path_factory.mktemp('maps') / 'walk'
-    save_map(folder, run.scene, run.writer, encoder, config)
+    run.save(folder)
     localizer = Localizer(run.writer.snapshot(), encoder, config.localizer)
     queries = open_source(walk_folder, SourceOptions(step=4, use_depth=False))
     return folder, [localizer.localize(frame) for frame in queries]
@@ -345,3 +346,30 @@ def test_training_commands(tmp_path, capsys):
     error, usage = capsys.readouterr().err.splitlines()
     assert error.startswith('error: expected *.jpg photos')
     assert usage.startswith('error: Invalid value')
+
+
+def test_a_map_is_gone_on_with(walk_folder, tmp_path, capsys):
+    folder = tmp_path / 'map'
+    assert main(['map', str(walk_folder), '--out', str(folder), '--max-frames', '9', *SET]) == 0
+    before = load_map(folder).info
+    capsys.readouterr()
+    assert main(['map', str(walk_folder), '--into', str(folder), '--json', *SET]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    after, memory = load_map(folder).info, 'memory.safetensors'
+    assert (summary['sessions'], after.sessions) == (2, 2)
+    assert after.keyframes > before.keyframes and summary['tracked_share'] > 0.9
+    assert after.files[memory]['bytes'] == before.files[memory]['bytes']
+
+
+@pytest.mark.parametrize(('options', 'said'), [
+    ([], 'one of --out and --into, found none'),
+    (['--out', 'a', '--into', 'b'], 'one of --out and --into, found both'),
+    (['--into', 'nothing'], 'expected a map folder'),
+    (['--into', 'nothing', '--poses', 'given'], 'found --poses given'),
+    (['--into', 'nothing', '--model', 'tiny'], 'found --model')])
+def test_where_the_map_goes_is_asked_before_any_work(walk_folder, options, said, capsys,
+                                                     monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(['map', str(walk_folder), *options]) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -259,4 +259,4 @@ def test_the_files_are_what_other_tools_read(pristine):
     assert rows.shape == (6, 8)
     description = yaml.safe_load((pristine / 'map.yaml').read_text())
     assert set(description) == {'schema_version', 'package_version', 'encoder', 'camera',
-                                'frame', 'scale', 'counts', 'files', 'config'}
+                                'frame', 'sessions', 'scale', 'counts', 'files', 'config'}
