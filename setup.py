@@ -11,8 +11,8 @@ NODES = ('mapping_node', 'localization_node', 'player_node', 'bag_mapper', 'doct
 setup(
     name=NAME,
     version='0.1.0',
-    description='A pose, a map of fixed size in bytes, and a way back into that map, '
-                'from one camera',
+    description='Mapping and localisation with one camera; the saved scene memory has a fixed '
+                'size',
     author='feedforward_recon maintainers',
     author_email='maintainers@example.org',
     maintainer='feedforward_recon maintainers',

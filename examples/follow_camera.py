@@ -2,8 +2,8 @@
 
     python examples/follow_camera.py MAP [VIDEO or camera number]
 
-Nothing is tracked from image to image: every pose stands alone, and a covered lens is an honest
-NOT_LOCALISED. The last pose only hints where to look first.
+Each image is looked up in the map by itself; the last pose is only tried first. Where an image is
+not found, as with a covered lens, its status is NOT_LOCALISED, and the reason is printed.
 """
 
 import sys
@@ -11,8 +11,7 @@ import time
 
 import cv2
 
-from feedforward_recon.session.map_folder import load_map
-from feedforward_recon.types import Frame
+from feedforward_recon import Frame, load_map
 
 
 def main(folder: str, camera: str = '0') -> None:

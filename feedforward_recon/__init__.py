@@ -1,8 +1,8 @@
-"""feedforward_recon: poses, a map and its scene memory of fixed size, from one camera.
+"""feedforward_recon: mapping and localisation with one camera.
 
     from feedforward_recon import load_map, map_frames, open_source
 
-    run = map_frames(open_source('walk/'))
+    run = map_frames(open_source('walk/'))    # into=load_map(...) goes on with a saved map
     run.save('maps/kitchen')
     localizer = load_map('maps/kitchen').localizer()
     estimate = localizer.localize(next(iter(open_source('query.jpg'))))

@@ -1,4 +1,4 @@
-"""Errors a tired engineer can act on: what was expected, what was found, what to do."""
+"""Errors in one sentence: what was expected, what was found, what to do."""
 
 
 class ReconError(Exception):

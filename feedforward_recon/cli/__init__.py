@@ -1,6 +1,6 @@
 """The command ``ffrecon``.
 
-Exit codes: 0 done; 1 refused (nothing localised, the demo's acceptance failed); 2 bad
+Exit codes: 0 done; 1 no image was localised, or the demo did not reach its limits; 2 bad
 input or usage, said in exactly one line ``error: ...``. With ``--json`` stdout is JSON only;
 progress and notes go to stderr.
 """

@@ -28,6 +28,7 @@ def root(context: typer.Context,
     Start here:
       ffrecon demo                     maps a rendered room, localises in it
       ffrecon map WALK --out MAP       maps a walk: folder, video or bag
+      ffrecon map LATER --into MAP     goes on with the map
       ffrecon localize MAP IMAGES      finds images in the map
     """
     if version:

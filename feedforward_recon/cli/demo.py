@@ -56,7 +56,7 @@ class Found:
 
 
 def demo_command(out: Out = Path('out/demo'), json_: Json = False) -> int:
-    """Map a synthetic room, find new views in it, refuse views of another room.
+    """Map a synthetic room and find new views in it; no view of another room may be found.
 
     Renders a walk with exact truth (no download, no data), maps it image by image, saves the
     map, loads it and localises views that were not mapped, then views of a different room.
@@ -132,7 +132,7 @@ def _findings(found: Found) -> dict[str, Any]:
 
 
 def _verdicts(summary: dict[str, Any]) -> list[tuple[str, bool]]:
-    """What the demo promises, and whether it holds."""
+    """What the demo has to reach, and whether it does."""
     error = summary['error']
     return [
         (f'ATE <= {100 * MAX_ATE_M:g} cm',
@@ -151,7 +151,7 @@ def _print(summary: dict[str, Any], saved: SavedMap) -> None:
     table['a different room'] = (f'{summary["other_room_accepted"]} of '
                                  f'{summary["other_room_views"]} views accepted')
     print_table('ffrecon demo', table)
-    for promise, kept in _verdicts(summary):
-        print('ok  ' if kept else 'FAIL', promise)
+    for limit, reached in _verdicts(summary):
+        print('ok  ' if reached else 'FAIL', limit)
     note(f'look at {saved.path / OVERVIEW}; map your own walk with: '
          'ffrecon map WALK --out MAP')

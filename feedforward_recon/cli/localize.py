@@ -93,7 +93,7 @@ def localize_command(map_: MapFolder, source: Source, options: SourceOptions, ou
                      set_: Set = None, encoder: Weights = None, model: Model = '',
                      device: Device = 'cpu', weights: NetworkWeights = '',
                      refine: Refine = True) -> int:
-    """Find images in a map: a pose with covariance, or a refusal with its reason.
+    """Find images in a map: a pose with covariance, or the reason why there is none.
 
     Only reads the map (map.yaml and memory.safetensors are enough). The camera comes from the
     source or from --fx, --fov or --calibration; without any, the camera that made the map is

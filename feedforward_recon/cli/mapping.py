@@ -72,7 +72,7 @@ def map_command(source: Source, options: SourceOptions, network: NetworkOptions,
                 poses: PosesOption = Poses.ESTIMATED, overwrite: Overwrite = False,
                 json_: Json = False, config: Config = None, set_: Set = None,
                 encoder: Weights = None) -> None:
-    """Map a camera walk; the scene memory in the map folder has a fixed size.
+    """Map a camera walk, or go on with a map; the scene memory has a fixed size.
 
     Reads image folders (with cameras.json; TUM RGB-D; 7-Scenes; plain), videos and ROS 2 bags.
     With depth the map is in metres; without it, the scale is unknown. Missing intrinsics are
@@ -81,6 +81,10 @@ def map_command(source: Source, options: SourceOptions, network: NetworkOptions,
 
     A feed-forward network (--model) maps windows of images at once and aligns each window with
     the map. Images are found in such maps with the shipped encoder, as in all others.
+
+    With --into the camera is located in a saved map, and the map grows from there. Its axes, its
+    scale, and the settings of scene memory and encoder stay; poses.json and trajectory.tum are
+    then those of this walk. Not with --model or --poses given.
 
     Examples:
       ffrecon map walk/ --out maps/kitchen

@@ -132,7 +132,7 @@ class KeyframeConfig:
     init_motion_share: float = option(0.03, 'median image motion that starts a monocular map, '
                                       'as a share of the image width', low=0.005, high=0.5)
     saved: int = option(200, 'keyframes in a saved map that later sessions go on from, about '
-                        '0.13 MB each; those that span the walk best', low=10, high=10_000)
+                        '0.2 MB each; those that span the walk best', low=10, high=10_000)
     min_parallax_deg: float = option(0.6, 'smallest angle between rays that triangulates a '
                                      'landmark', low=0.1, high=30, unit='deg')
 

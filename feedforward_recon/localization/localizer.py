@@ -1,4 +1,4 @@
-"""``Localizer``: one image and one frozen memory -> a pose, or a refusal with its reason.
+"""``Localizer``: one image, one frozen memory -> a pose, or the reason why there is none.
 
     features -> nearest slots -> robust PnP; if few agree, the network's points as well
              -> slots matched again around the pose, refinement -> accept or refuse
@@ -226,7 +226,7 @@ class Localizer:
         """Accept the pose, or refuse it with a reason.
 
         The score counts the *unguided* candidates that agree: guided matches lie near the
-        pose by construction and would flatter it. The network is no witness beside slots: it
+        pose by construction and would flatter it. Beside slots the network does not count: it
         answers everywhere, and its errors agree with each other.
         """
         config = self.config

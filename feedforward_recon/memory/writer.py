@@ -1,4 +1,4 @@
-"""``MemoryWriter``: fits a scene memory while the robot drives, in constant time and space.
+"""``MemoryWriter``: fits a scene memory while mapping, in constant time and space.
 
 Per keyframe: the slots are fused, a bounded reservoir takes a fair sample of all features
 seen so far, and the coordinate network makes a fixed number of optimisation steps on it.

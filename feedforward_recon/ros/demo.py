@@ -209,8 +209,8 @@ def main() -> None:
         print_json({**mapped, **found, 'verdicts': verdicts})
     else:
         print_table('make demo-ros', figures(mapped, found))
-        for promise, kept in verdicts.items():
-            note(f'{"ok  " if kept else "FAIL"} {promise}')
+        for limit, reached in verdicts.items():
+            note(f'{"ok  " if reached else "FAIL"} {limit}')
     raise SystemExit(0 if all(verdicts.values()) else 1)
 
 

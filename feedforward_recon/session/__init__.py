@@ -1,1 +1,1 @@
-"""The pipeline from a source of frames to a saved map, whole recordings and live."""
+"""The pipeline from frames to a saved map, for recordings and for a live camera."""

@@ -6,7 +6,8 @@
 
 Localising needs map.yaml and memory.safetensors alone; with a network that remembers the map,
 network.safetensors as well. The other files are for people and other tools (poses.json,
-trajectory.tum, cloud.ply) and for resuming (reservoir.safetensors).
+trajectory.tum, cloud.ply) and for going on with the map (keyframes.safetensors,
+reservoir.safetensors).
 """
 
 from __future__ import annotations
