@@ -106,6 +106,10 @@ def test_nothing_is_mapped_before_a_frame_is_found(sessions, elsewhere, encoder)
     assert all(session.process(f).status is Status.LOST for f in strange)
     assert session.info.keyframes == before and session.info.unsaved_keyframes == 0
     assert session.locate(shown[0][10]).status.has_pose  # it can be asked meanwhile
+    with pytest.raises(MapError, match='found none in 6 images; the map is unchanged'):
+        session.save(saved[0].path)
+    with pytest.raises(MapError, match='the map is unchanged'):
+        map_frames(strange, CONFIG, encoder, into=saved[0])
     for frame in again(shown[1], 3):
         estimate = session.process(frame)
     assert estimate.status.has_pose and session.info.keyframes > before

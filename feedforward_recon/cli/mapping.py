@@ -133,7 +133,11 @@ def _folder(out: Path | None, into: Path | None, overwrite: bool, network: Netwo
                           f'found {"--model" if network.feeds_forward else "--poses given"}; '
                           'leave it out, or map with --out')
     check_map_output(into)
-    return into, load_map(into)
+    before = load_map(into)
+    if before.fast_weights() is not None:
+        note(f'{into}: the fast weights of its network are left out; they know nothing of what '
+             'is added')
+    return into, before
 
 
 def _map_windows(frames: FrameSource, network: NetworkOptions, poses: Poses, encoder: Encoder,

@@ -54,8 +54,9 @@ def _summary(saved: SavedMap, missing: list[str]) -> dict:
     info = saved.info
     return {'map': str(saved.path), 'package_version': info.package_version,
             'encoder': info.encoder, 'encoder_sha256': info.encoder_sha256,
-            'images': info.images, 'tracked': info.tracked, 'keyframes': info.keyframes,
-            'points': info.points, 'metres_per_unit': info.metres_per_unit,
+            'sessions': info.sessions, 'images': info.images, 'tracked': info.tracked,
+            'keyframes': info.keyframes, 'points': info.points,
+            'metres_per_unit': info.metres_per_unit,
             'scale_source': info.scale_source, 'camera_source': info.camera_source,
             'camera': {'width': info.camera.width, 'height': info.camera.height,
                        'fx': info.camera.fx, 'fy': info.camera.fy, 'cx': info.camera.cx,
@@ -71,7 +72,9 @@ def _rows(saved: SavedMap, missing: list[str]) -> dict[str, str]:
     info, camera = saved.info, saved.info.camera
     scale = 'unknown' if info.metres_per_unit is None else f'{info.metres_per_unit:g} m per unit'
     rows = {
-        'images': f'{info.images}, {info.tracked} tracked, {info.keyframes} keyframes',
+        'sessions': f'{info.sessions}, {info.keyframes} keyframes',
+        'images': f'{info.images}, {info.tracked} tracked' + (
+            ' (of the last session)' if info.sessions > 1 else ''),
         'camera': f'{camera.width}x{camera.height}, fx {camera.fx:.1f} px, {info.camera_source}',
         'scale': f'{scale} ({info.scale_source})',
         'landmarks': f'{len(saved.memory.occupied)} in {len(saved.memory.slot_counts)} slots',

@@ -40,8 +40,8 @@ class MapStart:
         self._first_image_s = None
 
     def new_map(self) -> None:
-        """Another map, which has no keyframe yet."""
-        self._map_began = False
+        """Another map; the axes of one that is gone on with are fixed already."""
+        self._map_began = self._host.health.keyframes > 0
 
     def first_pose(self, arrival: Arrival) -> FirstPose | None:
         """The pose of this image if it should start the map; None to leave the image out.

@@ -77,7 +77,7 @@ class CameraNode(LifecycleNode):
                 f'run `ros2 lifecycle set {name} configure` and the same with activate')
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Load the networks and, to localise, the map."""
+        """Load the networks, and the map to localise in or to go on with."""
         config = self._host.config
         if config.map and recover(config.map):
             self.get_logger().warning(f'{config.map}: a process died while it saved here; the map '

@@ -311,6 +311,12 @@ def load_map(path: str | Path) -> SavedMap:
     return SavedMap(folder, info, SceneMemory.load(file), _sha256(folder / MAP_MARKER))
 
 
+def nothing_found(path: Path, images: int) -> MapError:
+    """The error of a session that found itself nowhere in the map that it was to go on with."""
+    return MapError(f'{path}: expected images of the place in this map, found none in {images} '
+                    'images; the map is unchanged')
+
+
 def settings_to_go_on(saved: SavedMap, config: MapperConfig) -> MapperConfig:
     """Settings for going on with a map: its memory and its encoder stay as they were made."""
     made = saved.info.config

@@ -14,7 +14,12 @@ from feedforward_recon.mapping.scene_map import Draft, SceneMap, StartingMap
 from feedforward_recon.mapping.sources import PoseSource
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.model import Encoder
-from feedforward_recon.session.map_folder import SavedMap, check_map_output, save_map
+from feedforward_recon.session.map_folder import (
+    SavedMap,
+    check_map_output,
+    nothing_found,
+    save_map,
+)
 
 SaveJob = Callable[[], SavedMap]
 
@@ -79,10 +84,13 @@ class MapInProgress:
     def save(self, path: str | Path) -> SaveJob:
         """Settle the map; the job polishes a copy of the memory and writes the folder.
 
-        Raises MapError when there is no map yet, InputError for an impossible path.
+        Raises MapError when there is no map yet, or when no frame was found in the map to go on
+        with, InputError for an impossible path.
         """
         check_map_output(path)
         scene = self.finished()
+        if scene.sessions > 1 and not len(scene.trajectory):
+            raise nothing_found(Path(path), len(scene.estimates))
         return self._job(path, Draft(lambda: scene, []), polished=True)
 
     def autosave(self, path: str | Path) -> SaveJob | None:

@@ -25,7 +25,12 @@ from feedforward_recon.mapping.sources.features import Ask
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.model import Encoder
 from feedforward_recon.model.compact import CompactEncoder
-from feedforward_recon.session.map_folder import SavedMap, save_map, settings_to_go_on
+from feedforward_recon.session.map_folder import (
+    SavedMap,
+    nothing_found,
+    save_map,
+    settings_to_go_on,
+)
 from feedforward_recon.session.newest_memory import NewestMemory
 from feedforward_recon.types import Frame, Trajectory
 
@@ -104,7 +109,7 @@ def map_frames(frames: Iterable[Frame], config: MapperConfig | None = None,
     found; memory and encoder keep the settings it was made with.
     total: how many frames there are, for the progress.
     Raises InputError for a frame that cannot be used, MapError for a map that cannot be gone on
-    with, and what a network raises.
+    with or in which no frame was found, and what a network raises.
     """
     config = config or MapperConfig()
     if into is None:
@@ -131,6 +136,8 @@ def map_frames(frames: Iterable[Frame], config: MapperConfig | None = None,
     scene = mapper.finish()
     if not isinstance(frames, Iterator) and look_again(mapper, frames):
         scene = mapper.results.scene_map()
+    if into is not None and not len(scene.trajectory):
+        raise nothing_found(into.path, len(scene.estimates))
     mapping_s += time.perf_counter() - before
     return Run(scene, writer, mapper.stats, _trajectory(truth), mapping_s, reading_s,
                _polish(writer, progress), encoder, config)
