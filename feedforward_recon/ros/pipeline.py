@@ -32,7 +32,9 @@ class Pipeline:
 
     def __init__(self, host: Host, positioning: Positioning, reporting: Reporting,
                  mailbox: Mailbox, fusing: Worker) -> None:
-        """Load the networks, and the map to localise in or to go on with; raises ReconError where that fails.
+        """Load the networks, and the map to localise in or to go on with.
+
+        Raises ReconError where that fails.
 
         fusing: the worker that fuses clouds.
         """

@@ -64,7 +64,7 @@ class SessionRunner:
 
     def __init__(self, config: NodeConfig, mailbox: Mailbox, health: Health,
                  results: SessionResults) -> None:
-        """Load the networks, and the map to localise in or to go on with; raises ReconError where that fails."""
+        """Load the networks, and the map to localise in or to go on with. Raises ReconError."""
         self._mailbox, self._health, self._results = mailbox, health, results
         self._settles = config.queue == 'offline'
         self._queue = FrameQueue(config.queue, config.queue_size)
