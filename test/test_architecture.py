@@ -1,6 +1,7 @@
 """The layers of the package, read from its imports: who may know whom."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -283,3 +284,26 @@ def test_online_modules_import_with_the_extras_blocked(module):
     blocked = sorted(LAZY)
     run_fresh(f'import sys\nfor name in {blocked}: sys.modules[name] = None\n'
               f'import {NAME}.{module}')
+
+
+def has_comment(lines, row):
+    """Whether a constant has a comment on its line, or one above its block of constants."""
+    if '#' in lines[row]:
+        return True
+    while row and re.match(r'[A-Z][A-Z0-9_, ]* = ', lines[row]):
+        row -= 1
+    return lines[row].startswith('#')
+
+
+@pytest.mark.parametrize('room', ['mapping', 'localization', 'memory'])
+def test_tuning_constants_carry_their_reason(room):
+    bare = []
+    for path in sorted((PACKAGE / room).rglob('*.py')):
+        source = path.read_text(encoding='utf-8')
+        lines = source.splitlines()
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).isupper() and any(
+                    isinstance(part, ast.Constant) and isinstance(part.value, (int, float))
+                    for part in ast.walk(node.value)) and not has_comment(lines, node.lineno - 1):
+                bare.append(f'{path.name}: {lines[node.lineno - 1]}')
+    assert not bare, '\n'.join(bare)

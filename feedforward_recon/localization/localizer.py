@@ -25,10 +25,11 @@ from feedforward_recon.memory.scene_memory import SceneMemory
 from feedforward_recon.model import Encoder
 from feedforward_recon.types import Estimate, Features, Frame, Status
 
+# Features near a projected slot that are compared; more are farther than the radius.
 NEIGHBOURS = 6
-ELSEWHERE = 4.0
-MIN_SIGMA_PX = 1.5
-OUTLIER_SIGMAS = 3.0
+ELSEWHERE = 4.0  # times search_px: a pose that moves the view by more speaks for another place
+MIN_SIGMA_PX = 1.5  # of the coordinate network: it is never surer than a keypoint is accurate
+OUTLIER_SIGMAS = 3.0  # expected errors; 99.7 % of normal errors are smaller
 CONVERGED_PX = 2.0  # a refinement that moves the view by less finds the same matches again
 SHIFT_STEP = 10  # one slot in so many tells how far the view moved
 

@@ -17,12 +17,12 @@ from feedforward_recon.geometry.transforms import (
 )
 from feedforward_recon.types import FloatArray, Frame, Prediction
 
-MIN_CAMERAS = 3
+MIN_CAMERAS = 3  # a similarity has seven unknowns, two cameras on a line leave a turn free
 SAME_DEPTH = 0.2  # a landmark is confirmed by a depth that differs by less than this share
 USABLE_POSITION, USABLE_ANGLE = 0.3, 0.35  # of the typical depth; radians
-USABLE_AGREEMENT = 0.3
-ITERATIONS = 20
-MAD_TO_STD = 1.4826
+USABLE_AGREEMENT = 0.3  # share of landmarks that the depth must confirm; chosen by hand
+ITERATIONS = 20  # of reweighting; chosen by hand, it converges in fewer
+MAD_TO_STD = 1.4826  # of normal errors
 STILL = ('expected cameras that move alike in the map and in the world of the network, found '
          'none; use a walk that moves, or other weights')
 

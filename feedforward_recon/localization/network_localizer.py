@@ -45,7 +45,7 @@ KEYFRAMES = 64  # written together at most
 CHECKED = 16  # other images that are queried afterwards
 MIN_LANDMARKS = 20  # in view, to judge an answer by
 MIN_DEPTH_AGREEMENT = 0.5  # share of the agreement that images of the walk itself reach
-MAX_NOVELTY = 2.0
+MAX_NOVELTY = 2.0  # cosine distance of opposite vectors: nothing is newer
 NOVELTY_FACTOR = 2.0  # times the largest novelty of images of the walk: more is another place
 
 

@@ -27,7 +27,7 @@ from feedforward_recon.model.weights.registry import find_weights, is_path
 from feedforward_recon.types import FloatArray, Frame, Keyframe, Prediction
 
 log = logging.getLogger(__name__)
-CAMERA_TOKENS = 32
+CAMERA_TOKENS = 32  # kept of all keyframes, so that the state has a fixed size; chosen by hand
 
 
 class VggtSceneNetwork:

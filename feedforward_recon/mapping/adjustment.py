@@ -12,7 +12,7 @@ from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.refine import BundleProblem, bundle_adjust
 from feedforward_recon.mapping.map import GrowingMap
 
-CULL_FACTOR = 3.0
+CULL_FACTOR = 3.0  # times outlier_px: beyond what the robust loss still pulls in
 POINTS_PIECE = 5000  # observations whose landmarks are refined at once
 
 

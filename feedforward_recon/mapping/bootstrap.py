@@ -21,8 +21,8 @@ from feedforward_recon.mapping.tracking import Tracked, exact_fit, fit_pose
 log = logging.getLogger(__name__)
 START_POINTS = 50  # triangulated at once when a map starts
 MIN_SHARE = 0.3  # of the first tracks; with fewer, start again from a newer frame
-MAX_WAITING = 1000
-EMPTY = np.zeros((0, 0), np.uint8)
+MAX_WAITING = 1000  # frames without their images, about half a minute of video
+EMPTY = np.zeros((0, 0), np.uint8)  # instead of images that nobody looks at again
 
 
 class Bootstrap:

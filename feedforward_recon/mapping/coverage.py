@@ -20,7 +20,7 @@ from feedforward_recon.mapping.matching import Tracks, match_guided
 from feedforward_recon.types import Features
 
 AGE = 20  # keyframes since a landmark was new
-FIRM_VIEWS = 3
+FIRM_VIEWS = 3  # two fix a point, the third confirms it
 OLD_SHARE = 0.5  # of the tracks, before it is worth looking closer
 COVERED_SHARE = 0.75  # of the image cells with texture
 CELLS = 10  # per image width

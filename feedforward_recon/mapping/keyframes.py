@@ -14,7 +14,7 @@ from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.mapping.matching import Tracks
 from feedforward_recon.types import Features, Keyframe
 
-DEPTH_EDGE = 0.04
+DEPTH_EDGE = 0.04  # relative depth step around a pixel: slanted walls stay below, objects above
 DENSE = 0.95  # share of measured pixels with a measured neighbour; a Kinect has 0.99
 SPARSE_SHARE = 0.6  # of the features with depth; a Kinect gives 0.65 to 0.75
 EVERY = 7  # rows and columns are looked at; no sensor leaves out just these

@@ -25,15 +25,16 @@ from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.matching import match_mutual
 
 log = logging.getLogger(__name__)
-WELL_CONNECTED = 60
+WELL_CONNECTED = 60  # shared landmarks: such keyframes are adjusted together already
+# Shared landmarks that make an edge of the pose graph, as in ORB-SLAM (Mur-Artal 2015).
 COVISIBLE = 30
-LOOP_WEIGHT = 3.0
+LOOP_WEIGHT = 3.0  # of a loop against odometry edges: it was verified by PnP; chosen by hand
 RECENT = 8  # keyframes that follow each other closely
 STRONGEST = 3  # ties of a keyframe to recent ones, and to old ones
 SKELETON, HOLDING = 100, 20  # keyframes adjusted after the pose graph, and those that hold them
 BEST = 10_000  # landmarks of all of them that take part, each counted once per keyframe
 ROWS = 100  # keyframes whose ties are counted at once
-PNP_ITERATIONS = 200
+PNP_ITERATIONS = 200  # few are enough: most matches of a true loop agree; chosen by hand
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from scipy.spatial import cKDTree
 from feedforward_recon.config.schema import TrackingConfig
 from feedforward_recon.types import Features
 
-MAX_LEVELS_BACK = 1
+MAX_LEVELS_BACK = 1  # of the pyramid on the way back, which starts at the right place
 
 
 @dataclass(frozen=True)

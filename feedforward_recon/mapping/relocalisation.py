@@ -17,11 +17,13 @@ from feedforward_recon.mapping.matching import Tracks, match_guided, match_mutua
 from feedforward_recon.mapping.tracking import Tracked, fit_pose
 from feedforward_recon.types import Features
 
+# Keyframes tried; each costs a PnP; chosen by hand.
 CANDIDATES = 5
 COMPANIONS = 4  # keyframes whose landmarks help those of a candidate
-MIN_FIRST_INLIERS = 12
+MIN_FIRST_INLIERS = 12  # to be looked at closer: thrice the points of a sample; chosen by hand
+# First as wide as PnP on few matches is off, then a little beyond outlier_px.
 SEARCH_RADII_PX = (16.0, 6.0)
-MIN_SCORE = 0.5
+MIN_SCORE = 0.5  # share of matches around a pose: in a wrong place most of them disagree
 
 
 def relocalise(view: View, features: Features, map_: GrowingMap,

@@ -14,8 +14,8 @@ from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.matching import Tracks, follow
 from feedforward_recon.types import Features
 
-MIN_AGREEMENT = 0.4
-MAX_EXTRAPOLATION = 3.0
+MIN_AGREEMENT = 0.4  # share of followed landmarks; with fewer, something moves or flow slipped
+MAX_EXTRAPOLATION = 3.0  # intervals between images: across longer pauses velocity says nothing
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-LOG_SIGMA_RANGE = (-2.0, 7.0)
+LOG_SIGMA_RANGE = (-2.0, 7.0)  # of an error in pixels: 0.14 to 1100, all that an image can show
 
 
 class CoordinateNetwork(nn.Module):

@@ -16,11 +16,11 @@ from scipy.spatial import cKDTree
 from feedforward_recon.geometry.transforms import inverse, transform_points
 from feedforward_recon.types import Keyframe
 
-SEARCH_PX = 4.0
-SAME_DESCRIPTOR = 0.75
-SAME_DEPTH = 0.03
-NEIGHBOURS = 4
-PROTECTED_KEYFRAMES = 3
+SEARCH_PX = 4.0  # around where a slot should be seen; chosen by hand
+SAME_DESCRIPTOR = 0.75  # cosine, as tracking.match_similarity
+SAME_DEPTH = 0.03  # share by which two depths of one point differ: noise of a depth camera at 4 m
+NEIGHBOURS = 4  # slots near a feature that are compared
+PROTECTED_KEYFRAMES = 3  # a new slot has so long to be seen again before it may give way
 ARRAYS = ('descriptors', 'points_cam', 'anchor', 'counts', 'born')
 
 

@@ -28,12 +28,13 @@ from feedforward_recon.memory.scene_memory import (
 from feedforward_recon.memory.slots import SlotTable
 from feedforward_recon.types import Keyframe
 
+# Per component: stands for the change of a descriptor with the view; chosen by hand.
 DESCRIPTOR_NOISE = 0.012
-DEPTH_WEIGHT = 0.3
-ROBUST_PX = 50.0
-WRITE_RATE = 2e-3
-POLISH_RATE = 6e-3
-REFERENCE_FOCAL_PX = 525.0
+DEPTH_WEIGHT = 0.3  # of errors along the ray: they move a pose less and are noisier
+ROBUST_PX = 50.0  # errors beyond count by their logarithm: repeated texture cannot be learnt
+WRITE_RATE = 2e-3  # of Adam between frames: few steps, which must not undo what was learnt
+POLISH_RATE = 6e-3  # of Adam at its peak; chosen by hand
+REFERENCE_FOCAL_PX = 525.0  # turns angles into pixels of a 640x480 camera, whatever camera maps
 
 
 class MemoryWriter:

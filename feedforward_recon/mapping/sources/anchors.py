@@ -15,7 +15,7 @@ import numpy as np
 from feedforward_recon.mapping.sources.window_geometry import Samples, samples
 from feedforward_recon.types import FloatArray, Prediction
 
-OLD_IMAGES = 100
+OLD_IMAGES = 100  # kept at most, about 0.1 GB of 640x480 pixels
 OLD_SHARE = 0.5  # of the anchors, at most
 MIN_AGE = 3  # windows
 SIMILAR = 0.6  # cosine of two global descriptors, below which two images are of other places

@@ -9,8 +9,8 @@ from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.mapping.keyframes import KeyframePolicy, View
 from feedforward_recon.mapping.matching import Tracks, follow
 
-CORNERS = 300
-CORNER_QUALITY = 0.01
+CORNERS = 300  # enough for a median motion; more cost time in every frame
+CORNER_QUALITY = 0.01  # of the best corner (Shi and Tomasi 1994), the customary value
 CORNER_SPACING = 1 / 40  # of the image width
 
 

@@ -47,7 +47,7 @@ from feedforward_recon.types import Estimate, Prediction
 log = logging.getLogger(__name__)
 FIRST_VIEWS = 8  # start a map early: a robot waits for its first pose
 FEWEST_VIEWS = 4  # of a window that is not full because the camera leaves what is mapped
-SURE_SCORE = 0.5
+SURE_SCORE = 0.5  # of the grid points must be confirmed by other views of the window
 
 
 def settings_for_views(config: MapperConfig) -> MapperConfig:
