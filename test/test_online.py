@@ -277,7 +277,7 @@ def test_the_cloud_is_fused_and_capped(rgbd):
 
 
 def test_a_cloud_fused_in_parts_is_the_cloud_fused_at_once(rgbd, monkeypatch):
-    source = rgbd[0].cloud_source()
+    source = rgbd[0].results.cloud_source()
     at_once = source.fused()
     monkeypatch.setattr('feedforward_recon.mapping.cloud.FUSED_AT_ONCE', 5000)
     assert len(source._parts()) > 3
