@@ -46,9 +46,9 @@ class Counted(Localizer):
 
     asked = 0
 
-    def sight_features(self, features, camera, T_map_cam_hint=None):
+    def localize_features(self, features, camera, T_map_cam_hint=None):
         self.asked += 1
-        return super().sight_features(features, camera, T_map_cam_hint)
+        return super().localize_features(features, camera, T_map_cam_hint)
 
 
 @pytest.fixture

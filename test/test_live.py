@@ -103,13 +103,13 @@ def test_locating_writes_nothing(saved, located, frames):
 
 def test_a_stream_is_followed_and_asks_anew_after_a_hint(located, frames, monkeypatch):
     asked = []
-    sight = Localizer.sight_features
-    monkeypatch.setattr(Localizer, 'sight_features',
+    sight = Localizer.localize_features
+    monkeypatch.setattr(Localizer, 'localize_features',
                         lambda *arguments: asked.append(1) or sight(*arguments))
 
     def asks(frame):
         before = len(asked)
-        assert located.process(frame, settle=False).status.has_pose
+        assert located.process(frame, finish_work=False).status.has_pose
         return len(asked) - before
 
     first, second, third, *_ = frames[20:]
@@ -120,7 +120,7 @@ def test_a_stream_is_followed_and_asks_anew_after_a_hint(located, frames, monkey
     assert [asks(frames[24]), asks(frames[25])] == [1, 0]
     located.reset()
     assert [asks(frames[26]), asks(frames[27])] == [1, 0]
-    due = [located.process(frame, settle=False) and located.work() for frame in frames[28:40]]
+    due = [located.process(frame, finish_work=False) and located.work() for frame in frames[28:40]]
     assert any(due) and not all(due)
 
 
@@ -210,7 +210,7 @@ def test_a_save_in_a_hurry_leaves_out_the_polishing(frames, encoder, tmp_path):
                           encoder)
     for frame in frames[:30]:
         session.process(frame)
-    session.hurry.set()
+    session.skip_polish.set()
     saved = session.save(tmp_path / 'map')()
     written = saved.writer().snapshot().tensors()
     assert all(torch.equal(written[name], value)

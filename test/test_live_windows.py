@@ -65,9 +65,9 @@ class Stream:
         self.session, self.T_first = session, T_first
         self.poses, self.order, self.at_once = {}, [], []
 
-    def show(self, frames, depth=False, settle=True):
+    def show(self, frames, depth=False, finish_work=True):
         for frame in frames:
-            estimate = self.session.process(shown(frame, depth), self.T_first, settle=settle)
+            estimate = self.session.process(shown(frame, depth), self.T_first, finish_work=finish_work)
             self.at_once.append(estimate)
             self.take([*([estimate] if estimate.T_map_cam is not None else []),
                        *self.session.late()])
@@ -250,7 +250,7 @@ def test_the_camera_goes_on_while_the_network_works(frames, encoder):
     stream = Stream(session_of(encoder, network, on_ready=ready.set))
     session = stream.session
     for frame in frames[:45]:
-        stream.show([frame], settle=False)
+        stream.show([frame], finish_work=False)
         while session.work():
             pass
     assert session.info.is_busy and not stream.poses
@@ -261,14 +261,14 @@ def test_the_camera_goes_on_while_the_network_works(frames, encoder):
         pass
     stream.take(session.late())
     assert len(stream.poses) == FIRST_VIEWS
-    stream.show([frames[45]], settle=False)
+    stream.show([frames[45]], finish_work=False)
     assert stream.at_once[-1].status.has_pose
 
 
 def test_views_that_a_slow_network_cannot_take_are_thinned_out(frames, encoder, caplog):
     stream = Stream(session_of(encoder, Slow(frames), size=3, anchors=1))
     for frame in frames[:60]:
-        stream.show([frame], settle=False)
+        stream.show([frame], finish_work=False)
         while stream.session.work():
             pass
     assert 'slower than the camera' in caplog.text

@@ -10,7 +10,7 @@ from feedforward_recon.geometry.align import align_points
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, se3_exp
 from feedforward_recon.mapping import adjustment
-from feedforward_recon.mapping.keyframes import CLOUD_FACTOR, Archive, MapKeyframe
+from feedforward_recon.mapping.keyframes import CLOUD_FACTOR, KeyframePacker, MapKeyframe
 from feedforward_recon.mapping.loop_closure import Loop, close_loop
 from feedforward_recon.mapping.mapper import Mapper
 from feedforward_recon.types import Features
@@ -40,7 +40,7 @@ def drift(mapper):
     map_ = mapper._map
     true, last = map_.T_map_cam.copy(), len(map_) - 1
     map_.T_map_cam = se3_exp(np.linspace(0, 1, last + 1)[:, None] * DRIFT) @ true
-    mapper.source.tracker.carried(map_, map_.T_map_cam[last] @ np.linalg.inv(true[last]))
+    mapper.source.tracker.map_moved(map_, map_.T_map_cam[last] @ np.linalg.inv(true[last]))
     nothing = np.zeros(0, int)
     return Loop(last, 0, true[last], 1.0, nothing, nothing, 20.0, 10**5), true
 
@@ -177,7 +177,7 @@ def test_old_keyframes_are_small_and_read_as_before(laps, encoder):
 def test_all_clouds_together_are_bounded():
     """Twice the keyframes, half the points of each: the sum stays what was set."""
     config, rng = CloudConfig(max_points=1000), np.random.default_rng(0)
-    archive, keyframes = Archive(config), []
+    packer, keyframes = KeyframePacker(config), []
     for id_ in range(100):
         features = Features(np.zeros((5, 2), np.float32), np.ones((5, 4), np.float32),
                             np.ones(5, np.float32), np.ones(4, np.float32))
@@ -185,7 +185,7 @@ def test_all_clouds_together_are_bounded():
                                      np.zeros(5, int), np.zeros((5, 3), np.uint8),
                                      cloud_cam=rng.random((500, 3), np.float32),
                                      cloud_rgb=np.zeros((500, 3), np.uint8)))
-        archive.pack(keyframes, len(keyframes))
+        packer.pack(keyframes, len(keyframes))
         assert sum(len(k.cloud_cam) for k in keyframes) <= CLOUD_FACTOR * config.max_points
     sizes = [len(k.cloud_cam) for k in keyframes]
     assert min(sizes) > 0 and max(sizes) <= 2 * min(sizes)

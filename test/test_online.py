@@ -22,7 +22,7 @@ CAMERA = Camera.from_fov(68.0, (320, 240))
 FPS = 10.0
 
 
-class Notes:
+class MemoryLog:
     """A memory that only remembers what it was told."""
 
     def __init__(self):
@@ -83,7 +83,7 @@ def posed_share(mapper):
 
 @pytest.fixture(scope='module')
 def rgbd(frames, encoder):
-    memory = Notes()
+    memory = MemoryLog()
     mapper = run(frames, encoder, memory)
     return mapper, mapper.finish(), memory
 
@@ -146,7 +146,7 @@ def test_the_same_frames_give_the_same_map(frames, encoder):
 
 
 def test_given_poses_are_kept_bit_for_bit(frames, encoder):
-    memory = Notes()
+    memory = MemoryLog()
     mapper = run(without(frames[:50], depth=None), encoder, memory,
                  source=GivenPoses(MapperConfig(), encoder))
     scene = mapper.finish()
@@ -214,7 +214,7 @@ def test_a_second_look_places_what_was_missed(frames, encoder):
     mapper.finish()
     assert mapper.results.estimates[30].T_map_cam is None
     keyframes = len(mapper.results.keyframes)
-    assert mapper.revisit(30, frames[30]).status.has_pose
+    assert mapper.relocalise_frame(30, frames[30]).status.has_pose
     assert len(mapper.results.keyframes) == keyframes
     assert ate(mapper, frames, with_scale=True) < 0.02
 
@@ -288,7 +288,7 @@ def test_a_cloud_fused_in_parts_is_the_cloud_fused_at_once(rgbd, monkeypatch):
 
 def test_work_may_be_put_off_between_frames(frames, encoder):
     """A live node tracks on while a keyframe is followed up, piece by piece."""
-    memory = Notes()
+    memory = MemoryLog()
     mapper = Mapper(MapperConfig(), encoder, memory)
     for frame in frames:
         mapper.track(frame)

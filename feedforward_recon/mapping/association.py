@@ -10,8 +10,12 @@ from feedforward_recon.mapping.keyframes import MapKeyframe, View
 from feedforward_recon.mapping.map import GUIDED_RADIUS_PX, SAME_DEPTH, SAME_POINT_PX, GrowingMap
 from feedforward_recon.mapping.matching import Tracks, match_guided, match_mutual
 
-MIN_BASELINE = 0.04  # of the typical depth, for matches to be triangulated
-MATCHED_KEYFRAMES = 2  # of the best tied ones: more add landmarks of two views, and cost as much
+# Baseline, as a share of the typical depth, for matches to be triangulated: 2.3 degrees between
+# the rays, four times keyframes.min_parallax_deg; chosen by hand.
+MIN_BASELINE = 0.04
+# Most covisible keyframes whose features are matched with new ones: each costs a product of all
+# descriptors, and gives landmarks of two views only; chosen by hand.
+MATCHED_KEYFRAMES = 2
 
 
 def triangulate_pending(map_: GrowingMap, keyframe: int) -> int:

@@ -21,7 +21,9 @@ from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.preparation import Preparation
 from feedforward_recon.mapping.scene_map import Stats
 
-FOCAL_ROUNDS = (6, 12, 24, 48)  # keyframes after which a guessed focal length is refined
+# Keyframes after which a guessed focal length is refined with the whole map. With fewer than six
+# parallax says little of it; doubling keeps the cost in proportion to the walk; chosen by hand.
+FOCAL_ROUNDS = (6, 12, 24, 48)
 
 
 class Backlog:

@@ -14,7 +14,7 @@ from feedforward_recon.mapping.keyframes import View
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.types import PointCloud
 
-FUSED_AT_ONCE = 200_000  # points, of which each takes about 200 bytes meanwhile
+FUSED_AT_ONCE = 200_000  # points; each takes about 200 bytes while it is fused, so 40 MB
 Part = Callable[[], tuple[np.ndarray, np.ndarray]]  # makes points [N, 3] and colours [N, 3]
 
 

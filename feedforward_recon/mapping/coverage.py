@@ -19,11 +19,17 @@ from feedforward_recon.mapping.map import (
 from feedforward_recon.mapping.matching import Tracks, match_guided
 from feedforward_recon.types import Features
 
-AGE = 20  # keyframes since a landmark was new
-FIRM_VIEWS = 3  # two fix a point, the third confirms it
-OLD_SHARE = 0.5  # of the tracks, before it is worth looking closer
-COVERED_SHARE = 0.75  # of the image cells with texture
-CELLS = 10  # per image width
+# What they lead to together: docs/experiments.md, What a keyframe holds, and places seen before.
+# Keyframes since a landmark was new; younger ones belong to the present pass; chosen by hand.
+AGE = 20
+FIRM_VIEWS = 3  # keyframes that saw a landmark: two give the point, the third confirms it
+# Share of the tracks on old landmarks below which nothing is searched for: the frame shows new
+# things anyway; chosen by hand.
+OLD_SHARE = 0.5
+# Share of the cells with texture that show an old landmark. Not all: some corners are never
+# matched; chosen by hand.
+COVERED_SHARE = 0.75
+CELLS = 10  # per image width: 64 px of 640, where a well textured image has several corners
 
 
 def old_and_firm(map_: GrowingMap, ids: np.ndarray) -> np.ndarray:

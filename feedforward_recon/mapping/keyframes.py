@@ -14,12 +14,21 @@ from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.mapping.matching import Tracks
 from feedforward_recon.types import Features, Keyframe
 
-DEPTH_EDGE = 0.04  # relative depth step around a pixel: slanted walls stay below, objects above
+# Relative step of depth around a pixel: slanted walls stay below, edges of objects are above.
+DEPTH_EDGE = 0.04
 DENSE = 0.95  # share of measured pixels with a measured neighbour; a Kinect has 0.99
-SPARSE_SHARE = 0.6  # of the features with depth; a Kinect gives 0.65 to 0.75
-EVERY = 7  # rows and columns are looked at; no sensor leaves out just these
-MIN_SAMPLES = 3  # measurements within two pixels, to tell an edge from a surface
-CLOUD_FACTOR = 8  # points kept for the cloud, times those that are shown
+# Share of the features with depth; a Kinect gives 0.65 to 0.75 (docs/experiments.md, Sparse depth).
+SPARSE_SHARE = 0.6
+EVERY = 7  # rows and columns that are looked at: no sensor leaves out just every seventh
+MIN_SAMPLES = 3  # depths within two pixels: with fewer, an edge looks like a surface
+# Points kept of all keyframes, times those of the fused cloud: keyframes overlap, and several
+# points are averaged in a voxel; chosen by hand.
+CLOUD_FACTOR = 8
+SHARPNESS_FRAMES = 15  # whose median tells what is sharp here: half a second at 30 Hz
+# A keyframe that is not sharp is better than losing track: below this part of tracked_share.
+URGENT = 0.5
+# After max_gap frames this part of motion_share is enough; none at all stays none.
+SLOW_MOTION = 0.2
 
 
 @dataclass(frozen=True)
@@ -166,7 +175,7 @@ def unit_length(descriptors: np.ndarray) -> np.ndarray:
     return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1)
 
 
-class Archive:
+class KeyframePacker:
     """Packs keyframes that only loops, lost cameras and the cloud still look at.
 
     All clouds together keep to a few times what is shown of them: with twice the keyframes,
@@ -192,7 +201,7 @@ class KeyframePolicy:
 
     def __init__(self, config: KeyframeConfig) -> None:
         self.config = config
-        self._recent: deque[float] = deque(maxlen=15)
+        self._recent: deque[float] = deque(maxlen=SHARPNESS_FRAMES)
         self._frame = 0
         self._ids = np.zeros(0, int)
         self._px = np.zeros((0, 2))
@@ -212,10 +221,10 @@ class KeyframePolicy:
         if gap < config.min_gap:
             return False
         share, motion = self._since_keyframe(view, tracks)
-        starving = share < 0.5 * config.tracked_share
+        losing_tracks = share < URGENT * config.tracked_share
         due = (motion > config.motion_share or share < config.tracked_share
-               or (gap >= config.max_gap and motion > 0.2 * config.motion_share))
-        return starving or (due and sharp)
+               or (gap >= config.max_gap and motion > SLOW_MOTION * config.motion_share))
+        return losing_tracks or (due and sharp)
 
     def _since_keyframe(self, view: View, tracks: Tracks) -> tuple[float, float]:
         """Share of the keyframe's tracks still followed; their median motion / image width."""

@@ -25,15 +25,21 @@ from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.matching import match_mutual
 
 log = logging.getLogger(__name__)
-WELL_CONNECTED = 60  # shared landmarks: such keyframes are adjusted together already
+# Shared landmarks above which no loop is searched: bundle adjustment holds such keyframes together
+# already. Twice COVISIBLE; chosen by hand.
+WELL_CONNECTED = 60
 # Shared landmarks that make an edge of the pose graph, as in ORB-SLAM (Mur-Artal 2015).
 COVISIBLE = 30
 LOOP_WEIGHT = 3.0  # of a loop against odometry edges: it was verified by PnP; chosen by hand
-RECENT = 8  # keyframes that follow each other closely
-STRONGEST = 3  # ties of a keyframe to recent ones, and to old ones
-SKELETON, HOLDING = 100, 20  # keyframes adjusted after the pose graph, and those that hold them
-BEST = 10_000  # landmarks of all of them that take part, each counted once per keyframe
-ROWS = 100  # keyframes whose ties are counted at once
+# The next four: docs/experiments.md, A loop closed in pieces.
+RECENT = 8  # keyframes just before one, which share its view; as loops.min_age
+# Edges of a keyframe to recent and to older ones: 70 ms where all covisible pairs took 1.2 s.
+STRONGEST = 3
+# Keyframes that bundle adjustment moves after the pose graph, and older ones that stay fixed.
+SKELETON, FIXED = 100, 20
+# Landmarks that take part, each counted once per keyframe: they bound the cost of a step.
+BEST = 10_000
+ROWS = 100  # keyframes whose covisibility is counted in one piece; chosen by hand
 PNP_ITERATIONS = 200  # few are enough: most matches of a true loop agree; chosen by hand
 
 
@@ -125,7 +131,7 @@ def optimise_pose_graph(map_: GrowingMap, loop: Loop, *, with_scale: bool
     before = PoseGraph(map_.T_map_cam.copy(), np.ones(count))
     loop_edge, ties = _loop_edge(map_, loop, with_scale), []
     for first in range(0, count, ROWS):
-        ties.append(_ties(map_, np.arange(first, min(first + ROWS, count)), count))
+        ties.append(_covisibility_edges(map_, np.arange(first, min(first + ROWS, count)), count))
         yield None
     i, j, shared = np.concatenate(ties, axis=1)
     edges = replace(relative_edges(before, i, j), weight=_weight(shared))
@@ -185,29 +191,29 @@ def adjust_skeleton(map_: GrowingMap, config: MapperConfig) -> Iterator[Correcti
     """
     count = len(map_)
     newest = np.arange(max(1, count - config.refine.max_keyframes), count)
-    moving = newest[::-1][::-(-len(newest) // SKELETON)][::-1]
+    free = newest[::-1][::-(-len(newest) // SKELETON)][::-1]
     T_before = map_.T_map_cam.copy()
     table = map_.landmarks
     used = np.zeros(count, bool)
-    used[moving] = True
+    used[free] = True
     shared = table.shared(table.seen_landmark[used[table.seen_keyframe]], count)
     shared[newest] = 0
     shared[0] = count + shared.max()
-    holding = np.argsort(-shared, kind='stable')[:HOLDING]
-    holding = holding[shared[holding] > 0]
-    used[holding] = True
-    problem, *_ = bundle_problem(map_, config, moving, holding, _best_landmarks(map_, used))
+    fixed = np.argsort(-shared, kind='stable')[:FIXED]
+    fixed = fixed[shared[fixed] > 0]
+    used[fixed] = True
+    problem, *_ = bundle_problem(map_, config, free, fixed, _best_landmarks(map_, used))
     if problem is None:
         return
     for result in bundle_pieces(problem, config.refine.loop_steps):
         if result is None:
             yield None
         else:
-            middle = (moving[1:] + moving[:-1] + 1) // 2
+            middle = (free[1:] + free[:-1] + 1) // 2
             carrier = np.searchsorted(middle, np.arange(count), 'right')
-            turn = result.T_map_cam[:len(moving)] @ inverse(T_before[moving])
+            turn = result.T_map_cam[:len(free)] @ inverse(T_before[free])
             after = turn[carrier] @ T_before
-            after[:moving[0]] = T_before[:moving[0]]
+            after[:free[0]] = T_before[:free[0]]
             yield Correction(T_before, PoseGraph(after, np.ones(count)))
 
 
@@ -239,7 +245,7 @@ def _weight(shared: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(shared, 1) / COVISIBLE)
 
 
-def _ties(map_: GrowingMap, ids: np.ndarray, count: int) -> np.ndarray:
+def _covisibility_edges(map_: GrowingMap, ids: np.ndarray, count: int) -> np.ndarray:
     """Rows i, j, shared landmarks [3, E]: keyframe j of ``ids`` is tied to i < j.
 
     Of each keyframe only its strongest ties to those just before it and to old ones: more of

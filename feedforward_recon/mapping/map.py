@@ -14,7 +14,9 @@ from feedforward_recon.types import Features, Keyframe
 
 SAME_POINT_PX = 2.0  # two pixels nearer than this show one point: twice the error of a keypoint
 GUIDED_RADIUS_PX = 5.0  # around where a landmark should be: poses are off by less while tracked
-SAME_DEPTH = 0.05  # share by which two depths of one point may differ: noise of a depth camera
+# Share by which two depths of one point may differ: three standard deviations of a depth camera
+# at 4 m (tracking.depth_noise).
+SAME_DEPTH = 0.05
 NEIGHBOURS = 20  # keyframes whose landmarks are looked for: more cost time and add few
 
 

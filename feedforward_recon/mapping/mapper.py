@@ -40,7 +40,9 @@ from feedforward_recon.mapping.tracking import Tracked, is_well_supported, suppo
 from feedforward_recon.model import Encoder
 from feedforward_recon.types import Estimate, Frame, Status
 
-EASY = 3  # times the fewest inliers: a camera that is tracked well
+# Times tracking.min_inliers: a camera tracked so well loses nothing when its next keyframe waits for
+# the backlog of the last one, and poses come sooner (docs/experiments.md, Live).
+EASY = 3
 
 
 class Mapper:
@@ -123,7 +125,7 @@ class Mapper:
         self._backlog.feed.write(self._map, everything=True)
         return self.results.scene_map()
 
-    def revisit(self, index: int, frame: Frame) -> Estimate:
+    def relocalise_frame(self, index: int, frame: Frame) -> Estimate:
         """Look up frame ``index`` in the finished map by its features; writes nothing.
 
         Its estimate stays as it was when the frame is not found.
@@ -208,7 +210,7 @@ class Mapper:
             return False
         # Not the transpose: rounding in a rotation would be fed back, and doubled each time.
         T_new_old = self._map.T_map_cam[newest] @ np.linalg.inv(T_map_before)
-        self.source.tracker.carried(self._map, T_new_old)
+        self.source.tracker.map_moved(self._map, T_new_old)
         return True
 
     def _renewed(self, view: View, tracked: Tracked) -> Tracked | None:

@@ -17,9 +17,10 @@ from feedforward_recon.mapping.matching import Tracks, match_guided, match_mutua
 from feedforward_recon.mapping.tracking import Tracked, fit_pose
 from feedforward_recon.types import Features
 
-# Keyframes tried; each costs a PnP; chosen by hand.
-CANDIDATES = 5
-COMPANIONS = 4  # keyframes whose landmarks help those of a candidate
+CANDIDATES = 5  # most similar keyframes that are tried; each costs a PnP; chosen by hand
+# Covisible keyframes whose landmarks are matched beside those of a candidate, which alone shows
+# only part of the view; chosen by hand.
+COMPANIONS = 4
 MIN_FIRST_INLIERS = 12  # to be looked at closer: thrice the points of a sample; chosen by hand
 # First as wide as PnP on few matches is off, then a little beyond outlier_px.
 SEARCH_RADII_PX = (16.0, 6.0)

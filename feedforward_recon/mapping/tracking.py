@@ -14,7 +14,9 @@ from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.matching import Tracks, follow
 from feedforward_recon.types import Features
 
-MIN_AGREEMENT = 0.4  # share of followed landmarks; with fewer, something moves or flow slipped
+# Share of the followed landmarks that must agree with a pose; with fewer, much of the view moves by
+# itself or optical flow slipped; chosen by hand.
+MIN_AGREEMENT = 0.4
 MAX_EXTRAPOLATION = 3.0  # intervals between images: across longer pauses velocity says nothing
 
 
@@ -84,7 +86,7 @@ class Tracker:
         """The map moved: the same frame now has another pose and its tracks other names."""
         self.tracks, self.T_map_cam = tracks, T_map_cam
 
-    def carried(self, map_: GrowingMap, T_new_old: np.ndarray) -> None:
+    def map_moved(self, map_: GrowingMap, T_new_old: np.ndarray) -> None:
         """The map around the camera moved as a whole, and some landmarks have other names."""
         assert self.tracks is not None
         self.tracks = map_.current(self.tracks)

@@ -15,10 +15,14 @@ import numpy as np
 from feedforward_recon.mapping.sources.window_geometry import Samples, samples
 from feedforward_recon.types import FloatArray, Prediction
 
-OLD_IMAGES = 100  # kept at most, about 0.1 GB of 640x480 pixels
-OLD_SHARE = 0.5  # of the anchors, at most
-MIN_AGE = 3  # windows
-SIMILAR = 0.6  # cosine of two global descriptors, below which two images are of other places
+OLD_IMAGES = 100  # kept at most: 92 MB of 640x480 RGB pixels
+# Share of the anchors that may be old images; the others continue the walk.
+OLD_SHARE = 0.5
+# Windows since an image was placed: newer ones have the same drift as the last window, and did harm
+# (docs/experiments.md, Windows that come back to their start).
+MIN_AGE = 3
+# Cosine of two global descriptors, below which two images show other places; chosen by hand.
+SIMILAR = 0.6
 Poses = Callable[[int], FloatArray | None]
 
 

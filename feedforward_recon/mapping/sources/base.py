@@ -108,7 +108,7 @@ class PoseSource(Protocol):
         """Settings of the bundle adjustments of the finished map, in their order."""
         ...
 
-    def deserves_second_look(self, estimate: Estimate) -> bool:
+    def wants_relocalisation(self, estimate: Estimate) -> bool:
         """Whether a frame is to be looked up in the finished map."""
         ...
 

@@ -31,7 +31,7 @@ from feedforward_recon.mapping.tracking import Tracked, Tracker
 from feedforward_recon.model import Encoder
 from feedforward_recon.types import Estimate
 
-Ask = Callable[[View], Estimate]  # another way to find a lost camera
+Relocaliser = Callable[[View], Estimate]  # another way to find a lost camera
 
 
 class FeaturePoses:
@@ -47,7 +47,7 @@ class FeaturePoses:
     progress = ''
     lost = NO_KNOWN_PLACE
 
-    def __init__(self, config: MapperConfig, encoder: Encoder, *, relocalise: Ask | None = None,
+    def __init__(self, config: MapperConfig, encoder: Encoder, *, relocalise: Relocaliser | None = None,
                  T_map_first: np.ndarray | None = None) -> None:
         self.tracker = Tracker(config.tracking)
         self.T_map_first = np.eye(4) if T_map_first is None else T_map_first
@@ -81,7 +81,7 @@ class FeaturePoses:
     def _second(self, view: View, map_: GrowingMap, bootstrap: Bootstrap) -> Tracked | None:
         """Monocular: the frame whose parallax gives the map its depth."""
         tracks = self.tracker.flow(view, map_, self.T_map_first)
-        if bootstrap.is_hopeless(tracks):
+        if bootstrap.has_lost_tracks(tracks):
             map_.clear()
             return self._first(view)
         tracked = bootstrap.second_view(view, tracks, self.T_map_first)
@@ -90,7 +90,7 @@ class FeaturePoses:
         return tracked
 
     def _relocalised(self, view: View, map_: GrowingMap) -> Tracked | None:
-        tracked = found_again(view, map_, self._encoder, self._config, self._relocalise)
+        tracked = relocalise_lost(view, map_, self._encoder, self._config, self._relocalise)
         if tracked is not None:
             self.tracker.accept(view, tracked.tracks, tracked.fit.T_map_cam, moved=False)
         return tracked
@@ -129,13 +129,13 @@ class FeaturePoses:
         """One bundle adjustment."""
         return [config]
 
-    def deserves_second_look(self, estimate: Estimate) -> bool:
+    def wants_relocalisation(self, estimate: Estimate) -> bool:
         """Frames without a pose: the finished map has seen what came later."""
         return not estimate.status.has_pose
 
 
-def found_again(view: View, map_: GrowingMap, encoder: Encoder, config: MapperConfig,
-                ask: Ask | None) -> Tracked | None:
+def relocalise_lost(view: View, map_: GrowingMap, encoder: Encoder, config: MapperConfig,
+                ask: Relocaliser | None) -> Tracked | None:
     """A lost camera, found among the keyframes or where ``ask`` says it is."""
     features = encoder.encode(view.image)
     tracked = relocalise(view, features, map_, config.tracking)

@@ -36,12 +36,19 @@ from feedforward_recon.mapping.sources.window_geometry import (
 from feedforward_recon.types import Prediction
 
 log = logging.getLogger(__name__)
-MAX_RESIDUAL = 0.15  # of the typical depth: beyond, the anchors were not recognised
-UNSURE_SHARE = 0.2  # of the depth of an image, the least certain, that is not used
-# An image's depths are wrong together: a few hundred of them say hardly more than one.
+# Median distance after alignment, as a share of the typical depth: beyond, the network did not
+# recognise the anchors; chosen by hand.
+MAX_RESIDUAL = 0.15
+# Share of the depth of an image, the least confident, that is not used: sky, edges and what shines;
+# chosen by hand.
+UNSURE_SHARE = 0.2
+# Depths of one image are wrong together: 20^2 of them, about as many as there are landmarks in view,
+# say hardly more than one, so their noise is taken for that many times what it is.
 DEPTH_NOISE_FACTOR = 20
-DEPTH_NOISE_FLOOR = 0.004
-WIDE = 5.0  # gates before refinement, as a multiple of those of tracking
+DEPTH_NOISE_FLOOR = 0.004  # a network is taken to be no better than a depth camera at 1 m
+# Gates before refinement, times those of tracking: 15 px, as errors of degrees are (docs/
+# experiments.md, Following a camera between windows).
+WIDE = 5.0
 NO_OVERLAP = 'no overlap with the map'
 
 

@@ -34,7 +34,7 @@ from feedforward_recon.mapping.matching import Tracks
 from feedforward_recon.mapping.scene_map import Gauge
 from feedforward_recon.mapping.sources.background import BackgroundCall
 from feedforward_recon.mapping.sources.base import MapExtension
-from feedforward_recon.mapping.sources.features import Ask
+from feedforward_recon.mapping.sources.features import Relocaliser
 from feedforward_recon.mapping.sources.given import GivenPoses
 from feedforward_recon.mapping.sources.placement import WindowPlacement
 from feedforward_recon.mapping.sources.selection import ViewSelection
@@ -45,9 +45,13 @@ from feedforward_recon.model import Encoder, Predictor
 from feedforward_recon.types import Estimate, Prediction
 
 log = logging.getLogger(__name__)
-FIRST_VIEWS = 8  # start a map early: a robot waits for its first pose
-FEWEST_VIEWS = 4  # of a window that is not full because the camera leaves what is mapped
-SURE_SCORE = 0.5  # of the grid points must be confirmed by other views of the window
+# Views of the first window of a stream, where a robot waits for its first pose; chosen by hand.
+FIRST_VIEWS = 8
+# Views of a window that is not full because the camera leaves what is mapped: one anchor per new
+# view instead of one per seven (docs/decisions.md, Windows on a robot).
+FEWEST_VIEWS = 4
+# Share of the points of a view that another view of the window must confirm: most of them.
+SURE_SCORE = 0.5
 
 
 def settings_for_views(config: MapperConfig) -> MapperConfig:
@@ -169,7 +173,7 @@ class WindowPoses:
 
     def __init__(self, config: MapperConfig, network: Predictor, encoder: Encoder, *,
                  windows: WindowConfig | None = None, selects: bool = False, refine: bool = True,
-                 relocalise: Ask | None = None,
+                 relocalise: Relocaliser | None = None,
                  on_ready: Callable[[], None] = lambda: None) -> None:
         self.T_map_first = np.eye(4)
         self._encoder = encoder
@@ -319,7 +323,7 @@ class WindowPoses:
         view = self._placement.posed(placed)
         is_first = not len(map_)
         tracked = self._given.locate(view, map_)
-        estimate = mapper.insert(view, tracked and _with_doubts(
+        estimate = mapper.insert(view, tracked and _with_confidence(
             tracked, placed, is_first or
             tracked.fit.count >= map_.config.tracking.min_inliers))
         newest = map_.keyframes[-1] if len(map_) else None
@@ -354,13 +358,13 @@ class WindowPoses:
         """First with wide gates: poses of a network are off by many pixels."""
         return self._placement.final_settings
 
-    def deserves_second_look(self, estimate: Estimate) -> bool:
+    def wants_relocalisation(self, estimate: Estimate) -> bool:
         """Frames without a pose, and after a refinement all that are no keyframes."""
         return not estimate.status.has_pose or (
             bool(self._placement.final_settings) and not estimate.is_keyframe)
 
 
-def _with_doubts(tracked: Tracked, placed: PlacedView, followed: bool) -> Tracked:
+def _with_confidence(tracked: Tracked, placed: PlacedView, followed: bool) -> Tracked:
     """A placed view, as sure as its window is of it.
 
     followed: optical flow agrees; few tracks agree with a pose that is off.
