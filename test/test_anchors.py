@@ -1,4 +1,4 @@
-"""Which mapped images tie the next window to the map."""
+"""Which mapped images become anchors of the next window."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ from feedforward_recon.types import Prediction
 
 
 def descriptor(angle):
-    """A global descriptor; neighbours in angle look alike."""
+    """A global descriptor; neighbours in angle are similar."""
     return np.array([np.cos(angle), np.sin(angle)])
 
 
@@ -34,7 +34,7 @@ def prediction(number):
 
 
 def walked(windows, size=4, step=0.1):
-    """An images after windows of images whose looks turn by ``step`` each."""
+    """Anchor images after windows of images whose descriptors turn by ``step`` each."""
     images, number, anchors = AnchorImages(), 0, None
     for _ in range(windows):
         images.begin(anchors)
@@ -56,7 +56,7 @@ def test_the_first_anchors_are_the_later_half_with_the_last_image():
     assert frames(anchors) == [3, 5, 7] and anchors.recent.all()
 
 
-def test_a_walk_that_comes_back_is_tied_to_its_start():
+def test_a_walk_that_comes_back_has_anchors_at_its_start():
     images, _ = walked(6)
     back = images.chosen(4, [descriptor(0.1), descriptor(0.0)], lambda frame: None)
     assert {0, 1} <= set(frames(back)) and not back.recent[:2].any()
@@ -65,7 +65,7 @@ def test_a_walk_that_comes_back_is_tied_to_its_start():
     assert new.recent.all(), 'another place looks like none that is mapped'
 
 
-def test_the_windows_just_before_are_no_loop():
+def test_the_windows_just_before_give_no_old_anchors():
     images, number = walked(MIN_AGE)
     again = images.chosen(4, [descriptor(0.1 * (number - 5))], lambda frame: None)
     assert again.recent.all()
@@ -75,21 +75,32 @@ def test_poses_are_those_that_the_map_has_now():
     images, number = walked(2)
     moved = np.diag([1.0, 1, 1, 1])
     moved[1, 3] = 5
-    anchors = images.chosen(4, [descriptor(0)], lambda frame: moved if frame == number - 1 else None)
+    anchors = images.chosen(4, [descriptor(0)],
+                            lambda frame: moved if frame == number - 1 else None)
     np.testing.assert_array_equal(anchors.T_map_cam[-1], moved)
     assert anchors.T_map_cam[0, 0, 3] == anchors.items[0].frame
     assert anchors.variance[0] == pytest.approx(1e-4 * (number - 1))
 
 
-def test_an_album_has_a_fixed_size_and_keeps_what_differs():
-    images, _ = walked(60, size=8, step=0.02)
-    assert len(images._old) == OLD_IMAGES
-    assert {item.frame for item in images._old} & set(range(10)), 'the start was given up'
-    angles = np.sort([np.arctan2(*item.global_descriptor[::-1]) for item in images._old])
+def old_anchors(images, number):
+    """All old images: those chosen when every direction is asked for and every place is free."""
+    for _ in range(MIN_AGE):
+        images.begin(None)
+        images.add(number, image(number), prediction(number), (0.0, 0.0), None)
+    every = [descriptor(angle) for angle in np.arange(0, 2 * np.pi, 0.1)]
+    anchors = images.chosen(4 * OLD_IMAGES, every, lambda frame: None)
+    return anchors.select(~anchors.recent).items
+
+
+def test_old_images_are_bounded_and_those_that_differ_stay():
+    old = old_anchors(*walked(60, size=8, step=0.02))
+    assert len(old) == OLD_IMAGES
+    assert {item.frame for item in old} & set(range(10)), 'the start was given up'
+    angles = np.sort([np.arctan2(*item.global_descriptor[::-1]) for item in old])
     assert np.diff(angles).max() < 0.3
 
 
-def test_images_that_are_no_keyframes_are_anchors_only_while_they_are_new():
+def test_images_that_are_no_keyframes_are_anchors_of_the_next_window_only():
     images = AnchorImages()
     for window in range(MIN_AGE + 2):
         images.begin(None)

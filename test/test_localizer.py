@@ -1,4 +1,4 @@
-"""Laws of the localizer: finds known places, refuses unknown ones, never touches the map."""
+"""The localizer finds known places, refuses unknown ones, and never changes the memory."""
 
 from __future__ import annotations
 
@@ -122,17 +122,17 @@ def test_a_wrong_hint_does_not_change_the_answer(localizer):
     assert pose_error(estimate.T_map_cam, pose)[0] < 0.01
 
 
-def test_covariance_is_honest(localizer):
-    """The error, in standard deviations, is neither tiny nor huge (chi-square, 3 dof)."""
+def test_covariance_is_consistent(localizer):
+    """Normalised estimation error squared: neither tiny nor huge (chi-square, 3 dof)."""
     scene = OracleScene.generate(0)
-    normalised = []
+    nees = []
     for seed, pose in enumerate(poses_around(20, seed=200)):
         features, _ = scene.features(pose, seed=seed, pixel_noise=1.0)
         estimate = localizer.localize_features(features, CAMERA).estimate
         assert np.all(np.linalg.eigvalsh(estimate.covariance) > 0)
         error = estimate.T_map_cam[:3, 3] - pose[:3, 3]
-        normalised.append(error @ np.linalg.solve(estimate.covariance[:3, :3], error))
-    assert 0.1 < np.median(normalised) < 10
+        nees.append(error @ np.linalg.solve(estimate.covariance[:3, :3], error))
+    assert 0.1 < np.median(nees) < 10
 
 
 def test_localising_is_deterministic_and_leaves_the_memory_alone(memory, localizer):

@@ -1,4 +1,4 @@
-"""Windows of a feed-forward network, tied to one map: laws that hold whatever it predicts."""
+"""Windows of a feed-forward network, aligned in one map, whatever the network predicts."""
 
 from dataclasses import replace
 
@@ -58,7 +58,7 @@ class Oracle:
 
 
 class MemoryLog:
-    """A memory that only remembers what it was told."""
+    """A memory that records what is written to it."""
 
     def __init__(self):
         self.written = []
@@ -202,7 +202,7 @@ def test_half_a_window_has_half_the_anchors():
     assert WindowConfig(3, 2).halved() == WindowConfig(2, 1)
 
 
-def test_no_room_for_two_images_is_said(frames, encoder):
+def test_no_room_for_two_images_is_an_error(frames, encoder):
     with pytest.raises(InputError, match='enough memory for two images'):
         mapped(frames, encoder, Oracle(frames, limit=1))
 

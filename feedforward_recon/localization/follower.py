@@ -23,8 +23,8 @@ from feedforward_recon.localization.localizer import (
     ELSEWHERE,
     OUTLIER_SIGMAS,
     Localizer,
-    Matches,
     MatchedEstimate,
+    Matches,
 )
 from feedforward_recon.mapping.matching import Tracks, follow, spread
 from feedforward_recon.mapping.preparation import check_rgb
@@ -38,7 +38,7 @@ MIN_SURVIVING = 0.2
 RENEW_SHARE = 0.5
 # Answers in a row that contradict what is followed: one may be wrong, so many are not.
 MAX_CONTRADICTIONS = 5
-# Times followed_images, after which an image waits for the memory: on a machine that is never idle.
+# Times followed_images until an image waits for the memory, on a machine that is never idle.
 OVERDUE = 3
 
 

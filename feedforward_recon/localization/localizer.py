@@ -230,7 +230,7 @@ class Localizer:
         return visible, pixels[visible]
 
     def _judged(self, fit: PoseFit, candidates: Matches, camera: Camera) -> Estimate:
-        """Accept the pose, or refuse it with a reason (a test of the inlier ratio and its runner-up).
+        """Accept the pose, or refuse it with a reason: inlier ratio, and that of a second pose.
 
         The score counts the *unguided* candidates that agree: guided matches lie near the
         pose by construction and would flatter it. Beside slots the network does not count: it

@@ -1,4 +1,7 @@
-"""Bundle adjustment of parts of the map: what moves, what holds it, and what disagrees after."""
+"""Bundle adjustment of parts of the map: free and fixed keyframes, and outliers afterwards.
+
+The solver is ``geometry.refine`` (Triggs et al. 2000).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ POINTS_PIECE = 5000
 
 
 def refine_window(map_: GrowingMap, config: MapperConfig, *, poses_fixed: bool = False) -> None:
-    """Bundle adjustment of the newest keyframes; those that share landmarks hold them."""
+    """Bundle adjustment of the newest keyframes; covisible older ones stay fixed.
+
+    poses_fixed: only landmarks are refined, all poses stay.
+    """
     window, count = config.refine.window, len(map_)
     free = np.arange(max(1, count - window), count)
     newest = np.unique(map_.landmarks.seen_landmark[
@@ -40,7 +46,7 @@ def refine_window(map_: GrowingMap, config: MapperConfig, *, poses_fixed: bool =
 def adjust_newest(map_: GrowingMap, keyframes: int, settings: Sequence[MapperConfig]) -> None:
     """Refine the newest ``keyframes``, once with each of the settings.
 
-    Older keyframes that share landmarks hold the new ones.
+    Older keyframes that share landmarks stay fixed.
     """
     for config in settings:
         refine = replace(config.refine, window=keyframes, window_steps=config.refine.global_steps)
@@ -62,7 +68,10 @@ def refine_points(map_: GrowingMap, config: MapperConfig) -> Iterator[None]:
 
 
 def refine_all(map_: GrowingMap, config: MapperConfig, *, refine_focal: bool = False) -> None:
-    """Bundle adjustment of the whole map (at most ``refine.max_keyframes`` move)."""
+    """Bundle adjustment of the whole map (at most ``refine.max_keyframes`` are free).
+
+    refine_focal: the focal length of all cameras is refined with it.
+    """
     count = len(map_)
     free = np.arange(max(1, count - config.refine.max_keyframes), count)
     fixed = np.arange(free[0]) if len(free) else np.zeros(0, int)
@@ -91,7 +100,8 @@ def bundle_problem(map_: GrowingMap, config: MapperConfig, free: np.ndarray,
                    ) -> tuple[BundleProblem | None, np.ndarray, np.ndarray]:
     """Bundle adjustment of landmarks ``ids`` and keyframes, with its rows and landmarks.
 
-    Poses in the order of ``free``, then ``fixed``, which stay.
+    Poses in the order of ``free``, then ``fixed``. The problem is None where no landmark can be
+    refined.
     """
     table, used = map_.landmarks, np.concatenate([free, fixed])
     ids = ids[table.has_point[ids]]
@@ -116,7 +126,7 @@ def bundle_problem(map_: GrowingMap, config: MapperConfig, free: np.ndarray,
 
 
 def _cull(map_: GrowingMap, bad_rows: np.ndarray, ids: np.ndarray) -> None:
-    """Drop observations that disagree, and positions that too little supports."""
+    """Drop outlier observations, and positions of landmarks with too few others."""
     table = map_.landmarks
     table.forget(bad_rows)
     rows = np.flatnonzero(table.mask(ids)[table.seen_landmark])

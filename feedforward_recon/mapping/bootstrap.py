@@ -1,4 +1,7 @@
-"""Starting a monocular map: wait for parallax, then let two views make the first landmarks."""
+"""Starting a monocular map: wait for parallax, then triangulate from two views.
+
+The relative pose is that of the five-point algorithm in RANSAC (``geometry.twoview``).
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,10 @@ EMPTY = np.zeros((0, 0), np.uint8)  # in place of images that are not needed any
 
 
 class Bootstrap:
-    """Follows the tracks of the first keyframe until their parallax determines a second."""
+    """Follows the tracks of the first keyframe until parallax determines the second.
+
+    base: all tracks of the first keyframe.
+    """
 
     def __init__(self, config: MapperConfig, base: Tracks) -> None:
         self.config = config
@@ -39,7 +45,7 @@ class Bootstrap:
         self._waiting: deque[tuple[View, Tracks]] = deque(maxlen=MAX_WAITING)
 
     def has_lost_tracks(self, tracks: Tracks) -> bool:
-        """True when too few of the first tracks are left to start from."""
+        """Whether too few of the first tracks are left to start from."""
         return len(tracks.ids) < max(START_POINTS, MIN_SHARE * self._count)
 
     def second_view(self, view: View, tracks: Tracks, T_map_first: np.ndarray

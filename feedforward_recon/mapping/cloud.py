@@ -19,7 +19,7 @@ Part = Callable[[], tuple[np.ndarray, np.ndarray]]  # makes points [N, 3] and co
 
 
 def sampled_depth(view: View, stride_px: int) -> tuple[np.ndarray, np.ndarray]:
-    """Camera-frame points float32 [N, 3] and colours uint8 [N, 3] of every few pixels."""
+    """Camera-frame points float32 [N, 3] and colours uint8 [N, 3] of every ``stride_px`` pixel."""
     if view.depth is None:
         return np.zeros((0, 3), np.float32), np.zeros((0, 3), np.uint8)
     half = stride_px // 2

@@ -1,7 +1,7 @@
-"""Places that the map knows well already: nothing there is worth another keyframe.
+"""Views that old landmarks cover: they need no further keyframe.
 
-A robot that goes round in one flat must not fill its memory. Where old landmarks cover what a
-frame shows, the frame only renews the tracks.
+So the map of a robot that goes round in one flat stays bounded. A covered frame only renews the
+tracks.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def old_and_firm(map_: GrowingMap, ids: np.ndarray) -> np.ndarray:
 
 
 def covering_tracks(view: View, features: Features, map_: GrowingMap, T_map_cam: np.ndarray,
-            tracks: Tracks) -> Tracks | None:
-    """The tracks with all landmarks that can be found again; None if the view is not covered.
+                    tracks: Tracks) -> Tracks | None:
+    """The tracks with all landmarks that can be matched again; None if the view is not covered.
 
-    tracks: of this frame, whose pose is T_map_cam.
+    tracks: of this frame, whose pose is T_map_cam [4, 4].
     """
     if old_and_firm(map_, tracks.ids).sum() < OLD_SHARE * len(tracks.ids):
         return None
@@ -57,7 +57,7 @@ def covering_tracks(view: View, features: Features, map_: GrowingMap, T_map_cam:
 
 def _found_again(view: View, features: Features, map_: GrowingMap, T_map_cam: np.ndarray,
                  tracks: Tracks) -> Tracks:
-    """Tracks and the landmarks of nearby keyframes that show up where they should."""
+    """Tracks, and landmarks of nearby keyframes matched where they project to."""
     near = map_.neighbours(T_map_cam, map_.typical_depth(len(map_) - 1))
     ids, px, depth = map_.visible(near, T_map_cam, view.camera)
     sensed = view.depth_at(px)

@@ -1,4 +1,9 @@
-"""Loop closure: recognise an old place, verify it geometrically, correct poses and points."""
+"""Loop closure: recognise an old place, verify it geometrically, correct poses and points.
+
+Retrieval by global descriptor, verification by PnP, then a pose graph over covisible keyframes
+(Strasdat et al. 2010; the scale is free in monocular maps), and bundle adjustment of a skeleton of
+the map, in the spirit of skeletal graphs (Snavely et al. 2008).
+"""
 
 from __future__ import annotations
 
@@ -63,7 +68,7 @@ class Loop:
 
 
 def find_loop(map_: GrowingMap, config: MapperConfig, id_: int) -> Loop | None:
-    """The first verified loop of a keyframe to an old one that it is not yet tied to."""
+    """The first verified loop of keyframe ``id_`` to an old one with few common landmarks."""
     for old in _candidates(map_, id_, config):
         loop = _verified(map_, id_, old, config)
         if loop is not None:
@@ -129,11 +134,11 @@ def optimise_pose_graph(map_: GrowingMap, loop: Loop, *, with_scale: bool
     """
     count = len(map_)
     before = PoseGraph(map_.T_map_cam.copy(), np.ones(count))
-    loop_edge, ties = _loop_edge(map_, loop, with_scale), []
+    loop_edge, rows = _loop_edge(map_, loop, with_scale), []
     for first in range(0, count, ROWS):
-        ties.append(_covisibility_edges(map_, np.arange(first, min(first + ROWS, count)), count))
+        rows.append(_covisibility_edges(map_, np.arange(first, min(first + ROWS, count)), count))
         yield None
-    i, j, shared = np.concatenate(ties, axis=1)
+    i, j, shared = np.concatenate(rows, axis=1)
     edges = replace(relative_edges(before, i, j), weight=_weight(shared))
     after = before
     for better in pose_graph_steps(before, joined(edges, loop_edge), np.arange(count) == 0,
@@ -163,8 +168,8 @@ def close_loop(map_: GrowingMap, config: MapperConfig, loop: Loop, *, with_scale
     """Close a loop in pieces of bounded cost, between which the map may grow.
 
     First the pose graph, then bundle adjustment of a skeleton of the map, then all landmarks
-    from all their views. ``corrected`` is told the scale of each keyframe after the first and the
-    second, when keyframes have moved.
+    from all their views. corrected: called with the scale of each keyframe [K] after the first
+    and the second, when keyframes have moved.
     """
     for correction in optimise_pose_graph(map_, loop, with_scale=with_scale):
         if correction is None:
@@ -210,15 +215,15 @@ def adjust_skeleton(map_: GrowingMap, config: MapperConfig) -> Iterator[Correcti
             yield None
         else:
             middle = (free[1:] + free[:-1] + 1) // 2
-            carrier = np.searchsorted(middle, np.arange(count), 'right')
-            turn = result.T_map_cam[:len(free)] @ inverse(T_before[free])
-            after = turn[carrier] @ T_before
+            nearest = np.searchsorted(middle, np.arange(count), 'right')
+            motion = result.T_map_cam[:len(free)] @ inverse(T_before[free])
+            after = motion[nearest] @ T_before
             after[:free[0]] = T_before[:free[0]]
             yield Correction(T_before, PoseGraph(after, np.ones(count)))
 
 
 def _best_landmarks(map_: GrowingMap, used: np.ndarray) -> np.ndarray:
-    """Landmarks that tie keyframes (mask [K]) to the most distant others, as many of each."""
+    """Landmarks seen from the most distant keyframes, as many of each used one (mask [K])."""
     table = map_.landmarks
     rows = np.flatnonzero(used[table.seen_keyframe] & table.has_point[table.seen_landmark])
     landmark, keyframe = table.seen_landmark[rows], table.seen_keyframe[rows]
@@ -246,16 +251,16 @@ def _weight(shared: np.ndarray) -> np.ndarray:
 
 
 def _covisibility_edges(map_: GrowingMap, ids: np.ndarray, count: int) -> np.ndarray:
-    """Rows i, j, shared landmarks [3, E]: keyframe j of ``ids`` is tied to i < j.
+    """Rows i, j, shared landmarks [3, E]: edges of keyframes j of ``ids`` to i < j.
 
-    Of each keyframe only its strongest ties to those just before it and to old ones: more of
-    them say the same again, and cost more than they add.
+    Of each keyframe only the strongest edges to those just before it and to old ones: more of
+    them add little and cost much.
     """
-    ties = []
+    edges = []
     for j, shared in zip(ids, map_.landmarks.shared_by(ids, count), strict=True):
         for first, last in ((max(0, j - RECENT), j), (0, max(0, j - RECENT))):
             order = first + np.argsort(-shared[first:last], kind='stable')[:STRONGEST]
-            ties += [(i, j, shared[i]) for i in order if shared[i] >= COVISIBLE and i != j - 1]
+            edges += [(i, j, shared[i]) for i in order if shared[i] >= COVISIBLE and i != j - 1]
         if j:
-            ties.append((j - 1, j, shared[j - 1]))
-    return np.array(ties, int).reshape(-1, 3).T
+            edges.append((j - 1, j, shared[j - 1]))
+    return np.array(edges, int).reshape(-1, 3).T

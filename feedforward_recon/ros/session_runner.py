@@ -121,7 +121,8 @@ class SessionRunner:
             info = session.info
             self._post(lambda: self._results.pose_known(arrival, estimate, info))
 
-        estimate = session.process(frame, first.T_map_cam, finish_work=self._finishes_work, on_pose=on_pose)
+        estimate = session.process(frame, first.T_map_cam, finish_work=self._finishes_work,
+                                   on_pose=on_pose)
         self._late.used(arrival, estimate)
         keyframes = session.keyframe_poses() if estimate.is_keyframe else None
         return ImageResult(estimate, session.info, keyframes, bool(posed))

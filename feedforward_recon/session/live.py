@@ -131,9 +131,9 @@ class LiveSession:
         """One frame of the stream, in the present mode.
 
         T_map_first: pose of the camera if this frame starts a map (see PoseSource).
-        finish_work: do at once all that ``work`` would do between frames (the backlog of a keyframe,
-        a check against the memory). Else on_pose is told the pose of a tracked frame before the
-        frame becomes a keyframe.
+        finish_work: do at once all that ``work`` would do between frames (the backlog of a
+        keyframe, a check against the memory). Else on_pose is called with the pose of a tracked
+        frame before the frame becomes a keyframe.
         Raises InputError for an image that cannot be used.
         """
         if self.mode == 'localization':

@@ -83,7 +83,9 @@ class Run:
         return len(self.scene.trajectory) / max(self.stats.frames, 1)
 
     def error(self) -> TrajectoryError:
-        """ATE against the poses that came with the frames, aligned (Umeyama 1991) as the scale allows.
+        """ATE (Sturm et al. 2012) against the poses of the frames, aligned as the scale allows.
+
+        SE(3) for a map in metres, else Sim(3).
 
         Raises InputError or DegenerateError when they cannot be compared.
         """
@@ -104,7 +106,7 @@ def map_frames(frames: Iterable[Frame], config: MapperConfig | None = None,
     """Map frames, refine, look for missed frames in the finished map, and polish the memory.
 
     source: makes the pose source; default: features of the images, and the memory for a lost
-    camera. Looking for missed frames needs frames that can be read twice (not an iterator).
+    camera. Relocalising missed frames needs frames that can be read twice (not an iterator).
     into: a saved map to go on with: frames are located in it first, and extend it once one is
     found; memory and encoder keep the settings it was made with.
     total: how many frames there are, for the progress.

@@ -18,8 +18,8 @@ CELLS = 4  # per side of the image: coarse enough that a cell with texture has a
 # Share of the cells that landmarks must be seen in: with fewer, poses were 10 to 30 cm off
 # (docs/experiments.md, Following a camera between windows).
 MIN_SPREAD = 0.5
-# Share of the landmarks seen in the best frame since the last window, below which the camera leaves
-# what is mapped; chosen by hand.
+# Share of the landmarks seen in the best frame since the last window, below which the camera
+# leaves what is mapped; chosen by hand.
 LEAVING = 0.6
 
 
@@ -47,8 +47,7 @@ class ViewFollower:
     def follow(self, view: View, map_: GrowingMap, *, refresh: bool) -> Tracked | None:
         """Pose of a frame; None for a lost camera.
 
-        refresh: look for all landmarks in view again, instead of following those of the last
-        frame, which drift.
+        refresh: match all landmarks in view again by descriptor, because flow drifts.
         """
         tracking = self._config.tracking
         tracked, moved = self._tracker.track(view, map_), True
@@ -68,7 +67,7 @@ class ViewFollower:
         return replace(tracked, extends=False, sure=sure)
 
     def _is_sure(self, view: View, tracked: Tracked) -> bool:
-        """A pose from landmarks in a corner of the image is not to be relied on."""
+        """Enough inliers, spread over the image: a corner of it determines a pose badly."""
         cells = np.unique((CELLS * tracked.tracks.px / view.camera.size_wh).astype(int), axis=0)
         return is_well_supported(tracked.fit, self._config.tracking) \
             and len(cells) >= MIN_SPREAD * CELLS**2

@@ -74,7 +74,7 @@ def selected(prediction: Prediction, index: np.ndarray | slice) -> Prediction:
 
 
 def moved(prediction: Prediction, fit: Alignment) -> Prediction:
-    """The prediction in the frame and the unit that ``fit`` leads to."""
+    """The prediction in the target frame and unit of ``fit``."""
     return replace(prediction, T_world_cam=fit.apply_to_poses(prediction.T_world_cam),
                    depth=prediction.depth * np.float32(fit.scale))
 
@@ -88,6 +88,7 @@ def aligned(source: Prediction, T_map_cam: np.ndarray, target: Samples, *,
             with_scale: bool) -> Alignment:
     """The transform that brings ``source`` onto samples of the same images in the map.
 
+    Weighted Procrustes alignment (Umeyama 1991), robust to outliers.
     T_map_cam [N, 4, 4]: where the cameras of the samples are now.
     Raises DegenerateError when the points do not determine it.
     """
