@@ -33,7 +33,7 @@ OUTLIER_SIGMAS = 3.0  # expected errors; 99.7 % of normal errors are smaller
 # A refinement that moves the view by less finds the same matches again: a quarter of the time of a
 # query, as accurate (docs/experiments.md, Speed of the online loop and of a query).
 CONVERGED_PX = 2.0
-SHIFT_STEP = 10  # one slot in so many: a median over hundreds says what one over thousands does
+SHIFT_STEP = 10  # one slot in so many is projected: hundreds are enough for a median
 # Expected error of a slot match: SLOT_PX, that of a corner, and up to SLOT_PX_UNLIKE more the less
 # similar the descriptors are; chosen by hand.
 SLOT_PX, SLOT_PX_UNLIKE = 1.0, 5.0
@@ -238,7 +238,7 @@ class Localizer:
         """
         config = self.config
         score = float(candidates.agreeing(fit.T_map_cam, camera, config.search_px).mean())
-        # Candidates a little off belong to the same place; only far ones speak for another.
+        # Candidates a little off belong to the same place; only far ones are votes for another.
         near = candidates.agreeing(fit.T_map_cam, camera, ELSEWHERE * config.search_px)
         runner_up = self._runner_up(candidates.select(~near), camera) / len(candidates)
         estimate = Estimate(0, Status.NOT_LOCALISED, inliers=fit.count, score=score,

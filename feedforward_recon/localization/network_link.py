@@ -169,7 +169,7 @@ def _depth_ratios(prediction: Prediction, index: int, T_map_cam: FloatArray,
 
 
 def depth_scale(prediction: Prediction, walk: Sequence[Frame], points: FloatArray) -> float | None:
-    """Median ratio of the depth of landmarks [V, 3] in known cameras to what the network says."""
+    """Median ratio of the depth of landmarks [V, 3] in known cameras to the predicted one."""
     ratios = [_depth_ratios(prediction, index, known_pose(frame), frame.camera, points)
               for index, frame in enumerate(walk)]
     found = np.concatenate(ratios)

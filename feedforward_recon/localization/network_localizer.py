@@ -247,7 +247,7 @@ class NetworkLocalizer:
         return Camera.from_matrix(prediction.K[0], size_wh)
 
     def _judged(self, prediction: Prediction, novelty: float, frame: Frame) -> Estimate:
-        """The network's answer, or why it is not to be trusted."""
+        """The pose of the network, UNCERTAIN, or NOT_LOCALISED with the reason."""
         share, seen = depth_agreement(prediction, self.link, frame.camera, self.points)
         answer = Estimate(0, Status.NOT_LOCALISED, score=share)
         if not self.link.recognised:

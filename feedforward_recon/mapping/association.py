@@ -48,11 +48,11 @@ def triangulate_matches(map_: GrowingMap, id_: int) -> int:
     table, found = map_.landmarks, 0
     if map_.keyframes[id_].has_sparse_depth:
         return 0
-    tied = table.shared(table.seen_by(id_), len(map_))[:id_]
+    shared = table.shared(table.seen_by(id_), len(map_))[:id_]
     baseline = np.linalg.norm(map_.T_map_cam[:id_, :3, 3] - map_.T_map_cam[id_, :3, 3], axis=1)
     apart = baseline > MIN_BASELINE * map_.typical_depth(id_)
-    for other in np.argsort(-tied * apart, kind='stable')[:MATCHED_KEYFRAMES]:
-        if apart[other] and tied[other] > 0:
+    for other in np.argsort(-shared * apart, kind='stable')[:MATCHED_KEYFRAMES]:
+        if apart[other] and shared[other] > 0:
             found += _match_pair(map_, map_.keyframes[id_], map_.keyframes[other])
     return found
 
@@ -147,8 +147,12 @@ def _join(map_: GrowingMap, ids: np.ndarray, others: np.ndarray) -> None:
     table.merge(pairs[:, 0], pairs[:, 1])
 
 
-def tie(map_: GrowingMap, id_: int, features: np.ndarray, landmarks: np.ndarray) -> None:
-    """Features [n] of a keyframe observe old landmarks [n], as a verified loop says."""
+def fuse_loop(map_: GrowingMap, id_: int, features: np.ndarray,
+              landmarks: np.ndarray) -> None:
+    """Loop fusion: features [n] of a keyframe observe old landmarks [n] of a verified loop.
+
+    Landmarks that the features showed before are merged with them.
+    """
     keyframe, table = map_.keyframes[id_], map_.landmarks
     landmarks = table.alias[landmarks]
     present = keyframe.landmark[features]

@@ -13,7 +13,7 @@ import numpy as np
 
 from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.mapping.adjustment import refine_all, refine_window
-from feedforward_recon.mapping.association import tie
+from feedforward_recon.mapping.association import fuse_loop
 from feedforward_recon.mapping.estimates import EstimateHistory
 from feedforward_recon.mapping.feed import MemoryFeed
 from feedforward_recon.mapping.loop_closure import Loop, close_loop, find_loop
@@ -84,7 +84,7 @@ class Backlog:
             return
         self._stats.loops += 1
         if loop.shift_px <= config.loops.correct_px:
-            tie(self._map, newest, loop.features, loop.landmarks)
+            fuse_loop(self._map, newest, loop.features, loop.landmarks)
             return
         self.close(loop, with_scale=with_scale)
 

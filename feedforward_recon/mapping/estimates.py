@@ -30,10 +30,10 @@ class EstimateHistory:
         return len(self._entries)
 
     def copy(self) -> EstimateHistory:
-        """The same entries; those noted later are missing."""
+        """The same entries; those recorded later are missing."""
         return EstimateHistory(self._entries)
 
-    def note(self, estimate: Estimate, keyframe: int, T_map_keyframe: np.ndarray | None,
+    def record(self, estimate: Estimate, keyframe: int, T_map_keyframe: np.ndarray | None,
              index: int | None = None) -> None:
         """Append an estimate, or replace that of frame ``index``."""
         T_keyframe_cam = None

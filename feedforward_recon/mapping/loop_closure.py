@@ -25,7 +25,7 @@ from feedforward_recon.geometry.posegraph import (
 from feedforward_recon.geometry.refine import bundle_pieces
 from feedforward_recon.geometry.transforms import inverse, transform_points
 from feedforward_recon.mapping.adjustment import bundle_problem, refine_points
-from feedforward_recon.mapping.association import tie
+from feedforward_recon.mapping.association import fuse_loop
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.matching import match_mutual
 
@@ -82,8 +82,8 @@ def _candidates(map_: GrowingMap, id_: int, config: MapperConfig) -> list[int]:
         return []
     own = map_.keyframes[id_].features.global_descriptor
     score = np.array([k.features.global_descriptor @ own for k in map_.keyframes[:count]])
-    tied = map_.landmarks.shared(map_.landmarks.seen_by(id_), len(map_))[:count]
-    order = [int(k) for k in np.argsort(-score, kind='stable') if tied[k] < WELL_CONNECTED]
+    shared = map_.landmarks.shared(map_.landmarks.seen_by(id_), len(map_))[:count]
+    order = [int(k) for k in np.argsort(-score, kind='stable') if shared[k] < WELL_CONNECTED]
     return order[:config.loops.candidates]
 
 
@@ -113,8 +113,8 @@ def _described(map_: GrowingMap, id_: int, old: int, fit: PoseFit, points: np.nd
     shift = camera.project(transform_points(inverse(now), points)) - camera.project(there)
     shift_px = np.nan_to_num(np.linalg.norm(shift[inside], axis=1), nan=1e3)
     landmarks = map_.keyframes[old].landmark[b]
-    tie = inside & (landmarks >= 0)
-    return Loop(id_, old, fit.T_map_cam, scale, a[tie], map_.landmarks.alias[landmarks[tie]],
+    usable = inside & (landmarks >= 0)
+    return Loop(id_, old, fit.T_map_cam, scale, a[usable], map_.landmarks.alias[landmarks[usable]],
                 float(np.median(shift_px)), fit.count)
 
 
@@ -178,7 +178,7 @@ def close_loop(map_: GrowingMap, config: MapperConfig, loop: Loop, *, with_scale
     corrected(apply_correction(map_, correction))
     log.info('loop %d -> %d closed: the map was off by %.1f px, scale %.3f', loop.id, loop.old,
              loop.shift_px, loop.scale)
-    tie(map_, loop.id, loop.features, loop.landmarks)
+    fuse_loop(map_, loop.id, loop.features, loop.landmarks)
     yield
     for correction in adjust_skeleton(map_, config):
         if correction is None:

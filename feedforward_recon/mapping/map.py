@@ -58,7 +58,7 @@ class GrowingMap:
         tracks = self._snapped(keyframe, tracks)
         self.observe(keyframe, view, tracks.ids, tracks.px)
         quality = features.confidence
-        if keyframe.has_sparse_depth:  # what has depth is scarce: it goes first
+        if keyframe.has_sparse_depth:  # features with depth are scarce: they are chosen first
             quality = quality + (depth > 0)
         new = spread(features.keypoints, quality, tracks.px, view.camera.size_wh,
                      self.config.tracking.max_tracks)

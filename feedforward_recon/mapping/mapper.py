@@ -92,8 +92,8 @@ class Mapper:
 
         Other frames may be tracked between pieces; a new keyframe first ends those that follow
         the last keyframe, and may come while a loop is being closed.
-        on_pose: told the pose in an established map before the frame becomes a keyframe, or
-        turns out to show a place that is known already.
+        on_pose: called with the pose in an established map before the frame becomes a keyframe, or
+        turns out to show a place that is known already. Raises as ``process``.
         """
         started = time.perf_counter()
         view = self._prepared(frame)
@@ -104,13 +104,13 @@ class Mapper:
             on_pose(self._estimate(view, tracked, novel, started))
         if tracked is not None and novel:
             tracked, novel = self._extended(view, tracked)
-        return self._noted(self._estimate(view, tracked, novel, started))
+        return self._recorded(self._estimate(view, tracked, novel, started))
 
     def work(self, *, wait: bool = False, final: bool = False) -> bool:
         """One piece of the backlog, or of what the pose source put off; False if nothing is left.
 
         wait: for a network that is at work. final: no frame will follow soon.
-        Raises what a network raises; the frames it looked at have no pose then.
+        Raises what a network raises; the frames of its window have no pose then.
         """
         return self._work_on_backlog() or self.source.work(self, self._map, wait=wait,
                                                            final=final)
@@ -118,7 +118,7 @@ class Mapper:
     def finish(self) -> SceneMap:
         """Refine the whole map, write the rest of the memory, and return the result.
 
-        Frames may follow.
+        Frames may follow. Raises what a network raises.
         """
         while self.work(wait=True, final=True):
             pass
@@ -144,7 +144,7 @@ class Mapper:
         estimate = self._estimate(view, tracked, False, started)
         depth = self._map.typical_depth(len(self._map) - 1)
         nearest = int(self._map.neighbours(tracked.fit.T_map_cam, depth)[0])
-        self._history.note(estimate, nearest, self._map.T_map_cam[nearest], index)
+        self._history.record(estimate, nearest, self._map.T_map_cam[nearest], index)
         return estimate
 
     # -- one frame -------------------------------------------------------------------------
@@ -158,7 +158,7 @@ class Mapper:
     def _located(self, view: View) -> Tracked | None:
         before = len(self._map)
         tracked = self.source.locate(view, self._map)
-        if before and not len(self._map):  # given up: it never had depth
+        if before and not len(self._map):  # the source cleared it: it never had depth
             self._start_again(restarts=True)
         if tracked is not None:
             self.stats.relocalised += tracked.relocalised
@@ -239,7 +239,7 @@ class Mapper:
         triangulate_pending(map_, newest)
         for earlier, fit in self.source.keyframe_added(map_, tracks):
             estimate = self._estimate(earlier, replace(tracked, fit=fit), False, None)
-            self._history.note(estimate, 0, map_.T_map_cam[0], earlier.index)
+            self._history.record(estimate, 0, map_.T_map_cam[0], earlier.index)
         tracks = reassociate(map_, newest, view, tracks)
         triangulate_matches(map_, newest)
         keyframe = map_.keyframes[newest]
@@ -268,13 +268,13 @@ class Mapper:
                         support(fit) if tracked.score is None else tracked.score,
                         latency_ms=latency_ms, is_keyframe=novel, source=view.source)
 
-    def _noted(self, estimate: Estimate, index: int | None = None) -> Estimate:
-        """List an estimate, in the place of that of frame ``index`` if it had one."""
+    def _recorded(self, estimate: Estimate, index: int | None = None) -> Estimate:
+        """Add an estimate to the history, in place of that of frame ``index`` if one is given."""
         newest = len(self._map) - 1
         before = None if index is None else self._history.status(index)
         self.stats.frames += index is None
         self.stats.lost += (estimate.status is Status.LOST) - (before is Status.LOST)
-        self._history.note(estimate, newest,
+        self._history.record(estimate, newest,
                            self._map.T_map_cam[newest] if newest >= 0 else None, index)
         return estimate
 
@@ -291,7 +291,7 @@ class Mapper:
         estimate = self._estimate(view, tracked, novel, started)
         if tracked is None and reason:
             estimate = replace(estimate, reason=reason)
-        self._noted(estimate, view.index)
+        self._recorded(estimate, view.index)
         while self._work_on_backlog():
             pass
         return estimate

@@ -22,7 +22,7 @@ CANDIDATES = 5  # most similar keyframes that are tried; each costs a PnP; chose
 # Covisible keyframes whose landmarks are matched beside those of a candidate, which alone shows
 # only part of the view; chosen by hand.
 COMPANIONS = 4
-MIN_FIRST_INLIERS = 12  # to be looked at closer: thrice the points of a sample; chosen by hand
+MIN_FIRST_INLIERS = 12  # to be verified: thrice the points of a P3P sample; chosen by hand
 # First as wide as PnP on few matches is off, then a little beyond outlier_px.
 SEARCH_RADII_PX = (16.0, 6.0)
 MIN_SCORE = 0.5  # share of matches around a pose: in a wrong place most of them disagree
@@ -44,7 +44,7 @@ def relocalise(view: View, features: Features, map_: GrowingMap,
 
 
 def _similar(features: Features, map_: GrowingMap) -> list[int]:
-    """The newest keyframe and those that look most alike."""
+    """The newest keyframe and the most similar ones by global descriptor."""
     newest = len(map_) - 1
     score = np.array([k.features.global_descriptor @ features.global_descriptor
                       for k in map_.keyframes])

@@ -17,7 +17,7 @@ from feedforward_recon.types import Features
 # Share of the followed landmarks that must agree with a pose; with fewer, much of the view moves
 # by itself or optical flow slipped; chosen by hand.
 MIN_AGREEMENT = 0.4
-MAX_EXTRAPOLATION = 3.0  # intervals between images: across longer pauses velocity says nothing
+MAX_EXTRAPOLATION = 3.0  # intervals between images: velocity does not last longer
 
 
 @dataclass(frozen=True)

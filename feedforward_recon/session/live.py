@@ -1,4 +1,4 @@
-"""``LiveSession``: what a running robot asks of the core, whatever transports the images.
+"""``LiveSession``: mapping and localisation for a running robot, whatever brings the images.
 
     frames -> process -> Estimate      mapping: track, extend the map, write the memory
                                        localization: follow the camera in a frozen memory
@@ -150,7 +150,7 @@ class LiveSession:
 
     def _begin(self, writer: MemoryWriter, start: StartingMap | None = None, sha256: str = ''
                ) -> MapInProgress:
-        """A new map, or one that goes on from ``start``, whose map.yaml was ``sha256``."""
+        """A new map, or one that goes on from ``start``; sha256: of the map.yaml of that one."""
         self._newest = NewestMemory(writer, self.encoder, self.config.localizer,
                                     hint=lambda: self._stream.hint)
         source = _pose_source(self.config, self.encoder, self._network, self._newest,
@@ -216,7 +216,7 @@ class LiveSession:
         return None if self._map is None else self._map.autosave(path)
 
     def load(self, path: str | Path, *, extend: bool = False) -> SavedMap:
-        """Localise in a saved map from now on; the map that was being made is given up.
+        """Localise in a saved map from now on; the map that was being made is dropped.
 
         extend: go on mapping into it, once a frame was found there; until then, and beside
         mapping, images are localised in it.
@@ -327,7 +327,7 @@ class LiveSession:
 
 def _pose_source(config: MapperConfig, encoder: Encoder, network: FeedForward | None,
                  newest: NewestMemory, on_ready: Callable[[], None]) -> PoseSource:
-    """Windows of a network if there is one, else features; a lost camera asks the memory."""
+    """Windows of a network if there is one, else features; the memory relocalises lost cameras."""
     if network is None:
         return FeaturePoses(config, encoder, relocalise=newest.relocalise)
     return WindowPoses(config, network, encoder, windows=network.windows, selects=True,

@@ -65,7 +65,7 @@ POSES, TRAJECTORY, CLOUD = 'poses.json', 'trajectory.tum', 'cloud.ply'
 
 @dataclass(frozen=True)
 class MapInfo:
-    """What map.yaml says.
+    """The contents of map.yaml.
 
     encoder, encoder_sha256: name and weights of the encoder that wrote the memory.
     camera: the camera that mapped; camera_source, scale_source and frame as in ``SceneMap``.
@@ -94,7 +94,7 @@ class MapInfo:
 class SavedMap:
     """A map folder whose map.yaml and memory have been read and verified.
 
-    sha256: of map.yaml, which tells of all other files. backup: where ``save_map`` put the map
+    sha256: of map.yaml, which has those of all other files. backup: where ``save_map`` put the map
     that was there before.
     """
 
@@ -274,7 +274,7 @@ def _drop_smallest(newest: Path, others: list[Path]) -> None:
 
 
 def _keyframes(folder: Path) -> int:
-    """Keyframes that a map folder tells of; -1 where it is none that can be read."""
+    """Number of keyframes of the map in a folder; -1 where no map can be read."""
     try:
         return _read_description(folder).keyframes
     except MapError:
@@ -377,7 +377,7 @@ def _parsed(values: dict[str, Any]) -> MapInfo:
 
 
 def _verified(file: Path, expected: dict[str, Any] | None) -> Path:
-    """The file, once its bytes are those that map.yaml tells of."""
+    """The file, once its size and SHA-256 are those of map.yaml."""
     if expected is None or not file.is_file():
         raise MapError(f'{file}: expected this file of the map, found none; copy the whole '
                        'folder or map again')

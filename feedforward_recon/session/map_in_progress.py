@@ -25,7 +25,7 @@ SaveJob = Callable[[], SavedMap]
 
 
 class _PolishSkippedError(Exception):
-    """Polishing was told to end."""
+    """The polish is to be left out."""
 
 
 class LastSave:
@@ -54,7 +54,7 @@ class MapInProgress:
 
     @property
     def scale(self) -> tuple[float | None, str]:
-        """Metres per unit, None while unknown, and what says so."""
+        """Metres per unit, None while unknown, and the source of that."""
         gauge = self.mapper.results.gauge
         if gauge.metres_per_unit is None and self.metres_per_unit is not None:
             return self.metres_per_unit, 'odometry'
@@ -125,7 +125,7 @@ class MapInProgress:
         return job
 
     def _polish(self, writer: MemoryWriter) -> bool:
-        """Polish a copy of the memory; False when it was told to end before."""
+        """Polish a copy of the memory; False when it was stopped before its end."""
         def check(_: int) -> None:
             if self._skip_polish.is_set():
                 raise _PolishSkippedError

@@ -20,7 +20,7 @@ NO_MAP = 'NO_MAP'
 class NewestMemory:
     """Finds images in a snapshot of what the writer holds, taken anew after each write.
 
-    hint: says which T_map_cam [4, 4] is tried first for a lost camera, if any.
+    hint: returns the prior T_map_cam [4, 4] that is tried first for a lost camera, if any.
     """
 
     def __init__(self, writer: MemoryWriter, encoder: Encoder, config: LocalizerConfig,

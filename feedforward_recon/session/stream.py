@@ -42,7 +42,7 @@ class LocalizedStream:
         return self._follower is not None and self._follower.work()
 
     def forget(self) -> None:
-        """The next image continues nothing: it is looked up in the memory."""
+        """The next image does not continue the stream: it is localised in the memory."""
         if self._follower is not None:
             self._follower.forget()
 

@@ -93,7 +93,7 @@ class PoseSource(Protocol):
         ...
 
     def late(self) -> list[Estimate]:
-        """Poses of earlier frames that became known since this was asked last."""
+        """Poses of earlier frames that became known since the last call."""
         ...
 
     def waiting_for(self, map_: GrowingMap) -> str:

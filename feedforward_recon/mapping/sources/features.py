@@ -111,7 +111,7 @@ class FeaturePoses:
         return False
 
     def late(self) -> list[Estimate]:
-        """No pose is told late."""
+        """No pose comes late."""
         return []
 
     def waiting_for(self, map_: GrowingMap) -> str:

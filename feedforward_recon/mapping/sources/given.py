@@ -58,7 +58,7 @@ class GivenPoses:
         return False
 
     def late(self) -> list[Estimate]:
-        """No pose is told late."""
+        """No pose comes late."""
         return []
 
     def waiting_for(self, map_: GrowingMap) -> str:

@@ -111,9 +111,9 @@ class WindowPlacement:
         again = selected(prediction, slice(0, len(anchors)))
         if metres is not None:
             again = moved(again, scaling(metres))
-        tied = member[:len(anchors)]
+        usable = member[:len(anchors)]
         worst = 0.0
-        for part in _parts(tied, anchors.recent):
+        for part in _parts(usable, anchors.recent):
             try:
                 fit = aligned(selected(again, part), anchors.T_map_cam[part],
                               anchors.select(part).samples, with_scale=metres is None)
@@ -201,7 +201,7 @@ class WindowPlacement:
                        needs_depth=True)
 
     def _depth(self, placed: PlacedView) -> np.ndarray | None:
-        """Sensor depth of a metric map, or what the network is surest of."""
+        """Sensor depth [H, W] of a metric map, else the predicted depth of higher confidence."""
         if self.metric and placed.view.depth is not None:
             return placed.view.depth
         if placed.prediction is None:
@@ -223,8 +223,8 @@ def _placed(view: View, prediction: Prediction, shown: bool, score: float,
                       np.diag(np.repeat(variance, 3)), score)
 
 
-def _parts(tied: np.ndarray, recent: np.ndarray) -> list[np.ndarray]:
+def _parts(usable: np.ndarray, recent: np.ndarray) -> list[np.ndarray]:
     """Masks of anchors to align with, in turn: all that overlap, the newest, the old."""
-    parts = [tied, tied & recent, tied & ~recent]
+    parts = [usable, usable & recent, usable & ~recent]
     return [part for part in parts if part.any()] if parts[1].any() and parts[2].any() \
         else parts[:1]

@@ -1,4 +1,4 @@
-"""What several predictions of one place say about each other: overlap, alignment, scale.
+"""Geometry between predictions of one place: overlap, alignment, scale.
 
 All of it rests on a coarse grid of pixels, the same in every image: a few hundred points per
 image with the network's confidence as their weight.
@@ -20,8 +20,8 @@ GRID = 20  # samples along the longer side of an image: 300 points of a 4:3 imag
 # Share by which two predicted depths of one point may differ: networks are off by some per cent,
 # other surfaces by more; chosen by hand.
 SAME_DEPTH = 0.1
-# Share of an image that another one must show as well for the two to be tied: 45 of 300 points;
-# chosen by hand.
+# Share of an image that another one must show as well for the two to overlap: 45 of 300
+# points; chosen by hand.
 MIN_SHARED = 0.15
 MIN_CONFIRMED = 0.5  # of the points that fall into the other image: most must be at its depth
 
@@ -121,19 +121,19 @@ class Agreement:
     """How well N images of one prediction explain each other.
 
     shared: [N, N] share of the points of image i that image j shows at the same depth.
-    right: [N, N] the same as a share of those that fall into image j.
+    confirmed: [N, N] the same as a share of those that fall into image j.
     error: [N] median relative difference of the depths that agree, 0 without any.
     """
 
     shared: np.ndarray
-    right: np.ndarray
+    confirmed: np.ndarray
     error: np.ndarray
 
     @property
     def groups(self) -> np.ndarray:
-        """Label [N] of the group of images, tied by overlap, that each image belongs to."""
-        tied = (self.shared >= MIN_SHARED) & (self.right >= MIN_CONFIRMED)
-        graph = sparse.csr_matrix(tied | tied.T)
+        """Label [N] of the connected component of overlapping images of each image."""
+        overlap = (self.shared >= MIN_SHARED) & (self.confirmed >= MIN_CONFIRMED)
+        graph = sparse.csr_matrix(overlap | overlap.T)
         return sparse.csgraph.connected_components(graph, directed=False)[1]
 
     def members(self, anchors: int) -> np.ndarray:
@@ -145,9 +145,9 @@ class Agreement:
         if not anchors:
             sizes = np.bincount(group)
             return (group == sizes.argmax()) & (sizes.max() > min(1, len(group) - 1))
-        tied = np.unique(group[:anchors])
-        sizes = np.array([(group[anchors:] == label).sum() for label in tied])
-        return group == tied[sizes.argmax()]
+        labels = np.unique(group[:anchors])
+        sizes = np.array([(group[anchors:] == label).sum() for label in labels])
+        return group == labels[sizes.argmax()]
 
     @property
     def score(self) -> np.ndarray:
@@ -156,13 +156,13 @@ class Agreement:
             return np.ones(1)
         others = self.shared.copy()
         np.fill_diagonal(others, -1)
-        return self.right[np.arange(len(others)), others.argmax(1)]
+        return self.confirmed[np.arange(len(others)), others.argmax(1)]
 
 
 def agreement(prediction: Prediction) -> Agreement:
     """Project the points of every image into every other and compare the depths there."""
     grid, count = samples(prediction), len(prediction)
-    shared, right, error = np.zeros((count, count)), np.zeros((count, count)), np.zeros(count)
+    shared, confirmed, error = np.zeros((count, count)), np.zeros((count, count)), np.zeros(count)
     T_cam_world = inverse(prediction.T_world_cam)
     for i in range(count):
         points = grid.points_world[i, grid.weight[i] > 0]
@@ -172,10 +172,10 @@ def agreement(prediction: Prediction) -> Agreement:
         inside, difference = _differences(prediction, in_cams)
         same = inside & (difference < SAME_DEPTH)
         shared[i] = same.sum(1) / len(points)
-        right[i] = same.sum(1) / np.maximum(inside.sum(1), 1)
+        confirmed[i] = same.sum(1) / np.maximum(inside.sum(1), 1)
         same[i] = False
         error[i] = np.median(difference[same]) if same.any() else 0.0
-    return Agreement(shared, right, error)
+    return Agreement(shared, confirmed, error)
 
 
 def _differences(prediction: Prediction, in_cams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,8 +7,8 @@
           -> view after view to the mapper: keyframes, memory, and the poses that were missing
 
 Of a recording (``selects=False``) every frame is a view and none is followed: the mapper waits
-for each window. Late poses come in the order of their stamps: a view that got none is told its
-pose when its window is placed, unless a newer frame has had one by then.
+for each window. Late poses come in the order of their stamps: a view without a pose gets its
+late one when its window is placed, unless a newer frame has had one by then.
 
 Without sensor depth the first camera is the origin, the median depth of its window is one
 unit, and ``metres_per_unit`` is None.
@@ -108,7 +108,7 @@ class WindowQueue:
                                     self._on_ready)
 
     def receive(self) -> Prediction:
-        """What the network says about the window that was sent; waits for it.
+        """The prediction of the window that was sent; waits for it.
 
         Raises what the network raises.
         """
@@ -134,21 +134,21 @@ class LateEstimates:
     """Poses of views, given out once their window is placed, in the order of their stamps."""
 
     def __init__(self) -> None:
-        self._told_ns = self._seen_ns = -2**63
+        self._posed_ns = self._seen_ns = -2**63  # newest stamps, with a pose and at all
         self._late: list[Estimate] = []
 
-    def see(self, stamp_ns: int, *, told: bool) -> None:
-        """A frame came; told: its pose was known at once."""
+    def see(self, stamp_ns: int, *, has_pose: bool) -> None:
+        """A frame came; has_pose: it had one at once."""
         if stamp_ns < self._seen_ns:  # the stamps jumped back: a bag that loops
-            self._told_ns = -2**63
+            self._posed_ns = -2**63
         self._seen_ns = stamp_ns
-        if told:
-            self._told_ns = stamp_ns
+        if has_pose:
+            self._posed_ns = stamp_ns
 
     def add(self, estimate: Estimate) -> None:
         """The pose of an earlier frame became known."""
-        if estimate.stamp_ns > self._told_ns:
-            self._told_ns = estimate.stamp_ns
+        if estimate.stamp_ns > self._posed_ns:
+            self._posed_ns = estimate.stamp_ns
             self._late.append(estimate)
 
     def take(self) -> list[Estimate]:
@@ -206,14 +206,14 @@ class WindowPoses:
         return config if self._selection is None else settings_for_views(config)
 
     def locate(self, view: View, map_: GrowingMap) -> Tracked | None:
-        """Pose of a frame as far as the map can tell now; views wait for their window too."""
+        """Pose of a frame in the map as it is now; views wait for their window too."""
         is_view = self._selection is None or self._selection.takes(view)
         if is_view:
             self._queue.add(WaitingView(view, self.T_map_first))
         tracked = None
         if self._selection is not None and self._placement.started:
             tracked = self._follower.follow(self._placement.as_seen(view), map_, refresh=is_view)
-        self._late.see(view.stamp_ns, told=tracked is not None)
+        self._late.see(view.stamp_ns, has_pose=tracked is not None)
         return tracked
 
     def keyframe_added(self, map_: GrowingMap, tracks: Tracks) -> list[tuple[View, PoseFit]]:
@@ -221,7 +221,7 @@ class WindowPoses:
         return []
 
     def late(self) -> list[Estimate]:
-        """Poses of earlier frames that became known since this was asked last."""
+        """Poses of earlier frames that became known since the last call."""
         return self._late.take()
 
     # -- windows ---------------------------------------------------------------------------
