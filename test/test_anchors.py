@@ -83,7 +83,7 @@ def test_poses_are_those_that_the_map_has_now():
 
 
 def old_anchors(images, number):
-    """All old images: those chosen when every direction is asked for and every place is free."""
+    """All old images: those chosen for every descriptor, with room for all of them."""
     for _ in range(MIN_AGE):
         images.begin(None)
         images.add(number, image(number), prediction(number), (0.0, 0.0), None)

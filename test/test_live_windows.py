@@ -84,8 +84,8 @@ class Stream:
         truth = Trajectory(np.array([f.stamp_ns for f in frames]),
                            np.stack([f.T_map_cam for f in frames]))
         stamps = np.array(sorted(self.poses))
-        told = Trajectory(stamps, np.stack([self.poses[s] for s in stamps]))
-        return absolute_trajectory_error(told, truth, alignment)
+        found = Trajectory(stamps, np.stack([self.poses[s] for s in stamps]))
+        return absolute_trajectory_error(found, truth, alignment)
 
 
 @pytest.fixture(scope='module')
@@ -236,7 +236,7 @@ def test_localising_needs_no_network_until_mapping_begins(encoder):
 
 
 class Slow(Oracle):
-    """An oracle that answers when it is told to."""
+    """An oracle that waits for ``go`` before each answer."""
 
     def __init__(self, frames):
         super().__init__(frames)

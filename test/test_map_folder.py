@@ -1,4 +1,4 @@
-"""Laws of the map folder: saving is exact, little is needed, damage is said in one sentence."""
+"""The map folder: saving is exact, few files are needed, damage is an error that says where."""
 
 import json
 import shutil

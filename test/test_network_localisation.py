@@ -1,4 +1,4 @@
-"""Localising against the fast weights of a network: laws that hold whatever it says."""
+"""Localising against the fast weights of a network, whatever the network predicts."""
 
 import json
 import shutil

@@ -198,9 +198,9 @@ def test_centimetres_read_as_millimetres_are_noticed(factor, wrong, walks, encod
         mapper = Mapper(MapperConfig(), encoder)
         for frame in frames:
             mapper.process(frame)
-    said = [record.getMessage() for record in caplog.records
-            if 'cannot be in metres' in record.getMessage()]
-    assert len(said) == wrong
+    warnings = [record.getMessage() for record in caplog.records
+                if 'cannot be in metres' in record.getMessage()]
+    assert len(warnings) == wrong
 
 
 def test_a_wall_close_by_is_no_wrong_unit():

@@ -95,6 +95,7 @@ class GrowingMap:
 
         depth: typical distance of what the camera sees, map units.
         """
+        # A turn by 60 degrees weighs as much as a step as long as the depth.
         distance = np.linalg.norm(self.T_map_cam[:, :3, 3] - T_map_cam[:3, 3], axis=1) / depth
         cosine = self.T_map_cam[:, :3, 2] @ T_map_cam[:3, 2]
         cost = distance + 2 * (1 - cosine)

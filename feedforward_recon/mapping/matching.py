@@ -12,6 +12,10 @@ from feedforward_recon.config.schema import TrackingConfig
 from feedforward_recon.types import Features
 
 MAX_LEVELS_BACK = 1  # of the pyramid on the way back, which starts at the right place
+# Lucas-Kanade stops after so many steps, or when a step is shorter (px): well below
+# flow_roundtrip_px; chosen by hand.
+FLOW_STEPS, FLOW_STEP_PX = 20, 0.02
+NEAREST = 5  # features around a predicted pixel that are compared: few are within the radius
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ def follow(tracks: Tracks, gray: np.ndarray, guess_px: np.ndarray,
     if not len(tracks.ids):
         return Tracks(gray, tracks.ids, tracks.px)
     size = (config.flow_window_px, config.flow_window_px)
-    stop = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 20, 0.02)
+    stop = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, FLOW_STEPS,
+            FLOW_STEP_PX)
     start = tracks.px.astype(np.float32)[:, None]
     forward, found, _ = cv2.calcOpticalFlowPyrLK(
         tracks.gray, gray, start, guess_px.astype(np.float32)[:, None].copy(), winSize=size,
@@ -76,7 +81,7 @@ def match_guided(predicted_px: np.ndarray, descriptors: np.ndarray, features: Fe
     empty = np.zeros(0, int), np.zeros(0, int)
     if not len(predicted_px) or not len(features):
         return empty
-    near = cKDTree(features.keypoints).query(predicted_px, k=min(5, len(features)),
+    near = cKDTree(features.keypoints).query(predicted_px, k=min(NEAREST, len(features)),
                                              distance_upper_bound=radius_px)[1]
     near = near.reshape(len(predicted_px), -1)
     valid = near < len(features)

@@ -172,7 +172,7 @@ def support(fit: PoseFit) -> float:
 
 
 def is_well_supported(fit: PoseFit, config: TrackingConfig) -> bool:
-    """Twice the fewest inliers agree with a pose, and most of what was tested."""
+    """Whether twice ``min_inliers`` agree with a pose, and more than half of what was tested."""
     return fit.count >= 2 * config.min_inliers and support(fit) > 0.5
 
 
