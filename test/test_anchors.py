@@ -1,4 +1,4 @@
-"""Which mapped images tie the next window to the map."""
+"""Which mapped images become anchors of the next window."""
 
 from dataclasses import replace
 
@@ -17,8 +17,8 @@ from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Prediction
 
 
-def look(angle):
-    """A global descriptor; neighbours in angle look alike."""
+def descriptor(angle):
+    """A global descriptor; neighbours in angle are similar."""
     return np.array([np.cos(angle), np.sin(angle)])
 
 
@@ -34,16 +34,16 @@ def prediction(number):
 
 
 def walked(windows, size=4, step=0.1):
-    """An album after windows of images whose looks turn by ``step`` each."""
-    album, number, anchors = AnchorImages(), 0, None
+    """Anchor images after windows of images whose descriptors turn by ``step`` each."""
+    images, number, anchors = AnchorImages(), 0, None
     for _ in range(windows):
-        album.begin(anchors)
+        images.begin(anchors)
         for _ in range(size):
-            album.add(number, image(number), prediction(number), (1e-4 * number, 1e-6),
-                      look(step * number))
+            images.add(number, image(number), prediction(number), (1e-4 * number, 1e-6),
+                      descriptor(step * number))
             number += 1
-        anchors = album.chosen(4, [look(step * number)], lambda frame: None)
-    return album, number
+        anchors = images.chosen(4, [descriptor(step * number)], lambda frame: None)
+    return images, number
 
 
 def frames(anchors):
@@ -51,50 +51,61 @@ def frames(anchors):
 
 
 def test_the_first_anchors_are_the_later_half_with_the_last_image():
-    album, _ = walked(1, size=8)
-    anchors = album.chosen(3, [look(0)], lambda frame: None)
+    images, _ = walked(1, size=8)
+    anchors = images.chosen(3, [descriptor(0)], lambda frame: None)
     assert frames(anchors) == [3, 5, 7] and anchors.recent.all()
 
 
-def test_a_walk_that_comes_back_is_tied_to_its_start():
-    album, _ = walked(6)
-    back = album.chosen(4, [look(0.1), look(0.0)], lambda frame: None)
+def test_a_walk_that_comes_back_has_anchors_at_its_start():
+    images, _ = walked(6)
+    back = images.chosen(4, [descriptor(0.1), descriptor(0.0)], lambda frame: None)
     assert {0, 1} <= set(frames(back)) and not back.recent[:2].any()
     assert back.recent[2:].all() and len(back) == 4
-    new = album.chosen(4, [look(np.pi)], lambda frame: None)
+    new = images.chosen(4, [descriptor(np.pi)], lambda frame: None)
     assert new.recent.all(), 'another place looks like none that is mapped'
 
 
-def test_the_windows_just_before_are_no_loop():
-    album, number = walked(MIN_AGE)
-    again = album.chosen(4, [look(0.1 * (number - 5))], lambda frame: None)
+def test_the_windows_just_before_give_no_old_anchors():
+    images, number = walked(MIN_AGE)
+    again = images.chosen(4, [descriptor(0.1 * (number - 5))], lambda frame: None)
     assert again.recent.all()
 
 
 def test_poses_are_those_that_the_map_has_now():
-    album, number = walked(2)
+    images, number = walked(2)
     moved = np.diag([1.0, 1, 1, 1])
     moved[1, 3] = 5
-    anchors = album.chosen(4, [look(0)], lambda frame: moved if frame == number - 1 else None)
+    anchors = images.chosen(4, [descriptor(0)],
+                            lambda frame: moved if frame == number - 1 else None)
     np.testing.assert_array_equal(anchors.T_map_cam[-1], moved)
     assert anchors.T_map_cam[0, 0, 3] == anchors.items[0].frame
     assert anchors.variance[0] == pytest.approx(1e-4 * (number - 1))
 
 
-def test_an_album_has_a_fixed_size_and_keeps_what_differs():
-    album, _ = walked(60, size=8, step=0.02)
-    assert len(album._old) == OLD_IMAGES
-    assert {item.frame for item in album._old} & set(range(10)), 'the start was given up'
-    angles = np.sort([np.arctan2(*item.global_descriptor[::-1]) for item in album._old])
+def old_anchors(images, number):
+    """All old images: those chosen when every direction is asked for and every place is free."""
+    for _ in range(MIN_AGE):
+        images.begin(None)
+        images.add(number, image(number), prediction(number), (0.0, 0.0), None)
+    every = [descriptor(angle) for angle in np.arange(0, 2 * np.pi, 0.1)]
+    anchors = images.chosen(4 * OLD_IMAGES, every, lambda frame: None)
+    return anchors.select(~anchors.recent).items
+
+
+def test_old_images_are_bounded_and_those_that_differ_stay():
+    old = old_anchors(*walked(60, size=8, step=0.02))
+    assert len(old) == OLD_IMAGES
+    assert {item.frame for item in old} & set(range(10)), 'the start was given up'
+    angles = np.sort([np.arctan2(*item.global_descriptor[::-1]) for item in old])
     assert np.diff(angles).max() < 0.3
 
 
-def test_images_that_are_no_keyframes_are_anchors_only_while_they_are_new():
-    album = AnchorImages()
+def test_images_that_are_no_keyframes_are_anchors_of_the_next_window_only():
+    images = AnchorImages()
     for window in range(MIN_AGE + 2):
-        album.begin(None)
-        album.add(window, image(window), prediction(window), (0.0, 0.0), None)
-    assert frames(album.chosen(2, [look(0)], lambda frame: None)) == [MIN_AGE + 1]
+        images.begin(None)
+        images.add(window, image(window), prediction(window), (0.0, 0.0), None)
+    assert frames(images.chosen(2, [descriptor(0)], lambda frame: None)) == [MIN_AGE + 1]
 
 
 def test_a_network_that_drifts_closes_a_loop():

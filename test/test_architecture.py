@@ -295,7 +295,7 @@ def has_comment(lines, row):
     return lines[row].startswith('#')
 
 
-@pytest.mark.parametrize('room', ['mapping', 'localization', 'memory'])
+@pytest.mark.parametrize('room', ['mapping', 'localization', 'memory', 'session'])
 def test_tuning_constants_carry_their_reason(room):
     bare = []
     for path in sorted((PACKAGE / room).rglob('*.py')):

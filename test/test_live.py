@@ -101,26 +101,26 @@ def test_locating_writes_nothing(saved, located, frames):
                for n, t in memory.tensors().items())
 
 
-def test_a_stream_is_followed_and_asks_anew_after_a_hint(located, frames, monkeypatch):
-    asked = []
-    sight = Localizer.sight_features
-    monkeypatch.setattr(Localizer, 'sight_features',
-                        lambda *arguments: asked.append(1) or sight(*arguments))
+def test_a_stream_is_followed_and_queries_the_memory_after_a_hint(located, frames, monkeypatch):
+    queries = []
+    localize = Localizer.localize_features
+    monkeypatch.setattr(Localizer, 'localize_features',
+                        lambda *arguments: queries.append(1) or localize(*arguments))
 
-    def asks(frame):
-        before = len(asked)
-        assert located.process(frame, settle=False).status.has_pose
-        return len(asked) - before
+    def queried(frame):
+        before = len(queries)
+        assert located.process(frame, finish_work=False).status.has_pose
+        return len(queries) - before
 
     first, second, third, *_ = frames[20:]
-    assert [asks(first), asks(second), asks(third)] == [1, 0, 0]
+    assert [queried(first), queried(second), queried(third)] == [1, 0, 0]
     assert located.locate(frames[5]).status.has_pose  # one image: the memory, not the stream
-    assert asks(frames[23]) == 0
+    assert queried(frames[23]) == 0
     located.hint(np.eye(4))
-    assert [asks(frames[24]), asks(frames[25])] == [1, 0]
+    assert [queried(frames[24]), queried(frames[25])] == [1, 0]
     located.reset()
-    assert [asks(frames[26]), asks(frames[27])] == [1, 0]
-    due = [located.process(frame, settle=False) and located.work() for frame in frames[28:40]]
+    assert [queried(frames[26]), queried(frames[27])] == [1, 0]
+    due = [located.process(frame, finish_work=False) and located.work() for frame in frames[28:40]]
     assert any(due) and not all(due)
 
 
@@ -204,13 +204,13 @@ def test_only_a_map_that_grew_is_saved_again(frames, encoder, tmp_path):
     assert load_map(other.backup).sha256 == again.sha256
 
 
-def test_a_save_in_a_hurry_leaves_out_the_polishing(frames, encoder, tmp_path):
-    """What is saved is the memory as the keyframes wrote it, and it is saved at once."""
+def test_a_save_may_skip_the_polish(frames, encoder, tmp_path):
+    """The saved memory is the one that the keyframes wrote, and it is saved at once."""
     session = LiveSession(replace(CONFIG, memory=replace(CONFIG.memory, polish_steps=50_000)),
                           encoder)
     for frame in frames[:30]:
         session.process(frame)
-    session.hurry.set()
+    session.skip_polish.set()
     saved = session.save(tmp_path / 'map')()
     written = saved.writer().snapshot().tensors()
     assert all(torch.equal(written[name], value)

@@ -1,4 +1,4 @@
-"""A running camera mapped by a network that predicts windows: what a session promises."""
+"""Sessions that map a running camera with a network that predicts windows."""
 
 import threading
 from dataclasses import replace
@@ -59,15 +59,16 @@ def session_of(encoder, oracle, size=16, anchors=4, **options):
 
 
 class Stream:
-    """A session with everything it said: poses by stamp, in the order they were told."""
+    """A session with all its estimates: poses by stamp, in the order they were given out."""
 
     def __init__(self, session, T_first=None):
         self.session, self.T_first = session, T_first
         self.poses, self.order, self.at_once = {}, [], []
 
-    def show(self, frames, depth=False, settle=True):
+    def show(self, frames, depth=False, finish_work=True):
         for frame in frames:
-            estimate = self.session.process(shown(frame, depth), self.T_first, settle=settle)
+            estimate = self.session.process(shown(frame, depth), self.T_first,
+                                            finish_work=finish_work)
             self.at_once.append(estimate)
             self.take([*([estimate] if estimate.T_map_cam is not None else []),
                        *self.session.late()])
@@ -75,7 +76,7 @@ class Stream:
 
     def take(self, estimates):
         for estimate in estimates:
-            assert estimate.stamp_ns not in self.poses, 'a pose was told twice'
+            assert estimate.stamp_ns not in self.poses, 'a pose was given out twice'
             self.order.append(estimate.stamp_ns)
             self.poses[estimate.stamp_ns] = estimate.T_map_cam
 
@@ -102,14 +103,14 @@ def test_every_frame_after_the_first_window_has_a_pose_at_once(mapped, frames):
     assert mapped.error(frames).rmse < 0.06
 
 
-def test_views_of_the_first_window_are_told_late_with_their_own_stamps(mapped, frames):
+def test_views_of_the_first_window_get_late_poses_with_their_own_stamps(mapped, frames):
     started = next(i for i, e in enumerate(mapped.at_once) if e.status.has_pose)
     late = [s for s in mapped.order if s < frames[started].stamp_ns]
     assert len(late) == FIRST_VIEWS and late[0] == frames[0].stamp_ns
     assert mapped.order == sorted(mapped.order)
 
 
-def test_progress_is_told_until_there_is_a_map(mapped):
+def test_progress_is_reported_until_there_is_a_map(mapped):
     assert mapped.at_once[0].reason == f'1 of {FIRST_VIEWS} views for a window'
     assert mapped.session.info.window.endswith('of 12 views for a window')
     assert mapped.session.info.keyframes >= 12 and mapped.session.info.has_map
@@ -122,14 +123,15 @@ def test_the_map_stands_upright_where_that_is_known(mapped, frames):
 
 def test_a_camera_carried_elsewhere_is_lost_and_found_again(frames, elsewhere, encoder):
     known = frames + [replace(f, T_map_cam=f.T_map_cam) for f in elsewhere]
-    stream = Stream(session_of(encoder, Oracle(known))).show(frames[:50])
+    network = Oracle(known)
+    stream = Stream(session_of(encoder, network)).show(frames[:50])
     keyframes = stream.session.keyframe_poses()
     assert len(keyframes) >= FIRST_VIEWS
     stream.show(elsewhere)
     status = [e.status for e in stream.at_once[50:]]
     assert Status.LOST in status and status[-1] is Status.LOST
     back = [replace(f, stamp_ns=f.stamp_ns + 2 * 10**12) for f in frames[20:45]]
-    stream.session._network.predictor.known |= {f.image.tobytes(): f for f in back}
+    network.known |= {f.image.tobytes(): f for f in back}
     stream.show(back)
     assert sum(e.status.has_pose for e in stream.at_once[-25:]) > 20
     stamps = set(stream.session.keyframe_poses().stamps_ns)
@@ -144,7 +146,7 @@ def test_out_of_memory_means_smaller_windows_also_here(frames, encoder, caplog):
     assert stream.at_once[-1].status.has_pose and len(stream.poses) > 20
 
 
-def test_a_device_too_small_for_two_images_is_said_and_nothing_breaks(frames, encoder):
+def test_a_device_too_small_for_two_images_is_an_error_and_the_session_goes_on(frames, encoder):
     stream = Stream(session_of(encoder, Oracle(frames, limit=1)))
     with pytest.raises(InputError, match='enough memory for two images'):
         stream.show(frames[:45])
@@ -169,7 +171,7 @@ def test_saving_maps_the_views_that_wait_and_mapping_goes_on(frames, encoder, tm
     assert sum(e.T_map_cam is not None for e in found) >= 4
 
 
-def test_nothing_to_save_is_said(frames, encoder, tmp_path):
+def test_saving_without_a_map_is_an_error(frames, encoder, tmp_path):
     session = session_of(encoder, Oracle(frames))
     with pytest.raises(MapError, match='expected a map, found none'):
         session.save(tmp_path / 'map')
@@ -250,7 +252,7 @@ def test_the_camera_goes_on_while_the_network_works(frames, encoder):
     stream = Stream(session_of(encoder, network, on_ready=ready.set))
     session = stream.session
     for frame in frames[:45]:
-        stream.show([frame], settle=False)
+        stream.show([frame], finish_work=False)
         while session.work():
             pass
     assert session.info.is_busy and not stream.poses
@@ -261,24 +263,26 @@ def test_the_camera_goes_on_while_the_network_works(frames, encoder):
         pass
     stream.take(session.late())
     assert len(stream.poses) == FIRST_VIEWS
-    stream.show([frames[45]], settle=False)
+    stream.show([frames[45]], finish_work=False)
     assert stream.at_once[-1].status.has_pose
 
 
 def test_views_that_a_slow_network_cannot_take_are_thinned_out(frames, encoder, caplog):
-    stream = Stream(session_of(encoder, Slow(frames), size=3, anchors=1))
+    network = Slow(frames)
+    stream = Stream(session_of(encoder, network, size=3, anchors=1))
     for frame in frames[:60]:
-        stream.show([frame], settle=False)
+        stream.show([frame], finish_work=False)
         while stream.session.work():
             pass
     assert 'slower than the camera' in caplog.text
-    stream.session._network.predictor.go.set()
+    network.go.set()
 
 
 def test_stamps_that_jump_back_start_a_new_time_line(frames, encoder):
-    stream = Stream(session_of(encoder, Oracle(frames))).show(frames[:45])
+    network = Oracle(frames)
+    stream = Stream(session_of(encoder, network)).show(frames[:45])
     late = [replace(f, stamp_ns=f.stamp_ns - 10**12) for f in frames[30:40]]
-    stream.session._network.predictor.known |= {f.image.tobytes(): f for f in late}
+    network.known |= {f.image.tobytes(): f for f in late}
     stream.show(late)
     assert {f.stamp_ns for f in late[2:]} <= set(stream.poses)
 

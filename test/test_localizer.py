@@ -1,4 +1,4 @@
-"""Laws of the localizer: finds known places, refuses unknown ones, never touches the map."""
+"""The localizer finds known places, refuses unknown ones, and never changes the memory."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_held_out_views_are_found(localizer):
     scene = OracleScene.generate(0)
     for seed, pose in enumerate(poses_around(10, seed=50)):
         features, _ = scene.features(pose, seed=1000 + seed)
-        estimate = localizer.sight_features(features, CAMERA).estimate
+        estimate = localizer.localize_features(features, CAMERA).estimate
         assert estimate.status is Status.TRACKING
         distance, angle_deg = pose_error(estimate.T_map_cam, pose)
         assert distance < 0.01
@@ -67,7 +67,7 @@ def test_half_wrong_matches_do_not_move_the_pose(localizer):
     keypoints[wrong] = rng.uniform((0, 0), CAMERA.size_wh, (len(wrong), 2))
     spoilt = Features(keypoints, features.descriptors, features.confidence,
                       features.global_descriptor)
-    estimate = localizer.sight_features(spoilt, CAMERA).estimate
+    estimate = localizer.localize_features(spoilt, CAMERA).estimate
     distance, angle_deg = pose_error(estimate.T_map_cam, pose)
     assert distance < 0.02
     assert angle_deg < 0.4
@@ -76,7 +76,7 @@ def test_half_wrong_matches_do_not_move_the_pose(localizer):
 @pytest.mark.parametrize('seed', range(5))
 def test_another_place_is_refused(localizer, seed):
     features, _ = OracleScene.generate(100 + seed).features(np.eye(4), seed=seed)
-    estimate = localizer.sight_features(features, CAMERA).estimate
+    estimate = localizer.localize_features(features, CAMERA).estimate
     assert estimate.status is Status.NOT_LOCALISED
     assert estimate.T_map_cam is None
     assert estimate.reason
@@ -94,7 +94,7 @@ def test_a_place_that_exists_twice_is_ambiguous(memory):
                      np.concatenate([left.descriptors, right.descriptors]),
                      np.ones(2 * count, np.float32), left.global_descriptor)
     mixed = mixed.select(np.random.default_rng(0).permutation(2 * count))
-    estimate = Localizer(memory, StubEncoder(), CONFIG).sight_features(mixed, CAMERA).estimate
+    estimate = Localizer(memory, StubEncoder(), CONFIG).localize_features(mixed, CAMERA).estimate
     assert estimate.status is Status.NOT_LOCALISED
     assert estimate.reason == 'AMBIGUOUS'
 
@@ -102,7 +102,7 @@ def test_a_place_that_exists_twice_is_ambiguous(memory):
 def test_nothing_to_see_is_refused(localizer):
     nothing = Features(np.zeros((0, 2), np.float32), np.zeros((0, DIM), np.float32),
                        np.zeros(0, np.float32), np.zeros(4, np.float32))
-    assert localizer.sight_features(nothing, CAMERA).estimate.reason == 'TOO_FEW_FEATURES'
+    assert localizer.localize_features(nothing, CAMERA).estimate.reason == 'TOO_FEW_FEATURES'
 
 
 def test_random_descriptors_are_refused(localizer):
@@ -110,7 +110,7 @@ def test_random_descriptors_are_refused(localizer):
     noise = Features(rng.uniform((0, 0), CAMERA.size_wh, (500, 2)).astype(np.float32),
                      unit(rng.normal(size=(500, DIM))), np.ones(500, np.float32),
                      np.zeros(4, np.float32))
-    assert localizer.sight_features(noise, CAMERA).estimate.status is Status.NOT_LOCALISED
+    assert localizer.localize_features(noise, CAMERA).estimate.status is Status.NOT_LOCALISED
 
 
 def test_a_wrong_hint_does_not_change_the_answer(localizer):
@@ -118,27 +118,27 @@ def test_a_wrong_hint_does_not_change_the_answer(localizer):
     pose = poses_around(1, seed=60)[0]
     features, _ = scene.features(pose, seed=3)
     hint = se3_exp(np.array([2.0, 0, 0, 0, 1.0, 0])) @ pose
-    estimate = localizer.sight_features(features, CAMERA, hint).estimate
+    estimate = localizer.localize_features(features, CAMERA, hint).estimate
     assert pose_error(estimate.T_map_cam, pose)[0] < 0.01
 
 
-def test_covariance_is_honest(localizer):
-    """The error, in standard deviations, is neither tiny nor huge (chi-square, 3 dof)."""
+def test_covariance_is_consistent(localizer):
+    """Normalised estimation error squared: neither tiny nor huge (chi-square, 3 dof)."""
     scene = OracleScene.generate(0)
-    normalised = []
+    nees = []
     for seed, pose in enumerate(poses_around(20, seed=200)):
         features, _ = scene.features(pose, seed=seed, pixel_noise=1.0)
-        estimate = localizer.sight_features(features, CAMERA).estimate
+        estimate = localizer.localize_features(features, CAMERA).estimate
         assert np.all(np.linalg.eigvalsh(estimate.covariance) > 0)
         error = estimate.T_map_cam[:3, 3] - pose[:3, 3]
-        normalised.append(error @ np.linalg.solve(estimate.covariance[:3, :3], error))
-    assert 0.1 < np.median(normalised) < 10
+        nees.append(error @ np.linalg.solve(estimate.covariance[:3, :3], error))
+    assert 0.1 < np.median(nees) < 10
 
 
 def test_localising_is_deterministic_and_leaves_the_memory_alone(memory, localizer):
     before = {k: v.clone() for k, v in memory.tensors().items()}
     features, _ = OracleScene.generate(0).features(np.eye(4), seed=1)
-    first, second = (localizer.sight_features(features, CAMERA).estimate for _ in range(2))
+    first, second = (localizer.localize_features(features, CAMERA).estimate for _ in range(2))
     assert np.array_equal(first.T_map_cam, second.T_map_cam)
     assert all(torch.equal(before[k], v) for k, v in memory.tensors().items())
 

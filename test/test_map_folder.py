@@ -65,7 +65,7 @@ def folder(pristine, tmp_path):
 
 def answers(memory):
     localizer = Localizer(memory, Encoder(), CONFIG.localizer)
-    return [localizer.sight_features(SCENE.features(pose, seed=100 + seed)[0], CAMERA).estimate
+    return [localizer.localize_features(SCENE.features(pose, seed=100 + seed)[0], CAMERA).estimate
             for seed, pose in enumerate(poses_around(5, seed=77))]
 
 

@@ -354,7 +354,7 @@ class FakeSession:
 
     info, is_busy = SimpleNamespace(window='', keyframes=0), False
 
-    def process(self, frame, T_map_first, *, settle, on_pose):
+    def process(self, frame, T_map_first, *, finish_work, on_pose):
         if frame.image is None:
             raise InputError('expected an image, found none')
         estimate = SimpleNamespace(T_map_cam=np.eye(4), is_keyframe=False)

@@ -1,4 +1,4 @@
-"""A map lives longer than one run: later sessions find themselves in it and extend it."""
+"""Sessions: later runs are localised in a saved map and extend it."""
 
 import shutil
 from dataclasses import replace
@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from open_map import open_map
 
 from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.errors import MapError
@@ -176,25 +177,26 @@ def test_a_saved_map_is_the_map_that_was_running(frames, encoder):
 
 def test_what_is_saved_to_go_on_is_bounded(frames, encoder):
     """Fewer keyframes than the walk had; their landmarks stay where they were."""
-    mapper = Mapper(CONFIG, encoder)
+    running, start = open_map(CONFIG, encoder, CAMERA)
+    mapper = Mapper(CONFIG, encoder, start=start)
     for frame in frames:
         mapper.process(frame)
     scene = mapper.finish()
-    whole, few = scene.graph, keyframe_graph(mapper._map, 5, 1000)
+    whole, few = scene.graph, keyframe_graph(running, 5, 1000)
     assert len(few) == 5 and len(whole) == len(scene.keyframes) > 10
     assert few.nbytes < 0.5 * whole.nbytes
     assert few.arrays['cloud_cam'].shape[0] <= 1000 + 5
     map_ = few.restored(CONFIG)
-    table, full = map_.landmarks, mapper._map.landmarks
+    table, full = map_.landmarks, running.landmarks
     points = table.points_map(np.arange(len(table)), map_.T_map_cam)
-    every = full.points_map(np.flatnonzero(full.has_point), mapper._map.T_map_cam)
+    every = full.points_map(np.flatnonzero(full.has_point), running.T_map_cam)
     apart = np.linalg.norm(points[::50, None] - every[None], axis=2).min(1)
     assert len(table) > 200 and apart.max() < 1e-4
     assert set(table.seen_keyframe) == set(range(5))
 
 
 def test_forgotten_keyframes_leave_their_points_in_the_memory(frames, encoder):
-    """The table of slots says the same after its keyframes were renumbered."""
+    """Landmark slots are where they were after keyframes were renumbered."""
     writer = MemoryWriter(CONFIG.memory, encoder.dim)
     mapper = Mapper(CONFIG, encoder, writer)
     for frame in frames[:50]:
@@ -211,7 +213,7 @@ def test_forgotten_keyframes_leave_their_points_in_the_memory(frames, encoder):
     assert all(torch.isfinite(p).all() for p in writer.network.parameters())
 
 
-def test_what_cannot_be_gone_on_with_is_said(encoder, copied):
+def test_a_map_that_cannot_be_extended_is_an_error(encoder, copied):
     saved = copied
     session = LiveSession(CONFIG, encoder)
     info = replace(saved.info, files={name: about for name, about in saved.info.files.items()

@@ -1,4 +1,4 @@
-"""Windows of a feed-forward network, tied to one map: laws that hold whatever it predicts."""
+"""Windows of a feed-forward network, aligned in one map, whatever the network predicts."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from feedforward_recon.mapping.sources.window_geometry import agreement
 from feedforward_recon.mapping.sources.windows import WindowPoses
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.session.map_folder import save_map
-from feedforward_recon.session.offline import look_again
+from feedforward_recon.session.offline import relocalise_frames
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Prediction, Status, Trajectory
 
@@ -57,8 +57,8 @@ class Oracle:
         return make_transform(so3_exp(self.rng.normal(size=3)), 10 * self.rng.normal(size=3))
 
 
-class Notes:
-    """A memory that only remembers what it was told."""
+class MemoryLog:
+    """A memory that records what is written to it."""
 
     def __init__(self):
         self.written = []
@@ -97,7 +97,7 @@ def mapped(frames, encoder, oracle, size=10, anchors=3, memory=None, depth=False
         mapper.process(frame)
     mapper.finish()
     if refine:
-        look_again(mapper, shown)
+        relocalise_frames(mapper, shown)
     return mapper.results.scene_map()
 
 
@@ -121,7 +121,7 @@ def test_the_frame_and_unit_of_a_window_change_nothing(frames, encoder):
 
 
 def test_the_map_starts_at_the_first_camera_and_has_no_metres(frames, encoder):
-    memory = Notes()
+    memory = MemoryLog()
     scene = mapped(frames, encoder, Oracle(frames), memory=memory)
     np.testing.assert_allclose(scene.trajectory.T_map_cam[0], np.eye(4), atol=1e-9)
     assert (scene.metres_per_unit, scene.scale_source) == (None, 'unknown')
@@ -139,7 +139,7 @@ def test_sensor_depth_gives_metres(frames, encoder):
 
 
 def test_sensor_depth_is_kept_where_the_network_is_off(frames, encoder):
-    memory = Notes()
+    memory = MemoryLog()
     mapped(frames, encoder, Oracle(frames, noise=0.1), memory=memory, depth=True)
     by_stamp = {frame.stamp_ns: frame.depth for frame in frames}
     for keyframe in memory.written:
@@ -202,7 +202,7 @@ def test_half_a_window_has_half_the_anchors():
     assert WindowConfig(3, 2).halved() == WindowConfig(2, 1)
 
 
-def test_no_room_for_two_images_is_said(frames, encoder):
+def test_no_room_for_two_images_is_an_error(frames, encoder):
     with pytest.raises(InputError, match='enough memory for two images'):
         mapped(frames, encoder, Oracle(frames, limit=1))
 

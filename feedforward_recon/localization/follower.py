@@ -1,10 +1,10 @@
 """``Follower``: a stream of images in a frozen memory, followed between answers of the localizer.
 
-    image -> points of the last answer by optical flow -> pose
+    image -> points of the last answer by optical flow (KLT) -> PnP -> pose
           -> the memory is queried when that fails, and every few images to check and renew
 
-Querying the memory takes ten times as long as following. What is followed are points of the memory
-alone, so nothing can drift for longer than from one answer to the next, and nothing is written.
+Querying the memory takes ten times as long as following. Only points of the memory
+are followed, so drift lasts at most from one answer to the next, and nothing is written.
 """
 
 from __future__ import annotations
@@ -23,18 +23,23 @@ from feedforward_recon.localization.localizer import (
     ELSEWHERE,
     OUTLIER_SIGMAS,
     Localizer,
+    MatchedEstimate,
     Matches,
-    Sighting,
 )
 from feedforward_recon.mapping.matching import Tracks, follow, spread
 from feedforward_recon.mapping.preparation import check_rgb
 from feedforward_recon.mapping.tracking import MIN_AGREEMENT, Motion
 from feedforward_recon.types import Estimate, Features, Frame, Status
 
-MIN_SURVIVING = 0.2  # share of the points expected in view; fewer may agree by chance
-RENEW_SHARE = 0.5  # of the points of the last answer, below which the memory is queried early
-MAX_CONTRADICTIONS = 5  # answers in a row that contradict what is followed
-OVERDUE = 3  # times the planned number of images, after which an image waits for the memory
+# All four chosen by hand.
+# Share of the points expected in view that must agree: a few of them do so by chance.
+MIN_SURVIVING = 0.2
+# Share of the points of the last answer below which the memory is queried before it is due.
+RENEW_SHARE = 0.5
+# Answers in a row that contradict what is followed: one may be wrong, so many are not.
+MAX_CONTRADICTIONS = 5
+# Times followed_images until an image waits for the memory, on a machine that is never idle.
+OVERDUE = 3
 
 
 @dataclass(frozen=True)
@@ -105,13 +110,13 @@ class Follower:
         fit = self._follow(frame.stamp_ns, gray, camera)
         if fit is None:
             self.forget()
-            found = self.localizer.sight(frame, T_map_cam_hint)
+            found = self.localizer.localize_matched(frame, T_map_cam_hint)
             if found.estimate.T_map_cam is not None:
                 self._now.adopt(self._from_answer(found, gray, camera), found.estimate)
             self._now.motion.moved(frame.stamp_ns, None, np.eye(4))
             return found.estimate
         self._now.since += 1
-        estimate = self._measured(frame, fit, 1e3 * (time.perf_counter() - started))
+        estimate = self._estimate(frame, fit, 1e3 * (time.perf_counter() - started))
         self._plan(frame, estimate)
         return estimate
 
@@ -134,7 +139,7 @@ class Follower:
 
     def _renew(self, query: MemoryQuery) -> None:
         state, camera = query.state, query.camera
-        found = self.localizer.sight_features(query.features, camera, state.T_map_cam)
+        found = self.localizer.localize_features(query.features, camera, state.T_map_cam)
         if self._agrees(found.estimate, state, camera):
             self._now.contradictions = 0
             renewed = self._up_to_date(self._from_answer(found, state.tracks.gray, camera), camera)
@@ -143,7 +148,7 @@ class Follower:
             return
         self._now.contradictions += 1
         if self._now.contradictions >= MAX_CONTRADICTIONS:
-            self.forget()  # the next image is looked up as if it were the first
+            self.forget()  # the next image is localised as if it were the first
 
     def _up_to_date(self, state: Followed, camera: Camera) -> Followed | None:
         """The points of an answer, followed into the newest image; None if too few are there."""
@@ -210,7 +215,7 @@ class Follower:
         fit = fit if rough is None else polished(rough.T_map_cam)
         return fit if fit.count >= enough else None
 
-    def _measured(self, frame: Frame, fit: PoseFit, latency_ms: float) -> Estimate:
+    def _estimate(self, frame: Frame, fit: PoseFit, latency_ms: float) -> Estimate:
         score = fit.count / len(fit.inliers)
         sure = fit.count >= 2 * self.config.min_inliers and score > 0.5 \
             and not self._now.contradictions
@@ -221,7 +226,7 @@ class Follower:
     # -- the memory ------------------------------------------------------------------------
 
     def _plan(self, frame: Frame, estimate: Estimate) -> None:
-        """Is the memory to be queried about this image?"""
+        """Decide whether the memory is to be queried about this image."""
         planned, now = self.localizer.config.followed_images, self._now
         few = estimate.inliers < RENEW_SHARE * now.count
         due = now.since >= planned or few or estimate.status is Status.UNCERTAIN
@@ -231,13 +236,13 @@ class Follower:
                 pass
 
     def _agrees(self, answer: Estimate, state: Followed, camera: Camera) -> bool:
-        """Does the memory see the camera about where it was followed to?"""
+        """Whether the memory has the camera about where it was followed to."""
         if answer.T_map_cam is None:
             return False
         limit_px = ELSEWHERE * self.localizer.config.search_px
         return self.localizer.shift_px(state.T_map_cam, answer.T_map_cam, camera) < limit_px
 
-    def _from_answer(self, found: Sighting, gray: np.ndarray, camera: Camera) -> Followed:
+    def _from_answer(self, found: MatchedEstimate, gray: np.ndarray, camera: Camera) -> Followed:
         """The points of an accepted answer, in its image."""
         chosen, T_map_cam = self._chosen(found.matches, camera), found.estimate.T_map_cam
         assert T_map_cam is not None

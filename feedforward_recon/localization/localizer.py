@@ -27,11 +27,16 @@ from feedforward_recon.types import Estimate, Features, Frame, Status
 
 # Features near a projected slot that are compared; more are farther than the radius.
 NEIGHBOURS = 6
-ELSEWHERE = 4.0  # times search_px: a pose that moves the view by more speaks for another place
+ELSEWHERE = 4.0  # times search_px, 32 px: a pose that moves the view by more is another place
 MIN_SIGMA_PX = 1.5  # of the coordinate network: it is never surer than a keypoint is accurate
 OUTLIER_SIGMAS = 3.0  # expected errors; 99.7 % of normal errors are smaller
-CONVERGED_PX = 2.0  # a refinement that moves the view by less finds the same matches again
-SHIFT_STEP = 10  # one slot in so many tells how far the view moved
+# A refinement that moves the view by less finds the same matches again: a quarter of the time of a
+# query, as accurate (docs/experiments.md, Speed of the online loop and of a query).
+CONVERGED_PX = 2.0
+SHIFT_STEP = 10  # one slot in so many: a median over hundreds says what one over thousands does
+# Expected error of a slot match: SLOT_PX, that of a corner, and up to SLOT_PX_UNLIKE more the less
+# similar the descriptors are; chosen by hand.
+SLOT_PX, SLOT_PX_UNLIKE = 1.0, 5.0
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,8 @@ class Matches:
 
 
 @dataclass(frozen=True)
-class Sighting:
-    """An answer, and the matches that agree with its pose (none without a pose)."""
+class MatchedEstimate:
+    """An estimate, and the matches that agree with its pose (none without a pose)."""
 
     estimate: Estimate
     matches: Matches
@@ -91,20 +96,21 @@ class Localizer:
 
         Raises InputError when neither the frame nor the localizer has a camera.
         """
-        return self.sight(frame, T_map_cam_hint).estimate
+        return self.localize_matched(frame, T_map_cam_hint).estimate
 
-    def sight(self, frame: Frame, T_map_cam_hint: np.ndarray | None = None) -> Sighting:
-        """``localize``, and which points of the map are seen where.
+    def localize_matched(self, frame: Frame, T_map_cam_hint: np.ndarray | None = None
+                         ) -> MatchedEstimate:
+        """``localize`` with the matches that agree with the pose.
 
         Raises InputError when neither the frame nor the localizer has a camera.
         """
         started = time.perf_counter()
         camera = self.camera_of(frame)
         features = self.encoder.encode(frame.image)
-        found = self.sight_features(features, camera, T_map_cam_hint)
+        found = self.localize_features(features, camera, T_map_cam_hint)
         estimate = replace(found.estimate, stamp_ns=frame.stamp_ns, source=frame.source,
                            latency_ms=1e3 * (time.perf_counter() - started))
-        return Sighting(estimate, found.matches)
+        return MatchedEstimate(estimate, found.matches)
 
     def camera_of(self, frame: Frame) -> Camera:
         """The camera of a frame, or the one that stands in for it.
@@ -117,17 +123,17 @@ class Localizer:
                              'found none; give --fx --fy --cx --cy or --fov')
         return camera
 
-    def sight_features(self, features: Features, camera: Camera,
-                       T_map_cam_hint: np.ndarray | None = None) -> Sighting:
-        """``sight`` of an encoded image (stamp, source and latency are left empty)."""
+    def localize_features(self, features: Features, camera: Camera,
+                          T_map_cam_hint: np.ndarray | None = None) -> MatchedEstimate:
+        """``localize_matched`` of an encoded image (stamp, source and latency are left empty)."""
         if len(features) < self.config.min_inliers:
             return _refused(_refusal('TOO_FEW_FEATURES'))
         slots, network = self._from_slots(features), _no_matches()
-        starts = self._starts(slots, camera)
-        if not any(fit.count > self.config.sure_share * len(slots) for fit in starts):
+        first = self._first_poses(slots, camera)
+        if not any(fit.count > self.config.sure_share * len(slots) for fit in first):
             network = self._from_network(features)
-            starts += self._starts(network, camera)
-        poses = [fit.T_map_cam for fit in starts]
+            first += self._first_poses(network, camera)
+        poses = [fit.T_map_cam for fit in first]
         poses += [] if T_map_cam_hint is None else [T_map_cam_hint]
         if not poses:
             return _refused(_refusal('NO_CONSISTENT_POSE'))
@@ -138,7 +144,7 @@ class Localizer:
         estimate = self._judged(final, slots if len(self._values) else network, camera)
         if estimate.T_map_cam is None:
             return _refused(estimate)
-        return Sighting(estimate, matches.select(np.flatnonzero(final.inliers)))
+        return MatchedEstimate(estimate, matches.select(np.flatnonzero(final.inliers)))
 
     def _from_network(self, features: Features) -> Matches:
         """The answers of the coordinate network that expect the smallest errors."""
@@ -154,21 +160,21 @@ class Localizer:
         count = min(self.config.slot_queries, len(features))
         queries = features.descriptors[:count]
         slot = (torch.from_numpy(queries).to(torch.bfloat16) @ self._keys).max(1).indices.numpy()
-        similarity = queries @ self._values[slot].T  # [count, count]
-        likeness = similarity.diagonal()
-        chosen = np.flatnonzero((likeness >= similarity.max(0))
-                                & (likeness > self.config.min_similarity))
+        cosines = queries @ self._values[slot].T  # [count, count]
+        similarity = cosines.diagonal()
+        chosen = np.flatnonzero((similarity >= cosines.max(0))
+                                & (similarity > self.config.min_similarity))
         return Matches(self.memory.points[slot[chosen]], features.keypoints[chosen],
-                       chosen, _slot_sigma_px(likeness[chosen]))
+                       chosen, _slot_sigma_px(similarity[chosen]))
 
-    def _starts(self, reading: Matches, camera: Camera) -> list[PoseFit]:
-        """The pose that most answers of one reading agree with, if enough do.
+    def _first_poses(self, matches: Matches, camera: Camera) -> list[PoseFit]:
+        """The pose of P3P in RANSAC on the matches of slots, or of the network; none if few agree.
 
-        The readings are searched apart: where the map ends the network extrapolates, and its
-        wrong answers would outvote the few right slots.
+        Both are searched apart: where the map ends the network extrapolates, and its wrong
+        answers would outvote the few right slots.
         """
         config = self.config
-        fit = pnp_ransac(reading.points, reading.pixels, camera, config.search_px, config.seed,
+        fit = pnp_ransac(matches.points, matches.pixels, camera, config.search_px, config.seed,
                          config.search_iterations)
         return [] if fit is None or fit.count < config.min_votes else [fit]
 
@@ -193,16 +199,16 @@ class Localizer:
         _, near = tree.query(pixels, NEIGHBOURS, distance_upper_bound=radius_px)
         row, column = np.nonzero(near < len(features))
         slot, feature = visible[row], near[row, column]
-        likeness = np.einsum('nd,nd->n', self._values[slot], features.descriptors[feature])
-        alike = likeness > self.config.rematch_similarity
-        slot, feature, likeness = slot[alike], feature[alike], likeness[alike]
+        similarity = np.einsum('nd,nd->n', self._values[slot], features.descriptors[feature])
+        similar = similarity > self.config.rematch_similarity
+        slot, feature, similarity = slot[similar], feature[similar], similarity[similar]
         best_of_feature, best_of_slot = np.zeros(len(features)), np.zeros(len(self._values))
-        np.maximum.at(best_of_feature, feature, likeness)
-        np.maximum.at(best_of_slot, slot, likeness)
-        mutual = (likeness >= best_of_feature[feature]) & (likeness >= best_of_slot[slot])
+        np.maximum.at(best_of_feature, feature, similarity)
+        np.maximum.at(best_of_slot, slot, similarity)
+        mutual = (similarity >= best_of_feature[feature]) & (similarity >= best_of_slot[slot])
         slot, feature = slot[mutual], feature[mutual]
         return Matches(self.memory.points[slot], features.keypoints[feature], feature,
-                       _slot_sigma_px(likeness[mutual]))
+                       _slot_sigma_px(similarity[mutual]))
 
     def shift_px(self, T_before: np.ndarray, T_after: np.ndarray, camera: Camera) -> float:
         """How far the slots in view moved in the image between two poses, as a median."""
@@ -224,11 +230,11 @@ class Localizer:
         return visible, pixels[visible]
 
     def _judged(self, fit: PoseFit, candidates: Matches, camera: Camera) -> Estimate:
-        """Accept the pose, or refuse it with a reason.
+        """Accept the pose, or refuse it with a reason: inlier ratio, and that of a second pose.
 
         The score counts the *unguided* candidates that agree: guided matches lie near the
         pose by construction and would flatter it. Beside slots the network does not count: it
-        answers everywhere, and its errors agree with each other.
+        answers everywhere, and its errors are correlated.
         """
         config = self.config
         score = float(candidates.agreeing(fit.T_map_cam, camera, config.search_px).mean())
@@ -253,16 +259,16 @@ class Localizer:
 
 
 def _slot_sigma_px(similarity: np.ndarray) -> np.ndarray:
-    """Expected reprojection error of a slot match: one pixel, more for a poor likeness."""
-    return 1.0 + 5.0 * (1.0 - similarity)
+    """Expected reprojection errors [M] of slot matches with these cosines [M], pixels."""
+    return SLOT_PX + SLOT_PX_UNLIKE * (1.0 - similarity)
 
 
 def _no_matches() -> Matches:
     return Matches(np.zeros((0, 3)), np.zeros((0, 2)), np.zeros(0, np.int64), np.zeros(0))
 
 
-def _refused(estimate: Estimate) -> Sighting:
-    return Sighting(estimate, _no_matches())
+def _refused(estimate: Estimate) -> MatchedEstimate:
+    return MatchedEstimate(estimate, _no_matches())
 
 
 def _refusal(reason: str) -> Estimate:

@@ -18,11 +18,15 @@ from feedforward_recon.geometry.transforms import (
 from feedforward_recon.types import FloatArray, Frame, Prediction
 
 MIN_CAMERAS = 3  # a similarity has seven unknowns, two cameras on a line leave a turn free
-SAME_DEPTH = 0.2  # a landmark is confirmed by a depth that differs by less than this share
-USABLE_POSITION, USABLE_ANGLE = 0.3, 0.35  # of the typical depth; radians
+# Share by which the depth of a network may differ from that of a landmark that it confirms: wide,
+# because the depth of a network is rough; chosen by hand.
+SAME_DEPTH = 0.2
+# Rms errors, of the typical depth and in radians (20 degrees), above which an answer is no better
+# than naming the room; chosen by hand.
+USABLE_POSITION, USABLE_ANGLE = 0.3, 0.35
 USABLE_AGREEMENT = 0.3  # share of landmarks that the depth must confirm; chosen by hand
 ITERATIONS = 20  # of reweighting; chosen by hand, it converges in fewer
-MAD_TO_STD = 1.4826  # of normal errors
+MAD_TO_STD = 1.4826  # standard deviation of normal errors over their median absolute value
 STILL = ('expected cameras that move alike in the map and in the world of the network, found '
          'none; use a walk that moves, or other weights')
 
@@ -75,10 +79,11 @@ class NetworkLink:
 
 def align_cameras(T_net_cam: FloatArray, T_map_cam: FloatArray, scale: float | None = None
                   ) -> tuple[FloatArray, float]:
-    """The similarity (T_map_net, scale) between N cameras in two worlds, whatever a few say.
+    """The similarity (T_map_net, scale) between N cameras in two worlds, robust to outliers.
 
-    The rotation comes from the orientations, so a straight walk determines it too; the origin
-    and, unless it is given, the scale from the centres. Cauchy weights on both (see
+    T_net_cam, T_map_cam: [N, 4, 4]. The rotation comes from the orientations, so a straight walk
+    determines it too; the origin and, unless it is given, the scale from the centres, as in
+    Procrustes alignment. Iteratively re-weighted, Cauchy weights on both (see
     ``geometry.align``).
     Raises DegenerateError for fewer than ``MIN_CAMERAS`` cameras, or when they stay in place
     and no scale is given.
@@ -93,8 +98,8 @@ def align_cameras(T_net_cam: FloatArray, T_map_cam: FloatArray, scale: float | N
     for _ in range(ITERATIONS):
         moved = T_net_cam.copy()
         moved[:, :3, 3] *= size
-        apart, turned = pose_error(T @ moved, T_map_cam)
-        weight = 1 / (1 + _squared(apart) + _squared(turned))
+        distance, angle = pose_error(T @ moved, T_map_cam)
+        weight = 1 / (1 + _squared(distance) + _squared(angle))
         T, size = _fit(T_net_cam, T_map_cam, weight / weight.sum(), scale)
     return T, size
 
@@ -125,9 +130,9 @@ def _fit(T_net_cam: FloatArray, T_map_cam: FloatArray, share: np.ndarray, scale:
 
 
 def _rotation(T_net_cam: FloatArray, T_map_cam: FloatArray, share: np.ndarray) -> np.ndarray:
-    """The weighted mean of the rotations between orientations (chordal)."""
-    turns = T_map_cam[:, :3, :3] @ np.swapaxes(T_net_cam[:, :3, :3], -1, -2)
-    U, _, Vt = np.linalg.svd(np.einsum('n,nij->ij', share, turns))
+    """Weighted chordal mean [3, 3] of the rotations between orientations (Hartley et al. 2013)."""
+    rotations = T_map_cam[:, :3, :3] @ np.swapaxes(T_net_cam[:, :3, :3], -1, -2)
+    U, _, Vt = np.linalg.svd(np.einsum('n,nij->ij', share, rotations))
     return U @ np.diag((1, 1, np.sign(np.linalg.det(U @ Vt)))) @ Vt
 
 

@@ -41,12 +41,17 @@ from feedforward_recon.localization.network_link import (
 from feedforward_recon.types import Estimate, FloatArray, Frame, Prediction, Status
 
 log = logging.getLogger(__name__)
-KEYFRAMES = 64  # written together at most
-CHECKED = 16  # other images that are queried afterwards
-MIN_LANDMARKS = 20  # in view, to judge an answer by
-MIN_DEPTH_AGREEMENT = 0.5  # share of the agreement that images of the walk itself reach
+# Written together at most, farthest first (docs/decisions.md, The network's own memory); chosen by
+# hand.
+KEYFRAMES = 64
+CHECKED = 16  # other images queried for the covariance; each costs a pass; chosen by hand
+MIN_LANDMARKS = 20  # in view, to judge an answer by: as tracking.min_inliers
+# Share of the agreement that images of the walk itself reach; chosen by hand.
+MIN_DEPTH_AGREEMENT = 0.5
 MAX_NOVELTY = 2.0  # cosine distance of opposite vectors: nothing is newer
-NOVELTY_FACTOR = 2.0  # times the largest novelty of images of the walk: more is another place
+# Times the largest novelty of images of the walk: more is another place (docs/experiments.md,
+# Localising with the network's own memory).
+NOVELTY_FACTOR = 2.0
 
 
 class SceneNetwork(Protocol):
@@ -161,8 +166,8 @@ def _links(prediction: Prediction, walk: Sequence[Frame], points: FloatArray, un
             log.info('no scale of the network from %s: %s', source, problem)
             continue
         link = NetworkLink(tuple(map(tuple, T.tolist())), scale, source, len(walk), unit)
-        apart, turned = rms_error(link.pose(prediction.T_world_cam), poses)
-        links.append(replace(link, fit_position=apart, fit_angle=turned))
+        position, angle = rms_error(link.pose(prediction.T_world_cam), poses)
+        links.append(replace(link, fit_position=position, fit_angle=angle))
     if not links:
         raise DegenerateError(STILL)
     return links

@@ -1,4 +1,7 @@
-"""Bundle adjustment of parts of the map: what moves, what holds it, and what disagrees after."""
+"""Bundle adjustment of parts of the map: free and fixed keyframes, and outliers afterwards.
+
+The solver is ``geometry.refine`` (Triggs et al. 2000).
+"""
 
 from __future__ import annotations
 
@@ -12,31 +15,38 @@ from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.refine import BundleProblem, bundle_adjust
 from feedforward_recon.mapping.map import GrowingMap
 
-CULL_FACTOR = 3.0  # times outlier_px: beyond what the robust loss still pulls in
-POINTS_PIECE = 5000  # observations whose landmarks are refined at once
+# Times outlier_px: there, at 9 px, an observation has 3 % of its weight left (Cauchy, robust_px),
+# so it is a mismatch rather than something yet to be pulled in; chosen by hand.
+CULL_FACTOR = 3.0
+# Observations whose landmarks are refined in one piece, while frames wait: the longest piece of a
+# loop closure took 54 ms (docs/experiments.md, A loop closed in pieces).
+POINTS_PIECE = 5000
 
 
 def refine_window(map_: GrowingMap, config: MapperConfig, *, poses_fixed: bool = False) -> None:
-    """Bundle adjustment of the newest keyframes; those that share landmarks hold them."""
+    """Bundle adjustment of the newest keyframes; covisible older ones stay fixed.
+
+    poses_fixed: only landmarks are refined, all poses stay.
+    """
     window, count = config.refine.window, len(map_)
-    moving = np.arange(max(1, count - window), count)
+    free = np.arange(max(1, count - window), count)
     newest = np.unique(map_.landmarks.seen_landmark[
         map_.landmarks.seen_keyframe >= count - window])
     shared = map_.landmarks.shared(newest, count)
-    shared[moving] = 0
-    holding = np.argsort(-shared, kind='stable')[:config.refine.window_fixed]
-    holding = holding[shared[holding] > 0]
-    if not poses_fixed and not len(holding):
-        holding, moving = moving[:1], moving[1:]
+    shared[free] = 0
+    fixed = np.argsort(-shared, kind='stable')[:config.refine.window_fixed]
+    fixed = fixed[shared[fixed] > 0]
+    if not poses_fixed and not len(fixed):
+        fixed, free = free[:1], free[1:]
     if poses_fixed:
-        moving, holding = moving[:0], np.concatenate([moving, holding])
-    _refine(map_, config, moving, holding, newest, config.refine.window_steps)
+        free, fixed = free[:0], np.concatenate([free, fixed])
+    _refine(map_, config, free, fixed, newest, config.refine.window_steps)
 
 
 def adjust_newest(map_: GrowingMap, keyframes: int, settings: Sequence[MapperConfig]) -> None:
     """Refine the newest ``keyframes``, once with each of the settings.
 
-    Older keyframes that share landmarks hold the new ones.
+    Older keyframes that share landmarks stay fixed.
     """
     for config in settings:
         refine = replace(config.refine, window=keyframes, window_steps=config.refine.global_steps)
@@ -58,21 +68,24 @@ def refine_points(map_: GrowingMap, config: MapperConfig) -> Iterator[None]:
 
 
 def refine_all(map_: GrowingMap, config: MapperConfig, *, refine_focal: bool = False) -> None:
-    """Bundle adjustment of the whole map (at most ``refine.max_keyframes`` move)."""
+    """Bundle adjustment of the whole map (at most ``refine.max_keyframes`` are free).
+
+    refine_focal: the focal length of all cameras is refined with it.
+    """
     count = len(map_)
-    moving = np.arange(max(1, count - config.refine.max_keyframes), count)
-    holding = np.arange(moving[0]) if len(moving) else np.zeros(0, int)
+    free = np.arange(max(1, count - config.refine.max_keyframes), count)
+    fixed = np.arange(free[0]) if len(free) else np.zeros(0, int)
     ids = np.flatnonzero(map_.landmarks.has_point)
-    _refine(map_, config, moving, holding, ids, config.refine.global_steps, refine_focal)
+    _refine(map_, config, free, fixed, ids, config.refine.global_steps, refine_focal)
 
 
-def _refine(map_: GrowingMap, config: MapperConfig, moving: np.ndarray, holding: np.ndarray,
+def _refine(map_: GrowingMap, config: MapperConfig, free: np.ndarray, fixed: np.ndarray,
             ids: np.ndarray, steps: int, refine_focal: bool = False) -> None:
-    problem, rows, ids = bundle_problem(map_, config, moving, holding, ids, refine_focal)
+    problem, rows, ids = bundle_problem(map_, config, free, fixed, ids, refine_focal)
     if problem is None:
         return
     result = bundle_adjust(problem, steps)
-    used = np.concatenate([moving, holding])
+    used = np.concatenate([free, fixed])
     map_.T_map_cam[used] = result.T_map_cam
     map_.landmarks.set_points_map(ids, result.points, map_.T_map_cam)
     if refine_focal:
@@ -82,14 +95,15 @@ def _refine(map_: GrowingMap, config: MapperConfig, moving: np.ndarray, holding:
     _cull(map_, rows[result.residual > CULL_FACTOR * config.tracking.outlier_px], ids)
 
 
-def bundle_problem(map_: GrowingMap, config: MapperConfig, moving: np.ndarray,
-                   holding: np.ndarray, ids: np.ndarray, refine_focal: bool = False
+def bundle_problem(map_: GrowingMap, config: MapperConfig, free: np.ndarray,
+                   fixed: np.ndarray, ids: np.ndarray, refine_focal: bool = False
                    ) -> tuple[BundleProblem | None, np.ndarray, np.ndarray]:
     """Bundle adjustment of landmarks ``ids`` and keyframes, with its rows and landmarks.
 
-    Poses in the order of ``moving``, then ``holding``, which stay.
+    Poses in the order of ``free``, then ``fixed``. The problem is None where no landmark can be
+    refined.
     """
-    table, used = map_.landmarks, np.concatenate([moving, holding])
+    table, used = map_.landmarks, np.concatenate([free, fixed])
     ids = ids[table.has_point[ids]]
     local = np.full(len(map_), -1)
     local[used] = np.arange(len(used))
@@ -104,7 +118,7 @@ def bundle_problem(map_: GrowingMap, config: MapperConfig, moving: np.ndarray,
     ids, point_index = np.unique(table.seen_landmark[rows], return_inverse=True)
     problem = BundleProblem(
         map_.T_map_cam[used], table.points_map(ids, map_.T_map_cam),
-        np.arange(len(used)) >= len(moving), local[table.seen_keyframe[rows]], point_index,
+        np.arange(len(used)) >= len(free), local[table.seen_keyframe[rows]], point_index,
         table.seen_xy[rows], table.seen_inv_depth[rows], table.seen_sigma[rows],
         map_.keyframes[-1].camera.fx, config.tracking.depth_noise,
         config.refine.robust_px, refine_focal)
@@ -112,7 +126,7 @@ def bundle_problem(map_: GrowingMap, config: MapperConfig, moving: np.ndarray,
 
 
 def _cull(map_: GrowingMap, bad_rows: np.ndarray, ids: np.ndarray) -> None:
-    """Drop observations that disagree, and positions that too little supports."""
+    """Drop outlier observations, and positions of landmarks with too few others."""
     table = map_.landmarks
     table.forget(bad_rows)
     rows = np.flatnonzero(table.mask(ids)[table.seen_landmark])

@@ -10,12 +10,16 @@ from feedforward_recon.mapping.keyframes import MapKeyframe, View
 from feedforward_recon.mapping.map import GUIDED_RADIUS_PX, SAME_DEPTH, SAME_POINT_PX, GrowingMap
 from feedforward_recon.mapping.matching import Tracks, match_guided, match_mutual
 
-MIN_BASELINE = 0.04  # of the typical depth, for matches to be triangulated
-MATCHED_KEYFRAMES = 2  # of the best tied ones: more add landmarks of two views, and cost as much
+# Baseline, as a share of the typical depth, for matches to be triangulated: 2.3 degrees between
+# the rays, four times keyframes.min_parallax_deg; chosen by hand.
+MIN_BASELINE = 0.04
+# Most covisible keyframes whose features are matched with new ones: each costs a product of all
+# descriptors, and gives landmarks of two views only; chosen by hand.
+MATCHED_KEYFRAMES = 2
 
 
 def triangulate_pending(map_: GrowingMap, keyframe: int) -> int:
-    """Give a position to landmarks that a keyframe sees and parallax now determines."""
+    """Triangulate landmarks of a keyframe whose parallax now suffices; returns their number."""
     table = map_.landmarks
     pending = table.seen_by(keyframe)
     pending = pending[table.alive[pending] & np.isnan(table.point_cam[pending, 2])]
@@ -38,9 +42,8 @@ def triangulate_pending(map_: GrowingMap, keyframe: int) -> int:
 def triangulate_matches(map_: GrowingMap, id_: int) -> int:
     """New landmarks from features that match those of other keyframes by descriptor.
 
-    Only features whose depth is unknown. Not in a keyframe with sparse sensor depth: there the
-    landmarks with depth, and followed ones whose parallax grows, hold the camera better than
-    many young ones of two views (docs/experiments.md).
+    Only features whose depth is unknown. Not in a keyframe with sparse sensor depth: there many
+    young landmarks of two views distorted the map (docs/experiments.md). Returns their number.
     """
     table, found = map_.landmarks, 0
     if map_.keyframes[id_].has_sparse_depth:
@@ -84,7 +87,7 @@ def reassociate(map_: GrowingMap, id_: int, view: View, tracks: Tracks) -> Track
     """Find landmarks of neighbouring keyframes again in keyframe ``id_`` by guided matching.
 
     Adds observations, merges landmarks that turn out to be one, and returns the tracks
-    under their new names with the re-found landmarks.
+    under their new ids with the re-found landmarks.
     """
     keyframe, table = map_.keyframes[id_], map_.landmarks
     ids, px, depth = _expected(map_, keyframe, view)
@@ -117,7 +120,7 @@ def _expected(map_: GrowingMap, keyframe: MapKeyframe,
 
 def _merge(map_: GrowingMap, keyframe: MapKeyframe, ids: np.ndarray, present: np.ndarray,
            depth: np.ndarray) -> None:
-    """Landmarks ``ids`` matched features that already show ``present``: one and the same?"""
+    """Merge landmarks ``ids`` with those ``present`` in their features where depth agrees."""
     table = map_.landmarks
     present = table.alias[present]
     known = np.isfinite(table.point_cam[present, 2])
@@ -145,7 +148,7 @@ def _join(map_: GrowingMap, ids: np.ndarray, others: np.ndarray) -> None:
 
 
 def tie(map_: GrowingMap, id_: int, features: np.ndarray, landmarks: np.ndarray) -> None:
-    """Features [n] of a keyframe show old landmarks [n], verified by the caller."""
+    """Features [n] of a keyframe observe old landmarks [n], as a verified loop says."""
     keyframe, table = map_.keyframes[id_], map_.landmarks
     landmarks = table.alias[landmarks]
     present = keyframe.landmark[features]

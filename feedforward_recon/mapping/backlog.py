@@ -1,4 +1,4 @@
-"""``Backlog``: what a keyframe is followed by, in pieces of bounded cost.
+"""``Backlog``: the work that a keyframe is followed by, in pieces of bounded cost.
 
 refine the sliding window -> look for a loop -> refine a guessed focal length -> write memory
 a loop whose error shows -> pose graph -> bundle adjustment -> landmarks, piece by piece
@@ -21,11 +21,17 @@ from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.preparation import Preparation
 from feedforward_recon.mapping.scene_map import Stats
 
-FOCAL_ROUNDS = (6, 12, 24, 48)  # keyframes after which a guessed focal length is refined
+# Keyframes after which a guessed focal length is refined with the whole map. With fewer than six
+# parallax says little of it; doubling keeps the cost in proportion to the walk; chosen by hand.
+FOCAL_ROUNDS = (6, 12, 24, 48)
 
 
 class Backlog:
-    """Work on the map that need not be done before the next frame is tracked."""
+    """Work on the map that need not be done before the next frame is tracked.
+
+    feed: on the way to the scene memory. What a keyframe is followed by goes before the pieces of
+    a loop closure.
+    """
 
     def __init__(self, map_: GrowingMap, feed: MemoryFeed, history: EstimateHistory,
                  preparation: Preparation, stats: Stats) -> None:
@@ -37,7 +43,7 @@ class Backlog:
 
     @property
     def is_due(self) -> bool:
-        """Work on the last keyframe is left (closing a loop is not counted)."""
+        """Work on the last keyframe is left (pieces of a loop closure are not counted)."""
         return bool(self._due)
 
     def clear(self) -> None:
@@ -69,7 +75,7 @@ class Backlog:
         self.feed.reanchor(self._map)
 
     def _close_loops(self, *, with_scale: bool) -> None:
-        """Tie the newest keyframe to old ones; where the map is off, correct it."""
+        """Look for a loop of the newest keyframe; where the map is off, correct it."""
         newest, config = len(self._map) - 1, self._map.config
         if newest % config.loops.every or self._closing is not None:
             return
@@ -83,7 +89,10 @@ class Backlog:
         self.close(loop, with_scale=with_scale)
 
     def close(self, loop: Loop, *, with_scale: bool) -> None:
-        """Correct the map around a loop, piece by piece."""
+        """Correct the map around a loop, piece by piece (see ``close_loop``).
+
+        with_scale: of a map without metric scale, whose scale drifts too.
+        """
         self._stats.corrections += 1
         self._closing = close_loop(self._map, self._map.config, loop, with_scale=with_scale,
                                    corrected=self._corrected)

@@ -1,4 +1,7 @@
-"""Starting a monocular map: wait for parallax, then let two views make the first landmarks."""
+"""Starting a monocular map: wait for parallax, then triangulate from two views.
+
+The relative pose is that of the five-point algorithm in RANSAC (``geometry.twoview``).
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,21 @@ from feedforward_recon.mapping.matching import Tracks
 from feedforward_recon.mapping.tracking import Tracked, exact_fit, fit_pose
 
 log = logging.getLogger(__name__)
-START_POINTS = 50  # triangulated at once when a map starts
-MIN_SHARE = 0.3  # of the first tracks; with fewer, start again from a newer frame
-MAX_WAITING = 1000  # frames without their images, about half a minute of video
-EMPTY = np.zeros((0, 0), np.uint8)  # instead of images that nobody looks at again
+# Landmarks that two views must give: 2.5 times tracking.min_inliers, so that the next frames can
+# be tracked although some get lost; chosen by hand.
+START_POINTS = 50
+# Share of the first tracks that must be left: with fewer the two views hardly overlap, and a newer
+# first frame does better; chosen by hand.
+MIN_SHARE = 0.3
+MAX_WAITING = 1000  # frames kept, without their images, for a pose later: 33 s at 30 Hz
+EMPTY = np.zeros((0, 0), np.uint8)  # in place of images that are not needed any more
 
 
 class Bootstrap:
-    """Follows the tracks of the first keyframe until their parallax determines a second."""
+    """Follows the tracks of the first keyframe until parallax determines the second.
+
+    base: all tracks of the first keyframe.
+    """
 
     def __init__(self, config: MapperConfig, base: Tracks) -> None:
         self.config = config
@@ -34,8 +44,8 @@ class Bootstrap:
         self._base_px = base.px[np.argsort(base.ids)]  # ids of a new map count from 0
         self._waiting: deque[tuple[View, Tracks]] = deque(maxlen=MAX_WAITING)
 
-    def is_hopeless(self, tracks: Tracks) -> bool:
-        """True when too few of the first tracks are left to start from."""
+    def has_lost_tracks(self, tracks: Tracks) -> bool:
+        """Whether too few of the first tracks are left to start from."""
         return len(tracks.ids) < max(START_POINTS, MIN_SHARE * self._count)
 
     def second_view(self, view: View, tracks: Tracks, T_map_first: np.ndarray

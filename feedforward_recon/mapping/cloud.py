@@ -14,12 +14,12 @@ from feedforward_recon.mapping.keyframes import View
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.types import PointCloud
 
-FUSED_AT_ONCE = 200_000  # points, of which each takes about 200 bytes meanwhile
+FUSED_AT_ONCE = 200_000  # points; each takes about 200 bytes while it is fused, so 40 MB
 Part = Callable[[], tuple[np.ndarray, np.ndarray]]  # makes points [N, 3] and colours [N, 3]
 
 
 def sampled_depth(view: View, stride_px: int) -> tuple[np.ndarray, np.ndarray]:
-    """Camera-frame points float32 [N, 3] and colours uint8 [N, 3] of every few pixels."""
+    """Camera-frame points float32 [N, 3] and colours uint8 [N, 3] of every ``stride_px`` pixel."""
     if view.depth is None:
         return np.zeros((0, 3), np.float32), np.zeros((0, 3), np.uint8)
     half = stride_px // 2

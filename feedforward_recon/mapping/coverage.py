@@ -1,7 +1,7 @@
-"""Places that the map knows well already: nothing there is worth another keyframe.
+"""Views that old landmarks cover: they need no further keyframe.
 
-A robot that goes round in one flat must not fill its memory. Where old landmarks cover what a
-frame shows, the frame only renews the tracks.
+So the map of a robot that goes round in one flat stays bounded. A covered frame only renews the
+tracks.
 """
 
 from __future__ import annotations
@@ -19,11 +19,17 @@ from feedforward_recon.mapping.map import (
 from feedforward_recon.mapping.matching import Tracks, match_guided
 from feedforward_recon.types import Features
 
-AGE = 20  # keyframes since a landmark was new
-FIRM_VIEWS = 3  # two fix a point, the third confirms it
-OLD_SHARE = 0.5  # of the tracks, before it is worth looking closer
-COVERED_SHARE = 0.75  # of the image cells with texture
-CELLS = 10  # per image width
+# What they lead to together: docs/experiments.md, What a keyframe holds, and places seen before.
+# Keyframes since a landmark was new; younger ones belong to the present pass; chosen by hand.
+AGE = 20
+FIRM_VIEWS = 3  # keyframes that saw a landmark: two give the point, the third confirms it
+# Share of the tracks on old landmarks below which nothing is searched for: the frame shows new
+# things anyway; chosen by hand.
+OLD_SHARE = 0.5
+# Share of the cells with texture that show an old landmark. Not all: some corners are never
+# matched; chosen by hand.
+COVERED_SHARE = 0.75
+CELLS = 10  # per image width: 64 px of 640, where a well textured image has several corners
 
 
 def old_and_firm(map_: GrowingMap, ids: np.ndarray) -> np.ndarray:
@@ -34,10 +40,10 @@ def old_and_firm(map_: GrowingMap, ids: np.ndarray) -> np.ndarray:
 
 
 def covering_tracks(view: View, features: Features, map_: GrowingMap, T_map_cam: np.ndarray,
-            tracks: Tracks) -> Tracks | None:
-    """The tracks with all landmarks that can be found again; None if the view is not covered.
+                    tracks: Tracks) -> Tracks | None:
+    """The tracks with all landmarks that can be matched again; None if the view is not covered.
 
-    tracks: of this frame, whose pose is T_map_cam.
+    tracks: of this frame, whose pose is T_map_cam [4, 4].
     """
     if old_and_firm(map_, tracks.ids).sum() < OLD_SHARE * len(tracks.ids):
         return None
@@ -51,7 +57,7 @@ def covering_tracks(view: View, features: Features, map_: GrowingMap, T_map_cam:
 
 def _found_again(view: View, features: Features, map_: GrowingMap, T_map_cam: np.ndarray,
                  tracks: Tracks) -> Tracks:
-    """Tracks and the landmarks of nearby keyframes that show up where they should."""
+    """Tracks, and landmarks of nearby keyframes matched where they project to."""
     near = map_.neighbours(T_map_cam, map_.typical_depth(len(map_) - 1))
     ids, px, depth = map_.visible(near, T_map_cam, view.camera)
     sensed = view.depth_at(px)

@@ -1,4 +1,4 @@
-"""The estimate of every frame, kept relative to keyframes so that corrections move it."""
+"""``EstimateHistory``: the pose of every frame relative to a keyframe, so that it moves along."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from feedforward_recon.types import Estimate, Status, Trajectory
 
 @dataclass(frozen=True)
 class HistoryEntry:
-    """A frame's estimate, and its pose relative to the keyframe that carries it."""
+    """A frame's estimate, and its pose [4, 4] relative to a keyframe; -1, None without a pose."""
 
     estimate: Estimate
     keyframe: int = -1
@@ -50,13 +50,13 @@ class EstimateHistory:
         return self._entries[index].estimate.status
 
     def forget_poses(self) -> None:
-        """The map was given up before it had depth: what was said relative to it is void."""
+        """The map was given up before it had depth: no frame so far has a pose."""
         self._entries = [HistoryEntry(replace(
             e.estimate, status=Status.INITIALISING, T_map_cam=None, covariance=None,
             is_keyframe=False, reason='the map started later')) for e in self._entries]
 
     def rescale(self, scale: np.ndarray) -> None:
-        """Lengths around each keyframe [K] were multiplied by ``scale``."""
+        """Lengths around each keyframe were multiplied by ``scale`` [K]."""
         for index, entry in enumerate(self._entries):
             if entry.T_keyframe_cam is not None and entry.keyframe < len(scale):
                 T = entry.T_keyframe_cam.copy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from feedforward_recon.config.schema import MapperConfig
-from feedforward_recon.mapping.keyframes import Archive
+from feedforward_recon.mapping.keyframes import KeyframePacker
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.scene_map import Memory
 
@@ -13,12 +13,12 @@ class MemoryFeed:
 
     def __init__(self, memory: Memory | None, config: MapperConfig, written: int = 0) -> None:
         self._memory, self._config = memory, config
-        self._archive = Archive(config.cloud)
+        self._packer = KeyframePacker(config.cloud)
         self.written = written
 
     def restart(self) -> None:
         """The map was given up before anything of it was written."""
-        self._archive, self.written = Archive(self._config.cloud), 0
+        self._packer, self.written = KeyframePacker(self._config.cloud), 0
 
     def write(self, map_: GrowingMap, *, everything: bool = False) -> None:
         """Hand keyframes to the memory once the sliding window has left them behind."""
@@ -28,7 +28,7 @@ class MemoryFeed:
             if self._memory is not None:
                 self._memory.write(map_.exported(id_))
         self.written = max(self.written, done)
-        self._archive.pack(map_.keyframes, self.written - window)
+        self._packer.pack(map_.keyframes, self.written - window)
 
     def reanchor(self, map_: GrowingMap) -> None:
         """Keyframes have moved; what was written moves along."""

@@ -1,7 +1,7 @@
 """``KeyframeGraph``: what a later session needs to go on with a map, of bounded size.
 
-Keyframes with their features, landmarks, and who saw what. Of a long walk the keyframes that
-span it best stay; landmarks that none of them saw go. Descriptors are kept in eight bits and
+Keyframes with their features, landmarks, and observations. Of a long walk the keyframes that span
+it best stay; landmarks that none of them saw are dropped. Descriptors are kept in eight bits and
 points in single precision, as in the packed keyframes of a running map.
 """
 
@@ -73,7 +73,8 @@ class KeyframeGraph:
 def keyframe_graph(map_: GrowingMap, most: int, cloud_points: int) -> KeyframeGraph:
     """The graph of a map, with at most ``most`` keyframes and ``cloud_points`` of their clouds.
 
-    Copies what mapping may change meanwhile.
+    Keyframes by farthest-point sampling of poses (Gonzalez 1985). Copies what mapping may change
+    meanwhile.
     """
     ids = np.arange(len(map_))
     if len(ids) > most:
@@ -99,7 +100,7 @@ def _about(keyframe: MapKeyframe) -> dict[str, Any]:
 
 
 def _features(keyframe: MapKeyframe, alias: np.ndarray, number: np.ndarray) -> Arrays:
-    """Columns of the features; number: new number of each landmark, -1 for those that go."""
+    """Columns of the features; number: new number of each landmark, -1 for those dropped."""
     shown = keyframe.landmark >= 0
     landmark = np.full(len(keyframe.landmark), -1, np.int32)
     landmark[shown] = number[alias[keyframe.landmark[shown]]]
@@ -117,9 +118,9 @@ def _cloud(keyframe: MapKeyframe, most: int) -> Arrays:
 
 
 def _landmarks(map_: GrowingMap, ids: np.ndarray) -> tuple[Arrays, np.ndarray]:
-    """Columns of landmarks that kept keyframes saw, and the new number of each, -1 if it goes.
+    """Columns of landmarks that kept keyframes saw, and the new number of each, -1 if dropped.
 
-    A landmark whose anchor goes is anchored in the first keyframe that stays and saw it.
+    A landmark whose anchor is dropped is anchored in the first keyframe that stays and saw it.
     """
     table, local = map_.landmarks, np.full(len(map_), -1)
     local[ids] = np.arange(len(ids))

@@ -14,18 +14,28 @@ from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.mapping.matching import Tracks
 from feedforward_recon.types import Features, Keyframe
 
-DEPTH_EDGE = 0.04  # relative depth step around a pixel: slanted walls stay below, objects above
+# Relative step of depth around a pixel: slanted walls stay below, edges of objects are above.
+DEPTH_EDGE = 0.04
 DENSE = 0.95  # share of measured pixels with a measured neighbour; a Kinect has 0.99
-SPARSE_SHARE = 0.6  # of the features with depth; a Kinect gives 0.65 to 0.75
-EVERY = 7  # rows and columns are looked at; no sensor leaves out just these
-MIN_SAMPLES = 3  # measurements within two pixels, to tell an edge from a surface
-CLOUD_FACTOR = 8  # points kept for the cloud, times those that are shown
+# Share of features with depth; a Kinect gives 0.65 to 0.75 (docs/experiments.md, Sparse depth).
+SPARSE_SHARE = 0.6
+EVERY = 7  # rows and columns that are looked at: no sensor leaves out just every seventh
+MIN_SAMPLES = 3  # depths within two pixels: with fewer, an edge looks like a surface
+# Points kept of all keyframes, times those of the fused cloud: keyframes overlap, and several
+# points are averaged in a voxel; chosen by hand.
+CLOUD_FACTOR = 8
+SHARPNESS_FRAMES = 15  # whose median tells what is sharp here: half a second at 30 Hz
+# A keyframe that is not sharp is better than losing track: below this part of tracked_share.
+URGENT = 0.5
+# After max_gap frames this part of motion_share is enough; none at all stays none.
+SLOW_MOTION = 0.2
 
 
 @dataclass(frozen=True)
 class View:
     """One frame as the pipeline needs it: gray image, camera, cleaned depth, sharpness.
 
+    image: uint8 [H, W, 3], RGB; gray: uint8 [H, W]; depth: z in metres [H, W], 0 where unknown.
     index: number of the frame. T_given: pose that came with it, or that a network gave it.
     needs_depth: landmarks come from depth. knows_camera: the camera was given or refined, not
     guessed.
@@ -63,7 +73,7 @@ class View:
 
 
 def _dense_depth(depth: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """Median of nine pixels that all agree: beside a hole a dense sensor is often wrong."""
+    """Median [N] of nine pixels that all agree: beside a hole a dense sensor is often wrong."""
     around = _around(depth, centre, 1)
     low, high = around.min(1), around.max(1)
     return np.where((low > 0) & (high - low < DEPTH_EDGE * high), np.median(around, 1), 0.0)
@@ -90,7 +100,10 @@ def _around(depth: np.ndarray, centre: np.ndarray, radius: int) -> np.ndarray:
 
 
 def sharpness(gray: np.ndarray) -> float:
-    """Variance of the Laplacian at half size: falls with motion blur and defocus."""
+    """Variance of the Laplacian (Pech-Pacheco et al. 2000) of gray uint8 [H, W] at half size.
+
+    Falls with motion blur and defocus.
+    """
     small = cv2.resize(gray, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
     return float(cv2.Laplacian(small, cv2.CV_32F).var())
 
@@ -101,8 +114,9 @@ class MapKeyframe:
 
     landmark: int [N], the landmark that each feature shows, -1 if none.
     rgb: uint8 [N, 3], colours of the features.
-    points_cam: float64 [N, 3] sensor points of the features, NaN rows without depth.
-    cloud_cam, cloud_rgb: sampled sensor points and colours for the cloud.
+    points_cam: float64 [N, 3] sensor points of the features, camera frame, map units, NaN rows
+    without depth.
+    cloud_cam, cloud_rgb: [P, 3], sampled sensor points (camera frame) and colours for the cloud.
     features.descriptors: int8 in a packed keyframe (see ``pack``); ``descriptors`` reads both.
     """
 
@@ -166,11 +180,11 @@ def unit_length(descriptors: np.ndarray) -> np.ndarray:
     return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1)
 
 
-class Archive:
-    """Packs keyframes that only loops, lost cameras and the cloud still look at.
+class KeyframePacker:
+    """Packs keyframes that only loop closure, relocalisation and the cloud still read.
 
-    All clouds together keep to a few times what is shown of them: with twice the keyframes,
-    each has half the points.
+    The clouds of all keyframes together are bounded: with twice the keyframes, each has half the
+    points.
     """
 
     def __init__(self, config: CloudConfig) -> None:
@@ -188,11 +202,15 @@ class Archive:
 
 
 class KeyframePolicy:
-    """Decides which tracked frames are kept: new view, sharp, not too soon."""
+    """Decides which tracked frames become keyframes: new view, sharp, not too soon.
+
+    The criteria are those of ORB-SLAM (Mur-Artal et al. 2015), tracked share and gap, and image
+    motion.
+    """
 
     def __init__(self, config: KeyframeConfig) -> None:
         self.config = config
-        self._recent: deque[float] = deque(maxlen=15)
+        self._recent: deque[float] = deque(maxlen=SHARPNESS_FRAMES)
         self._frame = 0
         self._ids = np.zeros(0, int)
         self._px = np.zeros((0, 2))
@@ -207,15 +225,15 @@ class KeyframePolicy:
         self._frame, self._ids, self._px = view.index, tracks.ids, tracks.px
 
     def wants(self, view: View, tracks: Tracks, sharp: bool) -> bool:
-        """Keep this frame?"""
+        """Whether a tracked frame becomes a keyframe; sharp: what ``observe`` said of it."""
         config, gap = self.config, view.index - self._frame
         if gap < config.min_gap:
             return False
         share, motion = self._since_keyframe(view, tracks)
-        starving = share < 0.5 * config.tracked_share
+        losing_tracks = share < URGENT * config.tracked_share
         due = (motion > config.motion_share or share < config.tracked_share
-               or (gap >= config.max_gap and motion > 0.2 * config.motion_share))
-        return starving or (due and sharp)
+               or (gap >= config.max_gap and motion > SLOW_MOTION * config.motion_share))
+        return losing_tracks or (due and sharp)
 
     def _since_keyframe(self, view: View, tracks: Tracks) -> tuple[float, float]:
         """Share of the keyframe's tracks still followed; their median motion / image width."""

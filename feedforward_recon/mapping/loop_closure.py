@@ -1,4 +1,9 @@
-"""Loop closure: recognise an old place, verify it geometrically, correct poses and points."""
+"""Loop closure: recognise an old place, verify it geometrically, correct poses and points.
+
+Retrieval by global descriptor, verification by PnP, then a pose graph over covisible keyframes
+(Strasdat et al. 2010; the scale is free in monocular maps), and bundle adjustment of a skeleton of
+the map, in the spirit of skeletal graphs (Snavely et al. 2008).
+"""
 
 from __future__ import annotations
 
@@ -25,15 +30,21 @@ from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.matching import match_mutual
 
 log = logging.getLogger(__name__)
-WELL_CONNECTED = 60  # shared landmarks: such keyframes are adjusted together already
+# Shared landmarks above which no loop is searched: bundle adjustment holds such keyframes together
+# already. Twice COVISIBLE; chosen by hand.
+WELL_CONNECTED = 60
 # Shared landmarks that make an edge of the pose graph, as in ORB-SLAM (Mur-Artal 2015).
 COVISIBLE = 30
 LOOP_WEIGHT = 3.0  # of a loop against odometry edges: it was verified by PnP; chosen by hand
-RECENT = 8  # keyframes that follow each other closely
-STRONGEST = 3  # ties of a keyframe to recent ones, and to old ones
-SKELETON, HOLDING = 100, 20  # keyframes adjusted after the pose graph, and those that hold them
-BEST = 10_000  # landmarks of all of them that take part, each counted once per keyframe
-ROWS = 100  # keyframes whose ties are counted at once
+# The next four: docs/experiments.md, A loop closed in pieces.
+RECENT = 8  # keyframes just before one, which share its view; as loops.min_age
+# Edges of a keyframe to recent and to older ones: 70 ms where all covisible pairs took 1.2 s.
+STRONGEST = 3
+# Keyframes that bundle adjustment moves after the pose graph, and older ones that stay fixed.
+SKELETON, FIXED = 100, 20
+# Landmarks that take part, each counted once per keyframe: they bound the cost of a step.
+BEST = 10_000
+ROWS = 100  # keyframes whose covisibility is counted in one piece; chosen by hand
 PNP_ITERATIONS = 200  # few are enough: most matches of a true loop agree; chosen by hand
 
 
@@ -57,7 +68,7 @@ class Loop:
 
 
 def find_loop(map_: GrowingMap, config: MapperConfig, id_: int) -> Loop | None:
-    """The first verified loop of a keyframe to an old one that it is not yet tied to."""
+    """The first verified loop of keyframe ``id_`` to an old one with few common landmarks."""
     for old in _candidates(map_, id_, config):
         loop = _verified(map_, id_, old, config)
         if loop is not None:
@@ -123,11 +134,11 @@ def optimise_pose_graph(map_: GrowingMap, loop: Loop, *, with_scale: bool
     """
     count = len(map_)
     before = PoseGraph(map_.T_map_cam.copy(), np.ones(count))
-    loop_edge, ties = _loop_edge(map_, loop, with_scale), []
+    loop_edge, rows = _loop_edge(map_, loop, with_scale), []
     for first in range(0, count, ROWS):
-        ties.append(_ties(map_, np.arange(first, min(first + ROWS, count)), count))
+        rows.append(_covisibility_edges(map_, np.arange(first, min(first + ROWS, count)), count))
         yield None
-    i, j, shared = np.concatenate(ties, axis=1)
+    i, j, shared = np.concatenate(rows, axis=1)
     edges = replace(relative_edges(before, i, j), weight=_weight(shared))
     after = before
     for better in pose_graph_steps(before, joined(edges, loop_edge), np.arange(count) == 0,
@@ -157,8 +168,8 @@ def close_loop(map_: GrowingMap, config: MapperConfig, loop: Loop, *, with_scale
     """Close a loop in pieces of bounded cost, between which the map may grow.
 
     First the pose graph, then bundle adjustment of a skeleton of the map, then all landmarks
-    from all their views. ``corrected`` is told the scale of each keyframe after the first and the
-    second, when keyframes have moved.
+    from all their views. corrected: called with the scale of each keyframe [K] after the first
+    and the second, when keyframes have moved.
     """
     for correction in optimise_pose_graph(map_, loop, with_scale=with_scale):
         if correction is None:
@@ -185,34 +196,34 @@ def adjust_skeleton(map_: GrowingMap, config: MapperConfig) -> Iterator[Correcti
     """
     count = len(map_)
     newest = np.arange(max(1, count - config.refine.max_keyframes), count)
-    moving = newest[::-1][::-(-len(newest) // SKELETON)][::-1]
+    free = newest[::-1][::-(-len(newest) // SKELETON)][::-1]
     T_before = map_.T_map_cam.copy()
     table = map_.landmarks
     used = np.zeros(count, bool)
-    used[moving] = True
+    used[free] = True
     shared = table.shared(table.seen_landmark[used[table.seen_keyframe]], count)
     shared[newest] = 0
     shared[0] = count + shared.max()
-    holding = np.argsort(-shared, kind='stable')[:HOLDING]
-    holding = holding[shared[holding] > 0]
-    used[holding] = True
-    problem, *_ = bundle_problem(map_, config, moving, holding, _best_landmarks(map_, used))
+    fixed = np.argsort(-shared, kind='stable')[:FIXED]
+    fixed = fixed[shared[fixed] > 0]
+    used[fixed] = True
+    problem, *_ = bundle_problem(map_, config, free, fixed, _best_landmarks(map_, used))
     if problem is None:
         return
     for result in bundle_pieces(problem, config.refine.loop_steps):
         if result is None:
             yield None
         else:
-            middle = (moving[1:] + moving[:-1] + 1) // 2
-            carrier = np.searchsorted(middle, np.arange(count), 'right')
-            turn = result.T_map_cam[:len(moving)] @ inverse(T_before[moving])
-            after = turn[carrier] @ T_before
-            after[:moving[0]] = T_before[:moving[0]]
+            middle = (free[1:] + free[:-1] + 1) // 2
+            nearest = np.searchsorted(middle, np.arange(count), 'right')
+            motion = result.T_map_cam[:len(free)] @ inverse(T_before[free])
+            after = motion[nearest] @ T_before
+            after[:free[0]] = T_before[:free[0]]
             yield Correction(T_before, PoseGraph(after, np.ones(count)))
 
 
 def _best_landmarks(map_: GrowingMap, used: np.ndarray) -> np.ndarray:
-    """Landmarks that tie keyframes (mask [K]) to the most distant others, as many of each."""
+    """Landmarks seen from the most distant keyframes, as many of each used one (mask [K])."""
     table = map_.landmarks
     rows = np.flatnonzero(used[table.seen_keyframe] & table.has_point[table.seen_landmark])
     landmark, keyframe = table.seen_landmark[rows], table.seen_keyframe[rows]
@@ -239,17 +250,17 @@ def _weight(shared: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(shared, 1) / COVISIBLE)
 
 
-def _ties(map_: GrowingMap, ids: np.ndarray, count: int) -> np.ndarray:
-    """Rows i, j, shared landmarks [3, E]: keyframe j of ``ids`` is tied to i < j.
+def _covisibility_edges(map_: GrowingMap, ids: np.ndarray, count: int) -> np.ndarray:
+    """Rows i, j, shared landmarks [3, E]: edges of keyframes j of ``ids`` to i < j.
 
-    Of each keyframe only its strongest ties to those just before it and to old ones: more of
-    them say the same again, and cost more than they add.
+    Of each keyframe only the strongest edges to those just before it and to old ones: more of
+    them add little and cost much.
     """
-    ties = []
+    edges = []
     for j, shared in zip(ids, map_.landmarks.shared_by(ids, count), strict=True):
         for first, last in ((max(0, j - RECENT), j), (0, max(0, j - RECENT))):
             order = first + np.argsort(-shared[first:last], kind='stable')[:STRONGEST]
-            ties += [(i, j, shared[i]) for i in order if shared[i] >= COVISIBLE and i != j - 1]
+            edges += [(i, j, shared[i]) for i in order if shared[i] >= COVISIBLE and i != j - 1]
         if j:
-            ties.append((j - 1, j, shared[j - 1]))
-    return np.array(ties, int).reshape(-1, 3).T
+            edges.append((j - 1, j, shared[j - 1]))
+    return np.array(edges, int).reshape(-1, 3).T

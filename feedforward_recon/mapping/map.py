@@ -1,4 +1,4 @@
-"""The map while it grows: keyframes, their poses, and the landmark table that ties them."""
+"""``GrowingMap``: keyframes, their poses, and the landmarks that they share."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ from feedforward_recon.types import Features, Keyframe
 
 SAME_POINT_PX = 2.0  # two pixels nearer than this show one point: twice the error of a keypoint
 GUIDED_RADIUS_PX = 5.0  # around where a landmark should be: poses are off by less while tracked
-SAME_DEPTH = 0.05  # share by which two depths of one point may differ: noise of a depth camera
+# Share by which two depths of one point may differ: three standard deviations of a depth camera
+# at 4 m (tracking.depth_noise).
+SAME_DEPTH = 0.05
 NEIGHBOURS = 20  # keyframes whose landmarks are looked for: more cost time and add few
 
 
 class GrowingMap:
-    """Keyframes with poses [K, 4, 4] and landmarks; every method keeps them consistent."""
+    """Keyframes with poses T_map_cam [K, 4, 4] and landmarks, lengths in map units.
+
+    Every method keeps them consistent.
+    """
 
     def __init__(self, config: MapperConfig, dim: int) -> None:
         self.config = config
@@ -31,7 +36,7 @@ class GrowingMap:
         return len(self.keyframes)
 
     def clear(self) -> None:
-        """Give the map up: no keyframes, no landmarks."""
+        """Remove all keyframes and landmarks."""
         self.keyframes.clear()
         self.T_map_cam = np.zeros((0, 4, 4))
         self.landmarks = LandmarkTable(self.landmarks.descriptor.shape[1])
@@ -72,7 +77,7 @@ class GrowingMap:
         self.landmarks.observe(ids, keyframe.id, px, view.camera.normalise(px), inv_depth, 1.0)
 
     def _snapped(self, keyframe: MapKeyframe, tracks: Tracks) -> Tracks:
-        """Tracks moved onto the features that they show: corners do not drift, flow does."""
+        """Tracks moved onto the features that match them: corners do not drift, flow does."""
         if not len(tracks.ids):
             return tracks
         row, feature = match_guided(tracks.px, self.landmarks.descriptor[tracks.ids],
@@ -123,7 +128,7 @@ class GrowingMap:
         return max(float(np.median(z)), 1e-6)
 
     def current(self, tracks: Tracks) -> Tracks:
-        """Tracks under the present names of their landmarks, without those that are gone."""
+        """Tracks under the present ids of their landmarks, without those that are gone."""
         ids = self.landmarks.alias[tracks.ids]
         alive = np.flatnonzero(self.landmarks.alive[ids])
         first = alive[np.unique(ids[alive], return_index=True)[1]]

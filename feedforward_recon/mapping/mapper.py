@@ -7,6 +7,9 @@ RGB-D and monocular cameras run the same code: sensor depth is a better start fo
 and one more residual. Without depth the first keyframe is the map origin, the median depth of
 its first landmarks is one unit, and ``metres_per_unit`` is None. Where poses come from is the
 business of a ``PoseSource``: features, given poses, or windows of a feed-forward network.
+
+Tracking and mapping are separate, as in PTAM (Klein and Murray 2007): a pose that ``track``
+returns has not waited for the map to be refined.
 """
 
 from __future__ import annotations
@@ -40,7 +43,9 @@ from feedforward_recon.mapping.tracking import Tracked, is_well_supported, suppo
 from feedforward_recon.model import Encoder
 from feedforward_recon.types import Estimate, Frame, Status
 
-EASY = 3  # times the fewest inliers: a camera that is tracked well
+# Times tracking.min_inliers: a camera tracked so well loses nothing when its next keyframe waits
+# for the backlog of the last one, and poses come sooner (docs/experiments.md, Live).
+EASY = 3
 
 
 class Mapper:
@@ -50,7 +55,8 @@ class Mapper:
     rest), and all keyframe poses whenever more than the window has moved.
     source: how frames get their poses; by default from their features.
     start: a map of earlier sessions to go on with: frames are located in it first, and extend it
-    once one is found. results: the map as it is now, for reading.
+    once one is found; the mapper changes it in place. results: the map as it is now, for reading.
+    backlog: what the keyframes so far are followed by; ``work`` does it.
     """
 
     def __init__(self, config: MapperConfig, encoder: Encoder, memory: Memory | None = None, *,
@@ -64,7 +70,7 @@ class Mapper:
         self._preparation = Preparation(config.tracking, start)
         self._policy = KeyframePolicy(config.keyframes)
         feed = MemoryFeed(memory, config, written=len(self._map))
-        self._backlog = Backlog(self._map, feed, self._history, self._preparation, self.stats)
+        self.backlog = Backlog(self._map, feed, self._history, self._preparation, self.stats)
         self.results = MapResults(self._map, self._history, self._preparation, self.source, feed,
                                   start)
 
@@ -101,7 +107,7 @@ class Mapper:
         return self._noted(self._estimate(view, tracked, novel, started))
 
     def work(self, *, wait: bool = False, final: bool = False) -> bool:
-        """One piece of what frames are followed by; False when nothing is left.
+        """One piece of the backlog, or of what the pose source put off; False if nothing is left.
 
         wait: for a network that is at work. final: no frame will follow soon.
         Raises what a network raises; the frames it looked at have no pose then.
@@ -119,14 +125,15 @@ class Mapper:
         guessed = self._preparation.camera_source != 'given' and not self.source.is_exact
         if len(self._map) > 1:
             for config in self.source.final_settings(self._map.config):
-                self._backlog.refine_all(config, focal=guessed)
-        self._backlog.feed.write(self._map, everything=True)
+                self.backlog.refine_all(config, focal=guessed)
+        self.backlog.feed.write(self._map, everything=True)
         return self.results.scene_map()
 
-    def revisit(self, index: int, frame: Frame) -> Estimate:
-        """Look up frame ``index`` in the finished map by its features; writes nothing.
+    def relocalise_frame(self, index: int, frame: Frame) -> Estimate:
+        """Relocalise frame ``index`` in the finished map by its features; writes nothing.
 
-        Its estimate stays as it was when the frame is not found.
+        Its estimate stays as it was when the frame is not found. Raises InputError for an image
+        that cannot be used.
         """
         started, config = time.perf_counter(), self._map.config
         view = self._preparation.view(frame, index)
@@ -160,27 +167,27 @@ class Mapper:
     def _start_again(self, *, restarts: bool) -> None:
         self.stats.restarts += restarts
         self._map.clear()
-        self._backlog.clear()
+        self.backlog.clear()
         self._history.forget_poses()
 
     def _is_novel(self, view: View, tracked: Tracked) -> bool:
-        """Is this tracked frame worth keeping?"""
+        """Whether a tracked frame becomes a keyframe."""
         if not tracked.extends:
             return False
         sharp = self._policy.observe(view.sharpness)
-        # A view that starts the map or that was found by its features is tied to the map now,
-        # while the evidence is at hand.
+        # A view that starts the map or that was relocalised has its matches now: a keyframe keeps
+        # them.
         if self.source.waiting_for(self._map) or tracked.features is not None:
             return True
         # A well tracked camera can wait until the last keyframe is followed up.
         easy = tracked.fit.count >= EASY * self._map.config.tracking.min_inliers
-        if self._backlog.is_due and easy:
+        if self.backlog.is_due and easy:
             return False
         return self._policy.wants(view, tracked.tracks, sharp)
 
     def _extended(self, view: View, tracked: Tracked) -> tuple[Tracked, bool]:
-        """The frame as a keyframe; or with renewed tracks, where the map knows all it shows."""
-        # A place lost is tied again by a keyframe, however well it is known.
+        """The frame as a keyframe, or with renewed tracks where known landmarks cover it."""
+        # A relocalised frame becomes a keyframe, however well its place is known.
         may_be_known = not (self.source.waiting_for(self._map) or self.source.is_exact
                             or tracked.features is not None)
         tracked = self._brought_up_to_date(tracked)
@@ -189,12 +196,12 @@ class Mapper:
         if known is not None:
             return known, False
         tracked = self._keyframe(view, tracked)
-        self._backlog.follow_up(exact=self.source.is_exact, metric=self._preparation.metric)
+        self.backlog.follow_up(exact=self.source.is_exact, metric=self._preparation.metric)
         return tracked, True
 
     def _brought_up_to_date(self, tracked: Tracked) -> Tracked:
-        """End the work on the last keyframe; the map has moved under the tracked frame."""
-        while self._backlog.is_due:
+        """End the backlog of the last keyframe; the tracked frame moves with the map."""
+        while self.backlog.is_due:
             self._work_on_backlog()
         tracker = self.source.tracker
         assert tracker.tracks is not None
@@ -204,15 +211,15 @@ class Mapper:
     def _work_on_backlog(self) -> bool:
         newest = len(self._map) - 1
         T_map_before = self._map.T_map_cam[newest].copy() if newest >= 0 else np.eye(4)
-        if not self._backlog.work():
+        if not self.backlog.work():
             return False
         # Not the transpose: rounding in a rotation would be fed back, and doubled each time.
         T_new_old = self._map.T_map_cam[newest] @ np.linalg.inv(T_map_before)
-        self.source.tracker.carried(self._map, T_new_old)
+        self.source.tracker.map_moved(self._map, T_new_old)
         return True
 
     def _renewed(self, view: View, tracked: Tracked) -> Tracked | None:
-        """The frame with its tracks renewed from old landmarks, where these say it all."""
+        """The frame with its tracks renewed from old landmarks, if these cover the view."""
         assert tracked.features is not None
         T_map_cam = tracked.fit.T_map_cam
         tracks = covering_tracks(view, tracked.features, self._map, T_map_cam, tracked.tracks)
@@ -224,7 +231,7 @@ class Mapper:
         return replace(tracked, tracks=tracks)
 
     def _keyframe(self, view: View, tracked: Tracked) -> Tracked:
-        """Make a frame a keyframe: tie it to known landmarks, add new ones."""
+        """Make a frame a keyframe: observe known landmarks in it, add new ones."""
         assert tracked.features is not None
         map_ = self._map
         tracks = map_.add_keyframe(view, tracked.features, tracked.fit.T_map_cam, tracked.tracks)

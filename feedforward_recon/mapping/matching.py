@@ -31,7 +31,8 @@ def follow(tracks: Tracks, gray: np.ndarray, guess_px: np.ndarray,
            config: TrackingConfig) -> Tracks:
     """Tracks found again in another image, starting from predicted pixels [n, 2].
 
-    A track survives when following it back returns to where it came from.
+    Pyramidal Lucas-Kanade (Bouguet 2001) with a forward-backward check (Kalal et al. 2010): a
+    track survives when following it back returns to where it came from.
     """
     if not len(tracks.ids):
         return Tracks(gray, tracks.ids, tracks.px)
@@ -53,7 +54,10 @@ def follow(tracks: Tracks, gray: np.ndarray, guess_px: np.ndarray,
 
 
 def match_mutual(a: np.ndarray, b: np.ndarray, similarity: float) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of descriptors a [N, D] and b [M, D] that are each other's nearest neighbours."""
+    """Rows of descriptors a [N, D] and b [M, D] that are mutual nearest neighbours.
+
+    similarity: smallest cosine of a match.
+    """
     if not len(a) or not len(b):
         return np.zeros(0, int), np.zeros(0, int)
     product = a @ b.T
@@ -65,9 +69,9 @@ def match_mutual(a: np.ndarray, b: np.ndarray, similarity: float) -> tuple[np.nd
 
 def match_guided(predicted_px: np.ndarray, descriptors: np.ndarray, features: Features,
                  radius_px: float, similarity: float) -> tuple[np.ndarray, np.ndarray]:
-    """Landmarks expected at pixels [L, 2] matched to features nearby; one to one.
+    """Guided matching: landmarks expected at pixels [L, 2] to features nearby; one to one.
 
-    Returns rows of the landmarks and of the features.
+    descriptors: of the landmarks [L, D]. Returns rows of the landmarks and of the features.
     """
     empty = np.zeros(0, int), np.zeros(0, int)
     if not len(predicted_px) or not len(features):

@@ -1,4 +1,4 @@
-"""From a frame as it came to a view the pipeline can trust: sizes, camera, depth, sharpness."""
+"""From a frame as it came to a checked ``View``: sizes, camera, depth, sharpness."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def usable_depth(depth: np.ndarray, config: TrackingConfig) -> np.ndarray | None
 
 
 def is_in_another_unit(depth: np.ndarray) -> bool:
-    """Nobody sees rooms like this: nearly all of a depth image [H, W] too near, or half too far.
+    """Whether depth [H, W] cannot be in metres: nearly all of it too near, or half too far.
 
     Depth of less than a tenth of the image says nothing.
     """

@@ -1,7 +1,8 @@
 """Finding a lost camera among the keyframes.
 
-Retrieval, descriptor matches and robust PnP give a first pose; a second look at all landmarks
-that should be in view from there decides, which a wrong place does not survive.
+Retrieval by global descriptor, descriptor matches and PnP in RANSAC give a first pose; guided
+matching of all landmarks that should be in view from there verifies it, which a wrong place does
+not pass.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from feedforward_recon.mapping.matching import Tracks, match_guided, match_mutua
 from feedforward_recon.mapping.tracking import Tracked, fit_pose
 from feedforward_recon.types import Features
 
-# Keyframes tried; each costs a PnP; chosen by hand.
-CANDIDATES = 5
-COMPANIONS = 4  # keyframes whose landmarks help those of a candidate
+CANDIDATES = 5  # most similar keyframes that are tried; each costs a PnP; chosen by hand
+# Covisible keyframes whose landmarks are matched beside those of a candidate, which alone shows
+# only part of the view; chosen by hand.
+COMPANIONS = 4
 MIN_FIRST_INLIERS = 12  # to be looked at closer: thrice the points of a sample; chosen by hand
 # First as wide as PnP on few matches is off, then a little beyond outlier_px.
 SEARCH_RADII_PX = (16.0, 6.0)
@@ -28,7 +30,7 @@ MIN_SCORE = 0.5  # share of matches around a pose: in a wrong place most of them
 
 def relocalise(view: View, features: Features, map_: GrowingMap,
                config: TrackingConfig) -> Tracked | None:
-    """Pose and tracks of a view that continues nothing; None if no place agrees with it."""
+    """Pose and tracks of a view without a prior pose; None if no place agrees with it."""
     if not len(map_):
         return None
     fits = [_against(view, features, map_, id_, config) for id_ in _similar(features, map_)]
@@ -52,7 +54,7 @@ def _similar(features: Features, map_: GrowingMap) -> list[int]:
 
 def _against(view: View, features: Features, map_: GrowingMap, id_: int,
              config: TrackingConfig) -> PoseFit | None:
-    """PnP against the points of a keyframe and the landmarks of its companions."""
+    """PnP against the points of a keyframe and the landmarks of covisible ones."""
     keyframe, table = map_.keyframes[id_], map_.landmarks
     own = map_.points_cam(id_)
     known = np.isfinite(own[:, 2])
@@ -72,8 +74,11 @@ def _against(view: View, features: Features, map_: GrowingMap, id_: int,
 
 
 def verified(view: View, features: Features, map_: GrowingMap, T_map_cam: np.ndarray,
-           config: TrackingConfig) -> Tracked | None:
-    """Match all landmarks in view around a first pose, first widely, then closely."""
+             config: TrackingConfig) -> Tracked | None:
+    """Verify a first pose [4, 4]: match all landmarks in view, first widely, then closely.
+
+    Returns the refined pose with its tracks; None where too few agree.
+    """
     for radius_px in SEARCH_RADII_PX:
         near = map_.neighbours(T_map_cam, map_.typical_depth(len(map_) - 1))
         ids, px, _ = map_.visible(near, T_map_cam, view.camera)

@@ -95,7 +95,7 @@ class MapResults:
         return cloud_source(self._map, self._map.config.cloud, newest_only)
 
     def cloud(self) -> PointCloud:
-        """Coloured points in the map frame."""
+        """Coloured points in the map frame, map units."""
         return self.cloud_source().fused()
 
     def keyframe_poses(self) -> Trajectory:

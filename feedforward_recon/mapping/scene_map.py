@@ -25,7 +25,8 @@ class SceneMap:
     camera_source: 'given', 'guessed', 'refined', or 'predicted' by a feed-forward network.
     frame: 'first camera' (its optical axes), 'z up' (gravity known or assumed, x forward at the
     start) or 'given poses'.
-    graph: what a later session needs to go on. sessions: how many made the map.
+    graph: what a later session needs to go on; None without keyframes. sessions: how many made
+    the map.
     """
 
     keyframes: tuple[Keyframe, ...] = ()

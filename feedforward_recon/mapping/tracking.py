@@ -1,4 +1,4 @@
-"""Where is the camera now: landmarks followed from the last frame, and a pose from them."""
+"""Tracking: landmarks followed by optical flow (KLT) from the last frame, and PnP on them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.matching import Tracks, follow
 from feedforward_recon.types import Features
 
-MIN_AGREEMENT = 0.4  # share of followed landmarks; with fewer, something moves or flow slipped
+# Share of the followed landmarks that must agree with a pose; with fewer, much of the view moves
+# by itself or optical flow slipped; chosen by hand.
+MIN_AGREEMENT = 0.4
 MAX_EXTRAPOLATION = 3.0  # intervals between images: across longer pauses velocity says nothing
 
 
@@ -81,11 +83,11 @@ class Tracker:
         self.tracks, self.T_map_cam = tracks, T_map_cam
 
     def corrected(self, tracks: Tracks, T_map_cam: np.ndarray) -> None:
-        """The map moved: the same frame now has another pose and its tracks other names."""
+        """The last frame has another pose, and tracks with other ids or more of them."""
         self.tracks, self.T_map_cam = tracks, T_map_cam
 
-    def carried(self, map_: GrowingMap, T_new_old: np.ndarray) -> None:
-        """The map around the camera moved as a whole, and some landmarks have other names."""
+    def map_moved(self, map_: GrowingMap, T_new_old: np.ndarray) -> None:
+        """The map around the camera moved by T_new_old [4, 4]; some landmarks have other ids."""
         assert self.tracks is not None
         self.tracks = map_.current(self.tracks)
         self.T_map_cam = T_new_old @ self.T_map_cam
@@ -126,7 +128,10 @@ class Tracker:
         return np.where(np.isfinite(px), px, tracks.px)
 
     def track(self, view: View, map_: GrowingMap) -> Tracked | None:
-        """Follow the tracks into a frame and find its pose; None if too few agree."""
+        """Follow the tracks into a frame and find its pose; None if too few agree.
+
+        First from the prediction by constant velocity; if that fails by PnP in RANSAC.
+        """
         if self.tracks is None:
             return None
         T_guess = self.predict(view.stamp_ns)
@@ -157,7 +162,7 @@ class Tracker:
 
 
 def exact_fit(T_map_cam: np.ndarray, inliers: int = 0) -> PoseFit:
-    """A pose that was given or that defines the map frame."""
+    """A pose T_map_cam [4, 4] that was given or that defines the map frame."""
     return PoseFit(T_map_cam, np.diag(FLOOR_STD**2), np.ones(inliers, bool))
 
 
@@ -173,7 +178,7 @@ def is_well_supported(fit: PoseFit, config: TrackingConfig) -> bool:
 
 def fit_pose(view: View, map_: GrowingMap, tracks: Tracks, T_guess: np.ndarray,
              config: TrackingConfig) -> PoseFit:
-    """Pose from tracks whose landmarks have points, polished from a guess."""
+    """Pose from tracks whose landmarks have points, refined from a guess [4, 4]."""
     points = map_.landmarks.points_map(tracks.ids, map_.T_map_cam)
     depth = view.depth_at(tracks.px) if view.depth is not None else None
     return refine_pose(T_guess, points, tracks.px, view.camera, depth=depth,

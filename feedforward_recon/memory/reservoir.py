@@ -14,7 +14,9 @@ import torch
 
 from feedforward_recon.types import Keyframe
 
-MIN_DEPTH_SHARE = 0.1  # of its depth before, for a sample in another camera
+# Of its depth before, for a sample that moves to another camera: nearer than this the error in its
+# image, which is over depth, would count ten times as much; chosen by hand.
+MIN_DEPTH_SHARE = 0.1
 ARRAYS = ('descriptors', 'points_cam', 'keyframe_ids')
 
 
@@ -61,14 +63,14 @@ class Reservoir:
             getattr(self, name)[:self.filled] = state[name].numpy()
         self._rng.bit_generator.state = json.loads(bytes(state['random.numpy'].numpy()))
 
-    def move(self, carrier: np.ndarray, T_carrier_old: np.ndarray) -> None:
-        """Anchor what keyframe k saw in keyframe ``carrier[k]``; T_carrier_old: [K, 4, 4].
+    def move(self, anchor: np.ndarray, T_anchor_old: np.ndarray) -> None:
+        """Anchor what keyframe k saw in keyframe ``anchor[k]``; T_anchor_old: [K, 4, 4].
 
         A sample that is not in front of its new camera gives way to a copy of another one: its
         error in that image would mean nothing.
         """
         count = self.filled
-        T = T_carrier_old[self.keyframe_ids[:count]].astype(np.float32)
+        T = T_anchor_old[self.keyframe_ids[:count]].astype(np.float32)
         points = np.einsum('nij,nj->ni', T[:, :3, :3], self.points_cam[:count]) + T[:, :3, 3]
         good = np.flatnonzero(points[:, 2] > MIN_DEPTH_SHARE * self.points_cam[:count, 2])
         row = np.arange(count)
@@ -77,4 +79,4 @@ class Reservoir:
             row[behind] = self._rng.choice(good, len(behind))
         self.descriptors[:count] = self.descriptors[row]
         self.points_cam[:count] = points[row]
-        self.keyframe_ids[:count] = carrier[self.keyframe_ids[row]]
+        self.keyframe_ids[:count] = anchor[self.keyframe_ids[row]]

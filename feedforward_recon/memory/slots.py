@@ -16,11 +16,17 @@ from scipy.spatial import cKDTree
 from feedforward_recon.geometry.transforms import inverse, transform_points
 from feedforward_recon.types import Keyframe
 
-SEARCH_PX = 4.0  # around where a slot should be seen; chosen by hand
+# The first three, and other values of them: docs/experiments.md, Slots.
+SEARCH_PX = 4.0  # around where a slot should be seen
 SAME_DESCRIPTOR = 0.75  # cosine, as tracking.match_similarity
-SAME_DEPTH = 0.03  # share by which two depths of one point differ: noise of a depth camera at 4 m
-NEIGHBOURS = 4  # slots near a feature that are compared
-PROTECTED_KEYFRAMES = 3  # a new slot has so long to be seen again before it may give way
+# Share by which two depths of one point differ: twice the noise of a depth camera at 4 m.
+SAME_DEPTH = 0.03
+NEIGHBOURS = 4  # slots near a feature that are compared: few are within SEARCH_PX
+# A new slot has so many keyframes to be seen again before it may give way; chosen by hand.
+PROTECTED_KEYFRAMES = 3
+# Observations after which new ones no longer weigh less, so that a slot follows what changes; the
+# mean of the last 3 instead of 20 was worse (docs/experiments.md, Slots).
+LONGEST_MEAN = 20
 ARRAYS = ('descriptors', 'points_cam', 'anchor', 'counts', 'born')
 
 
@@ -44,11 +50,11 @@ class SlotTable:
         T = poses[self.anchor]
         return np.einsum('sij,sj->si', T[:, :3, :3], self.points_cam) + T[:, :3, 3]
 
-    def move(self, carrier: np.ndarray, T_carrier_old: np.ndarray) -> None:
-        """Anchor what keyframe k saw in keyframe ``carrier[k]``; T_carrier_old: [K, 4, 4]."""
-        T = T_carrier_old[self.anchor]
+    def move(self, anchor: np.ndarray, T_anchor_old: np.ndarray) -> None:
+        """Anchor what keyframe k saw in keyframe ``anchor[k]``; T_anchor_old: [K, 4, 4]."""
+        T = T_anchor_old[self.anchor]
         self.points_cam = np.einsum('sij,sj->si', T[:, :3, :3], self.points_cam) + T[:, :3, 3]
-        self.anchor = carrier[self.anchor]
+        self.anchor = anchor[self.anchor]
 
     @property
     def trusted(self) -> np.ndarray:
@@ -112,7 +118,7 @@ class SlotTable:
 
     def _fuse(self, keyframe: Keyframe, feature: np.ndarray, slot: np.ndarray,
               poses: np.ndarray) -> None:
-        weight = 1.0 / (np.minimum(self.counts[slot], 20) + 1)[:, None]
+        weight = 1.0 / (np.minimum(self.counts[slot], LONGEST_MEAN) + 1)[:, None]
         mean = (1 - weight) * self.descriptors[slot] \
             + weight * keyframe.features.descriptors[feature]
         self.descriptors[slot] = mean / np.linalg.norm(mean, axis=1, keepdims=True)

@@ -28,12 +28,15 @@ from feedforward_recon.memory.scene_memory import (
 from feedforward_recon.memory.slots import SlotTable
 from feedforward_recon.types import Keyframe
 
-# Per component: stands for the change of a descriptor with the view; chosen by hand.
+# Per component: stands for the change of a descriptor with the view. This and POLISH_RATE were
+# measured: docs/experiments.md, Coordinate network.
 DESCRIPTOR_NOISE = 0.012
-DEPTH_WEIGHT = 0.3  # of errors along the ray: they move a pose less and are noisier
-ROBUST_PX = 50.0  # errors beyond count by their logarithm: repeated texture cannot be learnt
-WRITE_RATE = 2e-3  # of Adam between frames: few steps, which must not undo what was learnt
-POLISH_RATE = 6e-3  # of Adam at its peak; chosen by hand
+DEPTH_WEIGHT = 0.3  # of errors along the ray, which move a pose less; chosen by hand
+# Errors beyond count by their logarithm: repeated texture cannot be learnt; chosen by hand.
+ROBUST_PX = 50.0
+# Step size between frames: few steps, which must not undo what was learnt; chosen by hand.
+WRITE_RATE = 2e-3
+POLISH_RATE = 6e-3  # step size of the polish at its peak
 REFERENCE_FOCAL_PX = 525.0  # turns angles into pixels of a 640x480 camera, whatever camera maps
 
 
@@ -79,10 +82,10 @@ class MemoryWriter:
         What a forgotten one saw is anchored in the kept keyframe that is most like it.
         """
         unit = 1.0 if self.normaliser is None else float(self.normaliser[3])
-        carrier = nearest_poses(self.poses, kept, unit)
-        T_carrier_old = inverse(self.poses[kept])[carrier] @ self.poses
-        self.slots.move(carrier, T_carrier_old)
-        self.reservoir.move(carrier, T_carrier_old)
+        anchor = nearest_poses(self.poses, kept, unit)
+        T_anchor_old = inverse(self.poses[kept])[anchor] @ self.poses
+        self.slots.move(anchor, T_anchor_old)
+        self.reservoir.move(anchor, T_anchor_old)
         self.poses = self.poses[kept]
 
     def polish(self, steps: int | None = None,

@@ -85,7 +85,7 @@ class MapSaver:
         if self._runner is None:
             return
         session = self._runner.session
-        session.hurry.set()
+        session.skip_polish.set()
         if folder and autosave_s:
             self._autosave(folder, at_the_end=True)
         elif session.info.unsaved_keyframes and not self.is_busy:

@@ -66,7 +66,7 @@ class SessionRunner:
                  results: SessionResults) -> None:
         """Load the networks, and the map to localise in or to go on with. Raises ReconError."""
         self._mailbox, self._health, self._results = mailbox, health, results
-        self._settles = config.queue == 'offline'
+        self._finishes_work = config.queue == 'offline'
         self._queue = FrameQueue(config.queue, config.queue_size)
         self.worker = Worker('worker', mailbox, self._queue, self._use, self._used,
                              lambda: self._late.work())
@@ -121,7 +121,8 @@ class SessionRunner:
             info = session.info
             self._post(lambda: self._results.pose_known(arrival, estimate, info))
 
-        estimate = session.process(frame, first.T_map_cam, settle=self._settles, on_pose=on_pose)
+        estimate = session.process(frame, first.T_map_cam, finish_work=self._finishes_work,
+                                   on_pose=on_pose)
         self._late.used(arrival, estimate)
         keyframes = session.keyframe_poses() if estimate.is_keyframe else None
         return ImageResult(estimate, session.info, keyframes, bool(posed))

@@ -43,7 +43,9 @@ from feedforward_recon.types import Estimate, Frame, Trajectory
 
 __all__ = ['NO_MAP', 'LiveSession', 'Mode', 'SessionInfo', 'session_of']
 Mode = Literal['mapping', 'localization']
-YOUNG_KEYFRAMES = 20  # a map of fewer is restarted rather than kept with a guessed camera
+# A map of fewer, some seconds of a walk, is restarted rather than kept with a guessed camera;
+# chosen by hand.
+YOUNG_KEYFRAMES = 20
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class LiveSession:
     """A map that is being made, or one that was loaded, and the mode it is used in.
 
     load_network: brings the feed-forward network that maps, once mapping begins; None maps with
-    the encoder alone. hurry: once set, the memory is saved without being polished.
+    the encoder alone. skip_polish: once set, the memory is saved without being polished.
     on_ready: called on another thread when ``work`` has something to do.
     Raises what load_network raises.
     """
@@ -102,7 +104,7 @@ class LiveSession:
         self.encoder = encoder
         self.mode: Mode = mode
         self.on_ready = on_ready
-        self.hurry = threading.Event()
+        self.skip_polish = threading.Event()
         self._load_network = load_network
         self._network = load_network() if load_network and mode == 'mapping' else None
         self._memory_bytes = MemoryWriter(config.memory, encoder.dim).snapshot().nbytes
@@ -124,18 +126,19 @@ class LiveSession:
     # -- images ----------------------------------------------------------------------------
 
     def process(self, frame: Frame, T_map_first: np.ndarray | None = None, *,
-                settle: bool = True,
+                finish_work: bool = True,
                 on_pose: Callable[[Estimate], None] | None = None) -> Estimate:
         """One frame of the stream, in the present mode.
 
         T_map_first: pose of the camera if this frame starts a map (see PoseSource).
-        settle: finish what a keyframe is followed by; else ``work`` does it between frames, and
-        on_pose is told the pose of a tracked frame before the frame becomes a keyframe.
+        finish_work: do at once all that ``work`` would do between frames (the backlog of a
+        keyframe, a check against the memory). Else on_pose is called with the pose of a tracked
+        frame before the frame becomes a keyframe.
         Raises InputError for an image that cannot be used.
         """
         if self.mode == 'localization':
             estimate = self._stream.process(frame, self._localizer())
-            while settle and self._stream.work():
+            while finish_work and self._stream.work():
                 pass
             return estimate
         if self._map is None:
@@ -143,7 +146,7 @@ class LiveSession:
         mapper = self._map.mapper
         if T_map_first is not None and not mapper.stats.keyframes:
             mapper.source.T_map_first = T_map_first
-        return mapper.process(frame) if settle else mapper.track(frame, on_pose)
+        return mapper.process(frame) if finish_work else mapper.track(frame, on_pose)
 
     def _begin(self, writer: MemoryWriter, start: StartingMap | None = None, sha256: str = ''
                ) -> MapInProgress:
@@ -152,10 +155,11 @@ class LiveSession:
                                     hint=lambda: self._stream.hint)
         source = _pose_source(self.config, self.encoder, self._network, self._newest,
                               on_ready=lambda: self.on_ready())
-        return MapInProgress(self.config, self.encoder, writer, source, self.hurry, start, sha256)
+        return MapInProgress(self.config, self.encoder, writer, source, self.skip_polish, start,
+                             sha256)
 
     def work(self) -> bool:
-        """One piece of what was put off by ``settle=False``; False when nothing is left."""
+        """One piece of the backlog that ``process`` left; False when nothing is left."""
         if self.mode == 'localization':
             return self._stream.work()
         return self._map is not None and self._map.mapper.work()
@@ -175,7 +179,7 @@ class LiveSession:
         return localizer.localize(with_camera(frame, localizer.camera), T_map_cam_hint)
 
     def hint(self, T_map_cam: np.ndarray) -> None:
-        """Somebody says where the camera is, in map units; tried first, never trusted."""
+        """A prior pose T_map_cam [4, 4], map units: tried first, and checked like any other."""
         self._stream.hint = T_map_cam
         self._stream.forget()
 
@@ -190,7 +194,7 @@ class LiveSession:
     # -- the map ---------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> SaveJob:
-        """Settle the map; the job polishes a copy of the memory and writes the folder.
+        """Finish the map; the job polishes a copy of the memory and writes the folder.
 
         The job raises InputError or MapError when the folder cannot be written. Raises MapError
         when there is no map of our own to save, InputError for an impossible path.
@@ -278,7 +282,7 @@ class LiveSession:
         return 'the calibration came late; the map is started again with it'
 
     def set_odometry_scale(self, metres_per_unit: float) -> None:
-        """Odometry has told how long a unit of a monocular map is."""
+        """Length of a unit of a monocular map, as odometry measured it."""
         if self._map is not None:
             self._map.metres_per_unit = metres_per_unit
 
@@ -325,6 +329,6 @@ def _pose_source(config: MapperConfig, encoder: Encoder, network: FeedForward | 
                  newest: NewestMemory, on_ready: Callable[[], None]) -> PoseSource:
     """Windows of a network if there is one, else features; a lost camera asks the memory."""
     if network is None:
-        return FeaturePoses(config, encoder, relocalise=newest.ask)
+        return FeaturePoses(config, encoder, relocalise=newest.relocalise)
     return WindowPoses(config, network, encoder, windows=network.windows, selects=True,
-                       relocalise=newest.ask, on_ready=on_ready)
+                       relocalise=newest.relocalise, on_ready=on_ready)

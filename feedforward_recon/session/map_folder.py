@@ -4,7 +4,7 @@
     saved = load_map('maps/kitchen')
     localizer = saved.localizer()
 
-Localising needs map.yaml and memory.safetensors alone; with a network that remembers the map,
+Localising needs map.yaml and memory.safetensors alone; with the fast weights of a network,
 network.safetensors as well. The other files are for people and other tools (poses.json,
 trajectory.tum, cloud.ply) and for going on with the map (keyframes.safetensors,
 reservoir.safetensors).
@@ -54,7 +54,8 @@ from feedforward_recon.types import PointCloud, Trajectory
 from feedforward_recon.version import __version__
 
 log = logging.getLogger(__name__)
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 1  # of map.yaml: a newer one is refused (docs/map_format.md)
+# Other maps kept beside a new one of the same folder, each up to about 100 MB; chosen by hand.
 BACKUPS = 5
 MEMORY, RESERVOIR = 'memory.safetensors', 'reservoir.safetensors'
 NETWORK = 'network.safetensors'
@@ -119,18 +120,27 @@ class SavedMap:
         return CompactEncoder.load(found[self.info.encoder_sha256], self.info.config.encoder)
 
     def localizer(self, encoder: Encoder | None = None) -> Localizer:
-        """A localizer with the settings and the camera of the map."""
+        """A localizer with the settings and the camera of the map.
+
+        Raises MapError as ``load_encoder`` does.
+        """
         return Localizer(self.memory, encoder or self.load_encoder(), self.info.config.localizer,
                          self.info.camera)
 
     def fast_weights(self) -> SavedFastWeights | None:
-        """What a network remembers of this map; None when it was made without."""
+        """Fast weights of a network for this map; None when it was made without.
+
+        Raises MapError for a damaged file.
+        """
         if NETWORK not in self.info.files:
             return None
         return SavedFastWeights.load(self._verified(NETWORK))
 
     def trajectory(self) -> Trajectory:
-        """Poses of the mapped images, from poses.json."""
+        """Poses T_map_cam [N, 4, 4] of the mapped images, map units, from poses.json.
+
+        Raises MapError for a damaged or missing file; so do ``poses`` and ``cloud``.
+        """
         entries = [entry for entry in self.poses() if entry['T_map_cam'] is not None]
         if not entries:
             return Trajectory()
@@ -142,11 +152,14 @@ class SavedMap:
         return json.loads(self._verified(POSES).read_text(encoding='utf-8'))
 
     def cloud(self) -> PointCloud:
-        """The coloured points of cloud.ply."""
+        """The coloured points of cloud.ply, in the map frame and in map units."""
         return read_ply(self._verified(CLOUD))
 
     def writer(self) -> MemoryWriter:
-        """The memory's training state, to go on writing exactly where mapping stopped."""
+        """The memory's training state, to go on writing exactly where mapping stopped.
+
+        Raises MapError for a damaged or missing file.
+        """
         try:
             with safe_open(str(self._verified(RESERVOIR)), 'pt') as file:
                 state = {key: file.get_tensor(key) for key in file.keys()}
@@ -210,7 +223,7 @@ def save_map(path: str | Path, scene: SceneMap, writer: MemoryWriter, encoder: E
              replaces: str | None = None) -> SavedMap:
     """Write a map folder, read it back and return it; replaces an older map, nothing else.
 
-    network: what a feed-forward network remembers of the same scene.
+    network: fast weights of a feed-forward network for the same scene.
     replaces: ``SavedMap.sha256`` of the one map that may be replaced; any other map that is there
     is kept as a backup beside it. None replaces whatever map there is. Of ``BACKUPS`` + 1
     backups the one with the fewest keyframes goes, so that a good map outlives many small ones.
@@ -290,7 +303,7 @@ def _write_description(folder: Path, scene: SceneMap, encoder: Encoder,
 
 
 def _check_written(folder: Path, memory: SceneMemory) -> None:
-    """The law that saving is exact, checked on every save."""
+    """Saving is exact: the memory read back equals the one written, bit for bit."""
     saved = load_map(folder)
     written, read = memory.tensors(), saved.memory.tensors()
     if saved.verify() or not all(torch.equal(written[name], read[name]) for name in written):
@@ -312,7 +325,7 @@ def load_map(path: str | Path) -> SavedMap:
 
 
 def nothing_found(path: Path, images: int) -> MapError:
-    """The error of a session that found itself nowhere in the map that it was to go on with."""
+    """The error of a session of which no image was found in the map that it was to extend."""
     return MapError(f'{path}: expected images of the place in this map, found none in {images} '
                     'images; the map is unchanged')
 

@@ -1,4 +1,4 @@
-"""``MapInProgress``: one map that is being made, and its saves."""
+"""``MapInProgress``: one map that is being made, and the jobs that save it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from feedforward_recon.session.map_folder import (
 SaveJob = Callable[[], SavedMap]
 
 
-class _OutOfTimeError(Exception):
+class _PolishSkippedError(Exception):
     """Polishing was told to end."""
 
 
@@ -38,17 +38,18 @@ class LastSave:
 class MapInProgress:
     """A mapper, the memory it writes, and the folder jobs that save both.
 
-    hurry: once set, the memory is saved without being polished. metres_per_unit: what odometry
-    says of a map without a scale of its own. start, sha256: the saved map to go on with, and of
-    its map.yaml.
+    skip_polish: once set, the memory is saved without being polished. metres_per_unit: what
+    odometry says of a map without a scale of its own. start: the saved map to go on with; sha256:
+    of its map.yaml.
     """
 
     def __init__(self, config: MapperConfig, encoder: Encoder, writer: MemoryWriter,
-                 source: PoseSource, hurry: threading.Event, start: StartingMap | None = None,
-                 sha256: str = '') -> None:
+                 source: PoseSource, skip_polish: threading.Event,
+                 start: StartingMap | None = None, sha256: str = '') -> None:
         self.mapper = Mapper(config, encoder, writer, source=source, start=start)
         self.metres_per_unit: float | None = None
-        self._config, self._encoder, self._writer, self._hurry = config, encoder, writer, hurry
+        self._config, self._encoder, self._writer = config, encoder, writer
+        self._skip_polish = skip_polish
         self._last_save = LastSave(sha256, self._progress)
 
     @property
@@ -82,7 +83,7 @@ class MapInProgress:
         return scene
 
     def save(self, path: str | Path) -> SaveJob:
-        """Settle the map; the job polishes a copy of the memory and writes the folder.
+        """Finish the map; the job polishes a copy of the memory and writes the folder.
 
         Raises MapError when there is no map yet, or when no frame was found in the map to go on
         with, InputError for an impossible path.
@@ -96,7 +97,7 @@ class MapInProgress:
     def autosave(self, path: str | Path) -> SaveJob | None:
         """A job that writes the map as it stands, neither refined nor polished.
 
-        Taking it keeps nobody waiting. None while there is nothing that was not saved before.
+        Taking it is quick. None while there is nothing that was not saved before.
         Raises InputError for an impossible path.
         """
         if not self.unsaved_keyframes:
@@ -124,14 +125,14 @@ class MapInProgress:
         return job
 
     def _polish(self, writer: MemoryWriter) -> bool:
-        """Polish a copy of the memory; False when there was no time left to end it."""
+        """Polish a copy of the memory; False when it was told to end before."""
         def check(_: int) -> None:
-            if self._hurry.is_set():
-                raise _OutOfTimeError
+            if self._skip_polish.is_set():
+                raise _PolishSkippedError
 
         try:
             writer.polish(progress=check)
-        except _OutOfTimeError:
+        except _PolishSkippedError:
             return False
         return True
 

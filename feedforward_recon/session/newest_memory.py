@@ -1,4 +1,4 @@
-"""``NewestMemory``: the scene memory that is being written, frozen whenever somebody asks it."""
+"""``NewestMemory``: localisation in the scene memory that is being written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NO_MAP = 'NO_MAP'
 
 
 class NewestMemory:
-    """Finds images in what the writer holds; it is frozen anew after each write.
+    """Finds images in a snapshot of what the writer holds, taken anew after each write.
 
     hint: says which T_map_cam [4, 4] is tried first for a lost camera, if any.
     """
@@ -43,8 +43,8 @@ class NewestMemory:
                                         camera)
         return self._localizer
 
-    def ask(self, view: View) -> Estimate:
-        """Where the memory sees a lost camera."""
+    def relocalise(self, view: View) -> Estimate:
+        """Pose of a lost camera from the memory, or NOT_LOCALISED with the reason."""
         localizer = self.localizer(view.camera)
         frame = Frame(view.stamp_ns, view.image, camera=view.camera, source=view.source)
         return no_map(frame) if localizer is None else localizer.localize(frame, self._hint())

@@ -21,7 +21,7 @@ from feedforward_recon.localization.network_localizer import SavedFastWeights
 from feedforward_recon.mapping.mapper import Mapper
 from feedforward_recon.mapping.scene_map import SceneMap, Stats
 from feedforward_recon.mapping.sources import FeaturePoses, PoseSource
-from feedforward_recon.mapping.sources.features import Ask
+from feedforward_recon.mapping.sources.features import Relocaliser
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.model import Encoder
 from feedforward_recon.model.compact import CompactEncoder
@@ -34,7 +34,7 @@ from feedforward_recon.session.map_folder import (
 from feedforward_recon.session.newest_memory import NewestMemory
 from feedforward_recon.types import Frame, Trajectory
 
-SourceOf = Callable[[Ask], PoseSource]  # given another way to find a lost camera
+SourceOf = Callable[[Relocaliser], PoseSource]  # given what finds a lost camera in the memory
 
 
 class ProgressBar(Protocol):
@@ -47,14 +47,14 @@ class ProgressBar(Protocol):
 
 class _NoBar:
     def advance(self, state: str = '') -> None:
-        """Nobody is watching."""
+        """Show nothing."""
 
 
 Progress = Callable[[str, int], AbstractContextManager[ProgressBar]]  # label and total -> a bar
 
 
 def quiet(label: str, total: int) -> AbstractContextManager[ProgressBar]:
-    """Progress that nobody sees."""
+    """Progress that is not shown."""
     return nullcontext(_NoBar())
 
 
@@ -83,7 +83,9 @@ class Run:
         return len(self.scene.trajectory) / max(self.stats.frames, 1)
 
     def error(self) -> TrajectoryError:
-        """ATE against the poses that came with the frames, aligned as the scale allows.
+        """ATE (Sturm et al. 2012) against the poses of the frames, aligned as the scale allows.
+
+        SE(3) for a map in metres, else Sim(3).
 
         Raises InputError or DegenerateError when they cannot be compared.
         """
@@ -103,8 +105,8 @@ def map_frames(frames: Iterable[Frame], config: MapperConfig | None = None,
                into: SavedMap | None = None, total: int = 0, progress: Progress = quiet) -> Run:
     """Map frames, refine, look for missed frames in the finished map, and polish the memory.
 
-    source: makes what gives frames their poses; default: their features, and the memory for a
-    lost camera. The second look needs frames that can be read twice (not an iterator).
+    source: makes the pose source; default: features of the images, and the memory for a lost
+    camera. Relocalising missed frames needs frames that can be read twice (not an iterator).
     into: a saved map to go on with: frames are located in it first, and extend it once one is
     found; memory and encoder keep the settings it was made with.
     total: how many frames there are, for the progress.
@@ -118,8 +120,9 @@ def map_frames(frames: Iterable[Frame], config: MapperConfig | None = None,
     else:
         config, encoder = settings_to_go_on(into, config), encoder or into.load_encoder()
         start, writer = into.start(config)
-    ask = NewestMemory(writer, encoder, config.localizer).ask
-    poses = FeaturePoses(config, encoder, relocalise=ask) if source is None else source(ask)
+    relocalise = NewestMemory(writer, encoder, config.localizer).relocalise
+    poses = FeaturePoses(config, encoder, relocalise=relocalise) if source is None \
+        else source(relocalise)
     mapper = Mapper(config, encoder, writer, source=poses, start=start)
     truth: list[tuple[int, np.ndarray]] = []
     started, mapping_s = time.perf_counter(), 0.0
@@ -134,7 +137,7 @@ def map_frames(frames: Iterable[Frame], config: MapperConfig | None = None,
     reading_s = time.perf_counter() - started - mapping_s
     before = time.perf_counter()
     scene = mapper.finish()
-    if not isinstance(frames, Iterator) and look_again(mapper, frames):
+    if not isinstance(frames, Iterator) and relocalise_frames(mapper, frames):
         scene = mapper.results.scene_map()
     if into is not None and not len(scene.trajectory):
         raise nothing_found(into.path, len(scene.estimates))
@@ -143,17 +146,17 @@ def map_frames(frames: Iterable[Frame], config: MapperConfig | None = None,
                _polish(writer, progress), encoder, config)
 
 
-def look_again(mapper: Mapper, frames: Iterable[Frame]) -> int:
-    """Look up frames in a finished map that its pose source could not place, or not well.
+def relocalise_frames(mapper: Mapper, frames: Iterable[Frame]) -> int:
+    """Relocalise frames in a finished map that its pose source could not place, or not well.
 
     frames: all of them, in the same order. The map stays as it is. Returns how many were looked
     for.
     """
     wanted = {index for index, estimate in enumerate(mapper.results.estimates)
-              if mapper.source.deserves_second_look(estimate)}
+              if mapper.source.wants_relocalisation(estimate)}
     for index, frame in enumerate(frames if wanted else ()):
         if index in wanted:
-            mapper.revisit(index, frame)
+            mapper.relocalise_frame(index, frame)
     return len(wanted)
 
 

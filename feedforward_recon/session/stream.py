@@ -18,7 +18,7 @@ from feedforward_recon.types import Estimate, Frame
 class LocalizedStream:
     """Follows a stream of images between answers of a localizer.
 
-    hint: T_map_cam [4, 4] that is tried first where the memory is asked, None without.
+    hint: T_map_cam [4, 4] that is tried first where the memory is queried, None without.
     """
 
     def __init__(self, config: TrackingConfig) -> None:
@@ -38,7 +38,7 @@ class LocalizedStream:
         return estimate
 
     def work(self) -> bool:
-        """A piece of asking the memory; False when nothing is left."""
+        """A piece of querying the memory; False when nothing is left."""
         return self._follower is not None and self._follower.work()
 
     def forget(self) -> None:

@@ -1,7 +1,7 @@
-"""Mapped images that tie the next window to the map: some of the last, and some that look alike.
+"""Mapped images that align the next window with the map: some of the last, and similar old ones.
 
-Anchors among the newest images continue the walk. Anchors chosen by similarity tie it to what
-was mapped long ago, when the camera comes back. Of each image its pixels and a coarse grid of
+Anchors among the newest images continue the walk. Anchors chosen by global descriptor close loops
+when the camera comes back. Of each image its pixels and a coarse grid of
 points are kept, and of at most ``OLD_IMAGES`` images, whatever the length of the walk.
 """
 
@@ -15,10 +15,14 @@ import numpy as np
 from feedforward_recon.mapping.sources.window_geometry import Samples, samples
 from feedforward_recon.types import FloatArray, Prediction
 
-OLD_IMAGES = 100  # kept at most, about 0.1 GB of 640x480 pixels
-OLD_SHARE = 0.5  # of the anchors, at most
-MIN_AGE = 3  # windows
-SIMILAR = 0.6  # cosine of two global descriptors, below which two images are of other places
+OLD_IMAGES = 100  # kept at most: 92 MB of 640x480 RGB pixels
+# Share of the anchors that may be old images; the others continue the walk.
+OLD_SHARE = 0.5
+# Windows since an image was placed: newer ones have the drift of the last window, and made things
+# worse (docs/experiments.md, Windows that come back to their start).
+MIN_AGE = 3
+# Cosine of two global descriptors, below which two images show other places; chosen by hand.
+SIMILAR = 0.6
 Poses = Callable[[int], FloatArray | None]
 
 
@@ -27,7 +31,7 @@ class Anchor:
     """A mapped image.
 
     frame: its number in the mapper. window: number of the window that placed it.
-    T_map_cam: where it put it. samples: its points.
+    image: uint8 [H, W, 3], RGB. T_map_cam: [4, 4], where the window put it. samples: its points.
     variance: of its position (map units squared) and angle (rad squared).
     global_descriptor: None for an image that is no keyframe.
     """
@@ -88,14 +92,14 @@ class AnchorImages:
         return len(self._recent)
 
     def begin(self, anchors: Anchors | None) -> None:
-        """A new window was placed; images of it follow. anchors: what tied it to the map."""
+        """A new window was placed; its images follow. anchors: those that it was aligned with."""
         self._window += 1
         again = {id(item) for item in anchors.items} if anchors is not None else set()
         left = [item for item in self._recent if id(item) not in again]
         self._old += [item for item in left if item.global_descriptor is not None]
         while len(self._old) > OLD_IMAGES:
             del self._old[_most_redundant(self._old)]
-        # The newest of them are the bridge to the window before.
+        # The newest of them overlap with the window before.
         self._recent = [] if anchors is None else list(anchors.select(anchors.recent).items)
 
     def add(self, frame: int, image: np.ndarray, prediction: Prediction,
@@ -105,12 +109,12 @@ class AnchorImages:
                                    samples(prediction), variance, global_descriptor))
 
     def chosen(self, count: int, descriptors: Iterable[np.ndarray], pose: Poses) -> Anchors:
-        """At most ``count`` images, half of them old ones if any resemble ``descriptors``.
+        """At most ``count`` images, half of them old ones if any are similar to ``descriptors``.
 
         The others come from the later half of the last window, the last image among them.
         pose: where the mapper has a frame now, None where it does not know.
         """
-        old = self._alike(int(count * OLD_SHARE), descriptors)
+        old = self._similar(int(count * OLD_SHARE), descriptors)
         last = len(self._recent) - 1
         index = np.unique(np.linspace(last, last // 2, count - len(old)).round().astype(int))
         items = [*old, *(self._recent[i] for i in index)]
@@ -119,10 +123,10 @@ class AnchorImages:
                       for item, T in zip(items, poses, strict=True)])
         return Anchors(tuple(items), T, np.arange(len(items)) >= len(old))
 
-    def _alike(self, count: int, descriptors: Iterable[np.ndarray]) -> list[Anchor]:
-        """The old images most alike to any of some global descriptors, the most alike first.
+    def _similar(self, count: int, descriptors: Iterable[np.ndarray]) -> list[Anchor]:
+        """Old images most similar to any of some global descriptors, the most similar first.
 
-        Not those of the windows just before: they bring the same drift.
+        Not those of the windows just before: they have the same drift.
         """
         old = [item for item in self._old if item.window <= self._window - MIN_AGE]
         if not old or count < 1:
@@ -138,8 +142,8 @@ def _global_descriptors(items: list[Anchor]) -> list[np.ndarray]:
 
 
 def _most_redundant(items: list[Anchor]) -> int:
-    """Index of the newer of the two images that look most alike: the older one drifted less."""
+    """Index of the newer of the two most similar images: the older one drifted less."""
     descriptors = np.stack(_global_descriptors(items))
-    alike = descriptors @ descriptors.T
-    np.fill_diagonal(alike, -1)
-    return int(max(np.unravel_index(alike.argmax(), alike.shape)))
+    similarity = descriptors @ descriptors.T
+    np.fill_diagonal(similarity, -1)
+    return int(max(np.unravel_index(similarity.argmax(), similarity.shape)))

@@ -12,8 +12,8 @@ T = TypeVar('T')
 class BackgroundCall(Generic[T]):
     """Starts a call at once. ``done`` is called on its thread when it has ended.
 
-    A daemon thread, unlike those of ``concurrent.futures``: a process that is told to end does
-    not wait for a network.
+    A daemon thread, unlike those of ``concurrent.futures``: a process that ends does not wait for
+    a network.
     """
 
     def __init__(self, call: Callable[[], T], done: Callable[[], None]) -> None:

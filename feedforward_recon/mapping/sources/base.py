@@ -24,7 +24,7 @@ NO_KNOWN_PLACE = 'no known place in view'
 
 
 class MapExtension(Protocol):
-    """What a source may ask of the mapper when frames get their poses later."""
+    """What a source may call of the mapper when frames get their poses later."""
 
     def insert(self, view: View, tracked: Tracked | None, reason: str = '') -> Estimate:
         """Give an earlier frame its pose, and make it a keyframe if it shows something new."""
@@ -42,9 +42,9 @@ class MapExtension(Protocol):
 class PoseSource(Protocol):
     """How frames get their poses.
 
-    T_map_first: pose [4, 4] of the camera that starts a map. is_exact: poses are taken as they
-    are, so no loop is closed and only landmarks are refined. lost: reason given for a frame
-    without a pose in an established map.
+    T_map_first: pose [4, 4] of the camera that starts a map, map units. is_exact: poses are taken
+    as they are, so no loop is closed and only landmarks are refined. lost: reason given for a
+    frame without a pose in an established map.
     """
 
     T_map_first: np.ndarray
@@ -108,14 +108,14 @@ class PoseSource(Protocol):
         """Settings of the bundle adjustments of the finished map, in their order."""
         ...
 
-    def deserves_second_look(self, estimate: Estimate) -> bool:
-        """Whether a frame is to be looked up in the finished map."""
+    def wants_relocalisation(self, estimate: Estimate) -> bool:
+        """Whether a frame is to be relocalised in the finished map."""
         ...
 
 
 def first_view(view: View, encoder: Encoder, T_map_cam: np.ndarray,
                config: TrackingConfig) -> Tracked | None:
-    """A frame with enough texture - and depth, if the camera has it - starts the map."""
+    """The first frame of a map at T_map_cam [4, 4]; None without enough texture or depth."""
     features = encoder.encode(view.image)
     enough = 2 * config.min_inliers
     if view.needs_depth and (view.depth_at(features.keypoints) > 0).sum() < enough:
@@ -130,5 +130,5 @@ def first_view(view: View, encoder: Encoder, T_map_cam: np.ndarray,
 
 
 def missing_for_start(*, needs_depth: bool) -> str:
-    """What the first frames lacked so far."""
+    """What the first frames lacked so far, in words."""
     return 'waiting for texture with depth' if needs_depth else 'waiting for texture'

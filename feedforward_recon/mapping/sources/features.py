@@ -2,8 +2,8 @@
 
 no map            -> the first frame with texture, or with depth where the camera has it
 no depth so far   -> two-view geometry once there is parallax (monocular cameras)
-tracked before    -> optical flow and PnP
-lost              -> relocalisation among the keyframes, then whatever the caller can ask
+tracked before    -> optical flow (KLT) and PnP
+lost              -> relocalisation among the keyframes, then by the caller's relocaliser
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from feedforward_recon.mapping.tracking import Tracked, Tracker
 from feedforward_recon.model import Encoder
 from feedforward_recon.types import Estimate
 
-Ask = Callable[[View], Estimate]  # another way to find a lost camera
+Relocaliser = Callable[[View], Estimate]  # finds a lost camera, e.g. in the scene memory
 
 
 class FeaturePoses:
     """Poses from the features of the images alone.
 
-    relocalise: asked for a lost camera when the keyframes do not help.
+    relocalise: called for a lost camera that is not found among the keyframes.
     T_map_first: pose [4, 4] of the camera that starts the map, in a frame with z up; the
     identity puts the origin and the axes into the first camera.
     """
@@ -47,7 +47,8 @@ class FeaturePoses:
     progress = ''
     lost = NO_KNOWN_PLACE
 
-    def __init__(self, config: MapperConfig, encoder: Encoder, *, relocalise: Ask | None = None,
+    def __init__(self, config: MapperConfig, encoder: Encoder, *,
+                 relocalise: Relocaliser | None = None,
                  T_map_first: np.ndarray | None = None) -> None:
         self.tracker = Tracker(config.tracking)
         self.T_map_first = np.eye(4) if T_map_first is None else T_map_first
@@ -81,7 +82,7 @@ class FeaturePoses:
     def _second(self, view: View, map_: GrowingMap, bootstrap: Bootstrap) -> Tracked | None:
         """Monocular: the frame whose parallax gives the map its depth."""
         tracks = self.tracker.flow(view, map_, self.T_map_first)
-        if bootstrap.is_hopeless(tracks):
+        if bootstrap.has_lost_tracks(tracks):
             map_.clear()
             return self._first(view)
         tracked = bootstrap.second_view(view, tracks, self.T_map_first)
@@ -90,7 +91,7 @@ class FeaturePoses:
         return tracked
 
     def _relocalised(self, view: View, map_: GrowingMap) -> Tracked | None:
-        tracked = found_again(view, map_, self._encoder, self._config, self._relocalise)
+        tracked = relocalise_lost(view, map_, self._encoder, self._config, self._relocalise)
         if tracked is not None:
             self.tracker.accept(view, tracked.tracks, tracked.fit.T_map_cam, moved=False)
         return tracked
@@ -129,18 +130,18 @@ class FeaturePoses:
         """One bundle adjustment."""
         return [config]
 
-    def deserves_second_look(self, estimate: Estimate) -> bool:
-        """Frames without a pose: the finished map has seen what came later."""
+    def wants_relocalisation(self, estimate: Estimate) -> bool:
+        """Frames without a pose: the finished map shows what came later, too."""
         return not estimate.status.has_pose
 
 
-def found_again(view: View, map_: GrowingMap, encoder: Encoder, config: MapperConfig,
-                ask: Ask | None) -> Tracked | None:
-    """A lost camera, found among the keyframes or where ``ask`` says it is."""
+def relocalise_lost(view: View, map_: GrowingMap, encoder: Encoder, config: MapperConfig,
+                    relocaliser: Relocaliser | None) -> Tracked | None:
+    """A lost camera, found among the keyframes or where ``relocaliser`` has it."""
     features = encoder.encode(view.image)
     tracked = relocalise(view, features, map_, config.tracking)
-    if tracked is None and ask is not None:
-        T_map_cam = ask(view).T_map_cam
+    if tracked is None and relocaliser is not None:
+        T_map_cam = relocaliser(view).T_map_cam
         if T_map_cam is not None:
             tracked = verified(view, features, map_, T_map_cam, config.tracking)
     return None if tracked is None else replace(tracked, relocalised=True)

@@ -73,6 +73,6 @@ class GivenPoses:
         """No pose is moved."""
         return []
 
-    def deserves_second_look(self, estimate: Estimate) -> bool:
+    def wants_relocalisation(self, estimate: Estimate) -> bool:
         """Frames without a given pose get none."""
         return False

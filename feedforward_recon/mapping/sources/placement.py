@@ -1,9 +1,9 @@
 """``WindowPlacement``: where a predicted window belongs in the map.
 
 Every window comes back in a frame and a unit of its own. Its anchors, images that are mapped
-already, are predicted again; the similarity (Procrustes) that brings their points onto the map
-carries the other views along. The first window starts the map: it decides on the unit, on the
-camera, and on how far the depth of the network is to be trusted.
+already, are predicted again; the similarity transform that aligns their points with the map
+(Procrustes; Umeyama 1991) also places the other views. The first window starts the map: it
+decides on the unit, on the camera, and on the noise of the network's depth.
 """
 
 from __future__ import annotations
@@ -36,19 +36,26 @@ from feedforward_recon.mapping.sources.window_geometry import (
 from feedforward_recon.types import Prediction
 
 log = logging.getLogger(__name__)
-MAX_RESIDUAL = 0.15  # of the typical depth: beyond, the anchors were not recognised
-UNSURE_SHARE = 0.2  # of the depth of an image, the least certain, that is not used
-# An image's depths are wrong together: a few hundred of them say hardly more than one.
+# Median distance after alignment, as a share of the typical depth: beyond, the network did not
+# recognise the anchors; chosen by hand.
+MAX_RESIDUAL = 0.15
+# Share of the depth of an image, the least confident, that is not used: sky, edges, reflections;
+# chosen by hand.
+UNSURE_SHARE = 0.2
+# Depth errors of one image are correlated: 20^2 of them, as many as landmarks are tracked, say
+# hardly more than one. So the noise of each is taken for 20 times what it is; chosen by hand.
 DEPTH_NOISE_FACTOR = 20
-DEPTH_NOISE_FLOOR = 0.004
-WIDE = 5.0  # gates before refinement, as a multiple of those of tracking
+DEPTH_NOISE_FLOOR = 0.004  # a network is taken to be no better than a depth camera at 1 m
+# Gates before refinement, times those of tracking: 15 px, the size of errors of degrees; see
+# docs/experiments.md, Following a camera between windows.
+WIDE = 5.0
 NO_OVERLAP = 'no overlap with the map'
 
 
 class WindowPlacement:
-    """Brings predicted windows into the map, and keeps the images that tie the next ones to it.
+    """Aligns predicted windows with the map, and keeps the anchors of the next ones.
 
-    refine: the map will be refined, so that gates may be wide until then.
+    refine: the map will be refined, so gates are wide until then.
     metric: sensor depth gives the unit; decided by the first window. camera: what the network
     predicts, None where cameras are given.
     """
@@ -64,8 +71,8 @@ class WindowPlacement:
     def place(self, window: Window, prediction: Prediction) -> list[PlacedView]:
         """The views of a predicted window with their places in the map.
 
-        Without the last ones if only they are not tied to the others: in the next window they
-        have nearer anchors, and another chance.
+        Without the last ones if only they do not overlap with the others: the next window has
+        nearer anchors for them.
         """
         anchors, views = window.anchors, [waiting.view for waiting in window.views]
         count = 0 if anchors is None else len(anchors)
@@ -138,7 +145,7 @@ class WindowPlacement:
                 anchors.variance[1] + max(apart[1]**2, own[1] / 4))
 
     def _start(self, root: WaitingView, first: View, prediction: Prediction, noise: float) -> None:
-        """The first window decides on the camera and on how far depth is to be trusted."""
+        """The first window decides on the camera and on the noise of depth."""
         at_first_camera = np.array_equal(root.T_map_first, np.eye(4))
         self.frame = 'first camera' if at_first_camera else 'z up'
         if not first.knows_camera:
@@ -154,7 +161,7 @@ class WindowPlacement:
     def settings(self, *, wide: bool) -> MapperConfig:
         """Settings of the mapper; wide: gates for poses that have yet to be refined.
 
-        Errors of degrees are many pixels: gates that suit tracking would take the evidence for
+        Errors of degrees are many pixels: gates that suit tracking would take inliers for
         outliers.
         """
         tracking, refine, cloud = self._config.tracking, self._config.refine, self._config.cloud
@@ -209,7 +216,7 @@ class WindowPlacement:
 
 def _placed(view: View, prediction: Prediction, shown: bool, score: float,
             variance: tuple[float, float]) -> PlacedView:
-    """A view that a window shows, or lists without being tied to the map."""
+    """A view with its place in the map; without one where ``shown`` is False."""
     if not shown:
         return PlacedView(view, prediction, reason=NO_OVERLAP)
     return PlacedView(view, prediction, prediction.T_world_cam[0],
@@ -217,7 +224,7 @@ def _placed(view: View, prediction: Prediction, shown: bool, score: float,
 
 
 def _parts(tied: np.ndarray, recent: np.ndarray) -> list[np.ndarray]:
-    """Which anchors to trust, in turn: all that show the same place, the newest, the old."""
+    """Masks of anchors to align with, in turn: all that overlap, the newest, the old."""
     parts = [tied, tied & recent, tied & ~recent]
     return [part for part in parts if part.any()] if parts[1].any() and parts[2].any() \
         else parts[:1]

@@ -10,13 +10,17 @@ from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.mapping.keyframes import View
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.relocalisation import verified
-from feedforward_recon.mapping.sources.features import Ask, found_again
+from feedforward_recon.mapping.sources.features import Relocaliser, relocalise_lost
 from feedforward_recon.mapping.tracking import Tracked, Tracker, is_well_supported
 from feedforward_recon.model import Encoder
 
-CELLS = 4  # the image has CELLS x CELLS of them
-MIN_SPREAD = 0.5  # share of the cells that landmarks must be seen in
-LEAVING = 0.6  # share of the landmarks seen in the best frame since the last window
+CELLS = 4  # per side of the image: coarse enough that a cell with texture has a landmark
+# Share of the cells that landmarks must be seen in: with fewer, poses were 10 to 30 cm off
+# (docs/experiments.md, Following a camera between windows).
+MIN_SPREAD = 0.5
+# Share of the landmarks seen in the best frame since the last window, below which the camera
+# leaves what is mapped; chosen by hand.
+LEAVING = 0.6
 
 
 class ViewFollower:
@@ -25,7 +29,7 @@ class ViewFollower:
     is_leaving: the camera sees much less of the map than at best since the last window.
     """
 
-    def __init__(self, encoder: Encoder, relocalise: Ask | None) -> None:
+    def __init__(self, encoder: Encoder, relocalise: Relocaliser | None) -> None:
         self._encoder, self._relocalise = encoder, relocalise
         self._config = MapperConfig()
         self._tracker = Tracker(self._config.tracking)
@@ -43,13 +47,12 @@ class ViewFollower:
     def follow(self, view: View, map_: GrowingMap, *, refresh: bool) -> Tracked | None:
         """Pose of a frame; None for a lost camera.
 
-        refresh: look for all landmarks in view again, instead of following those of the last
-        frame, which drift.
+        refresh: match all landmarks in view again by descriptor, because flow drifts.
         """
         tracking = self._config.tracking
         tracked, moved = self._tracker.track(view, map_), True
         if tracked is None:
-            tracked, moved = found_again(view, map_, self._encoder, self._config,
+            tracked, moved = relocalise_lost(view, map_, self._encoder, self._config,
                                          self._relocalise), False
         elif refresh:
             features = self._encoder.encode(view.image)
@@ -64,7 +67,7 @@ class ViewFollower:
         return replace(tracked, extends=False, sure=sure)
 
     def _is_sure(self, view: View, tracked: Tracked) -> bool:
-        """A pose from landmarks in a corner of the image is not to be relied on."""
+        """Enough inliers, spread over the image: a corner of it determines a pose badly."""
         cells = np.unique((CELLS * tracked.tracks.px / view.camera.size_wh).astype(int), axis=0)
         return is_well_supported(tracked.fit, self._config.tracking) \
             and len(cells) >= MIN_SPREAD * CELLS**2

@@ -40,7 +40,7 @@ class WaitingView:
 
 @dataclass(frozen=True)
 class Window:
-    """New views, and mapped images that tie them to the map; None while there is no map."""
+    """New views, and mapped images that align them with the map; None while there is no map."""
 
     views: list[WaitingView]
     anchors: Anchors | None = None
@@ -54,10 +54,11 @@ class Window:
 
 @dataclass(frozen=True)
 class PlacedView:
-    """A view with what its window says about it.
+    """A view with what its window predicts for it.
 
     prediction: of this view alone, in the map; None when the window could not be placed.
-    T_map_cam: None when nothing ties the view to the map; reason says why.
+    T_map_cam: [4, 4]; None when the view does not overlap with the map; reason says why.
+    covariance: [6, 6] as in ``PoseFit``. score: share of its points that another view confirms.
     """
 
     view: View

@@ -16,9 +16,14 @@ from feedforward_recon.geometry.align import Alignment, align_points_robust
 from feedforward_recon.geometry.transforms import inverse, pose_error, transform_points
 from feedforward_recon.types import FloatArray, Prediction
 
-GRID = 20  # samples along the longer side of an image
-SAME_DEPTH = 0.1  # two depths of one point differ by less than this share
-MIN_SHARED = 0.15  # share of an image that another one must show as well
+GRID = 20  # samples along the longer side of an image: 300 points of a 4:3 image
+# Share by which two predicted depths of one point may differ: networks are off by some per cent,
+# other surfaces by more; chosen by hand.
+SAME_DEPTH = 0.1
+# Share of an image that another one must show as well for the two to be tied: 45 of 300 points;
+# chosen by hand.
+MIN_SHARED = 0.15
+MIN_CONFIRMED = 0.5  # of the points that fall into the other image: most must be at its depth
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def selected(prediction: Prediction, index: np.ndarray | slice) -> Prediction:
 
 
 def moved(prediction: Prediction, fit: Alignment) -> Prediction:
-    """The prediction in the frame and the unit that ``fit`` leads to."""
+    """The prediction in the target frame and unit of ``fit``."""
     return replace(prediction, T_world_cam=fit.apply_to_poses(prediction.T_world_cam),
                    depth=prediction.depth * np.float32(fit.scale))
 
@@ -83,6 +88,7 @@ def aligned(source: Prediction, T_map_cam: np.ndarray, target: Samples, *,
             with_scale: bool) -> Alignment:
     """The transform that brings ``source`` onto samples of the same images in the map.
 
+    Weighted Procrustes alignment (Umeyama 1991), robust to outliers.
     T_map_cam [N, 4, 4]: where the cameras of the samples are now.
     Raises DegenerateError when the points do not determine it.
     """
@@ -126,7 +132,7 @@ class Agreement:
     @property
     def groups(self) -> np.ndarray:
         """Label [N] of the group of images, tied by overlap, that each image belongs to."""
-        tied = (self.shared >= MIN_SHARED) & (self.right >= 0.5)
+        tied = (self.shared >= MIN_SHARED) & (self.right >= MIN_CONFIRMED)
         graph = sparse.csr_matrix(tied | tied.T)
         return sparse.csgraph.connected_components(graph, directed=False)[1]
 

@@ -33,8 +33,8 @@ from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.matching import Tracks
 from feedforward_recon.mapping.scene_map import Gauge
 from feedforward_recon.mapping.sources.background import BackgroundCall
-from feedforward_recon.mapping.sources.base import MapExtension
-from feedforward_recon.mapping.sources.features import Ask
+from feedforward_recon.mapping.sources.base import NO_KNOWN_PLACE, MapExtension
+from feedforward_recon.mapping.sources.features import Relocaliser
 from feedforward_recon.mapping.sources.given import GivenPoses
 from feedforward_recon.mapping.sources.placement import WindowPlacement
 from feedforward_recon.mapping.sources.selection import ViewSelection
@@ -45,9 +45,13 @@ from feedforward_recon.model import Encoder, Predictor
 from feedforward_recon.types import Estimate, Prediction
 
 log = logging.getLogger(__name__)
-FIRST_VIEWS = 8  # start a map early: a robot waits for its first pose
-FEWEST_VIEWS = 4  # of a window that is not full because the camera leaves what is mapped
-SURE_SCORE = 0.5  # of the grid points must be confirmed by other views of the window
+# Views of the first window of a stream, where a robot waits for its first pose; chosen by hand.
+FIRST_VIEWS = 8
+# Views of a window that is not full because the camera leaves what is mapped: one anchor per new
+# view instead of one per seven (docs/decisions.md, Windows on a robot).
+FEWEST_VIEWS = 4
+# Share of the points of a view that another view of the window must confirm: most of them.
+SURE_SCORE = 0.5
 
 
 def settings_for_views(config: MapperConfig) -> MapperConfig:
@@ -127,7 +131,7 @@ class WindowQueue:
 
 
 class LateEstimates:
-    """Poses of views, told when their window is placed and no newer frame was told before."""
+    """Poses of views, given out once their window is placed, in the order of their stamps."""
 
     def __init__(self) -> None:
         self._told_ns = self._seen_ns = -2**63
@@ -157,11 +161,11 @@ class WindowPoses:
     """Poses from a predictor of many images.
 
     selects: frames come from a running camera: only some are views, the others are followed.
-    refine: bundle adjustment of the finished map (and a second look after it). On walks through
-    synthetic rooms, poses that are off by 1 cm and 0.6 degrees with 2 % of depth end within
-    0.9 cm instead of 2.0 cm, half as good ones within 0.7 instead of 0.6 cm, exact ones also
-    within 0.7 cm.
-    relocalise: asked for a lost camera when the keyframes do not help.
+    refine: bundle adjustment of the finished map, and relocalisation of frames in it. On walks
+    through synthetic rooms, poses that are off by 1 cm and 0.6 degrees, with 2 % of depth, end
+    within 0.9 cm instead of 2.0 cm, those off by half as much within 0.7 instead of 0.6 cm, exact
+    ones also within 0.7 cm.
+    relocalise: called for a lost camera that is not found among the keyframes.
     on_ready: called, on another thread, when ``work`` has something to do.
     """
 
@@ -169,7 +173,7 @@ class WindowPoses:
 
     def __init__(self, config: MapperConfig, network: Predictor, encoder: Encoder, *,
                  windows: WindowConfig | None = None, selects: bool = False, refine: bool = True,
-                 relocalise: Ask | None = None,
+                 relocalise: Relocaliser | None = None,
                  on_ready: Callable[[], None] = lambda: None) -> None:
         self.T_map_first = np.eye(4)
         self._encoder = encoder
@@ -183,14 +187,14 @@ class WindowPoses:
         self._late = LateEstimates()
         self._arrived: deque[PlacedView] = deque()
         self._new: list[tuple[int, Estimate]] = []
-        self._tied = True  # the last window had an overlap with the map
+        self._overlaps = True  # the last window had an overlap with the map
 
     # -- frames ----------------------------------------------------------------------------
 
     @property
     def lost(self) -> str:
         """Why a frame has no pose."""
-        return 'waiting for its window' if self._selection is None else 'no known place in view'
+        return 'waiting for its window' if self._selection is None else NO_KNOWN_PLACE
 
     @property
     def tracker(self) -> Tracker:
@@ -229,7 +233,7 @@ class WindowPoses:
 
     @property
     def progress(self) -> str:
-        """What the window waits for, in words."""
+        """How many views the window has and needs, or that the network is at work, in words."""
         if self._queue.window is not None:
             return f'the network looks at {len(self._queue.window.views)} views'
         wanted = self._queue.wanted(self._placement)
@@ -242,7 +246,7 @@ class WindowPoses:
     def _is_due(self, *, final: bool) -> bool:
         fewest = self._queue.wanted(self._placement)
         if self._queue.early and self._placement.started and self._follower.is_leaving \
-                and self._tied:
+                and self._overlaps:
             fewest = min(fewest, FEWEST_VIEWS)
         return len(self._queue.views) >= (1 if final else fewest)
 
@@ -267,7 +271,7 @@ class WindowPoses:
         return True
 
     def _next_window(self, mapper: MapExtension) -> Window:
-        """The oldest views that wait, and what ties them to the map."""
+        """The oldest views that wait, and the anchors that align them with the map."""
         anchors = self._placement.anchors
         views = self._queue.views[:self._queue.room(len(anchors))]
         if not len(anchors):
@@ -295,7 +299,7 @@ class WindowPoses:
             self._start_map(mapper, map_)
         self._arrived.extend(placed)
         self._queue.views[:0] = window.views[len(placed):]
-        self._tied = any(one.T_map_cam is not None for one in placed)
+        self._overlaps = any(one.T_map_cam is not None for one in placed)
 
     def _start_map(self, mapper: MapExtension, map_: GrowingMap) -> None:
         settings = map_.config = self._placement.mapping_settings
@@ -319,7 +323,7 @@ class WindowPoses:
         view = self._placement.posed(placed)
         is_first = not len(map_)
         tracked = self._given.locate(view, map_)
-        estimate = mapper.insert(view, tracked and _with_doubts(
+        estimate = mapper.insert(view, tracked and _with_confidence(
             tracked, placed, is_first or
             tracked.fit.count >= map_.config.tracking.min_inliers))
         newest = map_.keyframes[-1] if len(map_) else None
@@ -332,7 +336,7 @@ class WindowPoses:
             self._new.append((view.index, estimate))
 
     def _end_window(self, mapper: MapExtension, map_: GrowingMap) -> None:
-        """All views of a window are in the map: refine it there, and tell what was waited for."""
+        """All views of a window are in the map: refine them, and give out their poses."""
         new, self._new = self._new, []
         self._follower.window_ended()
         if self._selection is None or not new:
@@ -354,16 +358,16 @@ class WindowPoses:
         """First with wide gates: poses of a network are off by many pixels."""
         return self._placement.final_settings
 
-    def deserves_second_look(self, estimate: Estimate) -> bool:
+    def wants_relocalisation(self, estimate: Estimate) -> bool:
         """Frames without a pose, and after a refinement all that are no keyframes."""
         return not estimate.status.has_pose or (
             bool(self._placement.final_settings) and not estimate.is_keyframe)
 
 
-def _with_doubts(tracked: Tracked, placed: PlacedView, followed: bool) -> Tracked:
-    """A placed view, as sure as its window is of it.
+def _with_confidence(tracked: Tracked, placed: PlacedView, followed: bool) -> Tracked:
+    """A placed view with the covariance and the score of its window.
 
-    followed: optical flow agrees; few tracks agree with a pose that is off.
+    followed: enough tracks of optical flow agree with the pose.
     """
     return replace(tracked, fit=replace(tracked.fit, covariance=placed.covariance),
                    score=placed.score, sure=placed.score >= SURE_SCORE and followed)
