@@ -47,9 +47,9 @@ def test_depth_steps_and_length_are_respected():
 
 def test_held_out_views_are_not_on_the_walk():
     views = open_playback(PlayerConfig(source='synthetic:3', synthetic=SyntheticConfig(
-        width=64, height=48, frames=60, held_out=3)))
+        width=64, height=48, frames=24, held_out=3)))
     walk = open_playback(PlayerConfig(source='synthetic:3', synthetic=SyntheticConfig(
-        width=64, height=48, frames=60)))
+        width=64, height=48, frames=24)))
     walked = np.stack([frame.T_map_cam[:3, 3] for frame in walk])
     assert len(views) == 3
     for view in views:

@@ -60,7 +60,8 @@ def error_after_alignment(poses, frames):
                         with_scale=False).rmse
 
 
-@pytest.mark.parametrize(('storage', 'transport'), [('sqlite3', 'raw'), ('mcap', 'compressed')])
+@pytest.mark.parametrize(('storage', 'transport'), [
+    ('sqlite3', 'raw'), pytest.param('mcap', 'compressed', marks=pytest.mark.slow)])
 def test_a_bag_becomes_a_map_and_a_new_process_finds_its_way_back(
         start_node, play, probe, needs_tf, frames, tmp_path, storage, transport):
     bag, packed = tmp_path / 'bag', {'image_transport': transport}

@@ -145,7 +145,8 @@ def _trajectory(poses: dict[int, np.ndarray]) -> Trajectory:
 
 def map_room(observer: Observer, folder: Path, log: Path) -> dict[str, Any]:
     """Part one: map the room, save the map; figures and the alignment of the map with the room."""
-    with running('mapping_node', log, map=folder, memory__polish_steps=POLISH_STEPS), \
+    with running('mapping_node', log, map=folder, fresh=True,
+                 memory__polish_steps=POLISH_STEPS), \
             running('player_node', log, source=f'synthetic:{ROOM}', stamps='now') as player:
         observer.watch(lambda: player.poll() is not None, MAP_S)
         observer.watch(lambda: False, 1.0)
