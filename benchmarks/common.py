@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import time
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,12 @@ def load_frames(name: str, *, step: int = 1, use_depth: bool = True) -> list[Fra
     """All frames of a set (of a stereo set the left camera), decoded, in stamp order."""
     options = SourceOptions(step=step, use_depth=use_depth)
     return list(open_source(data_root() / name, options))
+
+
+def backwards(frames: list[Frame]) -> list[Frame]:
+    """The same walk from its end, with the stamps rising."""
+    return [replace(frame, stamp_ns=other.stamp_ns)
+            for frame, other in zip(frames[::-1], frames, strict=True)]
 
 
 def true_trajectory(frames: list[Frame]) -> Trajectory:

@@ -128,23 +128,24 @@ def live(source: Path, folder: Path, module: str, seconds: float = SECONDS, *,
     with own_domain('live') as domain:
         os.environ.update(domain.environment)
         node = NodeProcess(domain, folder / 'node.log', module,
-                           parameters={'map': folder / 'map', 'autosave_s': 0.0},
+                           parameters={'map': folder / 'map', 'fresh': True,
+                                       'autosave_s': 0.0},
                            remap=CAMERA_TOPICS)
         player = NodeProcess(domain, folder / 'player.log', 'player_node', parameters={
             'source': source, 'stamps': 'now', 'loop': True})
         try:
-            watch, reports = _watched(domain, node, seconds, watch_all)
+            watch, report = _watched(domain, node, seconds, watch_all)
         except AssertionError as error:
             raise InputError(f'{error}: {node.output}{player.output}') from error
         finally:
             for process in (player, node):
                 process.kill()
-    return _row(watch, reports[-1])
+    return _row(watch, report)
 
 
 def _watched(domain: Any, node: Any, seconds: float, watch_all: bool
-             ) -> tuple[Watch, list[dict[str, str]]]:
-    """Listen for the length of the run; the diagnostics as {key: value}."""
+             ) -> tuple[Watch, dict[str, str]]:
+    """Listen for the length of the run; the diagnostics at its end as {key: value}."""
     from diagnostic_msgs.msg import DiagnosticArray
     from geometry_msgs.msg import PoseStamped, PoseWithCovarianceStamped
     from ros_support.probe import Probe, profile
@@ -175,11 +176,11 @@ def _watched(domain: Any, node: Any, seconds: float, watch_all: bool
             log.info('%4.0f s %6.1f MB %6.1f CPU s, %s keyframes', *watch.usage[-1],
                      reports[-1]['keyframes'] if reports else 0)
             probe.spin_for(1.0)
-        watch.is_over = True
+        watch.is_over, report = True, reports[-1]  # saving leaves images out, too
         if node.name.endswith('mapping_node') and not watch_all:
             answer = probe.call(Trigger, '/mapping_node/save_map', timeout_s=POLISH_S)
             assert answer.success, answer.message
-        return watch, reports
+        return watch, report
     finally:
         probe.close()
 

@@ -6,8 +6,8 @@ Each session localises itself in the map that the one before saved, and extends 
 each session: its error, that of the same images in a map of their own, and in one run over all
 images, each after an alignment of its own; the recall of images beside the first session's
 (every second image is held out), in the map as it is then; and last the keyframes of all
-sessions after one alignment, which tells how well they share a frame. Means over walks, forwards
-and backwards.
+sessions after one alignment, which tells how well they share a frame (against all images of the
+one run, not its keyframes alone). Means over walks, forwards and backwards.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import KITCHEN, data_root, load_frames
+from benchmarks.common import KITCHEN, backwards, data_root, load_frames, true_trajectory
+from benchmarks.ours import alignment_to
 from feedforward_recon.config.schema import MapperConfig, MemoryConfig
 from feedforward_recon.console.threads import one_thread
-from feedforward_recon.geometry.align import Alignment, align_points
+from feedforward_recon.evaluation import absolute_trajectory_error
+from feedforward_recon.geometry.align import Alignment
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.mapping.scene_map import SceneMap
 from feedforward_recon.model.compact import CompactEncoder
@@ -47,12 +49,6 @@ def room_walk(seed: int) -> list[Frame]:
                             fps=fps, noise=1.0, seed=1))
 
 
-def both_ways(frames: list[Frame]) -> list[list[Frame]]:
-    """A walk, and the same walked backwards."""
-    return [frames, [replace(frame, stamp_ns=other.stamp_ns)
-                     for frame, other in zip(frames[::-1], frames, strict=True)]]
-
-
 def kitchen_walk() -> list[Frame]:
     """The kitchen with the truth of structure from motion."""
     text = (data_root() / KITCHEN / 'cameras_sfm.json').read_text(encoding='utf-8')
@@ -68,27 +64,6 @@ def parts(frames: Sequence[Frame]) -> list[list[Frame]]:
     overlap = OVERLAP * len(frames) / 2
     return [list(frames[max(0, round(i * length - overlap)):round((i + 1) * length + overlap)])
             for i in range(SESSIONS)]
-
-
-def centres(trajectory: Trajectory, frames: Sequence[Frame]) -> tuple[np.ndarray, np.ndarray]:
-    """Found and true positions [N, 3] of the frames that have both."""
-    true = {f.stamp_ns: f.T_map_cam[:3, 3] for f in frames if f.T_map_cam is not None}
-    rows = [i for i, stamp in enumerate(trajectory.stamps_ns) if stamp in true]
-    return (trajectory.positions[rows],
-            np.array([true[trajectory.stamps_ns[i]] for i in rows]))
-
-
-def rmse(fit: Alignment, found: np.ndarray, true: np.ndarray) -> float:
-    """Root mean square position error after an alignment, metres."""
-    poses = np.tile(np.eye(4), (len(found), 1, 1))
-    poses[:, :3, 3] = found
-    off = fit.apply_to_poses(poses)[:, :3, 3] - true
-    return float(np.sqrt((off**2).sum(1).mean()))
-
-
-def own_rmse(pair: tuple[np.ndarray, np.ndarray], depth: bool) -> float:
-    """The same after an alignment of its own; with scale without depth."""
-    return rmse(align_points(*pair, with_scale=not depth), *pair)
 
 
 def recall(saved: SavedMap, queries: Sequence[Frame], fit: Alignment) -> float:
@@ -126,14 +101,17 @@ def measured(frames: Sequence[Frame], depth: bool, encoder: CompactEncoder) -> l
 def _errors(found: Trajectory, alone: Trajectory, one: Trajectory, frames: Sequence[Frame],
             depth: bool) -> Row:
     """Errors of a session, of a map of the same images alone, and of the one run."""
-    return {name: own_rmse(centres(trajectory, frames), depth) for name, trajectory in
+    truth, alignment = true_trajectory(list(frames)), 'se3' if depth else 'sim3'
+    return {name: absolute_trajectory_error(trajectory, truth, alignment).rmse for
+            name, trajectory in
             (('ate_m', found), ('ate_alone_m', alone), ('ate_one_run_m', one))}
 
 
 def _map_figures(saved: SavedMap, scene: SceneMap, mapped: Sequence[Frame],
                  queries: Sequence[Frame], depth: bool) -> Row:
     """What the map holds after a session, and what it finds of the first one."""
-    fit = align_points(*centres(keyframe_poses(scene), mapped), with_scale=not depth)
+    fit = alignment_to(true_trajectory(list(mapped)), keyframe_poses(scene),
+                       with_scale=not depth)
     files = saved.info.files
     return {'images': len(scene.estimates), 'tracked': len(scene.trajectory),
             'queries': len(queries), 'recall_5cm': recall(saved, queries, fit),
@@ -150,8 +128,8 @@ def keyframe_poses(scene: SceneMap) -> Trajectory:
 def run() -> Iterator[tuple[str, Row]]:
     """One row per kind of walk and session, with and without depth; means over the walks."""
     encoder = CompactEncoder.load()
-    walks = {'synthetic rooms': [walk for seed in ROOMS for walk in both_ways(room_walk(seed))],
-             'kitchen': both_ways(kitchen_walk())}
+    walks = {'synthetic rooms': [walk for seed in ROOMS for walk in _both_ways(room_walk(seed))],
+             'kitchen': _both_ways(kitchen_walk())}
     with one_thread():
         for name, ways in walks.items():
             for depth in (True, False):
@@ -160,6 +138,10 @@ def run() -> Iterator[tuple[str, Row]]:
                     session = f'session {number}' if number <= SESSIONS else 'all keyframes'
                     yield (f'{name}, {"depth" if depth else "monocular"} | {session}',
                            _mean(rows))
+
+
+def _both_ways(frames: list[Frame]) -> list[list[Frame]]:
+    return [frames, backwards(frames)]
 
 
 def _mean(rows: Sequence[Row]) -> Row:

@@ -13,7 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from benchmarks.common import Clock, true_trajectory
+from benchmarks.common import Clock, backwards, true_trajectory
 from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.evaluation import absolute_trajectory_error
 from feedforward_recon.geometry.camera import Camera
@@ -96,8 +96,7 @@ def _walks(seed: int) -> Iterator[list[Frame]]:
     frames = list(render_walk(room, Camera.from_fov(68.0, SIZE_WH), steps, fps=FPS, noise=1.0,
                               seed=1))
     yield frames
-    yield [replace(frame, stamp_ns=other.stamp_ns)
-           for frame, other in zip(frames[::-1], frames, strict=True)]
+    yield backwards(frames)
 
 
 def _mapped(frames: list[Frame], spoil: Spoil, encoder: CompactEncoder

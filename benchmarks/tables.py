@@ -133,7 +133,8 @@ SECTIONS = (
      'Three sessions, each going on with the map that the one before saved. Alone: a new map of '
      'the same images; one run: the same images in one run over all. Each after an alignment of '
      'its own, means over walks forwards and backwards. All keyframes: those of the last map, '
-     'after one alignment. Recall: images of the first session found within 5 cm.'),
+     'after one alignment, against all images of the one run. Recall: images of the first '
+     'session found within 5 cm.'),
     ('Localisation', ('localisation', 'peers_localisation'), LOCALISATION,
      'Medians and recalls are over all queries; one without an answer counts as wrong. Mapping '
      'images have their true poses unless the row says otherwise. Interleaved: every fourth '

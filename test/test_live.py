@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from small_config import SMALL
 
-from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.errors import InputError, MapError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, pose_error, se3_exp
@@ -18,9 +18,6 @@ from feedforward_recon.types import Status
 
 CAMERA = Camera.from_fov(68.0, (320, 240))
 FPS = 10.0
-BASE = MapperConfig()
-CONFIG = replace(BASE, memory=replace(BASE.memory, polish_steps=20, slots=8000, reservoir=20_000,
-                                      hidden_dim=64))
 T_FIRST = se3_exp(np.array([0.2, -0.1, 0.5, 1.2, -1.2, 1.2]))
 
 
@@ -36,7 +33,7 @@ def elsewhere():
 
 
 def mapped(frames, encoder, T_map_first=None):
-    session = LiveSession(CONFIG, encoder)
+    session = LiveSession(SMALL, encoder)
     for frame in frames:
         session.process(frame, T_map_first)
     return session
@@ -50,7 +47,7 @@ def saved(frames, encoder, tmp_path_factory):
 
 @pytest.fixture
 def located(saved, encoder):
-    session = LiveSession(CONFIG, encoder)
+    session = LiveSession(SMALL, encoder)
     session.load(saved.path)
     return session
 
@@ -74,7 +71,7 @@ def test_the_first_pose_sets_the_frame_of_the_map_and_nothing_else(frames, encod
 
 
 def test_the_image_that_starts_the_map_brings_its_pose_not_a_black_one_before(frames, encoder):
-    session = LiveSession(CONFIG, encoder)
+    session = LiveSession(SMALL, encoder)
     session.process(replace(frames[0], image=np.zeros_like(frames[0].image)), np.eye(4))
     for frame, T_map_first in ((frames[1], T_FIRST), (frames[2], np.eye(4))):
         session.process(frame, T_map_first)
@@ -150,7 +147,7 @@ def test_failed_calls_keep_everything(saved, located, frames, encoder, tmp_path)
         located.save(tmp_path / 'copy')
     assert located.info.mode == 'localization'
     assert located.locate(frames[21]).status.has_pose
-    empty = LiveSession(CONFIG, encoder)
+    empty = LiveSession(SMALL, encoder)
     for call in (lambda: empty.save(tmp_path / 'map'), lambda: empty.set_localization(True)):
         with pytest.raises(MapError, match='expected a map, found none'):
             call()
@@ -170,7 +167,7 @@ def test_saving_does_not_disturb_mapping(frames, encoder, tmp_path):
 
 
 def test_an_autosave_holds_the_map_as_it_stands(frames, encoder, tmp_path):
-    session = LiveSession(CONFIG, encoder)
+    session = LiveSession(SMALL, encoder)
     for frame in frames[:40]:
         session.process(frame)
     poses = session.keyframe_poses()
@@ -186,7 +183,7 @@ def test_an_autosave_holds_the_map_as_it_stands(frames, encoder, tmp_path):
 
 
 def test_only_a_map_that_grew_is_saved_again(frames, encoder, tmp_path):
-    session = LiveSession(CONFIG, encoder)
+    session = LiveSession(SMALL, encoder)
     assert session.autosave(tmp_path / 'map') is None and session.info.unsaved_keyframes == 0
     for frame in frames[:30]:
         session.process(frame)
@@ -206,7 +203,7 @@ def test_only_a_map_that_grew_is_saved_again(frames, encoder, tmp_path):
 
 def test_a_save_may_skip_the_polish(frames, encoder, tmp_path):
     """The saved memory is the one that the keyframes wrote, and it is saved at once."""
-    session = LiveSession(replace(CONFIG, memory=replace(CONFIG.memory, polish_steps=50_000)),
+    session = LiveSession(replace(SMALL, memory=replace(SMALL.memory, polish_steps=50_000)),
                           encoder)
     for frame in frames[:30]:
         session.process(frame)
@@ -217,7 +214,7 @@ def test_a_save_may_skip_the_polish(frames, encoder, tmp_path):
                for name, value in saved.memory.tensors().items())
     steps = {int(value) for name, value in saved.writer().state().items()
              if name.startswith('optimiser.') and name.endswith('.step')}
-    assert steps == {CONFIG.memory.steps_per_keyframe * saved.info.keyframes}
+    assert steps == {SMALL.memory.steps_per_keyframe * saved.info.keyframes}
 
 
 def test_reset_starts_again(frames, elsewhere, encoder, located):

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from small_config import SMALL
 from test_windows import Oracle
 
 from feedforward_recon.config.network import WindowConfig
-from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.errors import InputError, MapError
 from feedforward_recon.evaluation import absolute_trajectory_error
 from feedforward_recon.geometry.camera import Camera
@@ -24,9 +24,6 @@ from feedforward_recon.types import Status, Trajectory
 
 CAMERA = Camera.from_fov(68.0, (320, 240))
 FPS = 10.0
-BASE = MapperConfig()
-CONFIG = replace(BASE, memory=replace(BASE.memory, polish_steps=20, slots=8000, reservoir=20_000,
-                                      hidden_dim=64))
 T_FIRST = se3_exp(np.array([0.0, 0.0, 0.0, 1.2, -1.2, 1.2]))
 
 
@@ -54,7 +51,7 @@ def shown(frame, depth=False):
 
 
 def session_of(encoder, oracle, size=16, anchors=4, **options):
-    return LiveSession(CONFIG, encoder, load_network=lambda: FeedForward(
+    return LiveSession(SMALL, encoder, load_network=lambda: FeedForward(
         oracle, WindowConfig(size, anchors)), **options)
 
 
@@ -164,7 +161,7 @@ def test_saving_maps_the_views_that_wait_and_mapping_goes_on(frames, encoder, tm
     stream.show(frames[30:45])
     assert all(e.status.has_pose for e in stream.at_once[30:40])
     stream.session.save(tmp_path / 'map')()
-    other = LiveSession(CONFIG, encoder)
+    other = LiveSession(SMALL, encoder)
     saved = other.load(tmp_path / 'map')
     assert np.all(np.diff(saved.trajectory().stamps_ns) > 0)
     found = [other.process(shown(frame)) for frame in frames[5:40:7]]
@@ -226,13 +223,13 @@ def test_localising_needs_no_network_until_mapping_begins(encoder):
         asked.append(1)
         raise InputError('no weights')
 
-    session = LiveSession(CONFIG, encoder, 'localization', load_network=load)
+    session = LiveSession(SMALL, encoder, 'localization', load_network=load)
     assert not asked
     with pytest.raises(InputError, match='no weights'):
         session.set_localization(False)
     assert session.mode == 'localization'
     with pytest.raises(InputError, match='no weights'):
-        LiveSession(CONFIG, encoder, load_network=load)
+        LiveSession(SMALL, encoder, load_network=load)
 
 
 class Slow(Oracle):
@@ -288,21 +285,21 @@ def test_stamps_that_jump_back_start_a_new_time_line(frames, encoder):
 
 
 def test_views_are_frames_that_show_something_new(frames):
-    prepared = Preparation(CONFIG.tracking)
-    still, moving = ViewSelection(CONFIG), ViewSelection(CONFIG)
+    prepared = Preparation(SMALL.tracking)
+    still, moving = ViewSelection(SMALL), ViewSelection(SMALL)
     first = [prepared.view(frames[0], index) for index in range(40)]
     assert [still.takes(view) for view in first] == [True] + 39 * [False]
     taken = [moving.takes(prepared.view(frame, i)) for i, frame in enumerate(frames)]
     assert 8 <= sum(taken) <= 35
     black = prepared.view(replace(frames[0], image=np.zeros_like(frames[0].image)), 0)
-    assert not any(ViewSelection(CONFIG).takes(black) for _ in range(5))
+    assert not any(ViewSelection(SMALL).takes(black) for _ in range(5))
 
 
 def test_a_window_without_texture_starts_no_map(frames, encoder):
     """Its views have no pose, and what the network says of them is no map."""
     dark = [replace(f, image=np.full_like(f.image, i)) for i, f in enumerate(frames[:4])]
-    source = WindowPoses(CONFIG, Oracle(dark), encoder, windows=WindowConfig(4, 1))
-    mapper = Mapper(CONFIG, encoder, source=source)
+    source = WindowPoses(SMALL, Oracle(dark), encoder, windows=WindowConfig(4, 1))
+    mapper = Mapper(SMALL, encoder, source=source)
     for frame in dark:
         mapper.process(shown(frame))
     estimates = mapper.results.estimates

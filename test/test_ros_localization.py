@@ -13,10 +13,10 @@ if missing_ros():
 from geometry_msgs.msg import PoseWithCovarianceStamped
 from ros_support.camera import OPTICAL, FakeCamera, positions, stamps, walk
 from sensor_msgs.msg import PointCloud2
+from small_config import SMALL
 from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
 
-from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.geometry.transforms import inverse
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.ros.convert import image_msg
@@ -24,8 +24,6 @@ from feedforward_recon.ros.frames import T_BODY_OPTICAL
 from feedforward_recon.ros.pointcloud import cloud_from_msg
 from feedforward_recon.session.live import LiveSession
 
-CONFIG = replace(MapperConfig(), memory=replace(
-    MapperConfig().memory, polish_steps=20, slots=8000, hidden_dim=64, reservoir=20_000))
 QUICK = {'tf_wait_s': 0.2, 'info_wait_s': 0.5}
 
 
@@ -36,7 +34,7 @@ def frames():
 
 @pytest.fixture(scope='module')
 def saved(frames, tmp_path_factory):
-    session = LiveSession(CONFIG, CompactEncoder.load())
+    session = LiveSession(SMALL, CompactEncoder.load())
     for frame in frames[::2]:
         session.process(frame, T_BODY_OPTICAL)
     return session.save(tmp_path_factory.mktemp('ros') / 'map')()

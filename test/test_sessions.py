@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from open_map import open_map
+from small_config import SMALL
 
-from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.errors import MapError
 from feedforward_recon.geometry.align import align_points
 from feedforward_recon.geometry.camera import Camera
@@ -24,9 +24,6 @@ from feedforward_recon.types import Status
 
 CAMERA = Camera.from_fov(68.0, (320, 240))
 FPS = 10.0
-BASE = MapperConfig()
-CONFIG = replace(BASE, memory=replace(BASE.memory, polish_steps=20, slots=8000, reservoir=20_000,
-                                      hidden_dim=64))
 LATER_NS = 10**12
 
 
@@ -53,7 +50,7 @@ def parts(frames, depth=True):
 
 
 def mapped(frames, encoder, folder, into=None):
-    return map_frames(frames, CONFIG, encoder, into=into).save(folder)
+    return map_frames(frames, SMALL, encoder, into=into).save(folder)
 
 
 @pytest.fixture(scope='module')
@@ -114,7 +111,7 @@ def test_the_memory_keeps_its_bytes_and_the_keyframes_theirs(sessions):
 
 def test_nothing_is_mapped_before_a_frame_is_found(sessions, elsewhere, encoder):
     saved, shown = sessions
-    session = LiveSession(CONFIG, encoder)
+    session = LiveSession(SMALL, encoder)
     session.load(saved[0].path, extend=True)
     depth = shown[0][0].depth is not None
     strange = [replace(f, depth=f.depth if depth else None) for f in elsewhere]
@@ -126,7 +123,7 @@ def test_nothing_is_mapped_before_a_frame_is_found(sessions, elsewhere, encoder)
     with pytest.raises(MapError, match='found none in 3 images; the map is unchanged'):
         session.save(saved[0].path)
     with pytest.raises(MapError, match='the map is unchanged'):
-        map_frames(strange, CONFIG, encoder, into=saved[0])
+        map_frames(strange, SMALL, encoder, into=saved[0])
     for frame in again(shown[1], 3):
         estimate = session.process(frame)
     assert estimate.status.has_pose and session.info.keyframes > before
@@ -134,7 +131,7 @@ def test_nothing_is_mapped_before_a_frame_is_found(sessions, elsewhere, encoder)
 
 def test_going_on_and_saving_replaces_the_map_without_a_backup(frames, encoder, copied):
     saved = copied
-    session = LiveSession(CONFIG, encoder)
+    session = LiveSession(SMALL, encoder)
     session.load(saved.path, extend=True)
     for frame in again(frames[30:50]):
         session.process(frame)
@@ -149,7 +146,7 @@ def test_going_on_and_saving_replaces_the_map_without_a_backup(frames, encoder, 
 
 def test_a_loaded_map_is_gone_on_with_when_localization_ends(frames, encoder, first_day):
     saved = first_day
-    session = LiveSession(CONFIG, encoder)
+    session = LiveSession(SMALL, encoder)
     session.load(saved.path)
     assert session.process(frames[20]).status.has_pose
     assert session.set_localization(False) == 'mode is mapping'
@@ -159,11 +156,11 @@ def test_a_loaded_map_is_gone_on_with_when_localization_ends(frames, encoder, fi
 
 
 def test_a_saved_map_is_the_map_that_was_running(frames, encoder):
-    mapper = Mapper(CONFIG, encoder)
+    mapper = Mapper(SMALL, encoder)
     for frame in frames[:40]:
         mapper.process(frame)
     scene = mapper.finish()
-    map_ = scene.graph.restored(CONFIG)
+    map_ = scene.graph.restored(SMALL)
     assert len(map_) == len(scene.keyframes)
     for id_, keyframe in enumerate(scene.keyframes):
         np.testing.assert_array_equal(map_.T_map_cam[id_], keyframe.T_map_cam)
@@ -177,16 +174,17 @@ def test_a_saved_map_is_the_map_that_was_running(frames, encoder):
 
 def test_what_is_saved_to_go_on_is_bounded(frames, encoder):
     """Fewer keyframes than the walk had; their landmarks stay where they were."""
-    running, start = open_map(CONFIG, encoder, CAMERA)
-    mapper = Mapper(CONFIG, encoder, start=start)
+    running, start = open_map(SMALL, encoder, CAMERA)
+    mapper = Mapper(SMALL, encoder, start=start)
     for frame in frames:
         mapper.process(frame)
     scene = mapper.finish()
     whole, few = scene.graph, keyframe_graph(running, 5, 1000)
     assert len(few) == 5 and len(whole) == len(scene.keyframes) > 10
-    assert few.nbytes < 0.5 * whole.nbytes
+    bytes_of = [sum(a.nbytes for a in graph.arrays.values()) for graph in (few, whole)]
+    assert bytes_of[0] < 0.5 * bytes_of[1]
     assert few.arrays['cloud_cam'].shape[0] <= 1000 + 5
-    map_ = few.restored(CONFIG)
+    map_ = few.restored(SMALL)
     table, full = map_.landmarks, running.landmarks
     points = table.points_map(np.arange(len(table)), map_.T_map_cam)
     every = full.points_map(np.flatnonzero(full.has_point), running.T_map_cam)
@@ -197,8 +195,8 @@ def test_what_is_saved_to_go_on_is_bounded(frames, encoder):
 
 def test_forgotten_keyframes_leave_their_points_in_the_memory(frames, encoder):
     """Landmark slots are where they were after keyframes were renumbered."""
-    writer = MemoryWriter(CONFIG.memory, encoder.dim)
-    mapper = Mapper(CONFIG, encoder, writer)
+    writer = MemoryWriter(SMALL.memory, encoder.dim)
+    mapper = Mapper(SMALL, encoder, writer)
     for frame in frames[:50]:
         mapper.process(frame)
     kept = mapper.finish().graph.ids[::3]
@@ -215,16 +213,19 @@ def test_forgotten_keyframes_leave_their_points_in_the_memory(frames, encoder):
 
 def test_a_map_that_cannot_be_extended_is_an_error(encoder, copied):
     saved = copied
-    session = LiveSession(CONFIG, encoder)
+    session = LiveSession(SMALL, encoder)
     info = replace(saved.info, files={name: about for name, about in saved.info.files.items()
                                       if name != KEYFRAMES})
+    other = replace(saved, info=replace(saved.info, encoder_sha256='0' * 64))
+    with pytest.raises(MapError, match='expected the encoder with SHA-256 000000000000'):
+        map_frames([], SMALL, encoder, into=other)
     with pytest.raises(MapError, match='older version'):
-        replace(saved, info=info).start(CONFIG)
+        replace(saved, info=info).start(SMALL, encoder)
     (saved.path / KEYFRAMES).write_bytes((saved.path / KEYFRAMES).read_bytes()[:-100])
     with pytest.raises(MapError, match='truncated'):
         session.load(saved.path, extend=True)
     assert session.info.mode == 'mapping' and not session.info.has_map
-    network = LiveSession(CONFIG, encoder, 'localization', load_network=lambda: None)
+    network = LiveSession(SMALL, encoder, 'localization', load_network=lambda: None)
     with pytest.raises(MapError, match='model compact'):
         network.load(saved.path, extend=True)
 
@@ -232,7 +233,7 @@ def test_a_map_that_cannot_be_extended_is_an_error(encoder, copied):
 def test_a_camera_without_intrinsics_is_that_of_the_map(frames, encoder, first_day):
     saved = first_day
     shown = [replace(f, camera=None) for f in again(frames[30:50])]
-    run = map_frames(shown, CONFIG, encoder, into=saved)
+    run = map_frames(shown, SMALL, encoder, into=saved)
     assert run.scene.camera_source == 'given' and run.tracked_share > 0.9
     last = run.scene.trajectory.T_map_cam[-1]
     true = saved.trajectory().T_map_cam[0] @ inverse(frames[0].T_map_cam) @ frames[49].T_map_cam

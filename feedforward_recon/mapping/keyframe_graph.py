@@ -47,11 +47,6 @@ class KeyframeGraph:
         """Numbers [K] of the keyframes in the map that they come from."""
         return self.arrays['ids']
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(array.nbytes for array in self.arrays.values())
-
     def restored(self, config: MapperConfig) -> GrowingMap:
         """A growing map with these keyframes, numbered from 0.
 

@@ -62,11 +62,6 @@ class MapResults:
         return 1 if self._start is None else self._start.sessions + 1
 
     @property
-    def waiting_for(self) -> str:
-        """What is missing before there is a map with depth; '' once there is one."""
-        return self._source.waiting_for(self._map)
-
-    @property
     def camera(self) -> Camera | None:
         """The camera in use; None before the first frame."""
         return self._preparation.camera

@@ -235,7 +235,7 @@ class LiveSession:
             raise MapError(f'{saved.path}: expected model compact to go on with a map, found a '
                            'feed-forward network; choose model compact, or start a new map')
         config = settings_to_go_on(saved, self.config)
-        start, writer = saved.start(config)
+        start, writer = saved.start(config, encoder)
         self._clear()
         self.mode, self.encoder, self.config = 'mapping', encoder, config
         self._memory_bytes = saved.memory.nbytes

@@ -168,11 +168,16 @@ class SavedMap:
             raise MapError(f'{self.path / RESERVOIR}: expected the training state of this map, '
                            f'found another ({error}); map again') from error
 
-    def start(self, config: MapperConfig) -> tuple[StartingMap, MemoryWriter]:
-        """What a mapper with these settings needs to go on with this map.
+    def start(self, config: MapperConfig, encoder: Encoder) -> tuple[StartingMap, MemoryWriter]:
+        """What a mapper with these settings and this encoder needs to go on with this map.
 
-        Raises MapError for a map that was saved without its keyframes, or with damaged ones.
+        Raises MapError for another encoder than the map's, and for a map that was saved without
+        its keyframes or with damaged ones.
         """
+        if encoder.sha256 != self.info.encoder_sha256:
+            raise MapError(f'{self.path}: expected the encoder with SHA-256 '
+                           f'{self.info.encoder_sha256[:12]} that made this map, found '
+                           f'{encoder.sha256[:12]}; use SavedMap.load_encoder')
         if KEYFRAMES not in self.info.files:
             raise MapError(f'{self.path}: expected {KEYFRAMES} to go on with this map, found '
                            'a map of an older version; map again, or start a new one')

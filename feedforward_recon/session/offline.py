@@ -119,7 +119,7 @@ def map_frames(frames: Iterable[Frame], config: MapperConfig | None = None,
         start, writer = None, MemoryWriter(config.memory, encoder.dim)
     else:
         config, encoder = settings_to_go_on(into, config), encoder or into.load_encoder()
-        start, writer = into.start(config)
+        start, writer = into.start(config, encoder)
     relocalise = NewestMemory(writer, encoder, config.localizer).relocalise
     poses = FeaturePoses(config, encoder, relocalise=relocalise) if source is None \
         else source(relocalise)

@@ -42,18 +42,20 @@ class MapExtension(Protocol):
 class PoseSource(Protocol):
     """How frames get their poses.
 
-    T_map_first: pose [4, 4] of the camera that starts a map, map units. is_exact: poses are taken
-    as they are, so no loop is closed and only landmarks are refined. lost: reason given for a
-    frame without a pose in an established map.
+    T_map_first: pose [4, 4] of the camera that starts a map, map units.
     """
 
     T_map_first: np.ndarray
 
     @property
-    def is_exact(self) -> bool: ...  # noqa: D102
+    def is_exact(self) -> bool:
+        """Poses are taken as they are: no loop is closed, and only landmarks are refined."""
+        ...
 
     @property
-    def lost(self) -> str: ...  # noqa: D102
+    def lost(self) -> str:
+        """Reason given for a frame without a pose in an established map."""
+        ...
 
     @property
     def is_busy(self) -> bool:

@@ -48,10 +48,9 @@ class FeaturePoses:
     lost = NO_KNOWN_PLACE
 
     def __init__(self, config: MapperConfig, encoder: Encoder, *,
-                 relocalise: Relocaliser | None = None,
-                 T_map_first: np.ndarray | None = None) -> None:
+                 relocalise: Relocaliser | None = None) -> None:
         self.tracker = Tracker(config.tracking)
-        self.T_map_first = np.eye(4) if T_map_first is None else T_map_first
+        self.T_map_first = np.eye(4)
         self._config, self._encoder, self._relocalise = config, encoder, relocalise
         self._bootstrap: Bootstrap | None = None
         self._needs_depth = False
