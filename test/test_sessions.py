@@ -238,3 +238,11 @@ def test_a_camera_without_intrinsics_is_that_of_the_map(frames, encoder, first_d
     last = run.scene.trajectory.T_map_cam[-1]
     true = saved.trajectory().T_map_cam[0] @ inverse(frames[0].T_map_cam) @ frames[49].T_map_cam
     assert float(pose_error(last[None], true[None])[0][0]) < 0.03
+
+
+def test_unit_and_axes_are_those_of_the_saved_map(first_day, encoder):
+    """Also where they came from gravity and odometry, which a later session may lack."""
+    info = replace(first_day.info, frame='z up', metres_per_unit=2.5, scale_source='odometry')
+    start, _ = replace(first_day, info=info).start(SMALL, encoder)
+    gauge = Mapper(SMALL, encoder, start=start).results.gauge
+    assert (gauge.frame, gauge.metres_per_unit, gauge.scale_source) == ('z up', 2.5, 'odometry')
