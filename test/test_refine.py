@@ -67,13 +67,13 @@ def test_outliers_do_not_bend_the_map():
 
 def test_focal_length_is_found():
     true = scene(depth=False)
-    stretched = replace(true, xy=true.xy * 1.1, refine_focal=True)
+    stretched = replace(true, xy=true.xy * 1.1, lens=("focal",))
     result = bundle_adjust(stretched, 60)
     assert result.focal_scale == pytest.approx(1.1, abs=2e-3)
 
 
 def test_jacobians_equal_numeric_differences():
-    problem = replace(scene(poses=3, points=12), refine_focal=True)
+    problem = replace(scene(poses=3, points=12), lens=("focal",))
     state = _State(inverse(problem.T_map_cam), problem.points, 1.05)
     r, _, J_pose, J_point, J_focal = residuals(problem, state)
     h = 1e-6

@@ -80,6 +80,20 @@ class Camera:
         """True when any distortion coefficient is not zero."""
         return any(self.distortion)
 
+    def with_lens(self, focal_scale: float, radial: float) -> Camera:
+        """The camera with a focal length times ``focal_scale``, and k1 more by ``radial``.
+
+        radial: as in ``geometry.refine``; of a plumb_bob model.
+        """
+        k1, *rest = self.distortion or (0.0,) * 4
+        distortion = (k1 * focal_scale**2 + radial, *rest)
+        return replace(self, fx=self.fx * focal_scale, fy=self.fy * focal_scale,
+                       distortion=distortion if radial or self.distortion else ())
+
+    def with_distortion_of(self, other: Camera) -> Camera:
+        """``other``, if it is this camera but for a distortion, and this one says it has none."""
+        return other if replace(other, distortion=(), model=self.model) == self else self
+
     def resized(self, size_wh: tuple[int, int]) -> Camera:
         """The camera of the image resized to (width, height) with cv2.resize's convention."""
         sx, sy = size_wh[0] / self.width, size_wh[1] / self.height

@@ -1,22 +1,24 @@
-"""Bundle adjustment in NumPy: keyframe poses, points and, if asked, one focal length.
+"""Bundle adjustment in NumPy: keyframe poses, points and, if asked, one lens for all.
 
 Levenberg-Marquardt on reprojection errors and sensor inverse-depth errors with Cauchy weights
 (iteratively re-weighted), the points eliminated by the Schur complement (Triggs et al.,
 "Bundle Adjustment - A Modern Synthesis", 2000, section 6). Residual of observation o of point
 X by keyframe k, with p = T_cam_map X, in standard deviations:
 
-    r = [ f (s p_x / p_z - x_o) / sigma,
-          f (s p_y / p_z - y_o) / sigma,
+    r = [ f (s (1 + k q) p_x / p_z - x_o) / sigma,    q = (p_x^2 + p_y^2) / p_z^2
+          f (s (1 + k q) p_y / p_z - y_o) / sigma,
           (1 / p_z - d_o) / sigma_d ]
 
-``s`` scales the focal length. Points are eliminated in blocks of neighbours: each block
+The lens: ``s`` scales the focal length, ``k`` is radial distortion beyond the calibration (the k1
+of Brown 1971). Points are eliminated in blocks of neighbours: each block
 touches few keyframes, so its Schur complement is one small dense matrix product.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
@@ -30,7 +32,9 @@ from feedforward_recon.geometry.transforms import inverse, se3_exp
 # starts threads, which cost more than they save when other processes share the cores.
 BLOCK = 40
 MIN_DEPTH = 1e-6
-FOCAL_PRIOR_STD = 0.3
+# What may be refined of the lens, and how far it is expected to be off: the logarithm of a guessed
+# focal length by a third, k of a lens that was called undistorted by a few hundredths.
+LENS_PRIOR_STD = {'focal': 0.3, 'radial': 0.05}
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class BundleProblem:
     pose_index, point_index: int [O], each pair at most once.
     xy: [O, 2] undistorted normalised coordinates; inv_depth: [O] sensor 1/z, NaN if none.
     sigma_px: [O] expected pixel error; depth_noise: standard deviation of ``inv_depth``.
-    focal_px: converts normalised coordinates to pixels. points_fixed: points stay as well.
+    focal_px: converts normalised coordinates to pixels. lens: what of it is refined, names of
+    ``LENS_PRIOR_STD`` in their order.
     """
 
     T_map_cam: np.ndarray
@@ -55,16 +60,20 @@ class BundleProblem:
     focal_px: float
     depth_noise: float = 0.004
     robust_px: float = 1.5
-    refine_focal: bool = False
+    lens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class BundleResult:
-    """Refined values; residual [O] in sigmas (inf behind the camera), costs before and after."""
+    """Refined values; residual [O] in sigmas (inf behind the camera), costs before and after.
+
+    focal_scale: times the focal length of before; radial: k beyond the calibration.
+    """
 
     T_map_cam: np.ndarray
     points: np.ndarray
     focal_scale: float
+    radial: float
     residual: np.ndarray
     cost_before: float
     cost_after: float
@@ -75,6 +84,7 @@ class _State:
     T_cam_map: np.ndarray
     points: np.ndarray
     focal_scale: float = 1.0
+    radial: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -86,8 +96,9 @@ class _System:
     W: np.ndarray
     g_pose: np.ndarray
     g_point: np.ndarray
-    # Focal length: mixed with poses [P, 6] and points [L, 3], its own block and gradient.
-    focal: tuple[np.ndarray, np.ndarray, float, float] | None
+    # The lens, m parameters: mixed with poses [P, 6, m] and points [L, 3, m], its own block [m, m]
+    # and gradient [m].
+    lens: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 class _Layout:
@@ -130,9 +141,10 @@ class _Layout:
 
 def residuals(problem: BundleProblem, state: _State, *, jacobians: bool = True
               ) -> tuple[np.ndarray, ...]:
-    """Residuals [O, 3], validity [O] and, if asked, J_pose [O,3,6], J_point [O,3,3], J_f [O,3].
+    """Residuals [O, 3], validity [O] and, if asked, their Jacobians.
 
-    Poses are perturbed as T_cam_map <- exp(xi) T_cam_map.
+    These are by the pose [O, 3, 6], the point [O, 3, 3] and the lens [O, 3, m]. Poses are
+    perturbed as T_cam_map <- exp(xi) T_cam_map.
     """
     T = state.T_cam_map[problem.pose_index]
     R = T[:, :3, :3]
@@ -142,20 +154,27 @@ def residuals(problem: BundleProblem, state: _State, *, jacobians: bool = True
     inv_z = 1 / p[:, 2]
     xy = p[:, :2] * inv_z[:, None]
     gain = problem.focal_px / problem.sigma_px
+    q = (xy**2).sum(1)
+    stretch = state.focal_scale * (1 + state.radial * q)
     has_depth = np.isfinite(problem.inv_depth)
     r = np.zeros((len(p), 3))
-    r[:, :2] = gain[:, None] * (state.focal_scale * xy - problem.xy)
+    r[:, :2] = gain[:, None] * (stretch[:, None] * xy - problem.xy)
     r[:, 2] = np.where(has_depth, inv_z - np.nan_to_num(problem.inv_depth), 0)
     r[:, 2] /= problem.depth_noise
     if not jacobians:
         return r, front
     D = np.zeros((len(p), 3, 3))
-    slope = gain * state.focal_scale * inv_z
-    D[:, 0, 0] = D[:, 1, 1] = slope
-    D[:, 0, 2], D[:, 1, 2] = -slope * xy[:, 0], -slope * xy[:, 1]
+    D[:, 0, 0] = D[:, 1, 1] = gain * stretch * inv_z
+    if state.radial:
+        D[:, :2, :2] += ((2 * state.focal_scale * state.radial * gain * inv_z)[:, None, None]
+                         * xy[:, :, None] * xy[:, None])
+    D[:, :2, 2] = -(D[:, :2, :2] @ xy[..., None])[..., 0]
     D[:, 2, 2] = np.where(has_depth, -inv_z**2 / problem.depth_noise, 0)
-    J_focal = np.concatenate([gain[:, None] * xy, np.zeros((len(p), 1))], 1)
-    return r, front, D @ pose_jacobian(p), D @ R, J_focal
+    J_lens = np.zeros((len(p), 3, len(problem.lens)))
+    by_name = {'focal': 1 + state.radial * q, 'radial': state.focal_scale * q}
+    for column, name in enumerate(problem.lens):
+        J_lens[:, :2, column] = (gain * by_name[name])[:, None] * xy
+    return r, front, D @ pose_jacobian(p), D @ R, J_lens
 
 
 def robust_cost(problem: BundleProblem, r: np.ndarray,
@@ -185,7 +204,7 @@ def bundle_pieces(problem: BundleProblem, steps: int) -> Iterator[BundleResult |
                               'keyframe so that the map frame is determined')
     state = _State(inverse(problem.T_map_cam), problem.points.copy())
     if not len(problem.pose_index):
-        yield BundleResult(problem.T_map_cam, problem.points, 1.0, np.zeros(0), 0.0, 0.0)
+        yield BundleResult(problem.T_map_cam, problem.points, 1.0, 0.0, np.zeros(0), 0.0, 0.0)
         return
     layout = _Layout(problem)
     before = cost = _cost(problem, state)
@@ -208,36 +227,41 @@ def bundle_pieces(problem: BundleProblem, steps: int) -> Iterator[BundleResult |
     poses = problem.T_map_cam.copy()
     poses[layout.free] = inverse(state.T_cam_map[layout.free])
     error = robust_cost(problem, *residuals(problem, state, jacobians=False))[2]
-    yield BundleResult(poses, state.points, state.focal_scale, error, before, cost)
+    yield BundleResult(poses, state.points, state.focal_scale, state.radial, error, before, cost)
 
 
 def _cost(problem: BundleProblem, state: _State) -> float:
-    prior = (np.log(state.focal_scale) / FOCAL_PRIOR_STD)**2 / 2
-    return robust_cost(problem, *residuals(problem, state, jacobians=False))[0] + prior
+    off, information = _lens_prior(problem, state)
+    return (robust_cost(problem, *residuals(problem, state, jacobians=False))[0]
+            + float(off @ information @ off) / 2)
+
+
+def _lens_prior(problem: BundleProblem, state: _State) -> tuple[np.ndarray, np.ndarray]:
+    """What the lens is off from before [m], and the information [m, m] of that."""
+    off = {'focal': np.log(state.focal_scale), 'radial': state.radial}
+    return (np.array([off[name] for name in problem.lens]),
+            np.diag(np.array([LENS_PRIOR_STD[name]**-2.0 for name in problem.lens])))
 
 
 def _linearise(problem: BundleProblem, layout: _Layout, state: _State) -> _System:
-    r, front, J_pose, J_point, J_focal = residuals(problem, state)
+    r, front, J_pose, J_point, J_lens = residuals(problem, state)
     _, weight, _ = robust_cost(problem, r, front)
     A = np.swapaxes(J_pose * weight[..., None], 1, 2)  # [O, 6, 3]
     B = np.swapaxes(J_point * weight[..., None], 1, 2)  # [O, 3, 3]
     column = r[..., None]
 
     def total(table: sparse.csr_matrix, values: np.ndarray) -> np.ndarray:
-        out = table @ values.reshape(len(values), -1)
+        out = table @ values.reshape(len(values), math.prod(values.shape[1:]))
         return out.reshape(table.shape[0], *values.shape[1:])
 
-    focal = None
-    if problem.refine_focal:
-        h_focal = float((weight * J_focal**2).sum()) + FOCAL_PRIOR_STD**-2
-        g_focal = float((weight * J_focal * r).sum()) \
-            + float(np.log(state.focal_scale)) / FOCAL_PRIOR_STD**2
-        focal = (total(layout.by_pose, (A @ J_focal[..., None])[..., 0]),
-                 total(layout.by_point, (B @ J_focal[..., None])[..., 0]), h_focal, g_focal)
+    off, information = _lens_prior(problem, state)
+    flat = J_lens.reshape(r.size, len(off))
+    C = (flat * weight.reshape(-1, 1)).T  # [m, 3 O]
+    lens = (total(layout.by_pose, A @ J_lens), total(layout.by_point, B @ J_lens),
+            C @ flat + information, C @ r.ravel() + information @ off)
     return _System(total(layout.by_pose, A @ J_pose), total(layout.by_point, B @ J_point),
                    A @ J_point, total(layout.by_pose, (A @ column)[..., 0]),
-                   total(layout.by_point, (B @ column)[..., 0]),
-                   focal)
+                   total(layout.by_point, (B @ column)[..., 0]), lens)
 
 
 def _damped(blocks: np.ndarray, damping: float) -> np.ndarray:
@@ -264,21 +288,21 @@ def _step(problem: BundleProblem, layout: _Layout, state: _State, system: _Syste
     n = len(layout.free)
     xi = np.zeros((layout.n_poses, 6))
     xi[layout.free] = step[:6 * n].reshape(n, 6)
-    focal_step = 0.0 if system.focal is None else float(step[-1])
-    # Back-substitution: V dx = -(g + W^T xi + f ds).
+    lens_step = step[6 * n:]
+    # Back-substitution: V dx = -(g + W^T xi + F ds).
     pull = np.matmul(np.swapaxes(system.W, 1, 2), xi[problem.pose_index][..., None])[..., 0]
-    rhs = system.g_point + layout.by_point @ pull
-    if system.focal is not None:
-        rhs += system.focal[1] * focal_step
+    rhs = system.g_point + layout.by_point @ pull + system.lens[1] @ lens_step
     points = state.points - np.matmul(V_inv, rhs[..., None])[..., 0]
-    return replace(state, T_cam_map=se3_exp(xi) @ state.T_cam_map, points=points,
-                   focal_scale=state.focal_scale * np.exp(focal_step / state.focal_scale))
+    by_name = dict(zip(problem.lens, lens_step.tolist(), strict=True))
+    return _State(se3_exp(xi) @ state.T_cam_map, points,
+                  state.focal_scale * np.exp(by_name.get('focal', 0.0) / state.focal_scale),
+                  state.radial + by_name.get('radial', 0.0))
 
 
 def _reduced(problem: BundleProblem, layout: _Layout, system: _System, V_inv: np.ndarray,
              damping: float) -> tuple[np.ndarray, np.ndarray]:
-    """Reduced camera system S, b: free poses, then the focal length if it is refined."""
-    n, extra = len(layout.free), int(system.focal is not None)
+    """Reduced camera system S, b: free poses, then what is refined of the lens."""
+    n, extra = len(layout.free), len(problem.lens)
     S = np.zeros((6 * n + extra, 6 * n + extra))
     b = np.zeros(6 * n + extra)
     poses = S[:6 * n, :6 * n].reshape(n, 6, n, 6)
@@ -295,11 +319,13 @@ def _reduced(problem: BundleProblem, layout: _Layout, system: _System, V_inv: np
         product = rows @ right.reshape(6 * shape[0], 3 * shape[2]).T  # [p, 6, 6 p]
         poses[pose_set[:, None], :, pose_set[None], :] -= product.reshape(
             shape[0], 6, shape[0], 6).transpose(0, 2, 1, 3)
-    if system.focal is not None:
-        f_pose, f_point, h, g = system.focal
-        mixed = np.matmul(Y, f_point[problem.point_index][..., None])[..., 0]
-        S[:-1, -1] = S[-1, :-1] = (f_pose - layout.by_pose @ mixed)[layout.free].ravel()
-        weighted = np.matmul(V_inv, f_point[..., None])[..., 0]
-        S[-1, -1] = h * (1 + damping) - float((weighted * f_point).sum())
-        b[-1] = g - float((weighted * system.g_point).sum())
+    if extra:
+        lens_pose, lens_point, h, g = system.lens
+        mixed = Y @ lens_point[problem.point_index]  # [O, 6, m]
+        summed = (layout.by_pose @ mixed.reshape(len(mixed), -1)).reshape(-1, 6, extra)
+        S[:6 * n, 6 * n:] = (lens_pose - summed)[layout.free].reshape(6 * n, extra)
+        S[6 * n:, :6 * n] = S[:6 * n, 6 * n:].T
+        weighted = np.swapaxes(lens_point, 1, 2) @ V_inv  # [L, m, 3]
+        S[6 * n:, 6 * n:] = _damped(h, damping) - (weighted @ lens_point).sum(0)
+        b[6 * n:] = g - (weighted @ system.g_point[..., None]).sum(0)[:, 0]
     return S, b

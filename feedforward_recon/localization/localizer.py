@@ -117,7 +117,10 @@ class Localizer:
 
         Raises InputError when there is neither.
         """
-        camera = frame.camera or self.camera
+        camera = self.camera
+        if frame.camera is not None:
+            # The map knows the lens of its own camera better.
+            camera = frame.camera if camera is None else frame.camera.with_distortion_of(camera)
         if camera is None:
             raise InputError(f'{frame.source or "image"}: expected a camera to localise with, '
                              'found none; give --fx --fy --cx --cy or --fov')

@@ -11,7 +11,6 @@ from dataclasses import replace
 import numpy as np
 
 from feedforward_recon.config.schema import MapperConfig
-from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.refine import BundleProblem, bundle_adjust
 from feedforward_recon.mapping.map import GrowingMap
 
@@ -67,36 +66,37 @@ def refine_points(map_: GrowingMap, config: MapperConfig) -> Iterator[None]:
         yield
 
 
-def refine_all(map_: GrowingMap, config: MapperConfig, *, refine_focal: bool = False) -> None:
+def refine_all(map_: GrowingMap, config: MapperConfig, *, lens: tuple[str, ...] = (),
+               poses_fixed: bool = False) -> None:
     """Bundle adjustment of the whole map (at most ``refine.max_keyframes`` are free).
 
-    refine_focal: the focal length of all cameras is refined with it.
+    lens: what of the camera is refined with it, 'focal' or 'radial'.
     """
     count = len(map_)
-    free = np.arange(max(1, count - config.refine.max_keyframes), count)
-    fixed = np.arange(free[0]) if len(free) else np.zeros(0, int)
+    free = np.arange(count if poses_fixed else max(1, count - config.refine.max_keyframes), count)
+    fixed = np.arange(count - len(free))
     ids = np.flatnonzero(map_.landmarks.has_point)
-    _refine(map_, config, free, fixed, ids, config.refine.global_steps, refine_focal)
+    _refine(map_, config, free, fixed, ids, config.refine.global_steps, lens)
 
 
 def _refine(map_: GrowingMap, config: MapperConfig, free: np.ndarray, fixed: np.ndarray,
-            ids: np.ndarray, steps: int, refine_focal: bool = False) -> None:
-    problem, rows, ids = bundle_problem(map_, config, free, fixed, ids, refine_focal)
+            ids: np.ndarray, steps: int, lens: tuple[str, ...] = ()) -> None:
+    problem, rows, ids = bundle_problem(map_, config, free, fixed, ids, lens)
     if problem is None:
         return
     result = bundle_adjust(problem, steps)
     used = np.concatenate([free, fixed])
     map_.T_map_cam[used] = result.T_map_cam
     map_.landmarks.set_points_map(ids, result.points, map_.T_map_cam)
-    if refine_focal:
-        _rescale_focal(map_, result.focal_scale)
+    if lens:
+        _change_lens(map_, result.focal_scale, result.radial)
     # Beyond the tracking threshold: an observation that ties the window to an old place may
     # disagree until the loop is closed, and must not be lost before.
     _cull(map_, rows[result.residual > CULL_FACTOR * config.tracking.outlier_px], ids)
 
 
 def bundle_problem(map_: GrowingMap, config: MapperConfig, free: np.ndarray,
-                   fixed: np.ndarray, ids: np.ndarray, refine_focal: bool = False
+                   fixed: np.ndarray, ids: np.ndarray, lens: tuple[str, ...] = ()
                    ) -> tuple[BundleProblem | None, np.ndarray, np.ndarray]:
     """Bundle adjustment of landmarks ``ids`` and keyframes, with its rows and landmarks.
 
@@ -121,7 +121,7 @@ def bundle_problem(map_: GrowingMap, config: MapperConfig, free: np.ndarray,
         np.arange(len(used)) >= len(free), local[table.seen_keyframe[rows]], point_index,
         table.seen_xy[rows], table.seen_inv_depth[rows], table.seen_sigma[rows],
         map_.keyframes[-1].camera.fx, config.tracking.depth_noise,
-        config.refine.robust_px, refine_focal)
+        config.refine.robust_px, lens)
     return problem, rows, ids
 
 
@@ -136,15 +136,18 @@ def _cull(map_: GrowingMap, bad_rows: np.ndarray, ids: np.ndarray) -> None:
     table.point_cam[ids[support == 1]] = np.nan
 
 
-def _rescale_focal(map_: GrowingMap, scale: float) -> None:
-    for keyframe in map_.keyframes:
-        keyframe.camera = scaled_focal(keyframe.camera, scale)
-        keyframe.points_cam[:, :2] /= scale
-        keyframe.cloud_cam[:, :2] /= scale
-    map_.landmarks.seen_xy /= scale
-
-
-def scaled_focal(camera: Camera, scale: float) -> Camera:
-    """The camera with its focal lengths multiplied."""
-    return Camera(camera.width, camera.height, camera.fx * scale, camera.fy * scale, camera.cx,
-                  camera.cy, camera.distortion, camera.model)
+def _change_lens(map_: GrowingMap, focal_scale: float, radial: float) -> None:
+    """All cameras get another lens, and what was seen through it lies where it says now."""
+    table = map_.landmarks
+    by_keyframe = np.argsort(table.seen_keyframe, kind='stable')
+    ends = np.searchsorted(table.seen_keyframe[by_keyframe], np.arange(len(map_) + 1))
+    for keyframe, start, end in zip(map_.keyframes, ends[:-1], ends[1:], strict=True):
+        keyframe.camera = keyframe.camera.with_lens(focal_scale, radial)
+        keyframe.points_cam[:] = keyframe.camera.unproject(keyframe.features.keypoints,
+                                                           keyframe.points_cam[:, 2])
+        # The cloud keeps no pixels; to first order this is the same.
+        xy = keyframe.cloud_cam[:, :2] / (focal_scale * keyframe.cloud_cam[:, 2:])
+        keyframe.cloud_cam[:, :2] = (xy / (1 + radial * (xy**2).sum(1, keepdims=True))
+                                     * keyframe.cloud_cam[:, 2:])
+        rows = by_keyframe[start:end]
+        table.seen_xy[rows] = keyframe.camera.normalise(table.seen_px[rows])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from feedforward_recon.geometry.transforms import inverse, transform_points
@@ -89,33 +91,62 @@ def reassociate(map_: GrowingMap, id_: int, view: View, tracks: Tracks) -> Track
     Adds observations, merges landmarks that turn out to be one, and returns the tracks
     under their new ids with the re-found landmarks.
     """
-    keyframe, table = map_.keyframes[id_], map_.landmarks
-    ids, px, depth = _expected(map_, keyframe, view)
-    row, feature = match_guided(px, table.descriptor[ids], keyframe.features,
-                                GUIDED_RADIUS_PX, map_.config.tracking.match_similarity)
-    ids, depth = ids[row], depth[row]
-    present = keyframe.landmark[feature]
-    free = present < 0
-    new_px = keyframe.features.keypoints[feature[free]]
-    map_.observe(keyframe, view, ids[free], new_px)
-    keyframe.landmark[feature[free]] = ids[free]
-    _merge(map_, keyframe, ids[~free], present[~free], depth[~free])
-    named = table.alias[np.concatenate([tracks.ids, ids[free]])]
-    px = np.concatenate([tracks.px, new_px])
+    keyframe = map_.keyframes[id_]
+    ids, px, depth = _expected(map_, keyframe)
+    seen = ~_is_hidden(view.depth_at(px), depth)
+    ids, px = _find_again(map_, keyframe, ids[seen], px[seen], depth[seen])
+    named = map_.landmarks.alias[np.concatenate([tracks.ids, ids])]
+    px = np.concatenate([tracks.px, px])
     first = np.unique(named, return_index=True)[1]
     return Tracks(tracks.gray, named[first], px[first])
 
 
-def _expected(map_: GrowingMap, keyframe: MapKeyframe,
-              view: View) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def associate_again(map_: GrowingMap) -> None:
+    """Find the landmarks of every keyframe in all keyframes around it, earlier ones too.
+
+    A new keyframe looks only for what is older; here each landmark gets its observations in the
+    keyframes before it, and those that are one become one (docs/experiments.md, A second look).
+    """
+    for keyframe in map_.keyframes:
+        _find_again(map_, keyframe, *_expected(map_, keyframe))
+
+
+def _expected(map_: GrowingMap, keyframe: MapKeyframe
+              ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Landmarks that a keyframe should show and has not: ids, pixels [n, 2], z-depths [n]."""
     T = map_.T_map_cam[keyframe.id]
     near = map_.neighbours(T, map_.typical_depth(keyframe.id))
     ids, px, depth = map_.visible(near[near != keyframe.id], T, keyframe.camera)
     unseen = ~map_.landmarks.mask(map_.landmarks.seen_by(keyframe.id))[ids]
-    sensed = view.depth_at(px)
-    hidden = (sensed > 0) & (np.abs(sensed - depth) > 2 * SAME_DEPTH * depth)
-    keep = unseen & ~hidden
-    return ids[keep], px[keep], depth[keep]
+    return ids[unseen], px[unseen], depth[unseen]
+
+
+def _is_hidden(sensed: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    """Whether the sensor saw another surface [n] than one at z-depths [n]; False where blind."""
+    with np.errstate(invalid='ignore'):
+        return (sensed > 0) & (np.abs(sensed - depth) > 2 * SAME_DEPTH * depth)
+
+
+def _find_again(map_: GrowingMap, keyframe: MapKeyframe, ids: np.ndarray, px: np.ndarray,
+                depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Match landmarks [n] expected at pixels [n, 2] and z-depths [n] with a keyframe's features.
+
+    Adds observations and merges. Returns ids and pixels of those that it sees now.
+    """
+    table, tracking = map_.landmarks, map_.config.tracking
+    features = replace(keyframe.features, descriptors=keyframe.descriptors)
+    row, feature = match_guided(px, table.descriptor[ids], features, GUIDED_RADIUS_PX,
+                                tracking.match_similarity)
+    seen = ~_is_hidden(keyframe.points_cam[feature, 2], depth[row])
+    row, feature = row[seen], feature[seen]
+    ids, depth, present = ids[row], depth[row], keyframe.landmark[feature]
+    free = present < 0
+    added, px = feature[free], features.keypoints[feature[free]]
+    table.observe(ids[free], keyframe.id, px, keyframe.camera.normalise(px),
+                  1 / keyframe.points_cam[added, 2], 1.0)
+    keyframe.landmark[added] = ids[free]
+    _merge(map_, keyframe, ids[~free], present[~free], depth[~free])
+    return ids[free], px
 
 
 def _merge(map_: GrowingMap, keyframe: MapKeyframe, ids: np.ndarray, present: np.ndarray,

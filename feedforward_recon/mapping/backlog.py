@@ -1,19 +1,19 @@
 """``Backlog``: the work that a keyframe is followed by, in pieces of bounded cost.
 
-refine the sliding window -> look for a loop -> refine a guessed focal length -> write memory
+refine the sliding window -> look for a loop -> refine the lens, rarely -> write memory
 a loop whose error shows -> pose graph -> bundle adjustment -> landmarks, piece by piece
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.mapping.adjustment import refine_all, refine_window
-from feedforward_recon.mapping.association import fuse_loop
+from feedforward_recon.mapping.association import associate_again, fuse_loop
 from feedforward_recon.mapping.estimates import EstimateHistory
 from feedforward_recon.mapping.feed import MemoryFeed
 from feedforward_recon.mapping.loop_closure import Loop, close_loop, find_loop
@@ -21,9 +21,9 @@ from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.preparation import Preparation
 from feedforward_recon.mapping.scene_map import Stats
 
-# Keyframes after which a guessed focal length is refined with the whole map. With fewer than six
-# parallax says little of it; doubling keeps the cost in proportion to the walk; chosen by hand.
-FOCAL_ROUNDS = (6, 12, 24, 48)
+# Keyframes after which what is unknown of the lens is refined with the whole map. With fewer than
+# six, parallax says little of it; doubling keeps the cost in proportion to the walk; by hand.
+LENS_ROUNDS = (6, 12, 24, 48)
 
 
 class Backlog:
@@ -57,7 +57,7 @@ class Backlog:
         self._due.append(lambda: refine_window(self._map, self._map.config, poses_fixed=exact))
         if not exact:
             self._due.append(lambda: self._close_loops(with_scale=not metric))
-            self._due.append(self._refine_focal)
+            self._due.append(self._refine_lens)
         self._due.append(lambda: self.feed.write(self._map))
 
     def work(self) -> bool:
@@ -67,12 +67,28 @@ class Backlog:
         (self._due.popleft() if self._due else self._close_further)()
         return True
 
-    def refine_all(self, config: MapperConfig, *, focal: bool = False) -> None:
-        """Bundle adjustment of the whole map; what was written moves along."""
-        refine_all(self._map, config, refine_focal=focal)
-        if focal:
-            self._preparation.adopt(self._map.keyframes[-1].camera, 'refined')
+    def refine_all(self, config: MapperConfig, lens: tuple[str, ...] = (), *,
+                   exact: bool = False) -> None:
+        """Bundle adjustment of the whole map; what was written moves along.
+
+        lens: as in ``adjustment.refine_all``; the frames to come get the refined camera.
+        exact: poses stay.
+        """
+        refine_all(self._map, config, lens=lens, poses_fixed=exact)
+        if lens:
+            self._preparation.adopt_lens(self._map.keyframes[-1].camera)
         self.feed.reanchor(self._map)
+
+    def finish(self, settings: Sequence[MapperConfig], lens: tuple[str, ...], *,
+               exact: bool) -> None:
+        """The last refinements of the whole map, one for each of the settings.
+
+        Landmarks are associated again before the last one.
+        """
+        for config in settings:
+            self.refine_all(config, lens, exact=exact)
+        associate_again(self._map)
+        self.refine_all(settings[-1], lens, exact=exact)
 
     def _close_loops(self, *, with_scale: bool) -> None:
         """Look for a loop of the newest keyframe; where the map is off, correct it."""
@@ -105,7 +121,8 @@ class Backlog:
         self._history.rescale(scale)
         self.feed.reanchor(self._map)
 
-    def _refine_focal(self) -> None:
-        """A guessed focal length is refined with the whole map, early and then more rarely."""
-        if self._preparation.camera_source != 'given' and len(self._map) in FOCAL_ROUNDS:
-            self.refine_all(self._map.config, focal=True)
+    def _refine_lens(self) -> None:
+        """What is not known of the lens is refined with the whole map, early and then rarely."""
+        lens = self._preparation.open_lens
+        if lens and len(self._map) in LENS_ROUNDS:
+            self.refine_all(self._map.config, lens)

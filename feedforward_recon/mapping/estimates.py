@@ -49,6 +49,16 @@ class EstimateHistory:
         """Status of frame ``index``."""
         return self._entries[index].estimate.status
 
+    def keyframe(self, index: int) -> int:
+        """The keyframe that frame ``index`` moves with; -1 without a pose."""
+        return self._entries[index].keyframe
+
+    def move(self, index: int, T_map_cam: np.ndarray, T_map_keyframe: np.ndarray) -> None:
+        """Give frame ``index`` another pose [4, 4], beside its keyframe's."""
+        entry = self._entries[index]
+        self._entries[index] = replace(entry, T_keyframe_cam=inverse(T_map_keyframe) @ T_map_cam,
+                                       estimate=replace(entry.estimate, T_map_cam=T_map_cam))
+
     def forget_poses(self) -> None:
         """The map was given up before it had depth: no frame so far has a pose."""
         self._entries = [HistoryEntry(replace(

@@ -32,6 +32,7 @@ from feedforward_recon.mapping.cloud import sampled_depth
 from feedforward_recon.mapping.coverage import covering_tracks
 from feedforward_recon.mapping.estimates import EstimateHistory
 from feedforward_recon.mapping.feed import MemoryFeed
+from feedforward_recon.mapping.frame_tracks import FrameTracks
 from feedforward_recon.mapping.keyframes import KeyframePolicy, View
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.preparation import Preparation
@@ -66,7 +67,7 @@ class Mapper:
         config = self.source.mapping_config(config)
         self._map = GrowingMap(config, encoder.dim) if start is None else start.map
         self.stats = Stats(keyframes=len(self._map))
-        self._history = EstimateHistory()
+        self._history, self._tracks = EstimateHistory(), FrameTracks()
         self._preparation = Preparation(config.tracking, start)
         self._policy = KeyframePolicy(config.keyframes)
         feed = MemoryFeed(memory, config, written=len(self._map))
@@ -104,6 +105,8 @@ class Mapper:
             on_pose(self._estimate(view, tracked, novel, started))
         if tracked is not None and novel:
             tracked, novel = self._extended(view, tracked)
+        if tracked is not None and not novel and not self.source.is_exact:
+            self._tracks.record(view.index, tracked.tracks)
         return self._recorded(self._estimate(view, tracked, novel, started))
 
     def work(self, *, wait: bool = False, final: bool = False) -> bool:
@@ -122,10 +125,11 @@ class Mapper:
         """
         while self.work(wait=True, final=True):
             pass
-        guessed = self._preparation.camera_source != 'given' and not self.source.is_exact
-        if len(self._map) > 1:
-            for config in self.source.final_settings(self._map.config):
-                self.backlog.refine_all(config, focal=guessed)
+        settings, lens = self.source.final_settings(self._map.config), self._preparation.open_lens
+        if len(self._map) > 1 and settings:
+            self.backlog.finish(settings, lens if self.source.refines_lens else (),
+                                exact=self.source.holds_poses)
+            self._tracks.refit(self._map, self._history, self._map.config.tracking)
         self.backlog.feed.write(self._map, everything=True)
         return self.results.scene_map()
 
@@ -169,6 +173,7 @@ class Mapper:
         self._map.clear()
         self.backlog.clear()
         self._history.forget_poses()
+        self._tracks.clear()
 
     def _is_novel(self, view: View, tracked: Tracked) -> bool:
         """Whether a tracked frame becomes a keyframe."""

@@ -37,6 +37,7 @@ class Preparation:
         self.camera_source = 'given'
         self.metric = start is not None and start.gauge.scale_source in IN_METRES
         self._start = start
+        self._radial = 0.0  # k1 that was refined, of cameras that are said to have no distortion
         self._warned: set[str] = set()
 
     def view(self, frame: Frame, index: int) -> View:
@@ -64,12 +65,34 @@ class Preparation:
         """Use a camera that was 'refined' or 'predicted' for the frames that come without one."""
         self.camera, self.camera_source = camera, source
 
+    @property
+    def open_lens(self) -> tuple[str, ...]:
+        """What of the lens may be refined (``geometry.refine``).
+
+        The focal length of a camera that was guessed; else radial distortion, of one that came
+        without any.
+        """
+        if self.camera_source != 'given':
+            return ('focal',)
+        known = self.camera is None or (self.camera.is_distorted and not self._radial)
+        return () if known else ('radial',)
+
+    def adopt_lens(self, camera: Camera) -> None:
+        """Use a refined camera for the frames to come."""
+        if self.camera_source == 'given':
+            self._radial, self.camera = camera.distortion[0], camera
+        else:
+            self.adopt(camera, 'refined')
+
     def _take_first(self, frame: Frame, size_wh: tuple[int, int]) -> None:
         if self._start is None:
             self.metric = frame.depth is not None
         self.camera = frame.camera
         if frame.camera is None and self._start is not None:
             self.camera = self._start.camera  # given, by the map
+        elif self._start is not None and frame.camera is not None:
+            camera = frame.camera.with_distortion_of(self._start.camera)
+            self._radial = 0.0 if camera == frame.camera else camera.distortion[0]
         elif frame.camera is None:
             self.camera = Camera.from_fov(self.config.guessed_fov_deg, size_wh)
             self.camera_source = 'guessed'
@@ -86,8 +109,9 @@ class Preparation:
             raise InputError(f'expected intrinsics for {size_wh[0]}x{size_wh[1]}, found them for '
                              f'{frame.camera.width}x{frame.camera.height} in {frame.source}; '
                              'give the calibration of this image size')
-        self.camera = frame.camera
-        return frame.camera
+        self.camera = frame.camera if frame.camera.is_distorted else \
+            frame.camera.with_lens(1.0, self._radial)
+        return self.camera
 
     def _warn_once(self, sentence: str, source: str) -> None:
         if sentence not in self._warned:

@@ -53,6 +53,16 @@ class PoseSource(Protocol):
         ...
 
     @property
+    def holds_poses(self) -> bool:
+        """Not even the refinement of the finished map moves a pose."""
+        ...
+
+    @property
+    def refines_lens(self) -> bool:
+        """Poses are exact enough to tell the lens from them."""
+        ...
+
+    @property
     def lost(self) -> str:
         """Reason given for a frame without a pose in an established map."""
         ...

@@ -43,6 +43,8 @@ class FeaturePoses:
     """
 
     is_exact = False
+    holds_poses = False
+    refines_lens = True
     is_busy = False
     progress = ''
     lost = NO_KNOWN_PLACE

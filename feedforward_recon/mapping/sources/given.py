@@ -22,6 +22,8 @@ class GivenPoses:
     """Poses from ``Frame.T_map_cam``; frames without one have none."""
 
     is_exact = True
+    holds_poses = True
+    refines_lens = True
     is_busy = False
     progress = ''
     lost = 'no pose was given'
@@ -70,8 +72,8 @@ class GivenPoses:
         return Gauge(1.0, 'given poses', 'given poses')
 
     def final_settings(self, config: MapperConfig) -> Sequence[MapperConfig]:
-        """No pose is moved."""
-        return []
+        """One bundle adjustment, in which no pose is moved."""
+        return [config]
 
     def wants_relocalisation(self, estimate: Estimate) -> bool:
         """Frames without a given pose get none."""

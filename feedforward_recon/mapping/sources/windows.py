@@ -170,6 +170,8 @@ class WindowPoses:
     """
 
     is_exact = True
+    holds_poses = False
+    refines_lens = False
 
     def __init__(self, config: MapperConfig, network: Predictor, encoder: Encoder, *,
                  windows: WindowConfig | None = None, selects: bool = False, refine: bool = True,
