@@ -73,7 +73,8 @@ def number(key: str, digits: int, factor: float = 1.0, missing: str = '-'
     return cell
 
 
-def _share(index: int) -> Callable[[Row], str]:
+def _within(metres: float, degrees: float) -> Callable[[Row], str]:
+    index = RECALL_THRESHOLDS.index((metres, degrees))
     return lambda row: f'{100 * row["recall"][index]:.0f} %'
 
 
@@ -100,9 +101,9 @@ MAPPING: dict[str, Callable[[Row], str]] = {
     'polish CPU s': number('polish_cpu_seconds', 0)}
 LOCALISATION: dict[str, Callable[[Row], str]] = {
     'found': lambda row: f'{row["localised"]} of {row["queries"]}',
-    'median cm': number('median_m', 1, 100), 'median deg': number('median_deg', 2),
-    **{f'{metres * 100:.0f} cm, {degrees:.0f} deg': _share(index)
-       for index, (metres, degrees) in enumerate(RECALL_THRESHOLDS)},
+    'median cm': number('median_m', 2, 100), 'median deg': number('median_deg', 2),
+    **{f'{metres * 100:.0f} cm, {degrees:.0f} deg': _within(metres, degrees)
+       for metres, degrees in RECALL_THRESHOLDS},
     'map MB': number('nbytes', 2, 1e-6), 'ms per query': number('query_ms', 0),
     'CPU ms': number('query_cpu_ms', 0)}
 ATTENTION: dict[str, Callable[[Row], str]] = {
@@ -178,8 +179,9 @@ def _mapping_sentence(row: Row) -> str:
 
 
 def _localisation_sentence(row: Row) -> str:
-    return (f'median {number("median_m", 1, 100)(row)} cm, {number("median_deg", 1)(row)} deg; '
-            f'{_share(0)(row)} within 5 cm and 5 deg, {_share(1)(row)} within 10 cm and 10 deg; '
+    return (f'median {number("median_m", 2, 100)(row)} cm, {number("median_deg", 1)(row)} deg; '
+            f'{_within(0.01, 1.0)(row)} within 1 cm and 1 deg, '
+            f'{_within(0.05, 5.0)(row)} within 5 cm and 5 deg; '
             f'{number("query_ms", 0)(row)} ms')
 
 
