@@ -3,8 +3,8 @@
 Errors are those of Sturm et al., "A benchmark for the evaluation of RGB-D SLAM systems" (IROS
 2012): the absolute trajectory error after one alignment, and the relative pose error over a
 fixed number of frames. Orientations are aligned by their own mean: positions on a straight line
-say nothing about the rotation around it. Beside them stands what blind guessing reaches: the best straight line
-driven at constant speed. A figure near that line proves nothing.
+say nothing about the rotation around it. Beside them stands what blind guessing reaches: the best
+straight line driven at constant speed. A figure near that line proves nothing.
 """
 
 from __future__ import annotations
