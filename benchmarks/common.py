@@ -24,6 +24,7 @@ from feedforward_recon.types import Frame, Trajectory
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / 'results'
+PEERS = REPOSITORY / '.venv-peers'  # programs to compare with: benchmarks/peers_environment.py
 LIBRARIES = ('numpy', 'scipy', 'torch', 'opencv-python-headless', 'opencv-python', 'pycolmap')
 KITCHEN, DRIVE = '7scenes_redkitchen', 'kitti_seq2'
 # Poses from structure from motion (Brachmann et al., ICCV 2021). Those of the sensor's own

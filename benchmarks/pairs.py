@@ -26,7 +26,7 @@ import cv2
 import numpy as np
 import torch
 
-from benchmarks.common import KITCHEN, REPOSITORY, load_frames
+from benchmarks.common import KITCHEN, PEERS, load_frames
 from feedforward_recon.console.threads import one_thread
 from feedforward_recon.geometry.transforms import hat, inverse
 from feedforward_recon.mapping.matching import match_mutual
@@ -43,7 +43,7 @@ XFEAT_SIMILARITY = 0.82  # the smallest cosine of a match that its authors chose
 THRESHOLD_PX, ITERATIONS, CONFIDENCE = 1.0, 10_000, 0.9999
 RIGHT_PX = 3.0  # from the epipolar lines of the true pose, root of the Sampson error
 FAILED_DEG = 180.0
-XFEAT = REPOSITORY / '.venv-peers' / 'xfeat'
+XFEAT = PEERS / 'xfeat'
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]

@@ -1,0 +1,120 @@
+"""Mapping peer: ORB-SLAM3 (Campos et al., T-RO 2021), fed with a walk at the pace of the camera.
+
+It runs as a separate program in an environment of its own (benchmarks/peers_environment.py);
+this module hands it images, depth and settings in a folder and reads what it wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from benchmarks.peers_environment import PYTHON, VOCABULARY
+from benchmarks.scoring import Walked
+from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.io import read_tum_trajectory
+from feedforward_recon.types import Frame, Trajectory
+
+WORKER = Path(__file__).with_name('orbslam_worker.py')
+# As in the settings that ORB-SLAM3 comes with: TUM RGB-D for small images, KITTI for wide ones.
+FEATURES, FEATURES_WIDE, WIDE_PX = 1000, 2000, 1000
+START_S = 120.0  # loading the vocabulary and saving take seconds, on a busy machine more
+log = logging.getLogger(__name__)
+
+
+def map_walk(frames: Sequence[Frame], rights: Sequence[np.ndarray] = (),
+             baseline_m: float = 0.0) -> Walked | None:
+    """What ORB-SLAM3 makes of a walk; None, with a warning, when it crashed.
+
+    RGB-D where frames have depth, stereo where rectified right images are given, else monocular.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _write_job(folder, frames, rights, baseline_m)
+        pace_s = (frames[-1].stamp_ns - frames[0].stamp_ns) / 1e9
+        try:
+            done = subprocess.run([PYTHON, WORKER, folder], capture_output=True, text=True,
+                                  timeout=2 * pace_s + START_S, check=False)
+        except subprocess.TimeoutExpired:
+            log.warning('ORB-SLAM3 did not end after %.0f s', 2 * pace_s + START_S)
+            return None
+        if done.returncode or not (folder / 'result.json').exists():
+            log.warning('ORB-SLAM3 ended with %d: %s', done.returncode, done.stderr[-500:])
+            return None
+        return _read(folder, frames)
+
+
+def _write_job(folder: Path, frames: Sequence[Frame], rights: Sequence[np.ndarray],
+               baseline_m: float) -> None:
+    sensor, inputs = 'MONOCULAR', ['images.npy']
+    np.save(folder / 'images.npy', np.stack([_gray(frame.image) for frame in frames]))
+    if len(rights):
+        sensor, inputs = 'STEREO', [*inputs, 'right.npy']
+        np.save(folder / 'right.npy', np.stack([_gray(image) for image in rights]))
+    elif all(frame.depth is not None for frame in frames):
+        sensor, inputs = 'RGBD', [*inputs, 'depth.npy']
+        np.save(folder / 'depth.npy', np.stack([f.depth for f in frames if f.depth is not None]))
+    first = frames[0]
+    assert first.camera is not None
+    seconds = [(frame.stamp_ns - first.stamp_ns) / 1e9 for frame in frames]
+    fps = 1 / float(np.median(np.diff(seconds)))
+    (folder / 'settings.yaml').write_text(settings(first.camera, fps, sensor, baseline_m),
+                                          encoding='ascii')
+    (folder / 'job.json').write_text(json.dumps({
+        'sensor': sensor, 'inputs': inputs, 'seconds': seconds,
+        'vocabulary': str(VOCABULARY)}), encoding='utf-8')
+
+
+def _gray(image: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+
+
+def settings(camera: Camera, fps: float, sensor: str, baseline_m: float = 0.0) -> str:
+    """Settings of ORB-SLAM3 in the YAML of OpenCV; of a pinhole camera without distortion."""
+    stereo = sensor == 'STEREO'
+    wide = camera.width >= WIDE_PX
+    values: dict[str, object] = {
+        'File.version': '"1.0"', 'Camera.type': '"Rectified"' if stereo else '"PinHole"',
+        'Camera1.fx': float(camera.fx), 'Camera1.fy': float(camera.fy),
+        'Camera1.cx': float(camera.cx), 'Camera1.cy': float(camera.cy),
+        'Camera1.k1': 0.0, 'Camera1.k2': 0.0, 'Camera1.p1': 0.0, 'Camera1.p2': 0.0,
+        'Camera.width': camera.width, 'Camera.height': camera.height,
+        'Camera.fps': round(fps), 'Camera.RGB': 1,
+        # Of an RGB-D camera the baseline only says how far depth counts as near: 40 times it.
+        'Stereo.ThDepth': 40.0, 'Stereo.b': float(baseline_m) if stereo else 0.08,
+        'RGBD.DepthMapFactor': 1.0,
+        'ORBextractor.nFeatures': FEATURES_WIDE if wide else FEATURES,
+        'ORBextractor.scaleFactor': 1.2, 'ORBextractor.nLevels': 8,
+        'ORBextractor.iniThFAST': 20, 'ORBextractor.minThFAST': 7,
+        'Viewer.KeyFrameSize': 0.05, 'Viewer.KeyFrameLineWidth': 1.0,
+        'Viewer.GraphLineWidth': 0.9, 'Viewer.PointSize': 2.0, 'Viewer.CameraSize': 0.08,
+        'Viewer.CameraLineWidth': 3.0, 'Viewer.ViewpointX': 0.0, 'Viewer.ViewpointY': -0.7,
+        'Viewer.ViewpointZ': -1.8, 'Viewer.ViewpointF': 500.0}
+    return '%YAML:1.0\n---\n' + ''.join(f'{key}: {value}\n' for key, value in values.items())
+
+
+def _read(folder: Path, frames: Sequence[Frame]) -> Walked:
+    result = json.loads((folder / 'result.json').read_text(encoding='utf-8'))
+    poses = np.load(folder / 'live.npy')
+    posed = np.flatnonzero(np.isfinite(poses[:, 0, 0]))
+    stamps = np.array([frame.stamp_ns for frame in frames], np.int64)
+    live = Trajectory(stamps[posed], poses[posed])
+    final = _tum(folder / 'trajectory.tum', stamps[0])
+    return Walked(live, live if final is None else final,
+                  _tum(folder / 'keyframes.tum', stamps[0]) or Trajectory(),
+                  result['cpu_seconds'], 1e3 * float(np.median(result['latency_s'])))
+
+
+def _tum(path: Path, first_ns: int) -> Trajectory | None:
+    """What ORB-SLAM3 saved; None when it saved nothing."""
+    if not path.exists() or not path.read_text(encoding='ascii').strip():
+        return None
+    saved = read_tum_trajectory(path)
+    return Trajectory(saved.stamps_ns + first_ns, saved.T_map_cam)
