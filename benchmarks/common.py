@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 import math
@@ -18,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from feedforward_recon.errors import InputError
-from feedforward_recon.evaluation import TrajectoryError, absolute_trajectory_error
 from feedforward_recon.io import SourceOptions, open_source
 from feedforward_recon.types import Frame, Trajectory
 
@@ -82,23 +80,26 @@ def backwards(frames: list[Frame]) -> list[Frame]:
             for frame, other in zip(frames[::-1], frames, strict=True)]
 
 
+def four_ways(frames: list[Frame]) -> dict[str, list[Frame]]:
+    """A walk as four: on one walk alone, differences below 10 % are noise.
+
+    From the middle: to its end, then from the middle to its beginning, so that the camera is
+    suddenly elsewhere, at a place that was seen. Stamps always rise.
+    """
+    middle = len(frames) // 2
+    parts = frames[middle:] + frames[middle::-1]
+    step_ns = int(np.median(np.diff([frame.stamp_ns for frame in frames])))
+    from_middle = [replace(frame, stamp_ns=frames[0].stamp_ns + index * step_ns)
+                   for index, frame in enumerate(parts)]
+    return {'forwards': frames, 'backwards': backwards(frames), 'every second': frames[::2],
+            'from the middle': from_middle}
+
+
 def true_trajectory(frames: list[Frame]) -> Trajectory:
     """The given poses of frames that have one."""
     known = [f for f in frames if f.T_map_cam is not None]
     return Trajectory(np.array([f.stamp_ns for f in known], np.int64),
                       np.stack([f.T_map_cam for f in known if f.T_map_cam is not None]))
-
-
-def trajectory_entry(estimated: Trajectory, truth: Trajectory, alignment: str,
-                     total: int, clock: Clock) -> dict[str, Any]:
-    """Row of a mapping table: accuracy, how many of ``total`` images have a pose, time."""
-    row: dict[str, Any] = {'alignment': alignment, 'images': total, 'tracked': len(estimated),
-                           'seconds': clock.seconds, 'cpu_seconds': clock.cpu_seconds,
-                           'error': None}
-    if len(estimated) >= 3:
-        error: TrajectoryError = absolute_trajectory_error(estimated, truth, alignment)
-        row['error'] = dataclasses.asdict(error)
-    return row
 
 
 def provenance() -> dict[str, Any]:

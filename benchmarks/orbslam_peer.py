@@ -81,10 +81,8 @@ def settings(camera: Camera, fps: float, sensor: str, baseline_m: float = 0.0) -
     stereo = sensor == 'STEREO'
     wide = camera.width >= WIDE_PX
     values: dict[str, object] = {
-        'File.version': '"1.0"', 'Camera.type': '"Rectified"' if stereo else '"PinHole"',
-        'Camera1.fx': float(camera.fx), 'Camera1.fy': float(camera.fy),
-        'Camera1.cx': float(camera.cx), 'Camera1.cy': float(camera.cy),
-        'Camera1.k1': 0.0, 'Camera1.k2': 0.0, 'Camera1.p1': 0.0, 'Camera1.p2': 0.0,
+        'File.version': '"1.0"', 'Camera.type': '"PinHole"',
+        **_intrinsics(1, camera), **(_second_camera(camera, baseline_m) if stereo else {}),
         'Camera.width': camera.width, 'Camera.height': camera.height,
         'Camera.fps': round(fps), 'Camera.RGB': 1,
         # Of an RGB-D camera the baseline only says how far depth counts as near: 40 times it.
@@ -100,21 +98,36 @@ def settings(camera: Camera, fps: float, sensor: str, baseline_m: float = 0.0) -
     return '%YAML:1.0\n---\n' + ''.join(f'{key}: {value}\n' for key, value in values.items())
 
 
+def _intrinsics(number: int, camera: Camera) -> dict[str, object]:
+    values = {'fx': camera.fx, 'fy': camera.fy, 'cx': camera.cx, 'cy': camera.cy, 'k1': 0.0,
+              'k2': 0.0, 'p1': 0.0, 'p2': 0.0}
+    return {f'Camera{number}.{key}': float(value) for key, value in values.items()}
+
+
+def _second_camera(camera: Camera, baseline_m: float) -> dict[str, object]:
+    T_left_right = np.eye(4)
+    T_left_right[0, 3] = baseline_m
+    numbers = ', '.join(f'{value:.9f}' for value in T_left_right.ravel())
+    return {**_intrinsics(2, camera), 'Stereo.T_c1_c2':
+            f'!!opencv-matrix\n  rows: 4\n  cols: 4\n  dt: f\n  data: [{numbers}]'}
+
+
 def _read(folder: Path, frames: Sequence[Frame]) -> Walked:
     result = json.loads((folder / 'result.json').read_text(encoding='utf-8'))
     poses = np.load(folder / 'live.npy')
     posed = np.flatnonzero(np.isfinite(poses[:, 0, 0]))
     stamps = np.array([frame.stamp_ns for frame in frames], np.int64)
     live = Trajectory(stamps[posed], poses[posed])
-    final = _tum(folder / 'trajectory.tum', stamps[0])
-    return Walked(live, live if final is None else final,
-                  _tum(folder / 'keyframes.tum', stamps[0]) or Trajectory(),
+    final = _tum(folder / 'trajectory.tum', stamps)
+    keyframes = _tum(folder / 'keyframes.tum', stamps)
+    return Walked(live, final if len(final) else live, keyframes, keyframes.stamps_ns,
                   result['cpu_seconds'], 1e3 * float(np.median(result['latency_s'])))
 
 
-def _tum(path: Path, first_ns: int) -> Trajectory | None:
-    """What ORB-SLAM3 saved; None when it saved nothing."""
+def _tum(path: Path, stamps_ns: np.ndarray) -> Trajectory:
+    """What ORB-SLAM3 saved, with the stamps [N] of the walk; it rounds them to microseconds."""
     if not path.exists() or not path.read_text(encoding='ascii').strip():
-        return None
+        return Trajectory()
     saved = read_tum_trajectory(path)
-    return Trajectory(saved.stamps_ns + first_ns, saved.T_map_cam)
+    nearest = np.abs(saved.stamps_ns[:, None] + stamps_ns[0] - stamps_ns).argmin(1)
+    return Trajectory(stamps_ns[nearest], saved.T_map_cam)

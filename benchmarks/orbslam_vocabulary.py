@@ -90,7 +90,7 @@ def lines(root: Node, image: np.ndarray) -> Iterator[str]:
 
 
 def write_vocabulary(images: list[Path], path: Path) -> None:
-    """Train on images and write the file; without a newline at its end, which is read as a node."""
+    """Train on images and write the file; a newline at its end would be read as a node."""
     descriptors, image = orb_descriptors(images)
     root = grown_tree(np.unpackbits(descriptors, axis=1))
     partial = path.with_suffix('.partial')

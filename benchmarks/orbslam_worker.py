@@ -1,4 +1,4 @@
-"""Runs in the environment of ORB-SLAM3, which has nothing of this package: orbslam_peer.py starts it.
+"""Runs in the environment of ORB-SLAM3, without this package; orbslam_peer.py starts it.
 
     python orbslam_worker.py FOLDER
 

@@ -18,6 +18,7 @@ ENTRIES = {
     'mapping': ('mapping', 'run'),
     'sparse_depth': ('sparse_depth', 'run'),
     'sessions': ('sessions', 'run'),
+    'pairs': ('pairs', 'run'),
     'localisation': ('localisation', 'run'),
     'wrong_places': ('localisation', 'run_wrong_places'),
     'memory_law': ('memory_law', 'run'),
@@ -47,7 +48,8 @@ def main() -> None:
     if unknown:
         parser.error(f'expected names of {", ".join(ENTRIES)}, found {", ".join(unknown)}')
     logging.basicConfig(format='%(message)s')
-    log.setLevel(logging.INFO)
+    for logger in (log, logging.getLogger('benchmarks')):
+        logger.setLevel(logging.INFO)
     for name in names:
         started = time.perf_counter()
         path = write_result(name, measure(name))

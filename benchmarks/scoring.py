@@ -22,29 +22,38 @@ class Walked:
     """What a system made of a walk.
 
     live: poses as they came with the images, before anything was refined. trajectory: poses of
-    all images in the end. keyframes: those of the map. cpu_seconds: of all threads, without
-    reading images. latency_ms: median from an image to its pose, by the clock.
+    all images in the end; the live ones where a system has no others. refined: poses of the
+    finished map, of all images or of its keyframes alone. keyframes_ns: stamps [K].
+    cpu_seconds: of all threads, without reading images. latency_ms: median from an image to its
+    pose, by the clock.
     """
 
     live: Trajectory
     trajectory: Trajectory
-    keyframes: Trajectory
+    refined: Trajectory
+    keyframes_ns: np.ndarray
     cpu_seconds: float
     latency_ms: float
 
 
-def walk_entry(walked: Walked, truth: Trajectory, alignment: str, total: int) -> Row:
-    """Row of the mapping table for one walk of ``total`` images."""
+def walk_entry(walked: Walked, truth: Trajectory, alignment: str, total: int,
+               moments_ns: np.ndarray) -> Row:
+    """Row of the mapping table for one walk of ``total`` images.
+
+    moments_ns: stamps of the peer's keyframes, at which refined poses are compared.
+    """
+    at = np.isin(truth.stamps_ns, moments_ns)
+    at_keyframes = Trajectory(truth.stamps_ns[at], truth.T_map_cam[at])
     return {'alignment': alignment, 'images': total, 'tracked': len(walked.trajectory),
-            'tracked_live': len(walked.live), 'keyframes': len(walked.keyframes),
+            'tracked_live': len(walked.live), 'keyframes': len(walked.keyframes_ns),
             'cpu_seconds': walked.cpu_seconds, 'latency_ms': walked.latency_ms,
-            'error': _error(walked.trajectory, truth, alignment),
-            'live_error': _error(walked.live, truth, alignment),
-            'keyframe_error': _error(walked.keyframes, truth, alignment)}
+            'error': trajectory_error(walked.trajectory, truth, alignment),
+            'live_error': trajectory_error(walked.live, truth, alignment),
+            'keyframe_error': trajectory_error(walked.refined, at_keyframes, alignment)}
 
 
-def _error(estimated: Trajectory, truth: Trajectory, alignment: str) -> Row | None:
-    """None where too little was tracked to be compared."""
+def trajectory_error(estimated: Trajectory, truth: Trajectory, alignment: str) -> Row | None:
+    """Figures of a trajectory; None where too little was tracked to be compared."""
     try:
         return dataclasses.asdict(absolute_trajectory_error(estimated, truth, alignment))
     except (InputError, DegenerateError):
