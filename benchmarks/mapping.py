@@ -65,7 +65,7 @@ def cases() -> dict[str, Case]:
     kitchen = load_frames(KITCHEN)
     no_depth = [replace(frame, depth=None) for frame in kitchen]
     gaps, _ = interleaved_split(len(kitchen))
-    drive = load_frames(DRIVE)
+    drive = load_frames(DRIVE, use_depth=False)
     found = {
         f'{KITCHEN} RGB-D': Case(four_ways(kitchen), 'se3', both),
         f'{KITCHEN} monocular': Case(four_ways(no_depth), 'sim3', both),

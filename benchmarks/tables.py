@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.common import DRIVE, KITCHEN, REPOSITORY, RESULTS
 from benchmarks.scoring import Row, value_at
@@ -47,13 +47,8 @@ def page(results: Path = RESULTS) -> str:
 def front_page(text: str, results: Path = RESULTS) -> str:
     """The README with the lines between its marks replaced by the headline figures."""
     before, rest = text.split(MARKS[0])
-    lines = ['| measured | |', '|---|---|']
-    for name, case, label, sentence in HEADLINES:
-        path = results / f'{name}.json'
-        row = json.loads(path.read_text(encoding='utf-8'))['rows'].get(case) if path.exists() \
-            else None
-        if row is not None:
-            lines.append(f'| {label} | {sentence(row)} |')
+    lines = ['| measured | this package | peer in the same run | ratio |', '|---|---|---|---|',
+             *filter(None, (headline.line(results) for headline in HEADLINES))]
     return '\n'.join([before + MARKS[0], *lines, MARKS[1] + rest.split(MARKS[1])[1]])
 
 
@@ -141,7 +136,7 @@ SECTIONS = (
      'the middle to the beginning. ATE: root mean square distance of camera centres after one '
      'alignment; rotation: median, after the orientations were aligned by their own mean. Live: '
      'poses as they came with the images, before anything was refined. At keyframes: refined '
-     'poses at the moments of ORB-SLAM3\'s keyframes; of its monocular images only those are '
+     'poses at the moments of the keyframes of ORB-SLAM3; of its monocular images only those are '
      'refined, so its other figures are of live poses there. ORB-SLAM3 gets the images at the '
      'pace of the camera, this package as fast as it takes them, on one thread. Straight line: '
      'what the best line at constant velocity reaches, without looking at any image. Rows "/" '
@@ -210,33 +205,90 @@ SECTIONS = (
 
 
 def _mapping_sentence(row: Row) -> str:
-    return (f'{number("error.rmse", 1, 100)(row)} cm trajectory error '
-            f'({_percent_of_path(row)} of the path), {row["tracked"]} of {row["images"]} images '
-            f'tracked, {number("seconds", 0)(row)} s')
+    live, rotation = number('live_error.rmse', 2, 100), number('error.rotation_median_deg', 2)
+    return (f'{number("error.rmse", 2, 100)(row)} cm ({_percent_of_path(row)} of the path), live '
+            f'{live(row)} cm; {rotation(row)} deg; {_tracked(row)} images; '
+            f'{number("cpu_seconds", 0)(row)} CPU s')
 
 
 def _localisation_sentence(row: Row) -> str:
-    return (f'median {number("median_m", 2, 100)(row)} cm, {number("median_deg", 1)(row)} deg; '
-            f'{_within(0.01, 1.0)(row)} within 1 cm and 1 deg, '
-            f'{_within(0.05, 5.0)(row)} within 5 cm and 5 deg; '
-            f'{number("query_ms", 0)(row)} ms')
+    return (f'median {number("median_m", 2, 100)(row)} cm, {number("median_deg", 2)(row)} deg; '
+            f'{_within(0.01, 1.0)(row)} within 1 cm and 1 deg, {_within(0.05, 5.0)(row)} within '
+            f'5 cm and 5 deg; {number("nbytes", 1, 1e-6)(row)} MB')
 
 
-HEADLINES: tuple[tuple[str, str, str, Callable[[Row], str]], ...] = (
-    ('mapping', f'{KITCHEN} RGB-D | feedforward_recon', 'kitchen walk of 33 s, RGB-D',
-     _mapping_sentence),
-    ('mapping', f'{KITCHEN} monocular | feedforward_recon', 'the same, monocular',
-     _mapping_sentence),
-    ('mapping', f'{DRIVE} monocular | feedforward_recon', 'car, 51 images, monocular',
-     _mapping_sentence),
-    ('localisation', f'{KITCHEN} interleaved | hybrid', 'images between mapped ones',
-     _localisation_sentence),
-    ('localisation', f'{KITCHEN} extrapolation | hybrid', 'images beyond the mapped part',
-     _localisation_sentence),
-    ('wrong_places', f'{KITCHEN} | other scenes', 'images of other places',
-     lambda row: f'{row["accepted"]} of {row["images"]} accepted'),
-    ('memory_law', '500 keyframes', 'memory after 500 keyframes',
-     lambda row: f'{number("nbytes", 2, 1e-6)(row)} MB'),
+def _pairs_sentence(row: Row) -> str:
+    return f'AUC@30 {number("auc30", 3)(row)}, AUC@5 {number("auc5", 3)(row)}'
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A line of the README: a row of a result, and beside it that of a peer.
+
+    sentence: figures of a row in words. peer: result and row. compared: what the ratios are of,
+    {word: dotted key}.
+    """
+
+    label: str
+    name: str
+    case: str
+    sentence: Callable[[Row], str]
+    peer: tuple[str, str] | None = None
+    compared: tuple[tuple[str, str], ...] = ()
+
+    def line(self, results: Path) -> str | None:
+        """The line, None without its row."""
+        row, peer = _row(results, self.name, self.case), None
+        if row is None:
+            return None
+        if self.peer is not None:
+            peer = _row(results, *self.peer)
+        if self.peer is None or peer is None:
+            return f'| {self.label} | {self.sentence(row)} | | |'
+        both = [(word, value_at(row, key), value_at(peer, key)) for word, key in self.compared]
+        ratios = ', '.join(f'{word} {mine / theirs:.2f}' for word, mine, theirs in both
+                           if mine is not None and theirs)
+        system = self.peer[1].split(' | ')[1]
+        theirs = f'{system}: {self.sentence(peer)}'
+        return f'| {self.label} | {self.sentence(row)} | {theirs} | {ratios} |'
+
+
+def _row(results: Path, name: str, case: str) -> Row | None:
+    path = results / f'{name}.json'
+    return json.loads(path.read_text(encoding='utf-8'))['rows'].get(case) if path.exists() \
+        else None
+
+
+def _mapping(label: str, case: str) -> Headline:
+    return Headline(label, 'mapping', f'{case} | feedforward_recon', _mapping_sentence,
+                    ('mapping', f'{case} | ORB-SLAM3'),
+                    (('error', 'error.rmse'), ('live', 'live_error.rmse'),
+                     ('rotation', 'error.rotation_median_deg'), ('images', 'tracked'),
+                     ('CPU', 'cpu_seconds')))
+
+
+def _localisation(label: str, split: str) -> Headline:
+    return Headline(label, 'localisation', f'{KITCHEN} {split} | hybrid', _localisation_sentence,
+                    ('peers_localisation', f'{KITCHEN} {split} | SIFT + VLAD + PnP, every 5th '
+                     'mapping image'), (('error', 'median_m'), ('rotation', 'median_deg'),
+                                        ('size', 'nbytes'), ('time', 'query_cpu_ms')))
+
+
+HEADLINES = (
+    _mapping('kitchen walk of 33 s in four ways, RGB-D', f'{KITCHEN} RGB-D'),
+    _mapping('the same, monocular', f'{KITCHEN} monocular'),
+    _mapping('car, 51 images, monocular', f'{DRIVE} monocular'),
+    _mapping('car, stereo', f'{DRIVE} stereo'),
+    _localisation('images between mapped ones', 'interleaved'),
+    _localisation('images beyond the mapped part', 'extrapolation'),
+    Headline('relative pose of two images, seven sets', 'pairs',
+             'mean of 7 sets | compact (1000)', _pairs_sentence,
+             ('pairs', 'mean of 7 sets | XFeat (2000)'),
+             (('AUC@30', 'auc30'), ('AUC@5', 'auc5'))),
+    Headline('images of other places', 'wrong_places', f'{KITCHEN} | other scenes',
+             lambda row: f'{row["accepted"]} of {row["images"]} accepted'),
+    Headline('memory after 500 keyframes', 'memory_law', '500 keyframes',
+             lambda row: f'{number("nbytes", 2, 1e-6)(row)} MB'),
 )
 
 
