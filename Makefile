@@ -51,8 +51,8 @@ slow: $(PACKAGE) ros
 ros: $(ROS_WHEELS) $(TF2_MSGS)
 
 bench: $(PACKAGE)
-	$(BIN)/python -m benchmarks.run_all
-	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.run_all; status=$$?; \
+		$(BIN)/python -m benchmarks.tables && exit $$status
 
 peers: $(PACKAGE)
 	$(BIN)/python -m benchmarks.peers_environment
