@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import time
+import zlib
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -118,6 +119,12 @@ def provenance() -> dict[str, Any]:
                         'threads': os.environ.get('OMP_NUM_THREADS', 'default'),
                         'load_per_core': round(os.getloadavg()[0] / (os.cpu_count() or 1), 1)},
             'versions': versions}
+
+
+def package_state() -> str:
+    """Names the state of the package, with local changes; other files do not count."""
+    changes = zlib.crc32(_git('diff', 'HEAD', '--', 'feedforward_recon').encode())
+    return f'{_git("rev-parse", "HEAD:feedforward_recon")}+{changes:x}'
 
 
 def write_result(name: str, rows: dict[str, Any]) -> Path:

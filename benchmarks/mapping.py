@@ -29,7 +29,7 @@ from benchmarks.common import (
     data_root,
     four_ways,
     load_frames,
-    provenance,
+    package_state,
     true_trajectory,
 )
 from benchmarks.peers_environment import why_no_orbslam
@@ -133,16 +133,16 @@ def _measured(case: Case, system: str, frames: list[Frame], moments_ns: np.ndarr
 
 def _keep(label: str, found: dict[str, Any]) -> None:
     KEPT.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({'commit': provenance()['commit'], **found})
+    content = json.dumps({'package': package_state(), **found})
     _file(label).write_text(content, encoding='utf-8')
 
 
 def _kept(label: str) -> dict[str, Any] | None:
-    """What an interrupted run of the same commit has measured."""
+    """What an interrupted run has measured, if the package is still the same."""
     if not _file(label).exists():
         return None
     found = json.loads(_file(label).read_text(encoding='utf-8'))
-    return found if found['commit'] == provenance()['commit'] else None
+    return found if found['package'] == package_state() else None
 
 
 def _file(label: str) -> Path:

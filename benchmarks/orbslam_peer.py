@@ -18,8 +18,9 @@ import numpy as np
 
 from benchmarks.peers_environment import PYTHON, VOCABULARY
 from benchmarks.scoring import Walked
+from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
-from feedforward_recon.io import read_tum_trajectory
+from feedforward_recon.geometry.transforms import make_transform, matrix_from_quat_xyzw
 from feedforward_recon.types import Frame, Trajectory
 
 WORKER = Path(__file__).with_name('orbslam_worker.py')
@@ -48,7 +49,11 @@ def map_walk(frames: Sequence[Frame], rights: Sequence[np.ndarray] = (),
         if done.returncode or not (folder / 'result.json').exists():
             log.warning('ORB-SLAM3 ended with %d: %s', done.returncode, done.stderr[-500:])
             return None
-        return _read(folder, frames)
+        try:
+            return _read(folder, frames)
+        except (InputError, ValueError) as error:
+            log.warning('ORB-SLAM3 wrote what cannot be read: %s', error)
+            return None
 
 
 def _write_job(folder: Path, frames: Sequence[Frame], rights: Sequence[np.ndarray],
@@ -125,9 +130,17 @@ def _read(folder: Path, frames: Sequence[Frame]) -> Walked:
 
 
 def _tum(path: Path, stamps_ns: np.ndarray) -> Trajectory:
-    """What ORB-SLAM3 saved, with the stamps [N] of the walk; it rounds them to microseconds."""
+    """What ORB-SLAM3 saved, with the stamps [N] of the walk.
+
+    It rounds stamps to microseconds, and after it was lost it may save an image twice: the last
+    one counts.
+    """
     if not path.exists() or not path.read_text(encoding='ascii').strip():
         return Trajectory()
-    saved = read_tum_trajectory(path)
-    nearest = np.abs(saved.stamps_ns[:, None] + stamps_ns[0] - stamps_ns).argmin(1)
-    return Trajectory(stamps_ns[nearest], saved.T_map_cam)
+    rows = np.loadtxt(path, ndmin=2)
+    index = np.abs(1e9 * rows[:, :1] + stamps_ns[0] - stamps_ns).argmin(1)
+    last = {int(frame): row for frame, row in zip(index, rows, strict=True)}
+    order = sorted(last)
+    values = np.stack([last[frame] for frame in order])
+    return Trajectory(stamps_ns[order], make_transform(matrix_from_quat_xyzw(values[:, 4:]),
+                                                       values[:, 1:4]))

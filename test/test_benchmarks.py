@@ -188,6 +188,18 @@ def test_settings_of_orbslam_say_the_camera_and_the_baseline():
     np.testing.assert_array_equal(storage.getNode('Stereo.T_c1_c2').mat()[:, 3], [0.5, 0, 0, 1])
 
 
+def test_what_orbslam_saved_is_read_even_if_an_image_is_there_twice(tmp_path):
+    stamps = 1_700_000_000_000_000_000 + 66_666_667 * np.arange(5)
+    (tmp_path / 'a.tum').write_text('0.133333 1 2 3 0 0 0 1\n0.2 4 5 6 0 1 0 0\n'
+                                    '0.133333 7 8 9 0 0 0 1\n')
+    read = orbslam_peer._tum(tmp_path / 'a.tum', stamps)
+    np.testing.assert_array_equal(read.stamps_ns, stamps[[2, 3]])
+    np.testing.assert_array_equal(read.positions, [[7, 8, 9], [4, 5, 6]])
+    np.testing.assert_allclose(np.diag(read.T_map_cam[1]), [-1, 1, -1, 1])
+    (tmp_path / 'a.tum').write_text('\n')
+    assert len(orbslam_peer._tum(tmp_path / 'a.tum', stamps)) == 0
+
+
 def test_vocabulary_is_a_tree_that_the_reader_can_follow(monkeypatch):
     monkeypatch.setattr(orbslam_vocabulary, 'BRANCHES', 3)
     monkeypatch.setattr(orbslam_vocabulary, 'LEVELS', 2)
