@@ -67,7 +67,7 @@ def mean_entry(rows: Mapping[str, Row]) -> Row:
     """
     mean = _mean(list(rows.values()))
     errors = [row['error'] and row['error']['rmse'] for row in rows.values()]
-    spread = None if None in errors else float(np.std(errors))
+    spread = float(np.std(errors)) if None not in errors and len(errors) > 1 else None
     return {**mean, 'spread': spread, 'walks': len(rows), 'each': dict(rows)}
 
 

@@ -97,7 +97,8 @@ def _origin(content: Row) -> str:
 
 
 def _tracked(row: Row) -> str:
-    return f'{row["tracked"]:.0f} of {row["images"]:.0f}'
+    """Of all walks together."""
+    return ' of '.join(f'{row[key] * row.get("walks", 1):.0f}' for key in ('tracked', 'images'))
 
 
 MAPPING: dict[str, Callable[[Row], str]] = {
@@ -263,6 +264,7 @@ def _mapping(label: str, case: str) -> Headline:
     return Headline(label, 'mapping', f'{case} | feedforward_recon', _mapping_sentence,
                     ('mapping', f'{case} | ORB-SLAM3'),
                     (('error', 'error.rmse'), ('live', 'live_error.rmse'),
+                     ('at its keyframes', 'keyframe_error.rmse'),
                      ('rotation', 'error.rotation_median_deg'), ('images', 'tracked'),
                      ('CPU', 'cpu_seconds')))
 
