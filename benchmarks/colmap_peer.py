@@ -10,14 +10,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from benchmarks.common import (
-    DRIVE,
-    KITCHEN,
-    Clock,
-    load_frames,
-    trajectory_entry,
-    true_trajectory,
-)
+from benchmarks.common import DRIVE, KITCHEN, Clock, load_frames, true_trajectory
+from benchmarks.scoring import trajectory_error
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.types import Frame, Trajectory
 
@@ -101,5 +95,7 @@ def run() -> Iterator[tuple[str, dict[str, Any]]]:
         for matching in ('exhaustive', 'sequential'):
             for mapper in ('incremental', 'global'):
                 estimated, clock = map_with_colmap(frames, mapper, matching)
-                yield (f'{name} | pycolmap {mapper}, {matching} matching',
-                       trajectory_entry(estimated, truth, 'sim3', len(frames), clock))
+                yield f'{name} | pycolmap {mapper}, {matching} matching', {
+                    'alignment': 'sim3', 'images': len(frames), 'tracked': len(estimated),
+                    'cpu_seconds': clock.cpu_seconds,
+                    'error': trajectory_error(estimated, truth, 'sim3')}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 import math
@@ -10,6 +9,7 @@ import os
 import platform
 import subprocess
 import time
+import zlib
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,14 +18,17 @@ from typing import Any
 import numpy as np
 
 from feedforward_recon.errors import InputError
-from feedforward_recon.evaluation import TrajectoryError, absolute_trajectory_error
 from feedforward_recon.io import SourceOptions, open_source
 from feedforward_recon.types import Frame, Trajectory
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / 'results'
+PEERS = REPOSITORY / '.venv-peers'  # programs to compare with: benchmarks/peers_environment.py
 LIBRARIES = ('numpy', 'scipy', 'torch', 'opencv-python-headless', 'opencv-python', 'pycolmap')
 KITCHEN, DRIVE = '7scenes_redkitchen', 'kitti_seq2'
+# Poses from structure from motion (Brachmann et al., ICCV 2021). Those of the sensor's own
+# software (KinectFusion, in cameras.json) are 5 cm and 2.4 degrees off them.
+PRECISE = 'cameras_sfm.json'
 
 
 class Clock:
@@ -58,9 +61,18 @@ def data_root() -> Path:
 
 
 def load_frames(name: str, *, step: int = 1, use_depth: bool = True) -> list[Frame]:
-    """All frames of a set (of a stereo set the left camera), decoded, in stamp order."""
-    options = SourceOptions(step=step, use_depth=use_depth)
-    return list(open_source(data_root() / name, options))
+    """All frames of a set (of a stereo set the left camera), decoded, in stamp order.
+
+    Where the set has a ``PRECISE`` truth, its poses replace those of cameras.json.
+    """
+    folder = data_root() / name
+    frames = list(open_source(folder, SourceOptions(step=step, use_depth=use_depth)))
+    if not (folder / PRECISE).exists():
+        return frames
+    text = (folder / PRECISE).read_text(encoding='utf-8')
+    poses = {Path(entry['file']).name: np.array(entry['T_world_camera'])
+             for entry in json.loads(text)['frames']}
+    return [replace(frame, T_map_cam=poses.get(Path(frame.source).name)) for frame in frames]
 
 
 def backwards(frames: list[Frame]) -> list[Frame]:
@@ -69,23 +81,26 @@ def backwards(frames: list[Frame]) -> list[Frame]:
             for frame, other in zip(frames[::-1], frames, strict=True)]
 
 
+def four_ways(frames: list[Frame]) -> dict[str, list[Frame]]:
+    """A walk as four: on one walk alone, differences below 10 % are noise.
+
+    From the middle: to its end, then from the middle to its beginning, so that the camera is
+    suddenly elsewhere, at a place that was seen. Stamps always rise.
+    """
+    middle = len(frames) // 2
+    parts = frames[middle:] + frames[middle::-1]
+    step_ns = int(np.median(np.diff([frame.stamp_ns for frame in frames])))
+    from_middle = [replace(frame, stamp_ns=frames[0].stamp_ns + index * step_ns)
+                   for index, frame in enumerate(parts)]
+    return {'forwards': frames, 'backwards': backwards(frames), 'every second': frames[::2],
+            'from the middle': from_middle}
+
+
 def true_trajectory(frames: list[Frame]) -> Trajectory:
     """The given poses of frames that have one."""
     known = [f for f in frames if f.T_map_cam is not None]
     return Trajectory(np.array([f.stamp_ns for f in known], np.int64),
                       np.stack([f.T_map_cam for f in known if f.T_map_cam is not None]))
-
-
-def trajectory_entry(estimated: Trajectory, truth: Trajectory, alignment: str,
-                     total: int, clock: Clock) -> dict[str, Any]:
-    """Row of a mapping table: accuracy, how many of ``total`` images have a pose, time."""
-    row: dict[str, Any] = {'alignment': alignment, 'images': total, 'tracked': len(estimated),
-                           'seconds': clock.seconds, 'cpu_seconds': clock.cpu_seconds,
-                           'error': None}
-    if len(estimated) >= 3:
-        error: TrajectoryError = absolute_trajectory_error(estimated, truth, alignment)
-        row['error'] = dataclasses.asdict(error)
-    return row
 
 
 def provenance() -> dict[str, Any]:
@@ -104,6 +119,12 @@ def provenance() -> dict[str, Any]:
                         'threads': os.environ.get('OMP_NUM_THREADS', 'default'),
                         'load_per_core': round(os.getloadavg()[0] / (os.cpu_count() or 1), 1)},
             'versions': versions}
+
+
+def package_state() -> str:
+    """Names the state of the package, with local changes; other files do not count."""
+    changes = zlib.crc32(_git('diff', 'HEAD', '--', 'feedforward_recon').encode())
+    return f'{_git("rev-parse", "HEAD:feedforward_recon")}+{changes:x}'
 
 
 def write_result(name: str, rows: dict[str, Any]) -> Path:

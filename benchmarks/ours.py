@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from benchmarks.common import Clock
+from benchmarks.scoring import Walked
 from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.console.threads import one_thread
 from feedforward_recon.evaluation import associate
@@ -15,11 +16,13 @@ from feedforward_recon.geometry.align import Alignment, align_points
 from feedforward_recon.localization.localizer import Localizer
 from feedforward_recon.mapping.mapper import Mapper
 from feedforward_recon.mapping.scene_map import SceneMap
-from feedforward_recon.mapping.sources import GivenPoses
+from feedforward_recon.mapping.sources import FeaturePoses, GivenPoses
 from feedforward_recon.memory.scene_memory import SceneMemory
 from feedforward_recon.memory.writer import MemoryWriter
 from feedforward_recon.model import Encoder
 from feedforward_recon.model.compact import CompactEncoder
+from feedforward_recon.session.newest_memory import NewestMemory
+from feedforward_recon.session.offline import relocalise_frames
 from feedforward_recon.types import Frame, Trajectory
 
 
@@ -37,22 +40,59 @@ class Mapped:
     polish: Clock
 
 
-def map_frames(frames: Iterable[Frame], config: MapperConfig | None = None, *,
+def map_frames(frames: Sequence[Frame], config: MapperConfig | None = None, *,
                given_poses: bool = False) -> Mapped:
     """Map frames one by one into a memory, then polish the memory."""
     config = config or MapperConfig()
     encoder = CompactEncoder.load(config=config.encoder)
     writer = MemoryWriter(config.memory, encoder.dim)
     mapping = Clock()
-    source = GivenPoses(config, encoder) if given_poses else None
-    mapper = Mapper(config, encoder, writer, source=source)
+    if given_poses:
+        mapper = Mapper(config, encoder, writer, source=GivenPoses(config, encoder))
+    else:
+        mapper = _mapper(config, encoder, writer)
     for frame in frames:
         mapper.process(frame)
-    scene = mapper.finish()
+    scene = _finished(mapper, frames)
     mapping.stop()
     polish = Clock()
     writer.polish()
     return Mapped(scene, writer.snapshot(), mapping, polish.stop())
+
+
+def map_walk(frames: Sequence[Frame], config: MapperConfig | None = None) -> Walked:
+    """Map frames one by one, as a system that is compared with others on one thread."""
+    config = config or MapperConfig()
+    encoder = CompactEncoder.load(config=config.encoder)
+    with one_thread():  # as in the nodes and the command
+        mapper = _mapper(config, encoder, MemoryWriter(config.memory, encoder.dim))
+        clock = Clock()
+        estimates = [mapper.process(frame) for frame in frames]
+        scene = _finished(mapper, frames)
+        clock.stop()
+    posed = [(e.stamp_ns, e.T_map_cam) for e in estimates if e.T_map_cam is not None]
+    keyframes_ns = np.array([keyframe.stamp_ns for keyframe in scene.keyframes], np.int64)
+    return Walked(_trajectory(posed), scene.trajectory, scene.trajectory, keyframes_ns,
+                  clock.cpu_seconds, float(np.median([e.latency_ms for e in estimates])))
+
+
+def _mapper(config: MapperConfig, encoder: Encoder, writer: MemoryWriter) -> Mapper:
+    """Looks for a lost camera in the memory, as the command and the nodes do."""
+    relocalise = NewestMemory(writer, encoder, config.localizer).relocalise
+    return Mapper(config, encoder, writer,
+                  source=FeaturePoses(config, encoder, relocalise=relocalise))
+
+
+def _finished(mapper: Mapper, frames: Sequence[Frame]) -> SceneMap:
+    scene = mapper.finish()
+    return mapper.results.scene_map() if relocalise_frames(mapper, frames) else scene
+
+
+def _trajectory(poses: Sequence[tuple[int, np.ndarray]]) -> Trajectory:
+    if not poses:
+        return Trajectory()
+    return Trajectory(np.array([stamp_ns for stamp_ns, _ in poses], np.int64),
+                      np.stack([T_map_cam for _, T_map_cam in poses]))
 
 
 class Answerer:

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from benchmarks.common import write_result
+from feedforward_recon.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +19,7 @@ ENTRIES = {
     'mapping': ('mapping', 'run'),
     'sparse_depth': ('sparse_depth', 'run'),
     'sessions': ('sessions', 'run'),
+    'pairs': ('pairs', 'run'),
     'localisation': ('localisation', 'run'),
     'wrong_places': ('localisation', 'run_wrong_places'),
     'memory_law': ('memory_law', 'run'),
@@ -39,7 +41,10 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write one JSON file per entry; all entries unless some are named."""
+    """Write one JSON file per entry; all entries unless some are named.
+
+    One that cannot be measured here does not keep the others from it; the exit code is 1 then.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('names', nargs='*', metavar='NAME', help=f'of {", ".join(ENTRIES)}')
     names = parser.parse_args().names or list(ENTRIES)
@@ -47,11 +52,20 @@ def main() -> None:
     if unknown:
         parser.error(f'expected names of {", ".join(ENTRIES)}, found {", ".join(unknown)}')
     logging.basicConfig(format='%(message)s')
-    log.setLevel(logging.INFO)
+    for logger in (log, logging.getLogger('benchmarks')):
+        logger.setLevel(logging.INFO)
+    failed = []
     for name in names:
         started = time.perf_counter()
-        path = write_result(name, measure(name))
+        try:
+            path = write_result(name, measure(name))
+        except (InputError, ImportError) as error:  # no data, no ROS, no pycolmap
+            failed.append(name)
+            log.error('%s was not measured: %s', name, error)
+            continue
         log.info('%s: %s in %.0f s', name, path, time.perf_counter() - started)
+    if failed:
+        parser.exit(1, f'not measured: {", ".join(failed)}\n')
 
 
 if __name__ == '__main__':

@@ -12,7 +12,6 @@ one run, not its keyframes alone). Means over walks, forwards and backwards.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import KITCHEN, backwards, data_root, load_frames, true_trajectory
+from benchmarks.common import KITCHEN, backwards, load_frames, true_trajectory
 from benchmarks.ours import alignment_to
 from feedforward_recon.config.schema import MapperConfig, MemoryConfig
 from feedforward_recon.console.threads import one_thread
@@ -47,15 +46,6 @@ def room_walk(seed: int) -> list[Frame]:
     room, fps = Room.generate(seed), 7.0
     return list(render_walk(room, Camera.from_fov(68.0, (480, 360)), room.walk(WALK, 0, fps),
                             fps=fps, noise=1.0, seed=1))
-
-
-def kitchen_walk() -> list[Frame]:
-    """The kitchen with the truth of structure from motion."""
-    text = (data_root() / KITCHEN / 'cameras_sfm.json').read_text(encoding='utf-8')
-    poses = {Path(entry['file']).name: np.array(entry['T_world_camera'])
-             for entry in json.loads(text)['frames']}
-    return [replace(frame, T_map_cam=poses.get(Path(frame.source).name))
-            for frame in load_frames(KITCHEN)]
 
 
 def parts(frames: Sequence[Frame]) -> list[list[Frame]]:
@@ -129,7 +119,7 @@ def run() -> Iterator[tuple[str, Row]]:
     """One row per kind of walk and session, with and without depth; means over the walks."""
     encoder = CompactEncoder.load()
     walks = {'synthetic rooms': [walk for seed in ROOMS for walk in _both_ways(room_walk(seed))],
-             'kitchen': _both_ways(kitchen_walk())}
+             'kitchen': _both_ways(load_frames(KITCHEN))}
     with one_thread():
         for name, ways in walks.items():
             for depth in (True, False):

@@ -125,7 +125,7 @@ def _findings(found: Found) -> dict[str, Any]:
     score = found.score
     return {
         'views': score.queries, 'localised': score.localised, 'median_m': score.median_m,
-        'median_deg': score.median_deg, 'recall_5cm': score.recall[0],
+        'median_deg': score.median_deg, 'recall_5cm': score.within(0.05, 5.0),
         'median_ms': float(np.median([answer.latency_ms for answer in found.held_out])),
         'other_room_views': len(found.other_room),
         'other_room_accepted': sum(a.T_map_cam is not None for a in found.other_room)}

@@ -114,8 +114,6 @@ def bench_command() -> int:
     if not (checkout / 'benchmarks' / 'run_all.py').is_file():
         raise InputError('expected a checkout with the folder benchmarks, found the package '
                          'alone; clone the repository and run `make bench` there')
-    for module in ('benchmarks.run_all', 'benchmarks.tables'):
-        done = subprocess.run([sys.executable, '-m', module], cwd=checkout, check=False)
-        if done.returncode:
-            return 1
-    return 0
+    codes = [subprocess.run([sys.executable, '-m', module], cwd=checkout, check=False).returncode
+             for module in ('benchmarks.run_all', 'benchmarks.tables')]
+    return int(any(codes))  # what could be measured is in the tables

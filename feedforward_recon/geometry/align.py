@@ -109,6 +109,17 @@ def align_points_robust(source: np.ndarray, target: np.ndarray,
     return fit
 
 
+def align_orientations(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The rotation [3, 3] that brings orientations [N, 3, 3] closest to target ones: ``R source``.
+
+    Chordal mean of ``target source^T`` (Hartley et al., "Rotation averaging", IJCV 2013, sec.
+    5.3). Unlike the rotation between positions it is well determined on a straight walk.
+    """
+    U, _, Vt = np.linalg.svd(np.einsum('nij,nkj->ik', target, source))
+    U[:, 2] *= np.sign(np.linalg.det(U) * np.linalg.det(Vt))
+    return U @ Vt
+
+
 def _rotation(covariance: np.ndarray) -> tuple[np.ndarray, float]:
     """Rotation [3, 3] that maximises tr(R^T covariance), and the maximum (eq. 39-43)."""
     U, singular, Vt = np.linalg.svd(covariance)

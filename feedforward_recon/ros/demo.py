@@ -184,7 +184,7 @@ def find_views(observer: Observer, folder: Path, log: Path, fit: Alignment) -> d
             observer.watch(lambda: False, 1.0)
         refused, refusal = observer.call('localize')
     return {'views': score.queries, 'found': score.localised, 'median_m': score.median_m,
-            'recall_5cm': score.recall[0], 'localize': localized,
+            'recall_5cm': score.within(0.05, 5.0), 'localize': localized,
             'localize_ms': json.loads(message)['ms'] if localized else None,
             'other_views': len(observer.truth), 'other_accepted': len(observer.poses),
             'other_localize': refused, 'other_reason': json.loads(refusal).get('reason')}
