@@ -17,6 +17,15 @@ from feedforward_recon.mapping.map import GrowingMap
 # Times outlier_px: there, at 9 px, an observation has 3 % of its weight left (Cauchy, robust_px),
 # so it is a mismatch rather than something yet to be pulled in; chosen by hand.
 CULL_FACTOR = 3.0
+# Errors of a depth camera are alike over whole surfaces (the lens, what reflects how much), so
+# that an observation says no more than one of ALIKE squared independent ones would. With 8 the
+# trust in a Kinect falls to 0.1 per metre, and rendered depth keeps 0.004 (docs/experiments.md,
+# Depth is trusted as far as it agrees).
+ALIKE = 8.0
+MAX_DEPTH_NOISE = 0.1  # 1/m: beyond, depth hardly says more than the scale
+MAD_TO_STD = 1.4826  # of a normal distribution
+FIRM_VIEWS = 4  # keyframes; two of them fix a landmark as well as its depth does
+ENOUGH_DEPTHS = 200  # observations, for a median within a tenth
 # Observations whose landmarks are refined in one piece, while frames wait: the longest piece of a
 # loop closure took 54 ms (docs/experiments.md, A loop closed in pieces).
 POINTS_PIECE = 5000
@@ -120,7 +129,7 @@ def bundle_problem(map_: GrowingMap, config: MapperConfig, free: np.ndarray,
         map_.T_map_cam[used], table.points_map(ids, map_.T_map_cam),
         np.arange(len(used)) >= len(free), local[table.seen_keyframe[rows]], point_index,
         table.seen_xy[rows], table.seen_inv_depth[rows], table.seen_sigma[rows],
-        map_.keyframes[-1].camera.fx, config.tracking.depth_noise,
+        map_.keyframes[-1].camera.fx, map_.depth_noise,
         config.refine.robust_px, lens)
     return problem, rows, ids
 
@@ -134,6 +143,25 @@ def _cull(map_: GrowingMap, bad_rows: np.ndarray, ids: np.ndarray) -> None:
     support = np.bincount(table.seen_landmark[rows], weight, len(table))[ids]
     table.alive[ids[support == 0]] = False
     table.point_cam[ids[support == 1]] = np.nan
+
+
+def calibrate_depth(map_: GrowingMap) -> None:
+    """Set how far the map trusts depth images, from how far their depth is from its landmarks.
+
+    Never more than ``tracking.depth_noise`` says. Landmarks of few views agree with any depth, so
+    they do not count.
+    """
+    table, settings = map_.landmarks, map_.config.tracking
+    firm = table.has_point & (table.views() >= FIRM_VIEWS)
+    rows = np.flatnonzero(firm[table.seen_landmark] & np.isfinite(table.seen_inv_depth))
+    if len(rows) < ENOUGH_DEPTHS:
+        return
+    points = table.points_map(table.seen_landmark[rows], map_.T_map_cam)
+    z_axis = map_.T_map_cam[table.seen_keyframe[rows], :3, 2]
+    z = ((points - map_.T_map_cam[table.seen_keyframe[rows], :3, 3]) * z_axis).sum(1)
+    error = 1 / z - table.seen_inv_depth[rows]
+    spread = MAD_TO_STD * float(np.median(np.abs(error - np.median(error))))
+    map_.depth_noise = max(settings.depth_noise, min(ALIKE * spread, MAX_DEPTH_NOISE))
 
 
 def _change_lens(map_: GrowingMap, focal_scale: float, radial: float) -> None:

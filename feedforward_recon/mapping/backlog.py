@@ -12,7 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from feedforward_recon.config.schema import MapperConfig
-from feedforward_recon.mapping.adjustment import refine_all, refine_window
+from feedforward_recon.mapping.adjustment import (
+    calibrate_depth,
+    refine_all,
+    refine_window,
+)
 from feedforward_recon.mapping.association import associate_again, fuse_loop
 from feedforward_recon.mapping.estimates import EstimateHistory
 from feedforward_recon.mapping.feed import MemoryFeed
@@ -75,6 +79,7 @@ class Backlog:
         exact: poses stay.
         """
         refine_all(self._map, config, lens=lens, poses_fixed=exact)
+        calibrate_depth(self._map)
         if lens:
             self._preparation.adopt_lens(self._map.keyframes[-1].camera)
         self.feed.reanchor(self._map)
@@ -122,7 +127,7 @@ class Backlog:
         self.feed.reanchor(self._map)
 
     def _refine_lens(self) -> None:
-        """What is not known of the lens is refined with the whole map, early and then rarely."""
+        """The lens, as far as it is open, and the trust in depth: early, and then rarely."""
         lens = self._preparation.open_lens
-        if lens and len(self._map) in LENS_ROUNDS:
+        if (lens or self._preparation.metric) and len(self._map) in LENS_ROUNDS:
             self.refine_all(self._map.config, lens)

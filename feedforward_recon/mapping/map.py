@@ -23,11 +23,13 @@ NEIGHBOURS = 20  # keyframes whose landmarks are looked for: more cost time and 
 class GrowingMap:
     """Keyframes with poses T_map_cam [K, 4, 4] and landmarks, lengths in map units.
 
-    Every method keeps them consistent.
+    Every method keeps them consistent. depth_noise: standard deviation of 1/z of depth images, as
+    the map knows it by now.
     """
 
     def __init__(self, config: MapperConfig, dim: int) -> None:
         self.config = config
+        self.depth_noise = config.tracking.depth_noise
         self.keyframes: list[MapKeyframe] = []
         self.T_map_cam = np.zeros((0, 4, 4))
         self.landmarks = LandmarkTable(dim)

@@ -182,4 +182,4 @@ def fit_pose(view: View, map_: GrowingMap, tracks: Tracks, T_guess: np.ndarray,
     points = map_.landmarks.points_map(tracks.ids, map_.T_map_cam)
     depth = view.depth_at(tracks.px) if view.depth is not None else None
     return refine_pose(T_guess, points, tracks.px, view.camera, depth=depth,
-                       depth_noise=config.depth_noise, outlier_px=config.outlier_px)
+                       depth_noise=map_.depth_noise, outlier_px=config.outlier_px)
