@@ -40,7 +40,8 @@ class BundleProblem:
     T_map_cam: [P, 4, 4]; points: map frame [L, 3]; fixed: bool [P], poses that stay.
     pose_index, point_index: int [O], each pair at most once.
     xy: [O, 2] undistorted normalised coordinates; inv_depth: [O] sensor 1/z, NaN if none.
-    sigma_px: [O] expected pixel error; depth_noise: standard deviation of ``inv_depth``.
+    sigma_px: [O] expected pixel error; depth_noise: standard deviation of ``inv_depth``, one for
+    all or [O].
     focal_px: converts normalised coordinates to pixels. points_fixed: points stay as well.
     """
 
@@ -53,7 +54,7 @@ class BundleProblem:
     inv_depth: np.ndarray
     sigma_px: np.ndarray
     focal_px: float
-    depth_noise: float = 0.004
+    depth_noise: float | np.ndarray = 0.004
     robust_px: float = 1.5
     refine_focal: bool = False
 

@@ -120,9 +120,16 @@ def bundle_problem(map_: GrowingMap, config: MapperConfig, free: np.ndarray,
         map_.T_map_cam[used], table.points_map(ids, map_.T_map_cam),
         np.arange(len(used)) >= len(free), local[table.seen_keyframe[rows]], point_index,
         table.seen_xy[rows], table.seen_inv_depth[rows], table.seen_sigma[rows],
-        map_.keyframes[-1].camera.fx, config.tracking.depth_noise,
+        map_.keyframes[-1].camera.fx,
+        _depth_noise(map_, table.seen_keyframe[rows], config.tracking.depth_noise),
         config.refine.robust_px, refine_focal)
     return problem, rows, ids
+
+
+def _depth_noise(map_: GrowingMap, keyframes: np.ndarray, noise: float) -> np.ndarray:
+    """Standard deviation of 1/z [O] in observations by keyframes [O]; noise: of depth images."""
+    of_each = [noise if k.inv_depth_noise is None else k.inv_depth_noise for k in map_.keyframes]
+    return np.array(of_each)[keyframes]
 
 
 def _cull(map_: GrowingMap, bad_rows: np.ndarray, ids: np.ndarray) -> None:

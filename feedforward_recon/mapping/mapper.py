@@ -3,8 +3,8 @@
     prepare -> locate (PoseSource) -> estimate -> if novel: keyframe -> triangulate or take depth
             -> backlog: refine the sliding window, close loops, write the scene memory
 
-RGB-D and monocular cameras run the same code: sensor depth is a better start for landmarks
-and one more residual. Without depth the first keyframe is the map origin, the median depth of
+RGB-D, stereo and monocular cameras run the same code: sensor depth is a better start for
+landmarks and one more residual; of a stereo pair this is that of the right image. Without depth the first keyframe is the map origin, the median depth of
 its first landmarks is one unit, and ``metres_per_unit`` is None. Where poses come from is the
 business of a ``PoseSource``: features, given poses, or windows of a feed-forward network.
 
@@ -152,7 +152,7 @@ class Mapper:
     def _prepared(self, frame: Frame) -> View:
         if self._preparation.gains_depth(frame) and self.source.waiting_for(self._map):
             self._start_again(restarts=len(self._map) > 0)
-            self._preparation.metric = True
+            self._preparation.take_scale(frame)
         return self._preparation.view(frame, len(self._history))
 
     def _located(self, view: View) -> Tracked | None:
@@ -196,7 +196,9 @@ class Mapper:
         if known is not None:
             return known, False
         tracked = self._keyframe(view, tracked)
-        self.backlog.follow_up(exact=self.source.is_exact, metric=self._preparation.metric)
+        gauge = self.source.gauge(sensor=self._preparation.sensor)
+        self.backlog.follow_up(exact=self.source.is_exact,
+                               metric=gauge.metres_per_unit is not None)
         return tracked, True
 
     def _brought_up_to_date(self, tracked: Tracked) -> Tracked:

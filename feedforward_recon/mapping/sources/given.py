@@ -65,7 +65,7 @@ class GivenPoses:
         """Texture, or texture with depth; '' once there is a map."""
         return '' if len(map_) else missing_for_start(needs_depth=self._needs_depth)
 
-    def gauge(self, *, metric: bool) -> Gauge:
+    def gauge(self, *, sensor: str) -> Gauge:
         """Those of the given poses, in metres."""
         return Gauge(1.0, 'given poses', 'given poses')
 

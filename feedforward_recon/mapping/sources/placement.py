@@ -189,8 +189,11 @@ class WindowPlacement:
             else replace(view, camera=self.camera)
 
     def as_seen(self, view: View) -> View:
-        """The view with the camera of the map, and with depth only in a metric one."""
-        view = self.with_known_camera(view)
+        """The view with the camera of the map, and with depth only in a metric one.
+
+        A window takes its unit from depth images alone, so the right image is left out.
+        """
+        view = replace(self.with_known_camera(view), stereo=None)
         return view if self.metric else replace(view, depth=None)
 
     def posed(self, placed: PlacedView) -> View:
@@ -198,7 +201,7 @@ class WindowPlacement:
         depth = self._depth(placed)
         return replace(self.with_known_camera(placed.view), T_given=placed.T_map_cam,
                        depth=None if depth is None else usable_depth(depth, self._config.tracking),
-                       needs_depth=True)
+                       needs_depth=True, stereo=None)
 
     def _depth(self, placed: PlacedView) -> np.ndarray | None:
         """Sensor depth [H, W] of a metric map, else the predicted depth of higher confidence."""

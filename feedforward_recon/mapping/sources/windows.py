@@ -348,7 +348,7 @@ class WindowPoses:
 
     # -- the finished map ------------------------------------------------------------------
 
-    def gauge(self, *, metric: bool) -> Gauge:
+    def gauge(self, *, sensor: str) -> Gauge:
         """Metres where the first window had sensor depth; axes of the camera that began it."""
         metric = self._placement.metric
         return Gauge(1.0 if metric else None, 'depth' if metric else 'unknown',
