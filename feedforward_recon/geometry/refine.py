@@ -1,4 +1,4 @@
-"""Bundle adjustment in NumPy: keyframe poses, points and, if asked, one focal length.
+"""Bundle adjustment in NumPy: keyframe poses, points and, if asked, one value of the cameras.
 
 Levenberg-Marquardt on reprojection errors and sensor inverse-depth errors with Cauchy weights
 (iteratively re-weighted), the points eliminated by the Schur complement (Triggs et al.,
@@ -7,9 +7,11 @@ X by keyframe k, with p = T_cam_map X, in standard deviations:
 
     r = [ f (s p_x / p_z - x_o) / sigma,
           f (s p_y / p_z - y_o) / sigma,
-          (1 / p_z - d_o) / sigma_d ]
+          (1 / p_z - d_o + e) / sigma_d ]
 
-``s`` scales the focal length. Points are eliminated in blocks of neighbours: each block
+One of two values of the cameras may be refined too: ``s`` scales the focal length, ``e`` shifts
+the inverse depths of a stereo pair, as a small turn of one camera about its vertical axis does.
+Points are eliminated in blocks of neighbours: each block
 touches few keyframes, so its Schur complement is one small dense matrix product.
 """
 
@@ -31,6 +33,7 @@ from feedforward_recon.geometry.transforms import inverse, se3_exp
 BLOCK = 40
 MIN_DEPTH = 1e-6
 FOCAL_PRIOR_STD = 0.3
+SHIFT_PRIOR_STD = 3.0  # standard deviations of one inverse depth: a pixel, where that is 0.3
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class BundleProblem:
     sigma_px: [O] expected pixel error; depth_noise: standard deviation of ``inv_depth``, one for
     all or [O].
     focal_px: converts normalised coordinates to pixels. points_fixed: points stay as well.
+    shifted: bool [O], inverse depths that share a shift to be refined; None: there is none.
     """
 
     T_map_cam: np.ndarray
@@ -57,11 +61,15 @@ class BundleProblem:
     depth_noise: float | np.ndarray = 0.004
     robust_px: float = 1.5
     refine_focal: bool = False
+    shifted: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class BundleResult:
-    """Refined values; residual [O] in sigmas (inf behind the camera), costs before and after."""
+    """Refined values; residual [O] in sigmas (inf behind the camera), costs before and after.
+
+    inv_depth_shift: by how much the ``shifted`` inverse depths are too large.
+    """
 
     T_map_cam: np.ndarray
     points: np.ndarray
@@ -69,6 +77,7 @@ class BundleResult:
     residual: np.ndarray
     cost_before: float
     cost_after: float
+    inv_depth_shift: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,7 @@ class _State:
     T_cam_map: np.ndarray
     points: np.ndarray
     focal_scale: float = 1.0
+    shift: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ class _System:
     W: np.ndarray
     g_pose: np.ndarray
     g_point: np.ndarray
-    # Focal length: mixed with poses [P, 6] and points [L, 3], its own block and gradient.
+    # Focal length or shift: mixed with poses [P, 6] and points [L, 3], own block and gradient.
     focal: tuple[np.ndarray, np.ndarray, float, float] | None
 
 
@@ -133,6 +143,8 @@ def residuals(problem: BundleProblem, state: _State, *, jacobians: bool = True
               ) -> tuple[np.ndarray, ...]:
     """Residuals [O, 3], validity [O] and, if asked, J_pose [O,3,6], J_point [O,3,3], J_f [O,3].
 
+    The last is by the focal scale, or by the shift of inverse depths where one is refined.
+
     Poses are perturbed as T_cam_map <- exp(xi) T_cam_map.
     """
     T = state.T_cam_map[problem.pose_index]
@@ -147,6 +159,8 @@ def residuals(problem: BundleProblem, state: _State, *, jacobians: bool = True
     r = np.zeros((len(p), 3))
     r[:, :2] = gain[:, None] * (state.focal_scale * xy - problem.xy)
     r[:, 2] = np.where(has_depth, inv_z - np.nan_to_num(problem.inv_depth), 0)
+    if problem.shifted is not None:
+        r[:, 2] += np.where(has_depth & problem.shifted, state.shift, 0)
     r[:, 2] /= problem.depth_noise
     if not jacobians:
         return r, front
@@ -155,7 +169,11 @@ def residuals(problem: BundleProblem, state: _State, *, jacobians: bool = True
     D[:, 0, 0] = D[:, 1, 1] = slope
     D[:, 0, 2], D[:, 1, 2] = -slope * xy[:, 0], -slope * xy[:, 1]
     D[:, 2, 2] = np.where(has_depth, -inv_z**2 / problem.depth_noise, 0)
-    J_focal = np.concatenate([gain[:, None] * xy, np.zeros((len(p), 1))], 1)
+    if problem.shifted is not None:
+        J_focal = np.zeros((len(p), 3))
+        J_focal[:, 2] = (has_depth & problem.shifted) / problem.depth_noise
+    else:
+        J_focal = np.concatenate([gain[:, None] * xy, np.zeros((len(p), 1))], 1)
     return r, front, D @ pose_jacobian(p), D @ R, J_focal
 
 
@@ -209,12 +227,20 @@ def bundle_pieces(problem: BundleProblem, steps: int) -> Iterator[BundleResult |
     poses = problem.T_map_cam.copy()
     poses[layout.free] = inverse(state.T_cam_map[layout.free])
     error = robust_cost(problem, *residuals(problem, state, jacobians=False))[2]
-    yield BundleResult(poses, state.points, state.focal_scale, error, before, cost)
+    yield BundleResult(poses, state.points, state.focal_scale, error, before, cost, state.shift)
 
 
 def _cost(problem: BundleProblem, state: _State) -> float:
-    prior = (np.log(state.focal_scale) / FOCAL_PRIOR_STD)**2 / 2
+    value, std = _prior(problem, state)
+    prior = (value / std)**2 / 2
     return robust_cost(problem, *residuals(problem, state, jacobians=False))[0] + prior
+
+
+def _prior(problem: BundleProblem, state: _State) -> tuple[float, float]:
+    """What is known beforehand of the refined value of the cameras: its size, and how sure."""
+    if problem.shifted is not None:
+        return state.shift, SHIFT_PRIOR_STD * float(np.median(problem.depth_noise))
+    return float(np.log(state.focal_scale)), FOCAL_PRIOR_STD
 
 
 def _linearise(problem: BundleProblem, layout: _Layout, state: _State) -> _System:
@@ -229,10 +255,10 @@ def _linearise(problem: BundleProblem, layout: _Layout, state: _State) -> _Syste
         return out.reshape(table.shape[0], *values.shape[1:])
 
     focal = None
-    if problem.refine_focal:
-        h_focal = float((weight * J_focal**2).sum()) + FOCAL_PRIOR_STD**-2
-        g_focal = float((weight * J_focal * r).sum()) \
-            + float(np.log(state.focal_scale)) / FOCAL_PRIOR_STD**2
+    if problem.refine_focal or problem.shifted is not None:
+        value, std = _prior(problem, state)
+        h_focal = float((weight * J_focal**2).sum()) + std**-2
+        g_focal = float((weight * J_focal * r).sum()) + value / std**2
         focal = (total(layout.by_pose, (A @ J_focal[..., None])[..., 0]),
                  total(layout.by_point, (B @ J_focal[..., None])[..., 0]), h_focal, g_focal)
     return _System(total(layout.by_pose, A @ J_pose), total(layout.by_point, B @ J_point),
@@ -272,8 +298,10 @@ def _step(problem: BundleProblem, layout: _Layout, state: _State, system: _Syste
     if system.focal is not None:
         rhs += system.focal[1] * focal_step
     points = state.points - np.matmul(V_inv, rhs[..., None])[..., 0]
-    return replace(state, T_cam_map=se3_exp(xi) @ state.T_cam_map, points=points,
-                   focal_scale=state.focal_scale * np.exp(focal_step / state.focal_scale))
+    moved = replace(state, T_cam_map=se3_exp(xi) @ state.T_cam_map, points=points)
+    if problem.shifted is not None:
+        return replace(moved, shift=state.shift + focal_step)
+    return replace(moved, focal_scale=state.focal_scale * np.exp(focal_step / state.focal_scale))
 
 
 def _reduced(problem: BundleProblem, layout: _Layout, system: _System, V_inv: np.ndarray,

@@ -67,6 +67,11 @@ class StereoRig:
         """Of the rectified images."""
         return self.left.fx
 
+    @property
+    def gain_px(self) -> float:
+        """Pixels of disparity per 1/m of inverse depth."""
+        return self.focal_px * self.baseline_m
+
     @cached_property
     def is_rectified(self) -> bool:
         """Rows of the images as they come correspond."""
@@ -102,7 +107,21 @@ class StereoRig:
 
         z_ray: second value of ``rectified_px``.
         """
-        return self.focal_px * self.baseline_m / (disparity_px * z_ray)
+        return self.gain_px / (disparity_px * z_ray)
+
+    def calibration(self, *, right: bool) -> tuple[np.ndarray, np.ndarray]:
+        """R [3, 3] and P [3, 4] of one camera, as sensor_msgs/CameraInfo has them."""
+        if self.is_rectified:
+            camera = self.right if right else self.left
+            R, P = np.eye(3), np.c_[camera.K, np.zeros(3)]
+        else:
+            R = self._turned()[right][1]
+            P = np.zeros((3, 4))
+            P[0, 0] = P[1, 1] = self.focal_px
+            P[:2, 2], P[2, 2] = self._centre, 1
+        if right:
+            P[0, 3] = -P[0, 0] * self.baseline_m
+        return R, P
 
     @property
     def shift_px(self) -> float:

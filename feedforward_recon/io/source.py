@@ -35,7 +35,8 @@ class SourceOptions:
     fov_deg: horizontal field of view, instead of fx.
     calibration: path of a camera_calibration YAML file, instead of fx.
     camera: which camera of a stereo set, as its cameras.json names it.
-    image_topic, depth_topic, camera_info_topic: bag topics; '' finds the only candidate.
+    image_topic, depth_topic, camera_info_topic, right_image_topic: bag topics; '' finds the only
+        candidate. Of two image topics that differ in left and right, these are a stereo pair.
     rectified: images of a bag are rectified, whatever their topic is called.
     use_depth: False leaves depth and right images unread.
     baseline_m: of a rectified stereo pair in folders ``left`` and ``right``, metres.
@@ -56,6 +57,7 @@ class SourceOptions:
     image_topic: str = ''
     depth_topic: str = ''
     camera_info_topic: str = ''
+    right_image_topic: str = ''
     rectified: bool = False
     use_depth: bool = True
     baseline_m: float | None = None

@@ -14,6 +14,7 @@ from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.refine import BundleProblem, bundle_adjust
 from feedforward_recon.mapping.map import GrowingMap
+from feedforward_recon.mapping.stereo_shift import from_this_pair, shift_inv_depth
 
 # Times outlier_px: there, at 9 px, an observation has 3 % of its weight left (Cauchy, robust_px),
 # so it is a mismatch rather than something yet to be pulled in; chosen by hand.
@@ -67,32 +68,43 @@ def refine_points(map_: GrowingMap, config: MapperConfig) -> Iterator[None]:
         yield
 
 
-def refine_all(map_: GrowingMap, config: MapperConfig, *, refine_focal: bool = False) -> None:
+def refine_all(map_: GrowingMap, config: MapperConfig, *, refine_focal: bool = False,
+               refine_shift: bool = False) -> float:
     """Bundle adjustment of the whole map (at most ``refine.max_keyframes`` are free).
 
-    refine_focal: the focal length of all cameras is refined with it.
+    refine_focal: the focal length of all cameras is refined with it. refine_shift: so is the
+    shift of the stereo pair of this session. Returns by how much its inverse depths were too
+    large, 1/m.
     """
     count = len(map_)
     free = np.arange(max(1, count - config.refine.max_keyframes), count)
     fixed = np.arange(free[0]) if len(free) else np.zeros(0, int)
     ids = np.flatnonzero(map_.landmarks.has_point)
-    _refine(map_, config, free, fixed, ids, config.refine.global_steps, refine_focal)
+    return _refine(map_, config, free, fixed, ids, config.refine.global_steps, refine_focal,
+                   refine_shift)
 
 
 def _refine(map_: GrowingMap, config: MapperConfig, free: np.ndarray, fixed: np.ndarray,
-            ids: np.ndarray, steps: int, refine_focal: bool = False) -> None:
+            ids: np.ndarray, steps: int, refine_focal: bool = False, refine_shift: bool = False
+            ) -> float:
     problem, rows, ids = bundle_problem(map_, config, free, fixed, ids, refine_focal)
     if problem is None:
-        return
+        return 0.0
+    if refine_shift:
+        problem = replace(problem, shifted=from_this_pair(map_)[
+            map_.landmarks.seen_keyframe[rows]])
     result = bundle_adjust(problem, steps)
     used = np.concatenate([free, fixed])
     map_.T_map_cam[used] = result.T_map_cam
     map_.landmarks.set_points_map(ids, result.points, map_.T_map_cam)
     if refine_focal:
         _rescale_focal(map_, result.focal_scale)
+    if refine_shift:
+        shift_inv_depth(map_, result.inv_depth_shift)
     # Beyond the tracking threshold: an observation that ties the window to an old place may
     # disagree until the loop is closed, and must not be lost before.
     _cull(map_, rows[result.residual > CULL_FACTOR * config.tracking.outlier_px], ids)
+    return result.inv_depth_shift
 
 
 def bundle_problem(map_: GrowingMap, config: MapperConfig, free: np.ndarray,

@@ -21,9 +21,12 @@ from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.preparation import Preparation
 from feedforward_recon.mapping.scene_map import Stats
 
-# Keyframes after which a guessed focal length is refined with the whole map. With fewer than six
-# parallax says little of it; doubling keeps the cost in proportion to the walk; chosen by hand.
-FOCAL_ROUNDS = (6, 12, 24, 48)
+# Keyframes after which a guessed focal length, or a stereo pair, is refined with the whole map.
+# With fewer than six parallax says little of it; doubling keeps the cost in proportion to the walk; chosen by hand.
+CAMERA_ROUNDS = (6, 12, 24, 48)
+# The shift of a stereo pair is determined weakly: one adjustment stops before it has arrived.
+# Rounds, and the change that is small beside the noise of a disparity (tracking.stereo_noise_px).
+SHIFT_ROUNDS, SHIFT_DONE_PX = 4, 0.05
 
 
 class Backlog:
@@ -57,7 +60,7 @@ class Backlog:
         self._due.append(lambda: refine_window(self._map, self._map.config, poses_fixed=exact))
         if not exact:
             self._due.append(lambda: self._close_loops(with_scale=not metric))
-            self._due.append(self._refine_focal)
+            self._due.append(self._refine_camera)
         self._due.append(lambda: self.feed.write(self._map))
 
     def work(self) -> bool:
@@ -68,8 +71,15 @@ class Backlog:
         return True
 
     def refine_all(self, config: MapperConfig, *, focal: bool = False) -> None:
-        """Bundle adjustment of the whole map; what was written moves along."""
-        refine_all(self._map, config, refine_focal=focal)
+        """Bundle adjustment of the whole map; what was written moves along.
+
+        With stereo pairs what is left of their calibration error is refined, too.
+        """
+        pairs = self._preparation.has_pairs and not focal
+        for _ in range(SHIFT_ROUNDS if pairs else 1):
+            shift = refine_all(self._map, config, refine_focal=focal, refine_shift=pairs)
+            if self._preparation.adopt_shift(shift) < SHIFT_DONE_PX:
+                break
         if focal:
             self._preparation.adopt(self._map.keyframes[-1].camera, 'refined')
         self.feed.reanchor(self._map)
@@ -105,7 +115,11 @@ class Backlog:
         self._history.rescale(scale)
         self.feed.reanchor(self._map)
 
-    def _refine_focal(self) -> None:
-        """A guessed focal length is refined with the whole map, early and then more rarely."""
-        if self._preparation.camera_source != 'given' and len(self._map) in FOCAL_ROUNDS:
-            self.refine_all(self._map.config, focal=True)
+    def _refine_camera(self) -> None:
+        """A guessed focal length, or what is left of the calibration error of a stereo pair.
+
+        With the whole map, early and then more rarely.
+        """
+        guessed = self._preparation.camera_source != 'given'
+        if (guessed or self._preparation.has_pairs) and len(self._map) in CAMERA_ROUNDS:
+            self.refine_all(self._map.config, focal=guessed)

@@ -44,6 +44,7 @@ class Preparation:
         self._start = start
         self._warned: set[str] = set()
         self._rig: StereoRig | None = None
+        self._shift = 0.0  # by which inverse depths of the pair are too large, 1/m
 
     @property
     def metric(self) -> bool:
@@ -75,6 +76,19 @@ class Preparation:
     def take_scale(self, frame: Frame) -> None:
         """The map has its metres from what this frame brings."""
         self.sensor = sensor_of(frame)
+
+    @property
+    def has_pairs(self) -> bool:
+        """Frames brought right images, and these are used."""
+        return self._rig is not None
+
+    def adopt_shift(self, inv_depth: float) -> float:
+        """Inverse depths of the stereo pair are too large by this much more than was known.
+
+        Returns the change of a disparity in pixels.
+        """
+        self._shift += inv_depth
+        return 0.0 if self._rig is None else abs(inv_depth) * self._rig.gain_px
 
     def adopt(self, camera: Camera, source: str) -> None:
         """Use a camera that was 'refined' or 'predicted' for the frames that come without one."""
@@ -148,7 +162,7 @@ class Preparation:
                              'calibrate the pair')
         return StereoPair(gray, cv2.cvtColor(right.image, cv2.COLOR_RGB2GRAY),
                           self._rig_of(frame.camera, right), self.config.stereo_noise_px,
-                          self.config.min_disparity_px)
+                          self.config.min_disparity_px, self._shift)
 
     def _rig_of(self, left: Camera, right: RightImage) -> StereoRig:
         """The rig of a pair; it is made anew only when the calibration changed."""

@@ -35,7 +35,7 @@ class StereoPair:
     """Gray images uint8 [H, W] as the cameras took them, and the cameras.
 
     noise_px: standard deviation of a disparity. min_disparity_px: a point with less is too far
-    for a depth.
+    for a depth. inv_depth_shift: what 1/z is measured too large, 1/m (``stereo_shift``).
     """
 
     left: np.ndarray
@@ -43,11 +43,12 @@ class StereoPair:
     rig: StereoRig
     noise_px: float
     min_disparity_px: float
+    inv_depth_shift: float = 0.0
 
     @property
     def inv_depth_noise(self) -> float:
         """Standard deviation of 1/z in 1/m: constant, as disparity is f b / z."""
-        return self.noise_px / (self.rig.focal_px * self.rig.baseline_m)
+        return self.noise_px / self.rig.gain_px
 
     def depth_at(self, px: np.ndarray) -> np.ndarray:
         """z-depth [N] in metres at pixels [N, 2] of the left image; 0 where none is found."""
@@ -58,7 +59,7 @@ class StereoPair:
         if not len(rows):
             return depth
         disparity, good = self._refined(in_left[rows], rough[rows])
-        disparity = disparity - self.rig.shift_px
+        disparity -= self.rig.shift_px + self.inv_depth_shift * self.rig.gain_px
         good &= disparity > self.min_disparity_px
         rows, disparity = rows[good], disparity[good]
         depth[rows] = self.rig.depth(disparity, z_ray[rows])
