@@ -58,8 +58,8 @@ def data_root() -> Path:
 
 
 def load_frames(name: str, *, step: int = 1, use_depth: bool = True) -> list[Frame]:
-    """All frames of a set (of a stereo set the left camera), decoded, in stamp order."""
-    options = SourceOptions(step=step, use_depth=use_depth)
+    """All frames of a set, decoded, in stamp order; without depth also without right images."""
+    options = SourceOptions(step=step, use_depth=use_depth, use_stereo=use_depth)
     return list(open_source(data_root() / name, options))
 
 

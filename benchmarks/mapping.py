@@ -1,4 +1,4 @@
-"""Trajectories of real walks: RGB-D and monocular, the whole walk and one with gaps."""
+"""Trajectories of real walks: RGB-D, stereo and monocular, the whole walk and one with gaps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def run() -> Iterator[tuple[str, dict[str, Any]]]:
         f'{KITCHEN} monocular': (kitchen[False], 'sim3'),
         f'{KITCHEN} RGB-D, gaps of 25 frames': ([kitchen[True][i] for i in gaps], 'se3'),
         f'{KITCHEN} monocular, gaps of 25 frames': ([kitchen[False][i] for i in gaps], 'sim3'),
-        f'{DRIVE} monocular': (load_frames(DRIVE), 'sim3'),
+        f'{DRIVE} stereo': (load_frames(DRIVE), 'se3'),
+        f'{DRIVE} monocular': (load_frames(DRIVE, use_depth=False), 'sim3'),
     }
     for name, (frames, alignment) in cases.items():
         yield f'{name} | feedforward_recon', entry(frames, alignment)

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, make_transform
 
+GrayImage = NDArray[np.uint8]
 MIN_BASELINE_M = 1e-3
 # Rows and axes that agree to this are rectified: at the border of an image of 2000 px a turn by
 # 1e-5 moves a row by 0.02 px.
@@ -37,7 +40,7 @@ class StereoRig:
     T_left_right: np.ndarray
 
     def __post_init__(self) -> None:
-        """Refuse cameras of two sizes, no baseline, and a right camera that is not on the right."""
+        """Refuse two sizes, no baseline, and a right camera that is not on the right."""
         if self.left.size_wh != self.right.size_wh:
             raise InputError(f'expected left and right images of one size, found '
                              f'{self.left.width}x{self.left.height} and '
@@ -81,13 +84,13 @@ class StereoRig:
         return not (left.is_distorted or right.is_distorted) and same < SAME_ROW_PX \
             and turned < SAME_DIRECTION
 
-    def rectified(self, left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Gray images [H, W] whose rows correspond; as they are if they do already."""
+    def rectified(self, left: GrayImage, right: GrayImage) -> tuple[GrayImage, GrayImage]:
+        """Gray images uint8 [H, W] whose rows correspond; as they are if they do already."""
         if self.is_rectified:
             return left, right
-        maps = self._maps
-        return (cv2.remap(left, *maps[0], cv2.INTER_LINEAR),
-                cv2.remap(right, *maps[1], cv2.INTER_LINEAR))
+        left, right = (np.asarray(cv2.remap(image, first, second, cv2.INTER_LINEAR), np.uint8)
+                       for image, (first, second) in zip((left, right), self._maps, strict=True))
+        return left, right
 
     def rectified_px(self, px: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Pixels [N, 2] of the left image in the rectified one, and how depth changes [N].
@@ -155,7 +158,7 @@ class StereoRig:
                 (self.right, self._R_rect_left @ self.T_left_right[:3, :3])]
 
     @cached_property
-    def _maps(self) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _maps(self) -> list[Any]:
         """Where each rectified pixel is in the left and in the right image, as cv2.remap asks."""
         (width, height), (cx, cy) = self.left.size_wh, self._centre
         v, u = np.mgrid[:height, :width]
@@ -164,8 +167,8 @@ class StereoRig:
         maps = []
         for camera, R_rect_cam in self._turned():
             px = np.nan_to_num(camera.project(rays @ R_rect_cam), nan=-1.0)
-            maps.append(cv2.convertMaps(px.reshape(height, width, 2).astype(np.float32), None,
-                                        cv2.CV_16SC2))
+            u_map, v_map = px.astype(np.float32).T.reshape(2, height, width)
+            maps.append(cv2.convertMaps(u_map, v_map, cv2.CV_16SC2))
         return maps
 
 

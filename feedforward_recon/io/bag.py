@@ -2,8 +2,8 @@
 
 A bag is indexed once when it is opened: header stamps of image, depth and calibration. Frames
 come in the order of their header stamps, whatever the order of recording, and depth and right
-images are paired with the nearest image within 20 ms. Nothing depends on the clock: a bag reads as fast as the
-disk and the decoder allow, and the same way every time.
+images are paired with the nearest image within 20 ms. Nothing depends on the clock: a bag reads
+as fast as the disk and the decoder allow, and the same way every time.
 """
 
 from __future__ import annotations
@@ -88,6 +88,56 @@ class _Pair:
     right: int = -1
 
 
+class _RightHalf:
+    """The right images of a stereo pair in a bag: their topic and how they were taken."""
+
+    def __init__(self, topic: str, info_topic: str) -> None:
+        self.topic, self.info_topic = topic, info_topic
+        self._infos: dict[str, Calibration] = {}  # the first of each camera
+        self._found: tuple[Camera, FloatArray] | None = None
+
+    def note(self, topic: str, message: Any) -> None:
+        """A CameraInfo of either camera."""
+        self._infos.setdefault(topic, _calibration(message))
+
+    def calibrate(self, cameras: list[tuple[int, Camera]], left_topic: str, where: str, *,
+                  rectified: bool) -> None:
+        """Right camera and T_left_right from what was noted. Raises InputError without them."""
+        right = self._infos.pop(self.info_topic, None)
+        left = next(iter(self._infos.values()), None)
+        if left is None or right is None:
+            raise InputError(f'{where}: expected CameraInfo of both cameras beside {left_topic} '
+                             f'and {self.topic}, found none for the '
+                             f'{"left" if left is None else "right"} one; record both, or leave '
+                             'the right images out (--mono)')
+        rectified = rectified or _is_rectified(self.topic)
+        camera = camera_from_calibration(right, self.info_topic, rectified)
+        if camera is None or not cameras:
+            raise InputError(f'{self.info_topic}: expected two calibrated cameras, found fx = 0; '
+                             'calibrate the pair')
+        T_left_right = right_pose(left, right, rectified=rectified)
+        try:
+            StereoRig(cameras[0][1], camera, T_left_right)
+        except InputError as error:
+            raise InputError(f'{self.info_topic}: {error}') from None
+        self._found = camera, T_left_right
+
+    def image(self, pixels: NDArray[np.uint8]) -> RightImage | None:
+        """A right image with its camera."""
+        return None if self._found is None else RightImage(pixels, *self._found)
+
+    def check(self, partner: NDArray, where: str) -> None:
+        """Images without their right one (-1) are used; a pair that never meets is none."""
+        alone = int((partner < 0).sum())
+        if alone == len(partner):
+            raise InputError(f'{where}: expected images on {self.topic} within 20 ms of the left '
+                             'ones, found none; check the stamps or leave the right images out '
+                             '(--mono)')
+        if alone:
+            logger.warning('%s: %d of %d images have no right image within 20 ms and are used '
+                           'without', where, alone, len(partner))
+
+
 class BagSource(Source):
     """Frames of one camera in a bag folder, or in a single .mcap or .db3 file."""
 
@@ -104,11 +154,10 @@ class BagSource(Source):
             topics = _Topics(path, reader, self._message, options)
             self.image_topic, self.depth_topic = topics.image, topics.depth
             self.camera_info_topic = topics.camera_info
-            self.right_topic, self._right_info_topic = topics.right, topics.right_info
             self._types = {c.topic: c.msgtype for c in reader.connections}
+            self.right = _RightHalf(topics.right, topics.right_info) if topics.right else None
             self._cameras, self._pairs = self._indexed(reader)
-            self._right_camera = self._right_calibration(reader) if topics.right else None
-        self.has_depth, self.has_right = bool(self.depth_topic), bool(self.right_topic)
+        self.has_depth, self.has_right = bool(self.depth_topic), self.right is not None
         self.calibrated = options.has_camera or bool(self._cameras)
 
     @property
@@ -118,8 +167,7 @@ class BagSource(Source):
 
     def describe(self) -> str:
         """One line for people, with the topics."""
-        topics = filter(None, (self.image_topic, self.right_topic, self.depth_topic,
-                               self.camera_info_topic))
+        topics = [*self._image_topics, *filter(None, (self.camera_info_topic,))]
         return f'{super().describe()} ({", ".join(topics)})'
 
     @property
@@ -166,13 +214,22 @@ class BagSource(Source):
         """Calibrations by stamp, and which messages make a frame."""
         stamps = {topic: _Stamps() for topic in self._image_topics}
         infos: list[tuple[int, Camera]] = []
-        for topic, recorded_ns, raw in self._raw(reader, {*stamps, self.camera_info_topic}):
-            if topic == self.camera_info_topic:
-                self._note_camera(infos, _header_stamp_ns(raw), raw)
+        right_info = '' if self.right is None else self.right.info_topic
+        for topic, recorded_ns, raw in self._raw(reader, {*stamps, self.camera_info_topic,
+                                                          right_info}):
+            if topic in (self.camera_info_topic, right_info):
+                if self.right is not None:
+                    self.right.note(topic, self._message(raw, CAMERA_INFO))
+                if topic == self.camera_info_topic:
+                    self._note_camera(infos, _header_stamp_ns(raw), raw)
                 continue
             stamps[topic].header_ns.append(_header_stamp_ns(raw))
             stamps[topic].recorded_ns.append(recorded_ns)
-        return sorted(infos, key=lambda item: item[0]), self._paired(stamps)
+        infos.sort(key=lambda item: item[0])
+        if self.right is not None:
+            self.right.calibrate(infos, self.image_topic, str(self._path),
+                                 rectified=self.options.rectified)
+        return infos, self._paired(stamps)
 
     def _raw(self, reader: Any, topics: set[str]) -> Iterator[tuple[str, int, bytes]]:
         """Topic, recording stamp and bytes of the messages on some topics, as recorded."""
@@ -198,52 +255,17 @@ class BagSource(Source):
             partner = np.where(partner >= 0, depth_order[partner], -1)
             stamps_ns, order, partner = self._with_depth(stamps_ns, order, partner)
         columns = [stamps_ns.tolist(), order.tolist(), partner.tolist()]
-        if self.right_topic:
-            right_ns, right_order = self._sorted(self.right_topic, stamps)
+        if self.right is not None:
+            right_ns, right_order = self._sorted(self.right.topic, stamps)
             right = mutual_nearest(stamps_ns, right_ns)
+            self.right.check(right, str(self._path))
             columns.append(np.where(right >= 0, right_order[right], -1).tolist())
-            self._check_right(right)
         return [_Pair(*row) for row in zip(*columns, strict=True)]
-
-    def _check_right(self, partner: NDArray) -> None:
-        """Images without their right one are used; a pair that never meets is none."""
-        alone = int((partner < 0).sum())
-        if alone == len(partner):
-            raise InputError(f'{self._path}: expected images on {self.right_topic} within 20 ms of '
-                             f'those on {self.image_topic}, found none; check the stamps or leave '
-                             'the right images out (--mono)')
-        if alone:
-            logger.warning('%s: %d of %d images have no right image within 20 ms and are used '
-                           'without', self._path, alone, len(partner))
-
-    def _right_calibration(self, reader: Any) -> tuple[Camera, FloatArray]:
-        """The right camera and T_left_right, from the first CameraInfo of both sides."""
-        infos = {}
-        for topic in (self.camera_info_topic, self._right_info_topic):
-            raw = next(self._raw(reader, {topic}), None) if topic else None
-            if raw is None:
-                raise InputError(f'{self._path}: expected CameraInfo of both cameras beside '
-                                 f'{self.image_topic} and {self.right_topic}, found it for '
-                                 f'{" and ".join(infos) or "none"}; record both, or leave the '
-                                 'right images out (--mono)')
-            infos[topic] = _calibration(self._message(raw[2], CAMERA_INFO))
-        left, right = infos.values()
-        rectified = self.options.rectified or _is_rectified(self.right_topic)
-        camera = camera_from_calibration(right, self._right_info_topic, rectified)
-        if camera is None:
-            raise InputError(f'{self._right_info_topic}: expected a calibrated camera, found fx = '
-                             '0; calibrate it')
-        T_left_right = right_pose(left, right, rectified=rectified)
-        if self._cameras:
-            try:
-                StereoRig(self._cameras[0][1], camera, T_left_right)
-            except InputError as error:
-                raise InputError(f'{self._right_info_topic}: {error}') from None
-        return camera, T_left_right
 
     @property
     def _image_topics(self) -> list[str]:
-        return [t for t in (self.image_topic, self.depth_topic, self.right_topic) if t]
+        right = '' if self.right is None else self.right.topic
+        return [topic for topic in (self.image_topic, right, self.depth_topic) if topic]
 
     def _sorted(self, topic: str, stamps: dict[str, _Stamps]
                 ) -> tuple[NDArray[np.int64], NDArray[np.intp]]:
@@ -280,7 +302,8 @@ class BagSource(Source):
         wanted = [self._pairs[index] for index in indices]
         needed = {(self.image_topic, p.image) for p in wanted}
         needed |= {(self.depth_topic, p.depth) for p in wanted if p.depth >= 0}
-        needed |= {(self.right_topic, p.right) for p in wanted if p.right >= 0}
+        if self.right is not None:
+            needed |= {(self.right.topic, p.right) for p in wanted if p.right >= 0}
         held: dict[tuple[str, int], bytes] = {}
         due = iter(zip(indices, wanted, strict=True))
         index, pair = next(due, (0, None))
@@ -298,29 +321,25 @@ class BagSource(Source):
                     break
 
     def _is_held(self, pair: _Pair, held: dict[tuple[str, int], bytes]) -> bool:
-        return (self.image_topic, pair.image) in held and all(
-            place < 0 or (topic, place) in held for topic, place in
-            ((self.depth_topic, pair.depth), (self.right_topic, pair.right)))
+        right = '' if self.right is None else self.right.topic
+        return all(place < 0 or (topic, place) in held for topic, place in (
+            (self.image_topic, pair.image), (self.depth_topic, pair.depth), (right, pair.right)))
 
     def _frame(self, index: int, pair: _Pair, held: dict[tuple[str, int], bytes]) -> Frame:
         source = f'{self.image_topic}#{index}'
         where = f'{self._path}: {source}'
-        image = self._image(held.pop((self.image_topic, pair.image)), self.image_topic, where)
+        image = _decoded(self._message(held.pop((self.image_topic, pair.image)),
+                                       self._types[self.image_topic]), where)
         depth = right = None
         if pair.depth >= 0:
             depth_where = f'{self._path}: {self.depth_topic}#{pair.depth}'
             depth = self._depth(held.pop((self.depth_topic, pair.depth)), depth_where)
-        if pair.right >= 0 and self._right_camera is not None:
-            pixels = self._image(held.pop((self.right_topic, pair.right)), self.right_topic,
-                                 f'{self._path}: {self.right_topic}#{pair.right}')
-            right = RightImage(pixels, *self._right_camera)
+        if pair.right >= 0 and self.right is not None:
+            topic = self.right.topic
+            message = self._message(held.pop((topic, pair.right)), self._types[topic])
+            right = self.right.image(_decoded(message, f'{self._path}: {topic}#{pair.right}'))
         camera = self._camera(pair.stamp_ns, (image.shape[1], image.shape[0]), where)
         return Frame(pair.stamp_ns, image, depth, camera, source, right=right)
-
-    def _image(self, raw: bytes, topic: str, where: str) -> NDArray[np.uint8]:
-        message = self._message(raw, self._types[topic])
-        return decode_compressed(message.data, where) if hasattr(message, 'format') \
-            else decode_image(_raw_image(message), where)
 
     def _depth(self, raw: bytes, where: str) -> NDArray[np.float32]:
         message = self._message(raw, self._types[self.depth_topic])
@@ -358,7 +377,7 @@ class _Topics:
             if options.use_depth else ''
         self.camera_info = self._info(options.camera_info_topic)
         self.right = self.right_info = ''
-        if options.use_depth and not self.depth:
+        if options.use_stereo and not self.depth:
             self.right = self._chosen('right image', options.right_image_topic, images) \
                 if options.right_image_topic else self._right_of(self.image, images)
             self.right_info = self._beside(self.right)
@@ -452,6 +471,11 @@ def _base(topic: str) -> str:
 def _is_rectified(image_topic: str) -> bool:
     """True for image_rect, image_rect_color: undistorted by image_proc, so that P counts."""
     return 'image_rect' in _base(image_topic).rsplit('/', 1)[-1]
+
+
+def _decoded(message: Any, where: str) -> NDArray[np.uint8]:
+    return decode_compressed(message.data, where) if hasattr(message, 'format') \
+        else decode_image(_raw_image(message), where)
 
 
 def _raw_image(message: Any) -> RawImage:

@@ -84,9 +84,9 @@ class FolderSource(Source):
         self._entries = entries
         self._units = options.depth_units_per_metre or depth_units_per_metre
         self._invalid_depth = invalid_depth
-        _check_entries(root, entries, options.use_depth)
+        _check_entries(root, entries, options)
         self.has_depth = options.use_depth and all(e.depth is not None for e in entries)
-        self.has_right = options.use_depth and any(e.right is not None for e in entries)
+        self.has_right = options.use_stereo and any(e.right is not None for e in entries)
         self.has_poses = all(e.T_map_cam is not None for e in entries)
         self.calibrated = options.has_camera or all(e.K is not None or e.camera is not None
                                                     for e in entries)
@@ -107,7 +107,7 @@ class FolderSource(Source):
                      self._right(entry.right))
 
     def _right(self, entry: RightEntry | None) -> RightImage | None:
-        if entry is None or not self.options.use_depth:
+        if entry is None or not self.options.use_stereo:
             return None
         image = decode_compressed(_bytes(entry.image), str(entry.image))
         camera = self._camera(entry, (image.shape[1], image.shape[0]))
@@ -141,12 +141,13 @@ def _bytes(path: Path) -> bytes:
                          'file and its permissions') from None
 
 
-def _check_entries(root: Path, entries: Sequence[ImageEntry], use_depth: bool) -> None:
+def _check_entries(root: Path, entries: Sequence[ImageEntry], options: SourceOptions) -> None:
     if not entries:
         raise InputError(f'{root}: expected images, found none; give a folder with images')
     for entry in entries:
-        right = None if entry.right is None else entry.right.image
-        for path in (entry.image, *((entry.depth, right) if use_depth else ())):
+        depth = entry.depth if options.use_depth else None
+        right = entry.right.image if entry.right is not None and options.use_stereo else None
+        for path in (entry.image, depth, right):
             if path is not None and not os.path.isfile(path):
                 raise InputError(f'{path}: expected an image file, found none; restore it or '
                                  'remove it from the list')
@@ -217,7 +218,7 @@ def open_pair_folders(root: Path, options: SourceOptions) -> FolderSource:
     """
     left, right = images_in(root / LEFT), images_in(root / RIGHT)
     entries = plain_entries(left)
-    if not options.use_depth or options.camera != LEFT:
+    if not options.use_stereo or options.camera != LEFT:
         chosen = plain_entries(right) if options.camera == RIGHT else entries
         return FolderSource(root, chosen, options)
     cameras, T_left_right = _pair_calibration(root, options)

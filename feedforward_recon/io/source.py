@@ -38,7 +38,7 @@ class SourceOptions:
     image_topic, depth_topic, camera_info_topic, right_image_topic: bag topics; '' finds the only
         candidate. Of two image topics that differ in left and right, these are a stereo pair.
     rectified: images of a bag are rectified, whatever their topic is called.
-    use_depth: False leaves depth and right images unread.
+    use_depth, use_stereo: False leaves depth, or right images, unread.
     baseline_m: of a rectified stereo pair in folders ``left`` and ``right``, metres.
     depth_units_per_metre: what stored depth counts; None is the format's own convention.
     mixed_sizes: True allows images of different sizes (photos to be localised one by one).
@@ -60,6 +60,7 @@ class SourceOptions:
     right_image_topic: str = ''
     rectified: bool = False
     use_depth: bool = True
+    use_stereo: bool = True
     baseline_m: float | None = None
     depth_units_per_metre: float | None = None
     mixed_sizes: bool = False

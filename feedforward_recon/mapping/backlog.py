@@ -21,12 +21,12 @@ from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.preparation import Preparation
 from feedforward_recon.mapping.scene_map import Stats
 
-# Keyframes after which a guessed focal length, or a stereo pair, is refined with the whole map.
-# With fewer than six parallax says little of it; doubling keeps the cost in proportion to the walk; chosen by hand.
-CAMERA_ROUNDS = (6, 12, 24, 48)
-# The shift of a stereo pair is determined weakly: one adjustment stops before it has arrived.
-# Rounds, and the change that is small beside the noise of a disparity (tracking.stereo_noise_px).
-SHIFT_ROUNDS, SHIFT_DONE_PX = 4, 0.05
+# Keyframes after which a guessed focal length is refined with the whole map. With fewer than six
+# parallax says little of it; doubling keeps the cost in proportion to the walk; chosen by hand.
+FOCAL_ROUNDS = (6, 12, 24, 48)
+# The same for what is left of the calibration error of a stereo pair. It spoils every step from
+# the first on, so it is looked for as soon as there is parallax (docs/experiments.md, Stereo).
+PAIR_ROUNDS = (3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48)
 
 
 class Backlog:
@@ -76,10 +76,8 @@ class Backlog:
         With stereo pairs what is left of their calibration error is refined, too.
         """
         pairs = self._preparation.has_pairs and not focal
-        for _ in range(SHIFT_ROUNDS if pairs else 1):
-            shift = refine_all(self._map, config, refine_focal=focal, refine_shift=pairs)
-            if self._preparation.adopt_shift(shift) < SHIFT_DONE_PX:
-                break
+        self._preparation.adopt_shift(refine_all(self._map, config, refine_focal=focal,
+                                                 refine_shift=pairs))
         if focal:
             self._preparation.adopt(self._map.keyframes[-1].camera, 'refined')
         self.feed.reanchor(self._map)
@@ -121,5 +119,6 @@ class Backlog:
         With the whole map, early and then more rarely.
         """
         guessed = self._preparation.camera_source != 'given'
-        if (guessed or self._preparation.has_pairs) and len(self._map) in CAMERA_ROUNDS:
+        pairs = PAIR_ROUNDS if self._preparation.has_pairs else ()
+        if len(self._map) in (FOCAL_ROUNDS if guessed else pairs):
             self.refine_all(self._map.config, focal=guessed)

@@ -4,9 +4,10 @@
             -> backlog: refine the sliding window, close loops, write the scene memory
 
 RGB-D, stereo and monocular cameras run the same code: sensor depth is a better start for
-landmarks and one more residual; of a stereo pair this is that of the right image. Without depth the first keyframe is the map origin, the median depth of
-its first landmarks is one unit, and ``metres_per_unit`` is None. Where poses come from is the
-business of a ``PoseSource``: features, given poses, or windows of a feed-forward network.
+landmarks and one more residual; of a stereo pair this is that of the right image. Without depth
+the first keyframe is the map origin, the median depth of its first landmarks is one unit, and
+``metres_per_unit`` is None. Where poses come from is the business of a ``PoseSource``: features,
+given poses, or windows of a feed-forward network.
 
 Tracking and mapping are separate, as in PTAM (Klein and Murray 2007): a pose that ``track``
 returns has not waited for the map to be refined.

@@ -82,13 +82,9 @@ class Preparation:
         """Frames brought right images, and these are used."""
         return self._rig is not None
 
-    def adopt_shift(self, inv_depth: float) -> float:
-        """Inverse depths of the stereo pair are too large by this much more than was known.
-
-        Returns the change of a disparity in pixels.
-        """
+    def adopt_shift(self, inv_depth: float) -> None:
+        """Inverse depths of the stereo pair are too large by this much more than was known."""
         self._shift += inv_depth
-        return 0.0 if self._rig is None else abs(inv_depth) * self._rig.gain_px
 
     def adopt(self, camera: Camera, source: str) -> None:
         """Use a camera that was 'refined' or 'predicted' for the frames that come without one."""

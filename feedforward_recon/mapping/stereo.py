@@ -90,7 +90,7 @@ class StereoPair:
         return matcher.compute(left, right)[:, shifts:] / np.float32(16)
 
     def _rough_disparity(self, px: np.ndarray) -> np.ndarray:
-        """Disparity [N] in pixels from the first search at rectified pixels [N, 2]; NaN if none."""
+        """Disparity [N], px, from the first search at rectified pixels [N, 2]; NaN if none."""
         scale = 2**self._levels
         u, v = np.rint((px + 0.5) / scale - 0.5).astype(int).T
         height, width = self._coarse.shape
@@ -107,7 +107,7 @@ class StereoPair:
         stop = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, STEPS, STEP_PX)
         size, flags = (WINDOW, WINDOW), cv2.OPTFLOW_USE_INITIAL_FLOW
         start = px.astype(np.float32)[:, None]
-        guess = start - np.float32([1, 0]) * rough.astype(np.float32)[:, None, None]
+        guess = start - np.array([1, 0], np.float32) * rough.astype(np.float32)[:, None, None]
         there, found, _ = cv2.calcOpticalFlowPyrLK(
             left, right, start, guess, winSize=size, maxLevel=min(self._levels, 1),
             criteria=stop, flags=flags)
