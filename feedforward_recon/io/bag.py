@@ -119,7 +119,8 @@ class _RightHalf:
         try:
             StereoRig(cameras[0][1], camera, T_left_right)
         except InputError as error:
-            raise InputError(f'{self.info_topic}: {error}') from None
+            raise InputError(f'{self.info_topic}: {error}, or leave the right images out (--mono)'
+                             ) from None
         self._found = camera, T_left_right
 
     def image(self, pixels: NDArray[np.uint8]) -> RightImage | None:
@@ -390,11 +391,15 @@ class _Topics:
         return next((topic for topic in raw if self._right_of(topic, raw)), '')
 
     def _right_of(self, left: str, images: list[str]) -> str:
-        """The topic called right where ``left`` is called left, or below it; '' without one."""
+        """The topic called right where ``left`` is called left, or below it; '' without one.
+
+        Only of a calibrated pair: else the left images are used alone.
+        """
         space, _, name = _base(left).rpartition('/')
         found = (re.sub(LEFT_NAME, 'right', _base(left)), f'{space}/right/{name}')
         return next((topic for base in found for topic in (base, *(base + t for t in TRANSPORTS))
-                     if base != _base(left) and topic in images), '')
+                     if base != _base(left) and topic in images
+                     and self._beside(left) and self._beside(base)), '')
 
     def _beside(self, topic: str) -> str:
         """The CameraInfo topic beside an image topic; '' if there is none."""
