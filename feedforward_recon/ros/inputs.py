@@ -134,7 +134,7 @@ class Inputs:
         if self._is_expected('depth'):
             self._pass_on(self._pairings['depth'].add_image(stamp, (message, arrived_ns)))
         else:
-            self._pass_on([((message, arrived_ns), None)])
+            self._pass_on([*self._pairings['depth'].give_up(), ((message, arrived_ns), None)])
 
     def _partner(self, kind: str, message: Image | CompressedImage) -> None:
         """A depth image, or a right image of a stereo pair."""
@@ -222,7 +222,7 @@ class Inputs:
             if depth is None and self._is_expected('right'):
                 self._hold(self._pairings['right'].add_image(stamp_ns(image.header), waiting))
             else:
-                self._held.append((waiting, None))
+                self._held.extend([*self._pairings['right'].give_up(), (waiting, None)])
         self._release()
 
     def _hold(self, pairs: list[tuple[_Waiting, Any | None]]) -> None:
