@@ -17,8 +17,10 @@ from feedforward_recon.geometry.transforms import inverse, make_transform, so3_e
 from feedforward_recon.io import SourceOptions, open_source
 from feedforward_recon.io.bag_writer import BagTopics, write_bag
 from feedforward_recon.io.stereo import beside
+from feedforward_recon.mapping.adjustment import bundle_problem
 from feedforward_recon.mapping.mapper import Mapper
 from feedforward_recon.mapping.preparation import Preparation
+from feedforward_recon.mapping.stereo_shift import shift_inv_depth
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.synthetic import Room, right_image
 from feedforward_recon.types import Frame, Trajectory
@@ -50,7 +52,7 @@ def encoder():
 
 
 def stereo_frame(room, T_world_cam, index=0, left=CAMERA, **right):
-    image, depth = room.render(left, T_world_cam)
+    image = room.render(left, T_world_cam)[0]
     pair = right_image(room, left, T_world_cam, BASELINE_M, **right)
     return Frame(10**9 + index * 10**8, image, None, left, f'{index}', T_world_cam, pair)
 
@@ -74,8 +76,8 @@ def relative_errors(room, frame):
     return known.mean(), np.abs(measured - true)[known] / true[known]
 
 
-def mapped(frames, encoder, config=None):
-    mapper = Mapper(config or MapperConfig(), encoder)
+def mapped(frames, encoder):
+    mapper = Mapper(MapperConfig(), encoder)
     estimates = [mapper.process(frame) for frame in frames]
     return mapper, estimates, mapper.finish()
 
@@ -173,7 +175,7 @@ def test_a_shift_of_all_inverse_depths_is_found_with_the_scene():
 # Maps
 
 def test_a_stereo_map_is_in_metres_from_the_first_image_on(walk, encoder):
-    mapper, estimates, scene = mapped(walk, encoder)
+    _, estimates, scene = mapped(walk, encoder)
     assert all(estimate.status.has_pose for estimate in estimates)
     assert (scene.metres_per_unit, scene.scale_source) == (1.0, 'stereo')
     assert ate(scene, walk).rmse < 0.015
@@ -209,6 +211,24 @@ def test_depth_images_are_preferred(room, walk, encoder):
     frames = [replace(f, depth=room.render(CAMERA, f.T_map_cam)[1]) for f in walk[:2]]
     assert view_of(frames[0]).stereo is None
     assert mapped(frames, encoder)[2].scale_source == 'depth'
+
+
+def test_each_keyframe_keeps_the_noise_of_its_sensor_also_in_a_saved_map(walk, encoder):
+    _, _, scene = mapped(walk[:6], encoder)
+    noise = TrackingConfig().stereo_noise_px / (CAMERA.fx * BASELINE_M)
+    map_ = scene.graph.restored(MapperConfig())
+    map_.keyframes[0].inv_depth_noise = None  # as if it had come with a depth image
+    count = np.arange(len(map_))
+    problem, rows, _ = bundle_problem(map_, MapperConfig(), count[1:], count[:1],
+                                      np.arange(len(map_.landmarks)))
+    from_image = map_.landmarks.seen_keyframe[rows] == 0
+    assert from_image.any() and not from_image.all()
+    np.testing.assert_allclose(problem.depth_noise, np.where(
+        from_image, TrackingConfig().depth_noise, noise))
+    # What is left of the calibration error of this session's pair is none of an earlier pair.
+    before = map_.landmarks.seen_inv_depth.copy()
+    shift_inv_depth(map_, 0.01)
+    np.testing.assert_array_equal(map_.landmarks.seen_inv_depth, before)
 
 
 # Readers
