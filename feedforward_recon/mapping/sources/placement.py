@@ -79,6 +79,9 @@ class WindowPlacement:
         metres = depth_ratio(prediction, [*[None] * count, *(view.depth for view in views)])
         if anchors is None:
             self.metric = metres is not None
+            if any(view.stereo is not None for view in views):
+                log.warning('right images are not used with a feed-forward network; the map has a '
+                            'unit of its own')
         found = agreement(prediction)
         member = found.members(count)
         fit = self._fit(window, prediction, member, metres)
