@@ -61,12 +61,13 @@ def data_root() -> Path:
 
 
 def load_frames(name: str, *, step: int = 1, use_depth: bool = True) -> list[Frame]:
-    """All frames of a set (of a stereo set the left camera), decoded, in stamp order.
+    """All frames of a set, decoded, in stamp order; without depth also without right images.
 
     Where the set has a ``PRECISE`` truth, its poses replace those of cameras.json.
     """
     folder = data_root() / name
-    frames = list(open_source(folder, SourceOptions(step=step, use_depth=use_depth)))
+    frames = list(open_source(folder, SourceOptions(step=step, use_depth=use_depth,
+                                                      use_stereo=use_depth)))
     if not (folder / PRECISE).exists():
         return frames
     text = (folder / PRECISE).read_text(encoding='utf-8')

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from benchmarks.common import (
     DRIVE,
     KITCHEN,
     REPOSITORY,
-    data_root,
     four_ways,
     load_frames,
     package_state,
@@ -34,8 +33,6 @@ from benchmarks.common import (
 )
 from benchmarks.peers_environment import why_no_orbslam
 from benchmarks.scoring import Row, Walked, interleaved_split, mean_entry, ratios, walk_entry
-from feedforward_recon.geometry.transforms import inverse
-from feedforward_recon.io import SourceOptions, open_source
 from feedforward_recon.types import Frame
 
 OURS, PEER = 'feedforward_recon', 'ORB-SLAM3'
@@ -65,7 +62,7 @@ def cases() -> dict[str, Case]:
     kitchen = load_frames(KITCHEN)
     no_depth = [replace(frame, depth=None) for frame in kitchen]
     gaps, _ = interleaved_split(len(kitchen))
-    drive = load_frames(DRIVE, use_depth=False)
+    drive, pairs = load_frames(DRIVE, use_depth=False), load_frames(DRIVE)
     found = {
         f'{KITCHEN} RGB-D': Case(four_ways(kitchen), 'se3', both),
         f'{KITCHEN} monocular': Case(four_ways(no_depth), 'sim3', both),
@@ -73,22 +70,9 @@ def cases() -> dict[str, Case]:
             {'forwards': [kitchen[i] for i in gaps]}, 'se3', both),
         f'{KITCHEN} monocular, gaps of 25 frames': Case(
             {'forwards': [no_depth[i] for i in gaps]}, 'sim3', both),
-        f'{DRIVE} monocular': Case({'forwards': drive}, 'sim3', both)}
-    if PEER in both:
-        rights, baseline_m = right_images(drive)
-        found[f'{DRIVE} stereo'] = Case({'forwards': drive}, 'se3', {
-            PEER: lambda frames: orbslam_peer.map_walk(frames, rights, baseline_m)})
+        f'{DRIVE} monocular': Case({'forwards': drive}, 'sim3', both),
+        f'{DRIVE} stereo': Case(four_ways(pairs), 'se3', both)}
     return found
-
-
-def right_images(lefts: Sequence[Frame]) -> tuple[list[np.ndarray], float]:
-    """Images of the right camera of the drive, and its distance from the left one."""
-    options = SourceOptions(camera='right', use_depth=False)
-    rights = list(open_source(data_root() / DRIVE, options))
-    assert [right.stamp_ns for right in rights] == [left.stamp_ns for left in lefts]
-    assert lefts[0].T_map_cam is not None and rights[0].T_map_cam is not None
-    T_left_right = inverse(lefts[0].T_map_cam) @ rights[0].T_map_cam
-    return [right.image for right in rights], float(T_left_right[0, 3])
 
 
 def run() -> Iterator[tuple[str, Row]]:

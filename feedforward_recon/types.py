@@ -35,6 +35,19 @@ class Status(str, Enum):
 
 
 @dataclass(frozen=True)
+class RightImage:
+    """What the right camera of a stereo pair saw at the moment of a frame.
+
+    image: uint8 [H, W, 3] RGB, of the size of the left image. camera: its intrinsics.
+    T_left_right: [4, 4] maps points of the right camera to the left one, metres.
+    """
+
+    image: NDArray[np.uint8]
+    camera: Camera
+    T_left_right: FloatArray
+
+
+@dataclass(frozen=True)
 class Frame:
     """One image as it came from a source.
 
@@ -43,6 +56,7 @@ class Frame:
     camera: intrinsics at the size of ``image``, or None when uncalibrated.
     T_map_cam: known pose [4, 4] (ground truth or given poses), or None.
     source: where the frame came from (file name, topic); used in messages and poses.json.
+    right: the image of the right camera, where ``image`` is that of the left one, or None.
     """
 
     stamp_ns: int
@@ -51,6 +65,7 @@ class Frame:
     camera: Camera | None = None
     source: str = ''
     T_map_cam: FloatArray | None = None
+    right: RightImage | None = None
 
 
 @dataclass(frozen=True)

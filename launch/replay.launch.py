@@ -16,7 +16,14 @@ from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
 from feedforward_recon.ros.camera_topics import CAMERA_TOPICS
-from feedforward_recon.ros.launching import PACKAGE, TRUTH, arguments, camera_node, environment
+from feedforward_recon.ros.launching import (
+    PACKAGE,
+    TRUTH,
+    arguments,
+    camera_node,
+    environment,
+    topic_argument,
+)
 from launch import LaunchDescription
 
 
@@ -38,7 +45,7 @@ def _from_source(context: LaunchContext) -> Action:
         namespace=LaunchConfiguration('namespace'), output='screen',
         parameters=[{**settings, 'publish_clock': True,
                      'image_transport': 'compressed' if packed else 'raw'}],
-        remappings=[(topic, LaunchConfiguration(f'{name}_topic'))
+        remappings=[(topic, LaunchConfiguration(topic_argument(name)))
                     for name, topic in CAMERA_TOPICS.items()])
 
 

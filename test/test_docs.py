@@ -19,7 +19,7 @@ NODES = ROOT / 'feedforward_recon' / 'ros'
 GUIDE = ROOT / 'docs' / 'ros.md'
 DOCUMENTS = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
 SUBSCRIBERS = ('create_subscription',)
-TRANSPORTS = {'image': '/compressed', 'depth': '/compressedDepth'}
+TRANSPORTS = {'image': '/compressed', 'depth': '/compressedDepth', 'right/image': '/compressed'}
 PUBLISHERS = ('create_publisher', 'create_lifecycle_publisher')
 # Where the code computes a code, and the values it computes.
 COMPUTED = {f'STAMPS_{fault.value}' for fault in StampFault} | set(TRACKING) | {

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NAV2 = {'namespace', 'use_sim_time', 'params_file', 'autostart', 'use_respawn', 'log_level',
         'use_rviz', 'rviz_config'}
 OWN = {'image_topic', 'camera_info_topic', 'depth_topic', 'odom_topic', 'imu_topic',
+       'right_image_topic', 'right_camera_info_topic',
        'image_transport', 'depth_transport', 'map', 'fresh', 'model', 'attention', 'device',
        'weights'}
 REPLAY = {'source', 'bag', 'rate', 'loop', 'mode'}
@@ -149,6 +150,7 @@ def test_arguments_reach_the_node(launched, tmp_path, monkeypatch):
     started = launched(
         'localization', namespace='robot1', use_sim_time='true', autostart='false',
         image_topic='/front/image', camera_info_topic='/front/info', depth_topic='/front/depth',
+        right_image_topic='/right/image_rect', right_camera_info_topic='/right/camera_info',
         odom_topic='/odometry/filtered', imu_topic='/imu/data', image_transport='compressed',
         depth_transport='auto', map='maps/home',
         model='tiny', attention='ttt', device='cpu', weights='mine.safetensors',
@@ -157,6 +159,7 @@ def test_arguments_reach_the_node(launched, tmp_path, monkeypatch):
     assert node.rules == {
         '__node': 'localization_node', '__ns': '/robot1', '/tf': 'tf', '/tf_static': 'tf_static',
         'image': '/front/image', 'camera_info': '/front/info', 'depth': '/front/depth',
+        'right/image': '/right/image_rect', 'right/camera_info': '/right/camera_info',
         'odom': '/odometry/filtered', 'imu': '/imu/data'}
     expected = {'use_sim_time': True, 'autostart': False, 'image_transport': 'compressed',
                 'depth_transport': 'auto', 'map': str(tmp_path / 'maps' / 'home'),

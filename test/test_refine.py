@@ -67,15 +67,35 @@ def test_outliers_do_not_bend_the_map():
 
 def test_focal_length_is_found():
     true = scene(depth=False)
-    stretched = replace(true, xy=true.xy * 1.1, lens=("focal",))
+    stretched = replace(true, xy=true.xy * 1.1, calibration=('focal',))
     result = bundle_adjust(stretched, 60)
     assert result.focal_scale == pytest.approx(1.1, abs=2e-3)
 
 
+@pytest.mark.parametrize('depth', [True, False])
+def test_radial_distortion_is_found(depth):
+    """Images of a lens that bends by a tenth in the corners, said to be undistorted."""
+    true = scene(depth=depth)
+    bent = replace(true, xy=true.xy * (1 - 0.1 * (true.xy**2).sum(1, keepdims=True)))
+    result = bundle_adjust(replace(bent, calibration=('radial',)), 60)
+    assert result.radial == pytest.approx(-0.1, abs=2e-3)
+    assert pose_error(result.T_map_cam, true.T_map_cam)[0].max() < 2e-3
+    assert bundle_adjust(bent, 60).radial == 0
+
+
+def test_focal_length_and_distortion_are_found_together():
+    true = scene(depth=False)
+    q = (true.xy**2).sum(1, keepdims=True)
+    seen = replace(true, xy=1.05 * true.xy * (1 + 0.08 * q), calibration=('focal', 'radial'))
+    result = bundle_adjust(seen, 80)
+    assert (result.focal_scale, result.radial) == pytest.approx((1.05, 0.08), abs=6e-3)
+
+
 def test_jacobians_equal_numeric_differences():
-    problem = replace(scene(poses=3, points=12), lens=("focal",))
-    state = _State(inverse(problem.T_map_cam), problem.points, 1.05)
-    r, _, J_pose, J_point, J_focal = residuals(problem, state)
+    problem = replace(scene(poses=3, points=12), calibration=('focal', 'radial', 'shift'),
+                      shifted=True)
+    state = _State(inverse(problem.T_map_cam), problem.points, 1.05, -0.1, 0.02)
+    r, _, J_pose, J_point, J_calibration = residuals(problem, state)
     h = 1e-6
     for column in range(6):
         xi = np.zeros(6)
@@ -87,9 +107,10 @@ def test_jacobians_equal_numeric_differences():
         moved = replace(state, points=state.points + h * np.eye(3)[column])
         numeric = (residuals(problem, moved, jacobians=False)[0] - r) / h
         np.testing.assert_allclose(J_point[..., column], numeric, rtol=1e-3, atol=2e-2)
-    moved = replace(state, focal_scale=state.focal_scale + h)
-    numeric = (residuals(problem, moved, jacobians=False)[0] - r) / h
-    np.testing.assert_allclose(J_focal, numeric, rtol=1e-3, atol=2e-2)
+    for column, name in enumerate(('focal_scale', 'radial', 'shift')):
+        moved = replace(state, **{name: getattr(state, name) + h})
+        numeric = (residuals(problem, moved, jacobians=False)[0] - r) / h
+        np.testing.assert_allclose(J_calibration[..., column], numeric, rtol=1e-3, atol=2e-2)
 
 
 @pytest.mark.parametrize('seed', range(5))

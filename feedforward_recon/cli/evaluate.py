@@ -79,7 +79,7 @@ def _read(path: Path) -> tuple[Trajectory, bool]:
         return saved.trajectory(), saved.info.metres_per_unit is not None
     if path.is_file() and path.suffix in ('.tum', '.txt'):
         return read_tum_trajectory(path), True
-    source = open_source(path, SourceOptions(use_depth=False))
+    source = open_source(path, SourceOptions(use_depth=False, use_stereo=False))
     if not source.has_poses:
         raise InputError(f'{path}: expected poses to compare with, found images without; give a '
                          'trajectory in TUM format')

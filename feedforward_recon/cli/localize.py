@@ -118,7 +118,7 @@ def localize_command(map_: MapFolder, source: Source, options: SourceOptions, ou
     saved = load_map(map_)
     chosen = settings(saved.info.config, config, set_)
     saved = replace(saved, info=replace(saved.info, config=chosen))
-    images = open_source(source, replace(options, use_depth=False, mixed_sizes=True))
+    images = _opened(source, options)
     if not (images.calibrated or model):
         note(f'no intrinsics in {images.name}: taking those of the camera that made the map')
     localizer: Finder
@@ -214,6 +214,12 @@ def _line(answer: Estimate) -> str:
     x, y, z = answer.T_map_cam[:3, 3]
     return (f'{answer.source}: x {x:.3f} y {y:.3f} z {z:.3f}, {answer.inliers} inliers, '
             f'score {answer.score:.2f}')
+
+
+def _opened(path: Path, options: SourceOptions) -> FrameSource:
+    """Single images: of all sizes, without what only mapping needs."""
+    return open_source(path, replace(options, use_depth=False, use_stereo=False,
+                                     mixed_sizes=True))
 
 
 def _print_score(result: LocalisationScore) -> None:

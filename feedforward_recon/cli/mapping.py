@@ -165,12 +165,13 @@ def _map_windows(frames: FrameSource, network: NetworkOptions, poses: Poses, enc
 def _for_mapping(options: SourceOptions, mono: bool) -> SourceOptions:
     from dataclasses import replace
 
-    return replace(options, use_depth=options.use_depth and not mono)
+    return replace(options, use_depth=options.use_depth and not mono,
+                   use_stereo=options.use_stereo and not mono)
 
 
 def _check_source(source: FrameSource, poses: Poses) -> None:
     """Depth without intrinsics has no shape; given poses must be there."""
-    if source.has_depth:
+    if source.has_depth or source.has_right:
         require_cameras(source)
     if poses is Poses.GIVEN and not source.has_poses:
         raise InputError(f'{source.name}: expected a pose for every image (--poses given), found '
@@ -240,5 +241,5 @@ def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
 
 def _scale_text(summary: dict[str, Any]) -> str:
     if summary['metres_per_unit'] is None:
-        return 'unknown (no depth)'
+        return 'unknown (neither depth nor a stereo pair)'
     return f'{summary["metres_per_unit"]:g} m per unit, from {summary["scale_source"]}'

@@ -45,10 +45,14 @@ class NodeConfig(ModelOptions, MapperConfig):
     image_qos: str = option('auto', 'reliability of the sensor inputs; auto is reliable when '
                             'every publisher is', choices=('auto', 'reliable', 'best_effort'))
     use_depth: bool = option(True, 'use depth images when there are any')
+    use_stereo: bool = option(True, 'use right images of a stereo pair when there are any and '
+                              'there is no depth')
     rectified: bool = option(False, 'images are rectified already: the projection matrix P of '
                              'CameraInfo holds, its distortion does not')
     depth_slop_ms: float = option(50.0, 'largest difference between the stamps of an image and '
                                   'its depth', low=0.0, high=1000.0, unit='ms', live=True)
+    stereo_slop_ms: float = option(10.0, 'largest difference between the stamps of a left and a '
+                                   'right image', low=0.0, high=1000.0, unit='ms', live=True)
     # Fast DDS repairs a lost first message of a reliable publisher after 3 s at the latest.
     info_wait_s: float = option(4.0, 'images wait this long for the first CameraInfo; then '
                                 'mapping starts uncalibrated', low=0.0, high=60.0, unit='s')

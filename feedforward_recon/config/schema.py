@@ -103,6 +103,11 @@ class TrackingConfig:
                                high=50, unit='px')
     depth_noise: float = option(0.004, 'noise of sensor inverse depth (stereo and structured '
                                 'light: constant)', low=1e-5, high=1, unit='1/m')
+    stereo_noise_px: float = option(0.3, 'noise of a disparity between left and right image',
+                                    low=0.01, high=10, unit='px')
+    min_disparity_px: float = option(3.0, 'points that left and right image show with less '
+                                     'between them are too far for a depth', low=0.1, high=100,
+                                     unit='px')
     max_depth_m: float = option(8.0, 'sensor depth beyond this is ignored', low=0.1, high=1000,
                                 unit='m')
     min_inliers: int = option(20, 'fewest landmarks that must agree with a pose', low=6,

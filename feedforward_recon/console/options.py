@@ -72,13 +72,18 @@ SOURCE_FLAGS = {
     'calibration': Flag('--calibration', 'YAML file of ROS camera_calibration, instead of '
                         '--fx.', 'Camera', metavar='FILE'),
     'camera': Flag('--camera', 'Camera of a stereo set.', 'Source', metavar='NAME'),
+    'baseline_m': Flag('--baseline', 'Baseline of rectified images in the folders left and right, '
+                       'with --fx.', 'Camera', metavar='M'),
     'image_topic': Flag('--image-topic', 'Bag topic; default: the only one.', 'Source',
                         metavar='TOPIC'),
+    'right_image_topic': Flag('--right-image-topic', 'Bag topic of the right images of a stereo '
+                              'pair; default: the one called right where the images are called '
+                              'left.', 'Source', metavar='TOPIC'),
     'depth_topic': Flag('--depth-topic', 'Bag topic; default: the only one.', 'Source',
                         metavar='TOPIC'),
     'camera_info_topic': Flag('--camera-info-topic', 'Bag topic; default: the one beside the '
                               'images.', 'Source', metavar='TOPIC'),
-    'rectified': Flag('--rectified', 'Bag images are rectified: the projection matrix P of '
+    'rectified': Flag('--rectified', 'Images are rectified: the projection matrix P of '
                       'CameraInfo holds, its distortion does not.', 'Source'),
     'depth_units_per_metre': Flag('--depth-units', 'Stored depth per metre (1000: millimetres); '
                                   'default: as the format says.', 'Source', metavar='NUMBER'),

@@ -1,4 +1,4 @@
-"""Bundle adjustment in NumPy: keyframe poses, points and, if asked, one lens for all.
+"""Bundle adjustment in NumPy: keyframe poses, points and, if asked, the calibration.
 
 Levenberg-Marquardt on reprojection errors and sensor inverse-depth errors with Cauchy weights
 (iteratively re-weighted), the points eliminated by the Schur complement (Triggs et al.,
@@ -7,10 +7,11 @@ X by keyframe k, with p = T_cam_map X, in standard deviations:
 
     r = [ f (s (1 + k q) p_x / p_z - x_o) / sigma,    q = (p_x^2 + p_y^2) / p_z^2
           f (s (1 + k q) p_y / p_z - y_o) / sigma,
-          (1 / p_z - d_o) / sigma_d ]
+          (1 / p_z - d_o + e) / sigma_d ]
 
-The lens: ``s`` scales the focal length, ``k`` is radial distortion beyond the calibration (the k1
-of Brown 1971). Points are eliminated in blocks of neighbours: each block
+The calibration: ``s`` scales the focal length, ``k`` is radial distortion beyond what is known
+(the k1 of Brown 1971), ``e`` shifts the inverse depths of a stereo pair, as a small turn of one
+camera about its vertical axis does. Points are eliminated in blocks of neighbours: each block
 touches few keyframes, so its Schur complement is one small dense matrix product.
 """
 
@@ -32,9 +33,10 @@ from feedforward_recon.geometry.transforms import inverse, se3_exp
 # starts threads, which cost more than they save when other processes share the cores.
 BLOCK = 40
 MIN_DEPTH = 1e-6
-# What may be refined of the lens, and how far it is expected to be off: the logarithm of a guessed
-# focal length by a third, k of a lens that was called undistorted by a few hundredths.
-LENS_PRIOR_STD = {'focal': 0.3, 'radial': 0.05}
+# What may be refined of the calibration, and how far it is expected to be off: the logarithm of a
+# guessed focal length by a third, k of a lens that was called undistorted by a few hundredths, the
+# shift of a pair by three standard deviations of one inverse depth: a pixel, where that is 0.3.
+PRIOR_STD = {'focal': 0.3, 'radial': 0.05, 'shift': 3.0}
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,10 @@ class BundleProblem:
     T_map_cam: [P, 4, 4]; points: map frame [L, 3]; fixed: bool [P], poses that stay.
     pose_index, point_index: int [O], each pair at most once.
     xy: [O, 2] undistorted normalised coordinates; inv_depth: [O] sensor 1/z, NaN if none.
-    sigma_px: [O] expected pixel error; depth_noise: standard deviation of ``inv_depth``.
-    focal_px: converts normalised coordinates to pixels. lens: what of it is refined, names of
-    ``LENS_PRIOR_STD`` in their order.
+    sigma_px: [O] expected pixel error; depth_noise: standard deviation of ``inv_depth``, one for
+    all or [O].
+    focal_px: converts normalised coordinates to pixels. calibration: what of it is refined, of the
+    names of ``PRIOR_STD``. shifted: bool [O], inverse depths that share the shift.
     """
 
     T_map_cam: np.ndarray
@@ -58,22 +61,25 @@ class BundleProblem:
     inv_depth: np.ndarray
     sigma_px: np.ndarray
     focal_px: float
-    depth_noise: float = 0.004
+    depth_noise: float | np.ndarray = 0.004
     robust_px: float = 1.5
-    lens: tuple[str, ...] = ()
+    calibration: tuple[str, ...] = ()
+    shifted: np.ndarray | bool = False
 
 
 @dataclass(frozen=True)
 class BundleResult:
     """Refined values; residual [O] in sigmas (inf behind the camera), costs before and after.
 
-    focal_scale: times the focal length of before; radial: k beyond the calibration.
+    focal_scale: times the focal length of before; radial: k beyond what was known;
+    inv_depth_shift: by how much the ``shifted`` inverse depths are too large.
     """
 
     T_map_cam: np.ndarray
     points: np.ndarray
     focal_scale: float
     radial: float
+    inv_depth_shift: float
     residual: np.ndarray
     cost_before: float
     cost_after: float
@@ -85,6 +91,7 @@ class _State:
     points: np.ndarray
     focal_scale: float = 1.0
     radial: float = 0.0
+    shift: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -96,9 +103,9 @@ class _System:
     W: np.ndarray
     g_pose: np.ndarray
     g_point: np.ndarray
-    # The lens, m parameters: mixed with poses [P, 6, m] and points [L, 3, m], its own block [m, m]
-    # and gradient [m].
-    lens: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+    # The calibration, m values: mixed with poses [P, 6, m] and points [L, 3, m], its own block
+    # [m, m] and gradient [m].
+    calibration: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 class _Layout:
@@ -143,7 +150,7 @@ def residuals(problem: BundleProblem, state: _State, *, jacobians: bool = True
               ) -> tuple[np.ndarray, ...]:
     """Residuals [O, 3], validity [O] and, if asked, their Jacobians.
 
-    These are by the pose [O, 3, 6], the point [O, 3, 3] and the lens [O, 3, m]. Poses are
+    These are by the pose [O, 3, 6], the point [O, 3, 3] and the calibration [O, 3, m]. Poses are
     perturbed as T_cam_map <- exp(xi) T_cam_map.
     """
     T = state.T_cam_map[problem.pose_index]
@@ -159,7 +166,8 @@ def residuals(problem: BundleProblem, state: _State, *, jacobians: bool = True
     has_depth = np.isfinite(problem.inv_depth)
     r = np.zeros((len(p), 3))
     r[:, :2] = gain[:, None] * (stretch[:, None] * xy - problem.xy)
-    r[:, 2] = np.where(has_depth, inv_z - np.nan_to_num(problem.inv_depth), 0)
+    r[:, 2] = np.where(has_depth, inv_z - np.nan_to_num(problem.inv_depth)
+                       + state.shift * problem.shifted, 0)
     r[:, 2] /= problem.depth_noise
     if not jacobians:
         return r, front
@@ -170,11 +178,14 @@ def residuals(problem: BundleProblem, state: _State, *, jacobians: bool = True
                          * xy[:, :, None] * xy[:, None])
     D[:, :2, 2] = -(D[:, :2, :2] @ xy[..., None])[..., 0]
     D[:, 2, 2] = np.where(has_depth, -inv_z**2 / problem.depth_noise, 0)
-    J_lens = np.zeros((len(p), 3, len(problem.lens)))
-    by_name = {'focal': 1 + state.radial * q, 'radial': state.focal_scale * q}
-    for column, name in enumerate(problem.lens):
-        J_lens[:, :2, column] = (gain * by_name[name])[:, None] * xy
-    return r, front, D @ pose_jacobian(p), D @ R, J_lens
+    J_calibration = np.zeros((len(p), 3, len(problem.calibration)))
+    stretched = {'focal': 1 + state.radial * q, 'radial': state.focal_scale * q}
+    for column, name in enumerate(problem.calibration):
+        if name == 'shift':
+            J_calibration[:, 2, column] = (has_depth & problem.shifted) / problem.depth_noise
+        else:
+            J_calibration[:, :2, column] = (gain * stretched[name])[:, None] * xy
+    return r, front, D @ pose_jacobian(p), D @ R, J_calibration
 
 
 def robust_cost(problem: BundleProblem, r: np.ndarray,
@@ -204,7 +215,8 @@ def bundle_pieces(problem: BundleProblem, steps: int) -> Iterator[BundleResult |
                               'keyframe so that the map frame is determined')
     state = _State(inverse(problem.T_map_cam), problem.points.copy())
     if not len(problem.pose_index):
-        yield BundleResult(problem.T_map_cam, problem.points, 1.0, 0.0, np.zeros(0), 0.0, 0.0)
+        yield BundleResult(problem.T_map_cam, problem.points, 1.0, 0.0, 0.0, np.zeros(0), 0.0,
+                           0.0)
         return
     layout = _Layout(problem)
     before = cost = _cost(problem, state)
@@ -227,24 +239,27 @@ def bundle_pieces(problem: BundleProblem, steps: int) -> Iterator[BundleResult |
     poses = problem.T_map_cam.copy()
     poses[layout.free] = inverse(state.T_cam_map[layout.free])
     error = robust_cost(problem, *residuals(problem, state, jacobians=False))[2]
-    yield BundleResult(poses, state.points, state.focal_scale, state.radial, error, before, cost)
+    yield BundleResult(poses, state.points, state.focal_scale, state.radial, state.shift,
+                       error, before, cost)
 
 
 def _cost(problem: BundleProblem, state: _State) -> float:
-    off, information = _lens_prior(problem, state)
+    off, information = _prior(problem, state)
     return (robust_cost(problem, *residuals(problem, state, jacobians=False))[0]
             + float(off @ information @ off) / 2)
 
 
-def _lens_prior(problem: BundleProblem, state: _State) -> tuple[np.ndarray, np.ndarray]:
-    """What the lens is off from before [m], and the information [m, m] of that."""
-    off = {'focal': np.log(state.focal_scale), 'radial': state.radial}
-    return (np.array([off[name] for name in problem.lens]),
-            np.diag(np.array([LENS_PRIOR_STD[name]**-2.0 for name in problem.lens])))
+def _prior(problem: BundleProblem, state: _State) -> tuple[np.ndarray, np.ndarray]:
+    """What the calibration is off from before [m], and the information [m, m] of that."""
+    off = {'focal': float(np.log(state.focal_scale)), 'radial': state.radial,
+           'shift': state.shift}
+    unit = {'shift': float(np.median(problem.depth_noise))}
+    std = np.array([PRIOR_STD[name] * unit.get(name, 1.0) for name in problem.calibration])
+    return np.array([off[name] for name in problem.calibration]), np.diag(std**-2)
 
 
 def _linearise(problem: BundleProblem, layout: _Layout, state: _State) -> _System:
-    r, front, J_pose, J_point, J_lens = residuals(problem, state)
+    r, front, J_pose, J_point, J_calibration = residuals(problem, state)
     _, weight, _ = robust_cost(problem, r, front)
     A = np.swapaxes(J_pose * weight[..., None], 1, 2)  # [O, 6, 3]
     B = np.swapaxes(J_point * weight[..., None], 1, 2)  # [O, 3, 3]
@@ -254,14 +269,15 @@ def _linearise(problem: BundleProblem, layout: _Layout, state: _State) -> _Syste
         out = table @ values.reshape(len(values), math.prod(values.shape[1:]))
         return out.reshape(table.shape[0], *values.shape[1:])
 
-    off, information = _lens_prior(problem, state)
-    flat = J_lens.reshape(r.size, len(off))
+    off, information = _prior(problem, state)
+    flat = J_calibration.reshape(r.size, len(off))
     C = (flat * weight.reshape(-1, 1)).T  # [m, 3 O]
-    lens = (total(layout.by_pose, A @ J_lens), total(layout.by_point, B @ J_lens),
-            C @ flat + information, C @ r.ravel() + information @ off)
+    calibration = (total(layout.by_pose, A @ J_calibration),
+                   total(layout.by_point, B @ J_calibration),
+                   C @ flat + information, C @ r.ravel() + information @ off)
     return _System(total(layout.by_pose, A @ J_pose), total(layout.by_point, B @ J_point),
                    A @ J_point, total(layout.by_pose, (A @ column)[..., 0]),
-                   total(layout.by_point, (B @ column)[..., 0]), lens)
+                   total(layout.by_point, (B @ column)[..., 0]), calibration)
 
 
 def _damped(blocks: np.ndarray, damping: float) -> np.ndarray:
@@ -288,21 +304,22 @@ def _step(problem: BundleProblem, layout: _Layout, state: _State, system: _Syste
     n = len(layout.free)
     xi = np.zeros((layout.n_poses, 6))
     xi[layout.free] = step[:6 * n].reshape(n, 6)
-    lens_step = step[6 * n:]
+    change = step[6 * n:]
     # Back-substitution: V dx = -(g + W^T xi + F ds).
     pull = np.matmul(np.swapaxes(system.W, 1, 2), xi[problem.pose_index][..., None])[..., 0]
-    rhs = system.g_point + layout.by_point @ pull + system.lens[1] @ lens_step
+    rhs = system.g_point + layout.by_point @ pull + system.calibration[1] @ change
     points = state.points - np.matmul(V_inv, rhs[..., None])[..., 0]
-    by_name = dict(zip(problem.lens, lens_step.tolist(), strict=True))
+    by_name = dict(zip(problem.calibration, change.tolist(), strict=True))
     return _State(se3_exp(xi) @ state.T_cam_map, points,
                   state.focal_scale * np.exp(by_name.get('focal', 0.0) / state.focal_scale),
-                  state.radial + by_name.get('radial', 0.0))
+                  state.radial + by_name.get('radial', 0.0),
+                  state.shift + by_name.get('shift', 0.0))
 
 
 def _reduced(problem: BundleProblem, layout: _Layout, system: _System, V_inv: np.ndarray,
              damping: float) -> tuple[np.ndarray, np.ndarray]:
-    """Reduced camera system S, b: free poses, then what is refined of the lens."""
-    n, extra = len(layout.free), len(problem.lens)
+    """Reduced camera system S, b: free poses, then what is refined of the calibration."""
+    n, extra = len(layout.free), len(problem.calibration)
     S = np.zeros((6 * n + extra, 6 * n + extra))
     b = np.zeros(6 * n + extra)
     poses = S[:6 * n, :6 * n].reshape(n, 6, n, 6)
@@ -320,12 +337,12 @@ def _reduced(problem: BundleProblem, layout: _Layout, system: _System, V_inv: np
         poses[pose_set[:, None], :, pose_set[None], :] -= product.reshape(
             shape[0], 6, shape[0], 6).transpose(0, 2, 1, 3)
     if extra:
-        lens_pose, lens_point, h, g = system.lens
-        mixed = Y @ lens_point[problem.point_index]  # [O, 6, m]
+        by_pose, by_point, h, g = system.calibration
+        mixed = Y @ by_point[problem.point_index]  # [O, 6, m]
         summed = (layout.by_pose @ mixed.reshape(len(mixed), -1)).reshape(-1, 6, extra)
-        S[:6 * n, 6 * n:] = (lens_pose - summed)[layout.free].reshape(6 * n, extra)
+        S[:6 * n, 6 * n:] = (by_pose - summed)[layout.free].reshape(6 * n, extra)
         S[6 * n:, :6 * n] = S[:6 * n, 6 * n:].T
-        weighted = np.swapaxes(lens_point, 1, 2) @ V_inv  # [L, m, 3]
-        S[6 * n:, 6 * n:] = _damped(h, damping) - (weighted @ lens_point).sum(0)
+        weighted = np.swapaxes(by_point, 1, 2) @ V_inv  # [L, m, 3]
+        S[6 * n:, 6 * n:] = _damped(h, damping) - (weighted @ by_point).sum(0)
         b[6 * n:] = g - (weighted @ system.g_point[..., None]).sum(0)[:, 0]
     return S, b

@@ -1,8 +1,9 @@
 """Every kind of input becomes a Source of Frames.
 
-``open_source`` recognises folders (cameras.json, TUM RGB-D, 7-Scenes, plain images), single
-images, video files and ROS 2 bags (folder, .mcap or .db3). Reading is direct, in stamp order and
-repeatable. Distortion is passed on, not removed; a frame without calibration has camera None.
+``open_source`` recognises folders (cameras.json, TUM RGB-D, 7-Scenes, stereo pairs in ``left``
+and ``right``, plain images), single images, video files and ROS 2 bags (folder, .mcap or .db3).
+Reading is direct, in stamp order and repeatable. Distortion is passed on, not removed; a frame
+without calibration has camera None.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from feedforward_recon.io.folder import (
     IMAGE_SUFFIXES,
     FolderSource,
     images_in,
+    is_pair,
     open_cameras_json,
+    open_pair_folders,
     plain_entries,
 )
 from feedforward_recon.io.source import Source, SourceOptions, require_cameras
@@ -72,6 +75,8 @@ def _open_folder(root: Path, options: SourceOptions) -> Source:
     if storage:
         raise InputError(f'{root}: expected metadata.yaml beside {storage[0]}, found none; run '
                          '"ros2 bag reindex" or give the file itself')
+    if is_pair(root):
+        return open_pair_folders(root, options)
     images = images_in(root)
     if not images:
         found = ', '.join(names[:5]) or 'nothing'

@@ -1,14 +1,15 @@
 """ROS 2 bags (sqlite3 and mcap) without ROS, through the pure-Python package rosbags.
 
 A bag is indexed once when it is opened: header stamps of image, depth and calibration. Frames
-come in the order of their header stamps, whatever the order of recording, and depth is paired
-with the nearest image within 20 ms. Nothing depends on the clock: a bag reads as fast as the
-disk and the decoder allow, and the same way every time.
+come in the order of their header stamps, whatever the order of recording, and depth and right
+images are paired with the nearest image within 20 ms. Nothing depends on the clock: a bag reads
+as fast as the disk and the decoder allow, and the same way every time.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import struct
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from feedforward_recon.errors import InputError
+from feedforward_recon.geometry.stereo import StereoRig
 from feedforward_recon.io.images import (
     DEPTH_ENCODINGS,
     Calibration,
@@ -41,7 +43,8 @@ from feedforward_recon.io.source import (
     mutual_nearest,
     seconds,
 )
-from feedforward_recon.types import Frame
+from feedforward_recon.io.stereo import right_pose
+from feedforward_recon.types import FloatArray, Frame, RightImage
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -54,6 +57,7 @@ BAG_SUFFIXES = frozenset({'.mcap', '.db3'})
 IMAGE = 'sensor_msgs/msg/Image'
 COMPRESSED = 'sensor_msgs/msg/CompressedImage'
 CAMERA_INFO = 'sensor_msgs/msg/CameraInfo'
+LEFT_NAME = r'left(?=[/_]|$)'  # in topics: /left/image_raw, /camera_left/image_raw
 TRANSPORTS = ('/compressed', '/compressedDepth')
 # Networks deliver late by milliseconds; a longer step back is a restarted clock or a loop.
 LATE_NS = SECOND_NS
@@ -76,11 +80,63 @@ class _Stamps:
 
 @dataclass(frozen=True)
 class _Pair:
-    """One frame of the bag: positions of its messages within their topics (depth -1: none)."""
+    """One frame of the bag: positions of its messages within their topics (-1: none)."""
 
     stamp_ns: int
     image: int
     depth: int
+    right: int = -1
+
+
+class _RightHalf:
+    """The right images of a stereo pair in a bag: their topic and how they were taken."""
+
+    def __init__(self, topic: str, info_topic: str) -> None:
+        self.topic, self.info_topic = topic, info_topic
+        self._infos: dict[str, Calibration] = {}  # the first of each camera
+        self._found: tuple[Camera, FloatArray] | None = None
+
+    def note(self, topic: str, message: Any) -> None:
+        """A CameraInfo of either camera."""
+        self._infos.setdefault(topic, _calibration(message))
+
+    def calibrate(self, cameras: list[tuple[int, Camera]], left_topic: str, where: str, *,
+                  rectified: bool) -> None:
+        """Right camera and T_left_right from what was noted. Raises InputError without them."""
+        right = self._infos.pop(self.info_topic, None)
+        left = next(iter(self._infos.values()), None)
+        if left is None or right is None:
+            raise InputError(f'{where}: expected CameraInfo of both cameras beside {left_topic} '
+                             f'and {self.topic}, found none for the '
+                             f'{"left" if left is None else "right"} one; record both, or leave '
+                             'the right images out (--mono)')
+        rectified = rectified or _is_rectified(self.topic)
+        camera = camera_from_calibration(right, self.info_topic, rectified)
+        if camera is None or not cameras:
+            raise InputError(f'{self.info_topic}: expected two calibrated cameras, found fx = 0; '
+                             'calibrate the pair')
+        T_left_right = right_pose(left, right, rectified=rectified)
+        try:
+            StereoRig(cameras[0][1], camera, T_left_right)
+        except InputError as error:
+            raise InputError(f'{self.info_topic}: {error}, or leave the right images out (--mono)'
+                             ) from None
+        self._found = camera, T_left_right
+
+    def image(self, pixels: NDArray[np.uint8]) -> RightImage | None:
+        """A right image with its camera."""
+        return None if self._found is None else RightImage(pixels, *self._found)
+
+    def check(self, partner: NDArray, where: str) -> None:
+        """Images without their right one (-1) are used; a pair that never meets is none."""
+        alone = int((partner < 0).sum())
+        if alone == len(partner):
+            raise InputError(f'{where}: expected images on {self.topic} within 20 ms of the left '
+                             'ones, found none; check the stamps or leave the right images out '
+                             '(--mono)')
+        if alone:
+            logger.warning('%s: %d of %d images have no right image within 20 ms and are used '
+                           'without', where, alone, len(partner))
 
 
 class BagSource(Source):
@@ -100,8 +156,9 @@ class BagSource(Source):
             self.image_topic, self.depth_topic = topics.image, topics.depth
             self.camera_info_topic = topics.camera_info
             self._types = {c.topic: c.msgtype for c in reader.connections}
+            self.right = _RightHalf(topics.right, topics.right_info) if topics.right else None
             self._cameras, self._pairs = self._indexed(reader)
-        self.has_depth = bool(self.depth_topic)
+        self.has_depth, self.has_right = bool(self.depth_topic), self.right is not None
         self.calibrated = options.has_camera or bool(self._cameras)
 
     @property
@@ -111,7 +168,7 @@ class BagSource(Source):
 
     def describe(self) -> str:
         """One line for people, with the topics."""
-        topics = [t for t in (self.image_topic, self.depth_topic, self.camera_info_topic) if t]
+        topics = [*self._image_topics, *filter(None, (self.camera_info_topic,))]
         return f'{super().describe()} ({", ".join(topics)})'
 
     @property
@@ -156,15 +213,24 @@ class BagSource(Source):
 
     def _indexed(self, reader: Any) -> tuple[list[tuple[int, Camera]], list[_Pair]]:
         """Calibrations by stamp, and which messages make a frame."""
-        stamps = {topic: _Stamps() for topic in (self.image_topic, self.depth_topic) if topic}
+        stamps = {topic: _Stamps() for topic in self._image_topics}
         infos: list[tuple[int, Camera]] = []
-        for topic, recorded_ns, raw in self._raw(reader, {*stamps, self.camera_info_topic}):
-            if topic == self.camera_info_topic:
-                self._note_camera(infos, _header_stamp_ns(raw), raw)
+        right_info = '' if self.right is None else self.right.info_topic
+        for topic, recorded_ns, raw in self._raw(reader, {*stamps, self.camera_info_topic,
+                                                          right_info}):
+            if topic in (self.camera_info_topic, right_info):
+                if self.right is not None:
+                    self.right.note(topic, self._message(raw, CAMERA_INFO))
+                if topic == self.camera_info_topic:
+                    self._note_camera(infos, _header_stamp_ns(raw), raw)
                 continue
             stamps[topic].header_ns.append(_header_stamp_ns(raw))
             stamps[topic].recorded_ns.append(recorded_ns)
-        return sorted(infos, key=lambda item: item[0]), self._paired(stamps)
+        infos.sort(key=lambda item: item[0])
+        if self.right is not None:
+            self.right.calibrate(infos, self.image_topic, str(self._path),
+                                 rectified=self.options.rectified)
+        return infos, self._paired(stamps)
 
     def _raw(self, reader: Any, topics: set[str]) -> Iterator[tuple[str, int, bytes]]:
         """Topic, recording stamp and bytes of the messages on some topics, as recorded."""
@@ -189,8 +255,18 @@ class BagSource(Source):
             partner = mutual_nearest(stamps_ns, depth_ns)
             partner = np.where(partner >= 0, depth_order[partner], -1)
             stamps_ns, order, partner = self._with_depth(stamps_ns, order, partner)
-        columns = stamps_ns.tolist(), order.tolist(), partner.tolist()
+        columns = [stamps_ns.tolist(), order.tolist(), partner.tolist()]
+        if self.right is not None:
+            right_ns, right_order = self._sorted(self.right.topic, stamps)
+            right = mutual_nearest(stamps_ns, right_ns)
+            self.right.check(right, str(self._path))
+            columns.append(np.where(right >= 0, right_order[right], -1).tolist())
         return [_Pair(*row) for row in zip(*columns, strict=True)]
+
+    @property
+    def _image_topics(self) -> list[str]:
+        right = '' if self.right is None else self.right.topic
+        return [topic for topic in (self.image_topic, right, self.depth_topic) if topic]
 
     def _sorted(self, topic: str, stamps: dict[str, _Stamps]
                 ) -> tuple[NDArray[np.int64], NDArray[np.intp]]:
@@ -227,11 +303,13 @@ class BagSource(Source):
         wanted = [self._pairs[index] for index in indices]
         needed = {(self.image_topic, p.image) for p in wanted}
         needed |= {(self.depth_topic, p.depth) for p in wanted if p.depth >= 0}
+        if self.right is not None:
+            needed |= {(self.right.topic, p.right) for p in wanted if p.right >= 0}
         held: dict[tuple[str, int], bytes] = {}
         due = iter(zip(indices, wanted, strict=True))
         index, pair = next(due, (0, None))
         with self._reader() as reader:
-            counts = {topic: 0 for topic in (self.image_topic, self.depth_topic) if topic}
+            counts = dict.fromkeys(self._image_topics, 0)
             for topic, _, raw in self._raw(reader, set(counts)) if pair else ():
                 key = (topic, counts[topic])
                 counts[topic] += 1
@@ -244,22 +322,25 @@ class BagSource(Source):
                     break
 
     def _is_held(self, pair: _Pair, held: dict[tuple[str, int], bytes]) -> bool:
-        return (self.image_topic, pair.image) in held and (
-            pair.depth < 0 or (self.depth_topic, pair.depth) in held)
+        right = '' if self.right is None else self.right.topic
+        return all(place < 0 or (topic, place) in held for topic, place in (
+            (self.image_topic, pair.image), (self.depth_topic, pair.depth), (right, pair.right)))
 
     def _frame(self, index: int, pair: _Pair, held: dict[tuple[str, int], bytes]) -> Frame:
         source = f'{self.image_topic}#{index}'
         where = f'{self._path}: {source}'
-        message = self._message(held.pop((self.image_topic, pair.image)),
-                                self._types[self.image_topic])
-        image = decode_compressed(message.data, where) if hasattr(message, 'format') \
-            else decode_image(_raw_image(message), where)
-        depth = None
+        image = _decoded(self._message(held.pop((self.image_topic, pair.image)),
+                                       self._types[self.image_topic]), where)
+        depth = right = None
         if pair.depth >= 0:
             depth_where = f'{self._path}: {self.depth_topic}#{pair.depth}'
             depth = self._depth(held.pop((self.depth_topic, pair.depth)), depth_where)
+        if pair.right >= 0 and self.right is not None:
+            topic = self.right.topic
+            message = self._message(held.pop((topic, pair.right)), self._types[topic])
+            right = self.right.image(_decoded(message, f'{self._path}: {topic}#{pair.right}'))
         camera = self._camera(pair.stamp_ns, (image.shape[1], image.shape[0]), where)
-        return Frame(pair.stamp_ns, image, depth, camera, source)
+        return Frame(pair.stamp_ns, image, depth, camera, source, right=right)
 
     def _depth(self, raw: bytes, where: str) -> NDArray[np.float32]:
         message = self._message(raw, self._types[self.depth_topic])
@@ -279,7 +360,7 @@ class BagSource(Source):
 
 
 class _Topics:
-    """Which topics hold the image, its depth and its calibration ('' for none)."""
+    """Which topics hold the image, its depth, its calibration and its right half ('' for none)."""
 
     def __init__(self, path: Path, reader: Any, message: Any, options: SourceOptions) -> None:
         """Look at the first message of every image topic and choose."""
@@ -288,13 +369,42 @@ class _Topics:
         depths = {topic: self._is_depth(reader, message, topic) for topic, msgtype
                   in sorted(self._types.items()) if msgtype in (IMAGE, COMPRESSED)}
         images = [topic for topic, is_depth in depths.items() if not is_depth]
-        self.image = self._chosen('image', options.image_topic, images)
+        left = self._left_of_pair(images, options)
+        self.image = left or self._chosen('image', options.image_topic, images)
         if not self.image:
             raise InputError(f'{path}: expected images, found none; {self._listing()}')
         self.depth = self._chosen('depth', options.depth_topic,
                                   [topic for topic, is_depth in depths.items() if is_depth]) \
             if options.use_depth else ''
         self.camera_info = self._info(options.camera_info_topic)
+        self.right = self.right_info = ''
+        if options.use_stereo and not self.depth:
+            self.right = self._chosen('right image', options.right_image_topic, images) \
+                if options.right_image_topic else self._right_of(self.image, images)
+            self.right_info = self._beside(self.right)
+
+    def _left_of_pair(self, images: list[str], options: SourceOptions) -> str:
+        """The left topic where the images are one stereo pair and none was named."""
+        raw = [topic for topic in images if _base(topic) == topic or _base(topic) not in images]
+        if options.image_topic or len(raw) != 2:
+            return ''
+        return next((topic for topic in raw if self._right_of(topic, raw)), '')
+
+    def _right_of(self, left: str, images: list[str]) -> str:
+        """The topic called right where ``left`` is called left, or below it; '' without one.
+
+        Only of a calibrated pair: else the left images are used alone.
+        """
+        space, _, name = _base(left).rpartition('/')
+        found = (re.sub(LEFT_NAME, 'right', _base(left)), f'{space}/right/{name}')
+        return next((topic for base in found for topic in (base, *(base + t for t in TRANSPORTS))
+                     if base != _base(left) and topic in images
+                     and self._beside(left) and self._beside(base)), '')
+
+    def _beside(self, topic: str) -> str:
+        """The CameraInfo topic beside an image topic; '' if there is none."""
+        sibling = f'{_base(topic).rsplit("/", 1)[0]}/camera_info'
+        return sibling if topic and self._types.get(sibling) == CAMERA_INFO else ''
 
     def _is_depth(self, reader: Any, message: Any, topic: str) -> bool:
         connections = [c for c in reader.connections if c.topic == topic]
@@ -326,9 +436,8 @@ class _Topics:
         infos = [topic for topic, msgtype in self._types.items() if msgtype == CAMERA_INFO]
         if wanted:
             return self._chosen('CameraInfo', wanted, infos)
-        sibling = f'{_base(self.image).rsplit("/", 1)[0]}/camera_info'
-        if sibling in infos:
-            return sibling
+        if self._beside(self.image):
+            return self._beside(self.image)
         if len(infos) == 1:
             logger.warning('%s: %s is used for %s, the only calibration in the bag', self._path,
                            infos[0], self.image)
@@ -369,6 +478,11 @@ def _is_rectified(image_topic: str) -> bool:
     return 'image_rect' in _base(image_topic).rsplit('/', 1)[-1]
 
 
+def _decoded(message: Any, where: str) -> NDArray[np.uint8]:
+    return decode_compressed(message.data, where) if hasattr(message, 'format') \
+        else decode_image(_raw_image(message), where)
+
+
 def _raw_image(message: Any) -> RawImage:
     return RawImage(message.height, message.width, message.encoding, message.step,
                     bool(message.is_bigendian), message.data)
@@ -378,4 +492,4 @@ def _calibration(message: Any) -> Calibration:
     roi = message.roi
     return Calibration(message.width, message.height, message.distortion_model, message.d,
                        message.k, message.p, (message.binning_x, message.binning_y),
-                       (roi.x_offset, roi.y_offset, roi.width, roi.height))
+                       (roi.x_offset, roi.y_offset, roi.width, roi.height), message.r)

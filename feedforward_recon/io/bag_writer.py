@@ -12,6 +12,7 @@ import numpy as np
 
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.geometry.stereo import StereoRig
 from feedforward_recon.geometry.transforms import quat_xyzw_from_matrix
 from feedforward_recon.io import encode
 from feedforward_recon.io.source import SECOND_NS
@@ -30,6 +31,8 @@ class BagTopics:
     image: str = '/camera/image_raw'
     camera_info: str = '/camera/camera_info'
     depth: str = '/camera/depth/image_raw'
+    right: str = '/camera/right/image_raw'
+    right_info: str = '/camera/right/camera_info'
     camera_frame: str = 'camera_optical_frame'
     map_frame: str = 'map'
 
@@ -37,7 +40,9 @@ class BagTopics:
 def write_bag(path: str | Path, frames: Iterable[Frame], storage: str = 'sqlite3', *,
               compressed: bool = False, ground_truth: bool = False,
               topics: BagTopics | None = None) -> int:
-    """Write image, camera_info and depth of each frame to a new bag folder; returns the count.
+    """Write what each frame holds to a new bag folder: image, camera_info, depth, right image.
+
+    Returns the number of frames.
 
     Raw images are rgb8 and raw depth is 32FC1, so that reading gives back the same pixels.
     compressed: JPEG images on <image>/compressed and millimetres as PNG on
@@ -89,9 +94,14 @@ class _Bag:
     def write(self, frame: Frame) -> None:
         """All messages of one frame, recorded at its stamp."""
         header = self._header(frame.stamp_ns, self._topics.camera_frame)
+        rig = None if frame.camera is None or frame.right is None else StereoRig(
+            frame.camera, frame.right.camera, frame.right.T_left_right)
         if frame.camera is not None:
-            self._add(self._topics.camera_info, frame.stamp_ns,
-                      self._camera_info(header, frame.camera))
+            self._add(self._topics.camera_info, frame.stamp_ns, self._camera_info(
+                header, frame.camera, None if rig is None else rig.calibration(right=False)))
+        if rig is not None:
+            self._add(self._topics.right_info, frame.stamp_ns, self._camera_info(
+                header, rig.right, rig.calibration(right=True)))
         if self._compressed:
             self._write_compressed(frame, header)
         else:
@@ -101,14 +111,21 @@ class _Bag:
 
     def _write_raw(self, frame: Frame, header: Any) -> None:
         self._add(self._topics.image, frame.stamp_ns, self._image(header, frame.image, 'rgb8'))
+        if frame.right is not None:
+            self._add(self._topics.right, frame.stamp_ns,
+                      self._image(header, frame.right.image, 'rgb8'))
         if frame.depth is not None:
             depth = frame.depth.astype('<f4')
             self._add(self._topics.depth, frame.stamp_ns, self._image(header, depth, '32FC1'))
 
     def _write_compressed(self, frame: Frame, header: Any) -> None:
-        self._add(f'{self._topics.image}/compressed', frame.stamp_ns,
-                  self._make('sensor_msgs/msg/CompressedImage', header=header,
-                             format=encode.JPEG_FORMAT, data=encode.jpeg(frame.image)))
+        images = {self._topics.image: frame.image}
+        if frame.right is not None:
+            images[self._topics.right] = frame.right.image
+        for topic, image in images.items():
+            self._add(f'{topic}/compressed', frame.stamp_ns,
+                      self._make('sensor_msgs/msg/CompressedImage', header=header,
+                                 format=encode.JPEG_FORMAT, data=encode.jpeg(image)))
         if frame.depth is None:
             return
         self._add(f'{self._topics.depth}/compressedDepth', frame.stamp_ns,
@@ -138,14 +155,16 @@ class _Bag:
                           encoding=encoding, is_bigendian=0, step=pixels.nbytes // height,
                           data=np.ascontiguousarray(pixels).reshape(-1).view(np.uint8))
 
-    def _camera_info(self, header: Any, camera: Camera) -> Any:
+    def _camera_info(self, header: Any, camera: Camera,
+                     stereo: tuple[np.ndarray, np.ndarray] | None = None) -> Any:
+        """stereo: R [3, 3] and P [3, 4] of a camera of a pair; else P is K."""
         roi = self._make('sensor_msgs/msg/RegionOfInterest', x_offset=0, y_offset=0, height=0,
                          width=0, do_rectify=False)
-        projection = np.c_[camera.K, np.zeros(3)].ravel()
+        R, P = stereo or (np.eye(3), np.c_[camera.K, np.zeros(3)])
         return self._make('sensor_msgs/msg/CameraInfo', header=header, height=camera.height,
                           width=camera.width, distortion_model=_ROS_MODELS[camera.model],
                           d=np.array(camera.distortion, float), k=camera.K.ravel(),
-                          r=np.eye(3).ravel(), p=projection, binning_x=0, binning_y=0, roi=roi)
+                          r=R.ravel(), p=P.ravel(), binning_x=0, binning_y=0, roi=roi)
 
     def _transform(self, stamp_ns: int, T_map_cam: FloatArray) -> Any:
         x, y, z = map(float, T_map_cam[:3, 3])

@@ -1,7 +1,9 @@
 """Folders of images: with a cameras.json, plain, or a single image file.
 
 ``cameras.json`` holds ``frames``, each with file, timestamp (s or null), K (3x3 or null),
-distortion, T_world_camera (4x4 or null), depth (file or null) and, for stereo, camera.
+distortion, T_world_camera (4x4 or null), depth (file or null) and, for stereo, camera. A set
+with the cameras left and right is a stereo pair when it has ``stereo_baseline_m`` (rectified
+images) or ``T_left_right`` (4x4, metres) beside ``frames``.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from itertools import pairwise
 from pathlib import Path
@@ -25,10 +27,22 @@ from feedforward_recon.io.source import (
     UNSTAMPED_STEP_NS,
     Source,
     SourceOptions,
+    calibrated_camera,
+    calibration_of_file,
     check_stamps,
+    checked_size,
     distortion_model,
 )
-from feedforward_recon.types import FloatArray, Frame
+from feedforward_recon.io.stereo import (
+    LEFT,
+    RIGHT,
+    RightEntry,
+    beside,
+    paired_files,
+    pose_in_json,
+    right_pose,
+)
+from feedforward_recon.types import FloatArray, Frame, RightImage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -40,7 +54,10 @@ ROTATION_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class ImageEntry:
-    """One image of a folder, not read yet; K [3, 3] belongs to the image's own size."""
+    """One image of a folder, not read yet; K [3, 3] belongs to the image's own size.
+
+    camera: instead of K and distortion. right: the other half of a stereo pair.
+    """
 
     image: Path
     stamp_ns: int
@@ -48,6 +65,8 @@ class ImageEntry:
     K: FloatArray | None = None
     distortion: tuple[float, ...] = ()
     T_map_cam: FloatArray | None = None
+    camera: Camera | None = None
+    right: RightEntry | None = None
 
 
 class FolderSource(Source):
@@ -65,10 +84,12 @@ class FolderSource(Source):
         self._entries = entries
         self._units = options.depth_units_per_metre or depth_units_per_metre
         self._invalid_depth = invalid_depth
-        _check_entries(root, entries, options.use_depth)
+        _check_entries(root, entries, options)
         self.has_depth = options.use_depth and all(e.depth is not None for e in entries)
+        self.has_right = options.use_stereo and any(e.right is not None for e in entries)
         self.has_poses = all(e.T_map_cam is not None for e in entries)
-        self.calibrated = options.has_camera or all(e.K is not None for e in entries)
+        self.calibrated = options.has_camera or all(e.K is not None or e.camera is not None
+                                                    for e in entries)
 
     @property
     def total(self) -> int:
@@ -82,7 +103,18 @@ class FolderSource(Source):
         image = decode_compressed(_bytes(entry.image), str(entry.image))
         size_wh = (image.shape[1], image.shape[0])
         return Frame(entry.stamp_ns, image, self._depth(entry), self._camera(entry, size_wh),
-                     entry.image.relative_to(self._root).as_posix(), entry.T_map_cam)
+                     entry.image.relative_to(self._root).as_posix(), entry.T_map_cam,
+                     self._right(entry.right))
+
+    def _right(self, entry: RightEntry | None) -> RightImage | None:
+        if entry is None or not self.options.use_stereo:
+            return None
+        image = decode_compressed(_bytes(entry.image), str(entry.image))
+        camera = self._camera(entry, (image.shape[1], image.shape[0]))
+        if camera is None:
+            raise InputError(f'{entry.image}: expected the intrinsics of the right camera, found '
+                             'none; give K, or use the left images alone (--mono)')
+        return RightImage(image, camera, entry.T_left_right)
 
     def _depth(self, entry: ImageEntry) -> np.ndarray | None:
         if entry.depth is None or not self.options.use_depth:
@@ -92,7 +124,9 @@ class FolderSource(Source):
             stored = np.where(stored == self._invalid_depth, 0, stored)
         return depth_in_metres(stored, self._units)
 
-    def _camera(self, entry: ImageEntry, size_wh: tuple[int, int]) -> Camera | None:
+    def _camera(self, entry: ImageEntry | RightEntry, size_wh: tuple[int, int]) -> Camera | None:
+        if entry.camera is not None:
+            return checked_size(entry.camera, size_wh, str(entry.image))
         if self.options.has_camera or entry.K is None:
             return self.options.camera_for(size_wh)
         return Camera.from_matrix(entry.K, size_wh, entry.distortion,
@@ -107,11 +141,13 @@ def _bytes(path: Path) -> bytes:
                          'file and its permissions') from None
 
 
-def _check_entries(root: Path, entries: Sequence[ImageEntry], use_depth: bool) -> None:
+def _check_entries(root: Path, entries: Sequence[ImageEntry], options: SourceOptions) -> None:
     if not entries:
         raise InputError(f'{root}: expected images, found none; give a folder with images')
     for entry in entries:
-        for path in (entry.image, entry.depth if use_depth else None):
+        depth = entry.depth if options.use_depth else None
+        right = entry.right.image if entry.right is not None and options.use_stereo else None
+        for path in (entry.image, depth, right):
             if path is not None and not os.path.isfile(path):
                 raise InputError(f'{path}: expected an image file, found none; restore it or '
                                  'remove it from the list')
@@ -133,32 +169,92 @@ def images_in(folder: Path) -> list[Path]:
                   key=natural_key)
 
 
+def is_pair(root: Path) -> bool:
+    """A folder with the folders ``left`` and ``right``, and images in both."""
+    return all((root / side).is_dir() and images_in(root / side) for side in (LEFT, RIGHT))
+
+
 def plain_entries(images: Iterable[Path]) -> list[ImageEntry]:
     """Images in the given order, stamped by their index (100 ms apart)."""
     return [ImageEntry(path, index * UNSTAMPED_STEP_NS) for index, path in enumerate(images)]
 
 
 def open_cameras_json(root: Path, options: SourceOptions) -> FolderSource:
-    """Source of a folder with a cameras.json; of a stereo set, one camera's images.
+    """Source of a folder with a cameras.json; of a stereo set, pairs or one camera's images.
 
     Raises InputError when the file is damaged or names files that are missing.
     """
     path = root / 'cameras.json'
-    frames = _one_camera(_frames_of(path), options.camera, path)
+    document = _document(path)
+    everything = _frames_of(document, path)
+    frames = _one_camera(everything, options.camera, path)
     stamped = [frame.get('timestamp') is not None for frame in frames]
     if any(stamped) and not all(stamped):
         raise InputError(f'{path}: expected a timestamp for every frame or for none, found '
                          f'{sum(stamped)} of {len(stamped)}; complete or remove them')
     entries = [_entry(path, index, frame) for index, frame in enumerate(frames)]
+    T_left_right = pose_in_json(document, str(path))
+    if T_left_right is not None and options.camera == LEFT:
+        check_pose(T_left_right, f'{path}: T_left_right')
+        entries = _with_right(entries, [frame for frame in everything
+                                        if frame.get('camera') == RIGHT], T_left_right, path)
     return FolderSource(root, entries, options)
 
 
-def _frames_of(path: Path) -> list[dict[str, Any]]:
+def _with_right(left: list[ImageEntry], frames: list[dict[str, Any]], T_left_right: FloatArray,
+                path: Path) -> list[ImageEntry]:
+    """Entries with the right image of the same stamp, where there is one."""
+    found = [_entry(path, index, frame) for index, frame in enumerate(frames)]
+    right = {e.stamp_ns: RightEntry(e.image, T_left_right, e.K, e.distortion) for e in found}
+    return [replace(entry, right=right.get(entry.stamp_ns)) for entry in left]
+
+
+def open_pair_folders(root: Path, options: SourceOptions) -> FolderSource:
+    """Source of a folder with the folders ``left`` and ``right``.
+
+    Calibration: left.yaml and right.yaml of ROS camera_calibration beside them; or the options'
+    camera for both and its baseline, when the images are rectified.
+    Raises InputError without a calibration, and when the images cannot be paired.
+    """
+    left, right = images_in(root / LEFT), images_in(root / RIGHT)
+    entries = plain_entries(left)
+    if not options.use_stereo or options.camera != LEFT:
+        chosen = plain_entries(right) if options.camera == RIGHT else entries
+        return FolderSource(root, chosen, options)
+    cameras, T_left_right = _pair_calibration(root, options)
+    others = paired_files(left, right, root)
+    return FolderSource(root, [
+        replace(entry, camera=cameras[0],
+                right=None if other is None else RightEntry(other, T_left_right,
+                                                            camera=cameras[1]))
+        for entry, other in zip(entries, others, strict=True)], options)
+
+
+def _pair_calibration(root: Path, options: SourceOptions
+                      ) -> tuple[tuple[Camera | None, Camera | None], FloatArray]:
+    """Both cameras (None: those of the options) and T_left_right."""
+    if options.baseline_m is not None:
+        return (None, None), beside(options.baseline_m)
+    files = [root / f'{side}.yaml' for side in (LEFT, RIGHT)]
+    if not all(file.is_file() for file in files):
+        raise InputError(f'{root}: expected left.yaml and right.yaml (camera_calibration) beside '
+                         'the folders left and right, found none; give them, or --fx and '
+                         '--baseline of rectified images, or --mono')
+    infos = [calibration_of_file(str(file)) for file in files]
+    left, right = (calibrated_camera(info, str(file), rectified=options.rectified)
+                   for info, file in zip(infos, files, strict=True))
+    return (left, right), right_pose(*infos, rectified=options.rectified)
+
+
+def _document(path: Path) -> Any:
     try:
         # Decimal keeps all digits of a time stamp; a float would lose nanoseconds.
-        document = json.loads(_bytes(path), parse_float=Decimal)
+        return json.loads(_bytes(path), parse_float=Decimal)
     except ValueError as error:
         raise InputError(f'{path}: expected JSON, found {error}; restore the file') from None
+
+
+def _frames_of(document: Any, path: Path) -> list[dict[str, Any]]:
     frames = document.get('frames') if isinstance(document, dict) else None
     if not isinstance(frames, list) or not all(isinstance(f, dict) for f in frames) or not frames:
         raise InputError(f'{path}: expected a list "frames" with one object per image, found '

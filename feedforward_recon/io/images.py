@@ -270,7 +270,8 @@ class Calibration:
     """The fields of a sensor_msgs/CameraInfo (or a camera_calibration YAML) that matter.
 
     k [9] and p [12] are row-major and belong, like width and height, to the full sensor;
-    the image shows the region of interest roi_xywh (all zero: everything), binned.
+    the image shows the region of interest roi_xywh (all zero: everything), binned. r [9] turns
+    a camera of a stereo pair into the rectified one; empty or zero: not at all.
     """
 
     width: int
@@ -281,6 +282,7 @@ class Calibration:
     p: Sequence[float] = ()
     binning_xy: tuple[int, int] = (1, 1)
     roi_xywh: tuple[int, int, int, int] = (0, 0, 0, 0)
+    r: Sequence[float] = ()
 
 
 _MODELS = {'plumb_bob': 'plumb_bob', 'rational_polynomial': 'rational', 'equidistant': 'fisheye',

@@ -35,9 +35,11 @@ class SourceOptions:
     fov_deg: horizontal field of view, instead of fx.
     calibration: path of a camera_calibration YAML file, instead of fx.
     camera: which camera of a stereo set, as its cameras.json names it.
-    image_topic, depth_topic, camera_info_topic: bag topics; '' finds the only candidate.
+    image_topic, depth_topic, camera_info_topic, right_image_topic: bag topics; '' finds the only
+        candidate. Of two image topics that differ in left and right, these are a stereo pair.
     rectified: images of a bag are rectified, whatever their topic is called.
-    use_depth: False leaves depth unread.
+    use_depth, use_stereo: False leaves depth, or right images, unread.
+    baseline_m: of a rectified stereo pair in folders ``left`` and ``right``, metres.
     depth_units_per_metre: what stored depth counts; None is the format's own convention.
     mixed_sizes: True allows images of different sizes (photos to be localised one by one).
     max_frames, step: use every ``step``-th image, at most max_frames of them.
@@ -55,8 +57,11 @@ class SourceOptions:
     image_topic: str = ''
     depth_topic: str = ''
     camera_info_topic: str = ''
+    right_image_topic: str = ''
     rectified: bool = False
     use_depth: bool = True
+    use_stereo: bool = True
+    baseline_m: float | None = None
     depth_units_per_metre: float | None = None
     mixed_sizes: bool = False
     max_frames: int | None = None
@@ -110,22 +115,41 @@ def distortion_model(coefficients: Sequence[float]) -> str:
 
 def _camera_of_file(path: str, size_wh: tuple[int, int]) -> Camera:
     """Camera of a YAML file as ROS camera_calibration writes it."""
+    return checked_size(calibrated_camera(calibration_of_file(path), path), size_wh, path)
+
+
+def calibrated_camera(info: Calibration, path: str, *, rectified: bool = False) -> Camera:
+    """The camera of a calibration file. Raises InputError for one that is not calibrated."""
+    try:
+        camera = camera_from_calibration(info, path, rectified)
+    except (TypeError, ValueError) as error:
+        raise _no_calibration(path, error) from None
+    if camera is None:
+        raise InputError(f'{path}: expected a calibrated camera, found fx = 0; calibrate it')
+    return camera
+
+
+def calibration_of_file(path: str) -> Calibration:
+    """What a YAML file of ROS camera_calibration says. Raises InputError if it is none."""
     import yaml  # not needed by who gives numbers
 
     try:
         values = yaml.safe_load(Path(path).read_text())
         matrix, coefficients = (values[key]['data'] for key in
                                 ('camera_matrix', 'distortion_coefficients'))
-        info = Calibration(int(values['image_width']), int(values['image_height']),
-                           str(values['distortion_model']), coefficients, matrix)
-        camera = camera_from_calibration(info, path)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f'{path}: expected a camera_calibration YAML file (image_width, '
-                         'image_height, camera_matrix, distortion_model, '
-                         f'distortion_coefficients), found {_brief(error)}') from None
-    if camera is None:
-        raise InputError(f'{path}: expected a calibrated camera, found fx = 0; calibrate it')
-    return checked_size(camera, size_wh, path)
+        P, R = (values.get(key, {}).get('data', ()) for key in
+                ('projection_matrix', 'rectification_matrix'))
+        return Calibration(int(values['image_width']), int(values['image_height']),
+                           str(values['distortion_model']), coefficients, matrix, P, r=R)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError,
+            ValueError) as error:
+        raise _no_calibration(path, error) from None
+
+
+def _no_calibration(path: str, error: BaseException) -> InputError:
+    return InputError(f'{path}: expected a camera_calibration YAML file (image_width, '
+                      'image_height, camera_matrix, distortion_model, '
+                      f'distortion_coefficients), found {_brief(error)}')
 
 
 def _brief(error: BaseException) -> str:
@@ -145,14 +169,14 @@ class Source(ABC):
     """Frames in stamp order, decoded when they are asked for; iterating again starts anew.
 
     ``len`` counts the frames after step and max_frames (for videos: as the container says).
-    has_depth, calibrated, has_poses tell what the frames will carry.
+    has_depth, has_right, calibrated, has_poses tell what the frames will carry.
     """
 
     def __init__(self, name: str, options: SourceOptions) -> None:
         """Keep the options; subclasses open their data before or after."""
         self.name = name
         self.options = options
-        self.has_depth = False
+        self.has_depth = self.has_right = False
         self.has_poses = False
         self.calibrated = options.has_camera
 
@@ -187,7 +211,8 @@ class Source(ABC):
 
     def describe(self) -> str:
         """One line for people: name, count and what the frames carry."""
-        carries = [('depth', self.has_depth), ('poses', self.has_poses)]
+        carries = [('depth', self.has_depth), ('right images', self.has_right),
+                   ('poses', self.has_poses)]
         parts = [f'{len(self)} images', *(word for word, there in carries if there),
                  'calibrated' if self.calibrated else 'not calibrated']
         return f'{self.name}: {", ".join(parts)}'

@@ -13,6 +13,7 @@ import numpy as np
 from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.geometry.refine import BundleProblem, bundle_adjust
 from feedforward_recon.mapping.map import GrowingMap
+from feedforward_recon.mapping.stereo_shift import from_this_pair, shift_inv_depth
 
 # Times outlier_px: there, at 9 px, an observation has 3 % of its weight left (Cauchy, robust_px),
 # so it is a mismatch rather than something yet to be pulled in; chosen by hand.
@@ -75,37 +76,42 @@ def refine_points(map_: GrowingMap, config: MapperConfig) -> Iterator[None]:
         yield
 
 
-def refine_all(map_: GrowingMap, config: MapperConfig, *, lens: tuple[str, ...] = (),
-               poses_fixed: bool = False) -> None:
+def refine_all(map_: GrowingMap, config: MapperConfig, *, calibration: tuple[str, ...] = (),
+               poses_fixed: bool = False) -> float:
     """Bundle adjustment of the whole map (at most ``refine.max_keyframes`` are free).
 
-    lens: what of the camera is refined with it, 'focal' or 'radial'.
+    calibration: what of it is refined as well, as in ``geometry.refine``; 'shift' is that of the
+    stereo pair of this session. Returns by how much its inverse depths were too large, 1/m.
     """
     count = len(map_)
     free = np.arange(count if poses_fixed else max(1, count - config.refine.max_keyframes), count)
     fixed = np.arange(count - len(free))
     ids = np.flatnonzero(map_.landmarks.has_point)
-    _refine(map_, config, free, fixed, ids, config.refine.global_steps, lens)
+    return _refine(map_, config, free, fixed, ids, config.refine.global_steps, calibration)
 
 
 def _refine(map_: GrowingMap, config: MapperConfig, free: np.ndarray, fixed: np.ndarray,
-            ids: np.ndarray, steps: int, lens: tuple[str, ...] = ()) -> None:
-    problem, rows, ids = bundle_problem(map_, config, free, fixed, ids, lens)
+            ids: np.ndarray, steps: int, calibration: tuple[str, ...] = ()
+            ) -> float:
+    problem, rows, ids = bundle_problem(map_, config, free, fixed, ids, calibration)
     if problem is None:
-        return
+        return 0.0
     result = bundle_adjust(problem, steps)
     used = np.concatenate([free, fixed])
     map_.T_map_cam[used] = result.T_map_cam
     map_.landmarks.set_points_map(ids, result.points, map_.T_map_cam)
-    if lens:
+    if 'focal' in calibration or 'radial' in calibration:
         _change_lens(map_, result.focal_scale, result.radial)
+    if 'shift' in calibration:
+        shift_inv_depth(map_, result.inv_depth_shift)
     # Beyond the tracking threshold: an observation that ties the window to an old place may
     # disagree until the loop is closed, and must not be lost before.
     _cull(map_, rows[result.residual > CULL_FACTOR * config.tracking.outlier_px], ids)
+    return result.inv_depth_shift
 
 
 def bundle_problem(map_: GrowingMap, config: MapperConfig, free: np.ndarray,
-                   fixed: np.ndarray, ids: np.ndarray, lens: tuple[str, ...] = ()
+                   fixed: np.ndarray, ids: np.ndarray, calibration: tuple[str, ...] = ()
                    ) -> tuple[BundleProblem | None, np.ndarray, np.ndarray]:
     """Bundle adjustment of landmarks ``ids`` and keyframes, with its rows and landmarks.
 
@@ -129,9 +135,16 @@ def bundle_problem(map_: GrowingMap, config: MapperConfig, free: np.ndarray,
         map_.T_map_cam[used], table.points_map(ids, map_.T_map_cam),
         np.arange(len(used)) >= len(free), local[table.seen_keyframe[rows]], point_index,
         table.seen_xy[rows], table.seen_inv_depth[rows], table.seen_sigma[rows],
-        map_.keyframes[-1].camera.fx, map_.depth_noise,
-        config.refine.robust_px, lens)
+        map_.keyframes[-1].camera.fx, _depth_noise(map_, table.seen_keyframe[rows]),
+        config.refine.robust_px, calibration, from_this_pair(map_)[table.seen_keyframe[rows]])
     return problem, rows, ids
+
+
+def _depth_noise(map_: GrowingMap, keyframes: np.ndarray) -> np.ndarray:
+    """Standard deviation of 1/z [O] in observations by keyframes [O]."""
+    of_each = [map_.depth_noise if k.inv_depth_noise is None else k.inv_depth_noise
+               for k in map_.keyframes]
+    return np.array(of_each)[keyframes]
 
 
 def _cull(map_: GrowingMap, bad_rows: np.ndarray, ids: np.ndarray) -> None:
@@ -153,7 +166,9 @@ def calibrate_depth(map_: GrowingMap) -> None:
     """
     table, settings = map_.landmarks, map_.config.tracking
     firm = table.has_point & (table.views() >= FIRM_VIEWS)
-    rows = np.flatnonzero(firm[table.seen_landmark] & np.isfinite(table.seen_inv_depth))
+    images = np.array([k.inv_depth_noise is None for k in map_.keyframes])
+    rows = np.flatnonzero(firm[table.seen_landmark] & images[table.seen_keyframe]
+                          & np.isfinite(table.seen_inv_depth))
     if len(rows) < ENOUGH_DEPTHS:
         return
     points = table.points_map(table.seen_landmark[rows], map_.T_map_cam)

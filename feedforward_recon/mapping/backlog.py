@@ -1,6 +1,6 @@
 """``Backlog``: the work that a keyframe is followed by, in pieces of bounded cost.
 
-refine the sliding window -> look for a loop -> refine the lens, rarely -> write memory
+refine the sliding window -> look for a loop -> calibrate, rarely -> write memory
 a loop whose error shows -> pose graph -> bundle adjustment -> landmarks, piece by piece
 """
 
@@ -25,9 +25,12 @@ from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.preparation import Preparation
 from feedforward_recon.mapping.scene_map import Stats
 
-# Keyframes after which what is unknown of the lens is refined with the whole map. With fewer than
-# six, parallax says little of it; doubling keeps the cost in proportion to the walk; by hand.
-LENS_ROUNDS = (6, 12, 24, 48)
+# Keyframes after which what is open of the calibration is refined with the whole map. With fewer
+# than six, parallax says little of it; doubling keeps the cost in proportion to the walk; by hand.
+ROUNDS = (6, 12, 24, 48)
+# What is left of the calibration error of a stereo pair spoils every step from the first on, so it
+# is looked for as soon as there is parallax (docs/experiments.md, Stereo).
+PAIR_ROUNDS = (3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48)
 
 
 class Backlog:
@@ -61,7 +64,7 @@ class Backlog:
         self._due.append(lambda: refine_window(self._map, self._map.config, poses_fixed=exact))
         if not exact:
             self._due.append(lambda: self._close_loops(with_scale=not metric))
-            self._due.append(self._refine_lens)
+            self._due.append(self._calibrate)
         self._due.append(lambda: self.feed.write(self._map))
 
     def work(self) -> bool:
@@ -71,29 +74,28 @@ class Backlog:
         (self._due.popleft() if self._due else self._close_further)()
         return True
 
-    def refine_all(self, config: MapperConfig, lens: tuple[str, ...] = (), *,
+    def refine_all(self, config: MapperConfig, calibration: tuple[str, ...] = (), *,
                    exact: bool = False) -> None:
         """Bundle adjustment of the whole map; what was written moves along.
 
-        lens: as in ``adjustment.refine_all``; the frames to come get the refined camera.
+        calibration: as in ``adjustment.refine_all``; the frames to come get the refined one.
         exact: poses stay.
         """
-        refine_all(self._map, config, lens=lens, poses_fixed=exact)
+        shift = refine_all(self._map, config, calibration=calibration, poses_fixed=exact)
         calibrate_depth(self._map)
-        if lens:
-            self._preparation.adopt_lens(self._map.keyframes[-1].camera)
+        self._preparation.adopt_calibration(self._map.keyframes[-1].camera, shift, calibration)
         self.feed.reanchor(self._map)
 
-    def finish(self, settings: Sequence[MapperConfig], lens: tuple[str, ...], *,
+    def finish(self, settings: Sequence[MapperConfig], calibration: tuple[str, ...], *,
                exact: bool) -> None:
         """The last refinements of the whole map, one for each of the settings.
 
         Landmarks are associated again before the last one.
         """
         for config in settings:
-            self.refine_all(config, lens, exact=exact)
+            self.refine_all(config, calibration, exact=exact)
         associate_again(self._map)
-        self.refine_all(settings[-1], lens, exact=exact)
+        self.refine_all(settings[-1], calibration, exact=exact)
 
     def _close_loops(self, *, with_scale: bool) -> None:
         """Look for a loop of the newest keyframe; where the map is off, correct it."""
@@ -126,8 +128,9 @@ class Backlog:
         self._history.rescale(scale)
         self.feed.reanchor(self._map)
 
-    def _refine_lens(self) -> None:
-        """The lens, as far as it is open, and the trust in depth: early, and then rarely."""
-        lens = self._preparation.open_lens
-        if (lens or self._preparation.metric) and len(self._map) in LENS_ROUNDS:
-            self.refine_all(self._map.config, lens)
+    def _calibrate(self) -> None:
+        """What is open of the calibration, and the trust in depth: early, and then rarely."""
+        calibration = self._preparation.open_calibration
+        rounds = PAIR_ROUNDS if 'shift' in calibration else ROUNDS
+        if (calibration or self._preparation.metric) and len(self._map) in rounds:
+            self.refine_all(self._map.config, calibration)

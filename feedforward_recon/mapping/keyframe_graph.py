@@ -91,7 +91,8 @@ def keyframe_graph(map_: GrowingMap, most: int, cloud_points: int) -> KeyframeGr
 
 
 def _about(keyframe: MapKeyframe) -> dict[str, Any]:
-    return {'camera': asdict(keyframe.camera), 'source': keyframe.source}
+    return {'camera': asdict(keyframe.camera), 'source': keyframe.source,
+            'inv_depth_noise': keyframe.inv_depth_noise}
 
 
 def _features(keyframe: MapKeyframe, alias: np.ndarray, number: np.ndarray) -> Arrays:
@@ -149,4 +150,5 @@ def _keyframe(graph: KeyframeGraph, k: int, about: Mapping[str, Any]) -> MapKeyf
     return MapKeyframe(
         k, EARLIER_SESSION, int(arrays['stamps_ns'][k]), Camera(**camera), features,
         arrays['points_cam'][own].copy(), arrays['landmark'][own].copy(), arrays['rgb'][own],
-        about['source'], arrays['cloud_cam'][cloud].copy(), arrays['cloud_rgb'][cloud].copy())
+        about['source'], arrays['cloud_cam'][cloud].copy(), arrays['cloud_rgb'][cloud].copy(),
+        about.get('inv_depth_noise'))  # older maps knew no stereo

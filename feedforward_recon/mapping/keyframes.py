@@ -12,6 +12,7 @@ import numpy as np
 from feedforward_recon.config.schema import CloudConfig, KeyframeConfig
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.mapping.matching import Tracks
+from feedforward_recon.mapping.stereo import StereoPair
 from feedforward_recon.types import Features, Keyframe
 
 # Relative step of depth around a pixel: slanted walls stay below, edges of objects are above.
@@ -38,7 +39,7 @@ class View:
     image: uint8 [H, W, 3], RGB; gray: uint8 [H, W]; depth: z in metres [H, W], 0 where unknown.
     index: number of the frame. T_given: pose that came with it, or that a network gave it.
     needs_depth: landmarks come from depth. knows_camera: the camera was given or refined, not
-    guessed.
+    guessed. stereo: gives depth where there is no depth image.
     """
 
     index: int
@@ -52,11 +53,26 @@ class View:
     T_given: np.ndarray | None = None
     needs_depth: bool = False
     knows_camera: bool = True
+    stereo: StereoPair | None = None
+
+    @property
+    def has_depth(self) -> bool:
+        """Some sensor says how far things are."""
+        return self.depth is not None or self.stereo is not None
+
+    @property
+    def inv_depth_noise(self) -> float | None:
+        """Standard deviation of 1/z where the sensor says so itself; None: see the settings."""
+        return None if self.depth is not None or self.stereo is None \
+            else self.stereo.inv_depth_noise
 
     def depth_at(self, px: np.ndarray) -> np.ndarray:
         """Sensor depth [N] at pixels [N, 2]; 0 where unknown, outside, or at a depth edge."""
-        if self.depth is None or not len(px):
+        if not len(px) or not self.has_depth:
             return np.zeros(len(px))
+        if self.depth is None:
+            assert self.stereo is not None
+            return self.stereo.depth_at(px)
         centre, size_wh = np.rint(px).astype(int), self.depth.shape[::-1]
         inside = ((centre >= 1) & (centre < np.array(size_wh) - 1)).all(1)
         read = _sparse_depth if self.has_sparse_depth else _dense_depth
@@ -117,6 +133,7 @@ class MapKeyframe:
     points_cam: float64 [N, 3] sensor points of the features, camera frame, map units, NaN rows
     without depth.
     cloud_cam, cloud_rgb: [P, 3], sampled sensor points (camera frame) and colours for the cloud.
+    inv_depth_noise: standard deviation of 1/z of its depth; None: that of the settings.
     features.descriptors: int8 in a packed keyframe (see ``pack``); ``descriptors`` reads both.
     """
 
@@ -131,6 +148,7 @@ class MapKeyframe:
     source: str = ''
     cloud_cam: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.float32))
     cloud_rgb: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.uint8))
+    inv_depth_noise: float | None = None
 
     @property
     def descriptors(self) -> np.ndarray:

@@ -54,7 +54,8 @@ class GrowingMap:
         u, v = np.clip(np.rint(features.keypoints), 0, np.array(view.camera.size_wh) - 1
                        ).astype(int).T
         keyframe = MapKeyframe(id_, view.index, view.stamp_ns, view.camera, features, points,
-                               np.full(len(features), -1), view.image[v, u], view.source)
+                               np.full(len(features), -1), view.image[v, u], view.source,
+                               inv_depth_noise=view.inv_depth_noise)
         self.keyframes.append(keyframe)
         self.T_map_cam = np.concatenate([self.T_map_cam, T_map_cam[None]])
         tracks = self._snapped(keyframe, tracks)

@@ -3,10 +3,11 @@
     prepare -> locate (PoseSource) -> estimate -> if novel: keyframe -> triangulate or take depth
             -> backlog: refine the sliding window, close loops, write the scene memory
 
-RGB-D and monocular cameras run the same code: sensor depth is a better start for landmarks
-and one more residual. Without depth the first keyframe is the map origin, the median depth of
-its first landmarks is one unit, and ``metres_per_unit`` is None. Where poses come from is the
-business of a ``PoseSource``: features, given poses, or windows of a feed-forward network.
+RGB-D, stereo and monocular cameras run the same code: sensor depth is a better start for
+landmarks and one more residual; of a stereo pair this is that of the right image. Without depth
+the first keyframe is the map origin, the median depth of its first landmarks is one unit, and
+``metres_per_unit`` is None. Where poses come from is the business of a ``PoseSource``: features,
+given poses, or windows of a feed-forward network.
 
 Tracking and mapping are separate, as in PTAM (Klein and Murray 2007): a pose that ``track``
 returns has not waited for the map to be refined.
@@ -125,9 +126,10 @@ class Mapper:
         """
         while self.work(wait=True, final=True):
             pass
-        settings, lens = self.source.final_settings(self._map.config), self._preparation.open_lens
+        settings = self.source.final_settings(self._map.config)
+        calibration = self._preparation.open_calibration
         if len(self._map) > 1 and settings:
-            self.backlog.finish(settings, lens if self.source.refines_lens else (),
+            self.backlog.finish(settings, calibration if self.source.refines_calibration else (),
                                 exact=self.source.holds_poses)
             self._tracks.refit(self._map, self._history, self._map.config.tracking)
         self.backlog.feed.write(self._map, everything=True)
@@ -156,7 +158,7 @@ class Mapper:
     def _prepared(self, frame: Frame) -> View:
         if self._preparation.gains_depth(frame) and self.source.waiting_for(self._map):
             self._start_again(restarts=len(self._map) > 0)
-            self._preparation.metric = True
+            self._preparation.take_scale(frame)
         return self._preparation.view(frame, len(self._history))
 
     def _located(self, view: View) -> Tracked | None:
@@ -201,7 +203,9 @@ class Mapper:
         if known is not None:
             return known, False
         tracked = self._keyframe(view, tracked)
-        self.backlog.follow_up(exact=self.source.is_exact, metric=self._preparation.metric)
+        gauge = self.source.gauge(sensor=self._preparation.sensor)
+        self.backlog.follow_up(exact=self.source.is_exact,
+                               metric=gauge.metres_per_unit is not None)
         return tracked, True
 
     def _brought_up_to_date(self, tracked: Tracked) -> Tracked:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -10,12 +11,14 @@ import numpy as np
 from feedforward_recon.config.schema import TrackingConfig
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.geometry.stereo import StereoRig
 from feedforward_recon.mapping.keyframes import View, sharpness
 from feedforward_recon.mapping.scene_map import StartingMap
-from feedforward_recon.types import Frame
+from feedforward_recon.mapping.stereo import StereoPair
+from feedforward_recon.types import Frame, RightImage
 
 log = logging.getLogger(__name__)
-IN_METRES = ('depth', 'given poses')  # scale sources of maps whose depth is the sensor's
+IN_METRES = ('depth', 'stereo', 'given poses')  # scale sources of maps in sensor metres
 # Depth cameras see little below 0.3 m and stereo little beyond 50 m: where nearly all of an image
 # is nearer, or half of it farther, its numbers are in another unit.
 NEAREST_M, FARTHEST_M = 0.5, 100.0
@@ -27,18 +30,27 @@ class Preparation:
     """Checks frames against the first one and fills in what an uncalibrated source lacks.
 
     camera: of the newest frame; camera_source: 'given', 'guessed', 'refined' or 'predicted'.
-    metric: frames carry depth, so the map is in metres; decided by the first frame, or by the
-    map that is continued.
+    sensor: what the map has its metres from: 'depth' images, 'stereo' pairs, or 'given poses' of
+    the map that is continued; '' without. Decided by the first frame, or by that map.
     """
 
     def __init__(self, config: TrackingConfig, start: StartingMap | None = None) -> None:
         self.config = config
         self.camera: Camera | None = None
         self.camera_source = 'given'
-        self.metric = start is not None and start.gauge.scale_source in IN_METRES
+        self.sensor = ''
+        if start is not None and start.gauge.scale_source in IN_METRES:
+            self.sensor = start.gauge.scale_source
         self._start = start
         self._radial = 0.0  # k1 that was refined, of cameras that are said to have no distortion
         self._warned: set[str] = set()
+        self._rig: StereoRig | None = None
+        self._shift = 0.0  # by which inverse depths of the pair are too large, 1/m
+
+    @property
+    def metric(self) -> bool:
+        """The map is in metres."""
+        return bool(self.sensor)
 
     def view(self, frame: Frame, index: int) -> View:
         """The frame in the form that all steps share.
@@ -54,39 +66,47 @@ class Preparation:
         gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
         return View(index, frame.stamp_ns, image, gray, camera, self._depth(frame),
                     sharpness(gray), frame.source, frame.T_map_cam, self.metric,
-                    self.camera_source != 'guessed' or frame.camera is not None)
+                    self.camera_source != 'guessed' or frame.camera is not None,
+                    self._stereo(frame, gray))
 
     def gains_depth(self, frame: Frame) -> bool:
         """The first frames came without depth, this one has it: a map may still be metric."""
         return (self.camera is not None and not self.metric and self._start is None
-                and frame.depth is not None)
+                and bool(sensor_of(frame)))
+
+    def take_scale(self, frame: Frame) -> None:
+        """The map has its metres from what this frame brings."""
+        self.sensor = sensor_of(frame)
 
     def adopt(self, camera: Camera, source: str) -> None:
         """Use a camera that was 'refined' or 'predicted' for the frames that come without one."""
         self.camera, self.camera_source = camera, source
 
     @property
-    def open_lens(self) -> tuple[str, ...]:
-        """What of the lens may be refined (``geometry.refine``).
+    def open_calibration(self) -> tuple[str, ...]:
+        """What of the calibration may be refined (``geometry.refine``).
 
         The focal length of a camera that was guessed; else radial distortion, of one that came
-        without any.
+        without any, or the shift of a stereo pair, whose images were rectified.
         """
         if self.camera_source != 'given':
             return ('focal',)
+        if self._rig is not None:
+            return ('shift',)
         known = self.camera is None or (self.camera.is_distorted and not self._radial)
         return () if known else ('radial',)
 
-    def adopt_lens(self, camera: Camera) -> None:
-        """Use a refined camera for the frames to come."""
-        if self.camera_source == 'given':
-            self._radial, self.camera = camera.distortion[0], camera
-        else:
+    def adopt_calibration(self, camera: Camera, shift: float, refined: tuple[str, ...]) -> None:
+        """Use what was refined for the frames to come: a camera, and a shift beyond the last."""
+        self._shift += shift
+        if 'focal' in refined:
             self.adopt(camera, 'refined')
+        elif 'radial' in refined:
+            self._radial, self.camera = camera.distortion[0], camera
 
     def _take_first(self, frame: Frame, size_wh: tuple[int, int]) -> None:
         if self._start is None:
-            self.metric = frame.depth is not None
+            self.take_scale(frame)
         self.camera = frame.camera
         if frame.camera is None and self._start is not None:
             self.camera = self._start.camera  # given, by the map
@@ -134,6 +154,44 @@ class Preparation:
             self._warn_once(f'%s: the values of its depth {WRONG_UNIT}; check the unit of the '
                             'depth camera', frame.source)
         return usable_depth(depth, self.config)
+
+
+    def _stereo(self, frame: Frame, gray: np.ndarray) -> StereoPair | None:
+        """The pair that a frame is half of; None without a right image, or where depth is better.
+
+        Raises InputError for a pair that does not fit together.
+        """
+        right = frame.right
+        if right is None or frame.depth is not None:
+            return None
+        if not self.metric:
+            self._warn_once('%s has a right image, but the map began without and stays monocular; '
+                            'start a new map to use it', frame.source)
+            return None
+        check_rgb(replace(frame, image=right.image))
+        if frame.camera is None or right.image.shape != frame.image.shape:
+            raise InputError('expected the calibration of both cameras and images of one size, '
+                             f'found {right.image.shape[1]}x{right.image.shape[0]} beside '
+                             f'{frame.image.shape[1]}x{frame.image.shape[0]} in {frame.source}; '
+                             'calibrate the pair')
+        return StereoPair(gray, cv2.cvtColor(right.image, cv2.COLOR_RGB2GRAY),
+                          self._rig_of(frame.camera, right), self.config.stereo_noise_px,
+                          self.config.min_disparity_px, self._shift)
+
+    def _rig_of(self, left: Camera, right: RightImage) -> StereoRig:
+        """The rig of a pair; it is made anew only when the calibration changed."""
+        rig = self._rig
+        if rig is None or (rig.left, rig.right) != (left, right.camera) \
+                or not np.array_equal(rig.T_left_right, right.T_left_right):
+            self._rig = rig = StereoRig(left, right.camera, right.T_left_right)
+        return rig
+
+
+def sensor_of(frame: Frame) -> str:
+    """What tells the metres of a frame: 'depth', 'stereo' or ''."""
+    if frame.depth is not None:
+        return 'depth'
+    return '' if frame.right is None else 'stereo'
 
 
 def usable_depth(depth: np.ndarray, config: TrackingConfig) -> np.ndarray | None:

@@ -54,7 +54,7 @@ class MapResults:
         """What the unit and the axes of the map rest on."""
         if self._start is not None:
             return self._start.gauge
-        return self._source.gauge(metric=self._preparation.metric)
+        return self._source.gauge(sensor=self._preparation.sensor)
 
     @property
     def sessions(self) -> int:

@@ -21,7 +21,7 @@ class SceneMap:
     keyframes: with final poses; trajectory: every frame that has a pose; estimates: one per
     input image, with final poses.
     metres_per_unit: 1.0 for metric maps, None when the scale is unknown.
-    scale_source: 'depth', 'given poses' or 'unknown'.
+    scale_source: 'depth', 'stereo', 'given poses' or 'unknown'.
     camera_source: 'given', 'guessed', 'refined', or 'predicted' by a feed-forward network.
     frame: 'first camera' (its optical axes), 'z up' (gravity known or assumed, x forward at the
     start) or 'given poses'.

@@ -180,6 +180,7 @@ def fit_pose(view: View, map_: GrowingMap, tracks: Tracks, T_guess: np.ndarray,
              config: TrackingConfig) -> PoseFit:
     """Pose from tracks whose landmarks have points, refined from a guess [4, 4]."""
     points = map_.landmarks.points_map(tracks.ids, map_.T_map_cam)
-    depth = view.depth_at(tracks.px) if view.depth is not None else None
+    depth = view.depth_at(tracks.px) if view.has_depth else None
+    noise = view.inv_depth_noise or map_.depth_noise
     return refine_pose(T_guess, points, tracks.px, view.camera, depth=depth,
-                       depth_noise=map_.depth_noise, outlier_px=config.outlier_px)
+                       depth_noise=noise, outlier_px=config.outlier_px)

@@ -12,6 +12,7 @@ from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.io.images import scaled_depth
 from feedforward_recon.ros.convert import depth_metres, image_rgb
 from feedforward_recon.ros.input_health import InputHealth
+from feedforward_recon.ros.stereo import RightArrival
 from feedforward_recon.types import Frame
 
 DEFAULT_FRAME = 'camera_optical_frame'  # where neither image nor settings name one
@@ -22,7 +23,7 @@ class Arrival:
     """An image that may be used, with what belongs to it.
 
     camera: None while there is no calibration. frame_id: optical frame of the camera.
-    arrived_ns: steady clock when the image came.
+    arrived_ns: steady clock when the image came. right: the other half of a stereo pair.
     """
 
     stamp_ns: int
@@ -31,6 +32,7 @@ class Arrival:
     depth: Image | CompressedImage | None
     camera: Camera | None
     arrived_ns: int
+    right: RightArrival | None = None
 
 
 def decoded_frame(arrival: Arrival, inputs: Mapping[str, InputHealth]) -> Frame:
@@ -47,4 +49,7 @@ def decoded_frame(arrival: Arrival, inputs: Mapping[str, InputHealth]) -> Frame:
     depth = None if arrival.depth is None else scaled_depth(
         depth_metres(arrival.depth), size_wh, inputs['depth'].topic)
     topic = inputs['image'].topic if 'image' in inputs else 'image'
-    return Frame(arrival.stamp_ns, image, depth, camera, topic)
+    # Depth is better and costs less: where both come, the right image is not even decoded.
+    right = None if arrival.right is None or depth is not None \
+        else arrival.right.decoded(inputs['right'].topic)
+    return Frame(arrival.stamp_ns, image, depth, camera, topic, right=right)

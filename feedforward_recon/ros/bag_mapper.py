@@ -116,7 +116,8 @@ class Surroundings:
         for stamp_ns, imu_frame, acceleration in self._accelerations:
             if stamp_ns <= until_ns:
                 self.frames.add_acceleration(imu_frame, acceleration)
-        return self.frames.first_pose(self.camera_frame, frame.stamp_ns, frame.depth is not None)
+        return self.frames.first_pose(self.camera_frame, frame.stamp_ns,
+                                      frame.depth is not None or frame.right is not None)
 
     def odometry(self, stamp_ns: int) -> np.ndarray | None:
         """Position [3] of the camera in metres, as odometry has it; None where it is silent."""
@@ -199,10 +200,11 @@ def bag_mapper(bag: Bag, out: Map, options: SourceOptions, params_file: Paramete
     check_out(out, overwrite)
     source = open_source(bag, replace(
         options, use_depth=options.use_depth and config.use_depth,
+        use_stereo=options.use_stereo and config.use_stereo,
         rectified=options.rectified or config.rectified))
     if not isinstance(source, BagSource):
         raise InputError(f'{bag}: expected a ROS 2 bag, found another source; use `ffrecon map`')
-    if source.has_depth:
+    if source.has_depth or source.has_right:
         require_cameras(source)
     summary = _summary(map_bag(source, config, out, odom_topic))
     if json_:
@@ -233,6 +235,7 @@ def _summary(result: BagMap) -> dict[str, Any]:
     return {'bag': result.bag.name, 'map': str(result.saved.path),
             'trajectory': str(result.saved.path / TRAJECTORY),
             'image_topic': result.bag.image_topic, 'depth_topic': result.bag.depth_topic,
+            'right_image_topic': '' if result.bag.right is None else result.bag.right.topic,
             'frames': info.images, 'tracked': info.tracked,
             'tracked_share': info.tracked / max(info.images, 1), 'keyframes': info.keyframes,
             'points': info.points, 'seconds': result.seconds,
@@ -244,14 +247,15 @@ def _summary(result: BagMap) -> dict[str, Any]:
 
 def _rows(summary: dict[str, Any]) -> dict[str, str]:
     metres = summary['metres_per_unit']
-    topics = filter(None, (summary['image_topic'], summary['depth_topic']))
+    topics = filter(None, (summary['image_topic'], summary['right_image_topic'],
+                           summary['depth_topic']))
     return {
         'topics': ', '.join(topics),
         'frames': f'{summary["frames"]}, {100 * summary["tracked_share"]:.1f} % tracked',
         'keyframes': str(summary['keyframes']),
         'time': f'{summary["seconds"]:.1f} s',
         'memory': f'{bytes_text(summary["memory_bytes"])}, all that localising needs',
-        'scale': 'unknown (no depth, no odometry)' if metres is None
+        'scale': 'unknown (no depth, no stereo, no odometry)' if metres is None
                  else f'{metres:.4g} m per unit, from {summary["scale_source"]}',
         'camera': summary['camera_source'],
         'upright by': summary['up_source'],

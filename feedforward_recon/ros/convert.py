@@ -45,10 +45,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
-    'camera_from_info', 'cloud_from_msg', 'cloud_msg', 'conversion_paths', 'covariance_list',
-    'depth_metres', 'depth_msg', 'fill', 'header_msg', 'image_msg', 'image_rgb', 'info_msg',
-    'matrix_from_pose', 'matrix_from_transform', 'pose_msg', 'stamp_msg', 'stamp_ns',
-    'transform_msg',
+    'calibration_of', 'camera_from_info', 'cloud_from_msg', 'cloud_msg', 'conversion_paths',
+    'covariance_list', 'depth_metres', 'depth_msg', 'fill', 'header_msg', 'image_msg',
+    'image_rgb', 'info_msg', 'matrix_from_pose', 'matrix_from_transform', 'pose_msg',
+    'stamp_msg', 'stamp_ns', 'transform_msg',
 ]
 
 ROS_MODELS = {'plumb_bob': 'plumb_bob', 'rational': 'rational_polynomial',
@@ -142,21 +142,30 @@ def camera_from_info(msg: CameraInfo, rectified: bool = False, where: str = 'cam
     rectified: the image was undistorted, so P counts and there is no distortion.
     Raises InputError for unknown distortion models and impossible values.
     """
+    return camera_from_calibration(calibration_of(msg), where, rectified)
+
+
+def calibration_of(msg: CameraInfo) -> Calibration:
+    """The fields of a CameraInfo as the readers of files have them."""
     roi = msg.roi
-    info = Calibration(msg.width, msg.height, msg.distortion_model, msg.d, msg.k, msg.p,
+    return Calibration(msg.width, msg.height, msg.distortion_model, msg.d, msg.k, msg.p,
                        (msg.binning_x, msg.binning_y),
-                       (roi.x_offset, roi.y_offset, roi.width, roi.height))
-    return camera_from_calibration(info, where, rectified)
+                       (roi.x_offset, roi.y_offset, roi.width, roi.height), msg.r)
 
 
-def info_msg(camera: Camera, frame_id: str, ns: int) -> CameraInfo:
-    """Calibration of an unbinned, whole image; P is K: a monocular camera."""
+def info_msg(camera: Camera, frame_id: str, ns: int,
+             stereo: tuple[NDArray[np.floating], NDArray[np.floating]] | None = None
+             ) -> CameraInfo:
+    """Calibration of an unbinned, whole image.
+
+    stereo: R [3, 3] and P [3, 4] of one camera of a pair; without, P is K: a monocular camera.
+    """
+    R, P = stereo or (np.eye(3), np.c_[camera.K, np.zeros(3)])
     message = CameraInfo(header=header_msg(frame_id, ns), height=camera.height,
                          width=camera.width, distortion_model=ROS_MODELS[camera.model])
     message.d = list(map(float, camera.distortion))
     message.k = camera.K.ravel()
-    message.r = np.eye(3).ravel()
-    message.p = np.c_[camera.K, np.zeros(3)].ravel()
+    message.r, message.p = R.ravel(), P.ravel()
     return message
 
 

@@ -1,4 +1,4 @@
-"""Brings images and depth images of one moment together."""
+"""Brings images and their partners of one moment together: depth, or the right image of a pair."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ class DepthPairing:
         """Take a depth image; returns what is ready, as (image, depth or None)."""
         self._depths.append((stamp, depth))
         return self._ready()
+
+    def give_up(self) -> list[tuple[Any, None]]:
+        """The images that wait: no partner is expected any more."""
+        waiting = [(image, None) for _, image in self._images]
+        self._images.clear()
+        return waiting
 
     def _ready(self) -> list[tuple[Any, Any | None]]:
         ready = []

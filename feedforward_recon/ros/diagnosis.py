@@ -9,7 +9,12 @@ from pathlib import Path
 
 from feedforward_recon.mapping.preparation import WRONG_UNIT
 from feedforward_recon.ros.health import Health, InfoState
-from feedforward_recon.ros.input_health import InputHealth, StampFault, is_recent
+from feedforward_recon.ros.input_health import (
+    CALIBRATIONS,
+    InputHealth,
+    StampFault,
+    is_recent,
+)
 from feedforward_recon.ros.meters import SECOND
 
 OFFSET_NS = 10 * SECOND
@@ -97,11 +102,11 @@ class _Case:
     def misses(self, input_: InputHealth) -> bool:
         """Something would be better if messages of this input came.
 
-        Depth only serves mapping. Odometry serves the transform map -> odom, and the scale where
-        depth does not tell it.
+        Depth and right images only serve mapping. Odometry serves the transform map -> odom, and
+        the scale where depth does not tell it.
         """
         health, depth = self.health, self.health.inputs.get('depth')
-        if input_.kind == 'depth':
+        if input_.kind in ('depth', 'right', 'right_info'):
             return health.mode == 'mapping'
         if input_.kind == 'odom':
             metric = health.scale_source != 'unknown' or (
@@ -156,7 +161,7 @@ def _arrival(case: _Case) -> Iterator[Diagnosis]:
         if input_.traffic.arrived_ns is None:
             if case.waited_long:
                 yield from _never(case, input_)
-        elif input_.kind != 'camera_info':  # a single one is enough
+        elif input_.kind not in CALIBRATIONS:
             yield from _no_longer(case, input_)
 
 
@@ -191,7 +196,7 @@ def _never(case: _Case, input_: InputHealth) -> Iterator[Diagnosis]:
         yield Diagnosis('QOS', f'{topic} is published by {names} as best effort but subscribed to '
                         'as reliable, so nothing can arrive; set image_qos to auto', input_.needed,
                         topic)
-    elif input_.kind in ('image', 'depth'):
+    elif input_.kind in ('image', 'depth', 'right'):
         yield Diagnosis('LARGE_IMAGES_LOST', f'{topic} is published by {names} but nothing '
                         'arrives: the publisher sends nothing, or large images are lost on the '
                         f'way; {case.transport.advice(VGA_BYTES)}', input_.needed, topic)
@@ -213,7 +218,7 @@ def _about_nobody(topic: str, others: tuple[str, ...]) -> str:
 
 def _stamps(case: _Case) -> Iterator[Diagnosis]:
     for input_ in case.inputs:
-        if input_.kind == 'camera_info':  # of whatever time, one serves all images
+        if input_.kind in CALIBRATIONS:
             continue
         traffic = input_.traffic
         for fault, sentence in STAMPS.items():

@@ -12,6 +12,7 @@ from enum import Enum
 from feedforward_recon.ros.meters import SECOND, RateMeter
 
 RECENT_NS = 10 * SECOND  # a fault is reported for this long after it happened
+CALIBRATIONS = ('camera_info', 'right_info')  # of whatever time, one message is enough
 AHEAD_NS = 10 * SECOND  # stamps that run ahead of the clock by more at once have jumped
 
 
@@ -141,7 +142,8 @@ class Traffic:
 class InputHealth:
     """One subscribed topic.
 
-    kind: 'image', 'camera_info', 'depth' or 'odom'. needed: nothing works without it.
+    kind: 'image', 'camera_info', 'depth', 'right', 'right_info' or 'odom'. needed: nothing works
+    without it.
     """
 
     topic: str

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from nav_msgs.msg import Odometry
@@ -26,11 +27,26 @@ from feedforward_recon.ros.health import Health
 from feedforward_recon.ros.input_health import StampFault
 from feedforward_recon.ros.meters import SECOND
 from feedforward_recon.ros.milestones import about_camera
+from feedforward_recon.ros.stereo import PairCalibration
 from feedforward_recon.ros.subscriptions import SensorSubscriptions
 from feedforward_recon.ros.topic_sources import first_message
 
 WAITING_OFFLINE = 64  # images that wait for depth where none may be lost and no pose is urgent
 REFUSED = (StampFault.ZERO, StampFault.EQUAL, StampFault.REVERSED)
+
+
+def _slops(config: NodeConfig) -> dict[str, int]:
+    """How far the stamps of an image and of its partner may be apart, ns."""
+    return {'depth': int(config.depth_slop_ms * 1e6), 'right': int(config.stereo_slop_ms * 1e6)}
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """An image that waits for its right one or for its calibration."""
+
+    image: Any
+    depth: Any | None
+    arrived_ns: int
 
 
 def _ignore(_: Any) -> None:
@@ -52,27 +68,30 @@ class InputHandlers:
 
 
 class Inputs:
-    """The inputs of an active node: images wait here for their depth and calibration."""
+    """The inputs of an active node: images wait for depth, right image and calibration."""
 
     def __init__(self, node: Node, config: NodeConfig, health: Health, handlers: InputHandlers
                  ) -> None:
         self._node, self._config, self._health, self._handlers = node, config, health, handlers
-        self._pairing = DepthPairing(int(config.depth_slop_ms * 1e6),
-                                     WAITING_OFFLINE if config.queue == 'offline'
-                                     else WAITING_IMAGES)
-        self._held: deque[tuple[Any, Any | None, int]] = deque(maxlen=WAITING_IMAGES)
+        patience = WAITING_OFFLINE if config.queue == 'offline' else WAITING_IMAGES
+        self._pairings = {kind: DepthPairing(slop_ns, patience)
+                          for kind, slop_ns in _slops(config).items()}
+        self._held: deque[tuple[_Waiting, Any | None]] = deque(maxlen=WAITING_IMAGES)
         self._calibrations = Calibrations(config, health)
-        self._depth_paired = False  # some image had depth of its moment
+        self._pair_calibration = PairCalibration(rectified=config.rectified)
+        self._paired: set[str] = set()  # kinds of what some image had of its moment
         self._began_ns: int | None = None  # steady clock when images came, or came again
         self._subscriptions = SensorSubscriptions(
             node, config, health.inputs,
-            {'image': self._image, 'camera_info': self._info, 'depth': self._depth,
-             'odom': self._odometry})
+            {'image': self._image, 'camera_info': self._info, 'odom': self._odometry,
+             'right_info': self._right_info,
+             **{kind: partial(self._partner, kind) for kind in self._pairings}})
 
     def configure(self, config: NodeConfig) -> None:
         """Take over settings that changed while running."""
         self._config = config
-        self._pairing.slop_ns = int(config.depth_slop_ms * 1e6)
+        for kind, slop_ns in _slops(config).items():
+            self._pairings[kind].slop_ns = slop_ns
         self._calibrations.configure(config)
         self._subscriptions.configure(config)
 
@@ -94,7 +113,7 @@ class Inputs:
         input_ = self._health.inputs[kind]
         size_wh = (message.width, message.height) if hasattr(message, 'width') else None
         nbytes = len(message.data) if hasattr(message, 'data') else 0
-        if not input_.traffic.messages and kind in ('image', 'depth'):
+        if not input_.traffic.messages and kind in ('image', 'depth', 'right'):
             self._node.get_logger().info(first_message(kind, input_.topic, message))
         return input_.traffic.received(
             self._now_ns(), stamp_ns(message.header), size_wh=size_wh, nbytes=nbytes,
@@ -104,24 +123,32 @@ class Inputs:
         began = not self._comes('image')
         fault, stamp = self._received('image', message), stamp_ns(message.header)
         if fault is StampFault.JUMP_BACK:
-            self._pairing.forget_after(stamp)
+            for pairing in self._pairings.values():
+                pairing.forget_after(stamp)
             self._held.clear()
             self._handlers.on_jump(stamp)
         if fault in REFUSED:
             return
         arrived_ns = time.monotonic_ns()
         self._began_ns = arrived_ns if began else self._began_ns
-        if self._depth_is_expected():
-            self._pass_on(self._pairing.add_image(stamp, (message, arrived_ns)))
+        if self._is_expected('depth'):
+            self._pass_on(self._pairings['depth'].add_image(stamp, (message, arrived_ns)))
         else:
-            self._pass_on([((message, arrived_ns), None)])
+            self._pass_on([*self._pairings['depth'].give_up(), ((message, arrived_ns), None)])
 
-    def _depth(self, message: Image | CompressedImage) -> None:
-        fault = self._received('depth', message)
+    def _partner(self, kind: str, message: Image | CompressedImage) -> None:
+        """A depth image, or a right image of a stereo pair."""
+        fault, stamp = self._received(kind, message), stamp_ns(message.header)
         if fault is StampFault.JUMP_BACK:
-            self._pairing.forget_after(stamp_ns(message.header))
+            self._pairings[kind].forget_after(stamp)
         if fault not in REFUSED:
-            self._pass_on(self._pairing.add_depth(stamp_ns(message.header), message))
+            ready = self._pairings[kind].add_depth(stamp, message)
+            self._pass_on(ready) if kind == 'depth' else self._hold(ready)
+
+    def _right_info(self, message: CameraInfo) -> None:
+        self._received('right_info', message)
+        self._pair_calibration.take_right(message)
+        self._release()
 
     def _odometry(self, message: Odometry) -> None:
         if self._received('odom', message) not in REFUSED:
@@ -129,6 +156,7 @@ class Inputs:
 
     def _info(self, message: CameraInfo) -> None:
         self._received('camera_info', message)
+        self._pair_calibration.take_left(message)
         try:
             camera, before = self._calibrations.take(message)
         except InputError as error:
@@ -142,20 +170,35 @@ class Inputs:
             self._handlers.on_calibration(camera)
         self._release()
 
-    # -- waiting for depth and calibration -------------------------------------------------
+    # -- waiting for depth, right image and calibration ------------------------------------
 
-    def _depth_is_expected(self) -> bool:
-        """Depth comes; or somebody publishes it, so that a map should wait a while for it."""
-        depth = self._health.inputs.get('depth')
-        if depth is None:
+    def _is_expected(self, kind: str) -> bool:
+        """Depth or right images come; or somebody publishes them, so that a map should wait."""
+        partner = self._health.inputs.get(kind)
+        if partner is None:
             return False
-        if not self._comes('depth') and self._waited_s() >= self._config.silence_s:
+        if not self._comes(kind) and self._waited_s() >= self._config.silence_s:
             return False
-        return bool(depth.traffic.messages or self._subscriptions.is_published('depth'))
+        return bool(partner.traffic.messages or self._subscriptions.is_published(kind))
 
-    def _first_depth_may_come(self) -> bool:
-        """No image had depth yet, and a metric map has to start with one that has."""
-        return not self._depth_paired and self._waited_s() < self._config.silence_s
+    def _is_left_out(self, kind: str, partner: Any | None) -> bool:
+        """An image without depth, or without its right one, that should not start a map.
+
+        A metric map has to start with an image that has them, and none had so far.
+        """
+        if partner is not None:
+            self._paired.add(kind)
+        elif self._is_expected(kind):
+            if kind == 'depth':
+                self._notice('DEPTH_UNPAIRED', 'images come without depth of the same moment '
+                             f'(within {self._config.depth_slop_ms:g} ms) and are used without; '
+                             'synchronise the sensors or raise depth_slop_ms')
+            else:
+                self._notice('RIGHT_UNPAIRED', 'images come without a right image of the same '
+                             f'moment (within {self._config.stereo_slop_ms:g} ms) and are used '
+                             'without; synchronise the cameras or raise stereo_slop_ms')
+            return kind not in self._paired and self._waited_s() < self._config.silence_s
+        return False
 
     def _comes(self, kind: str) -> bool:
         """Something has arrived lately."""
@@ -173,29 +216,39 @@ class Inputs:
 
     def _pass_on(self, pairs: list[tuple[Any, Any | None]]) -> None:
         for (image, arrived_ns), depth in pairs:
-            self._depth_paired |= depth is not None
-            if depth is None and self._depth_is_expected():
-                self._notice('DEPTH_UNPAIRED', 'images come without depth of the same moment '
-                             f'(within {self._config.depth_slop_ms:g} ms) and are used without; '
-                             'synchronise the sensors or raise depth_slop_ms')
-                if self._first_depth_may_come():
-                    continue
-            self._held.append((image, depth, arrived_ns))
+            if self._is_left_out('depth', depth):
+                continue
+            waiting = _Waiting(image, depth, arrived_ns)
+            if depth is None and self._is_expected('right'):
+                self._hold(self._pairings['right'].add_image(stamp_ns(image.header), waiting))
+            else:
+                self._held.extend([*self._pairings['right'].give_up(), (waiting, None)])
+        self._release()
+
+    def _hold(self, pairs: list[tuple[_Waiting, Any | None]]) -> None:
+        self._held.extend(pair for pair in pairs if not self._is_left_out('right', pair[1]))
         self._release()
 
     def _release(self) -> None:
         """Hand over the images whose calibration is known, or known to be missing."""
         while self._held:
-            image, depth, arrived_ns = self._held[0]
-            if self._calibrations.may_come(image, self._waited_s()):
+            waiting, right = self._held[0]
+            image, waited_s = waiting.image, self._waited_s()
+            if self._calibrations.may_come(image, waited_s) or (
+                    right is not None and not self._pair_calibration.is_complete
+                    and waited_s < self._config.info_wait_s):
                 return
             self._held.popleft()
             usable, camera = self._calibrations.camera_of(image)
             if usable:
                 frame_id = (self._config.camera_frame or image.header.frame_id
                             or DEFAULT_FRAME)
-                self._handlers.on_frame(Arrival(stamp_ns(image.header), frame_id, image, depth,
-                                                camera, arrived_ns))
+                self._handlers.on_frame(Arrival(
+                    stamp_ns(image.header), frame_id, image, waiting.depth, camera,
+                    waiting.arrived_ns, self._pair_calibration.arrival(right)))
+            if right is not None and self._pair_calibration.problem:
+                self._notice('STEREO_CALIBRATION', 'right images are not used: '
+                             f'{self._pair_calibration.problem}')
 
     def _notice(self, code: str, sentence: str) -> None:
         self._health.warn(code, sentence, self._now_ns())

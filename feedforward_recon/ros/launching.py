@@ -21,7 +21,7 @@ from feedforward_recon.ros.camera_topics import CAMERA_TOPICS
 PACKAGE = 'feedforward_recon'
 # Relative, so that each robot's namespace holds its own tree; without one, /tf as ever.
 TF = [('/tf', 'tf'), ('/tf_static', 'tf_static')]
-INPUTS = ('image', 'camera_info', 'depth', 'odom', 'imu')
+INPUTS = ('image', 'camera_info', 'depth', 'right/image', 'right/camera_info', 'odom', 'imu')
 # Left empty, these keep what params_file says.
 SETTINGS = ('image_transport', 'depth_transport', 'map', 'model', 'attention', 'device', 'weights')
 TRUTH = ['true', 'false', 'True', 'False']
@@ -58,12 +58,7 @@ def arguments(mode: str | Substitution, use_sim_time: str = 'false') -> list[Act
                               description='images; compressed ones are found beside it'),
         DeclareLaunchArgument('camera_info_topic', default_value=CAMERA_TOPICS['camera_info'],
                               description='calibration of the camera'),
-        DeclareLaunchArgument('depth_topic', default_value=CAMERA_TOPICS['depth'],
-                              description='depth registered to the images, where there is any'),
-        DeclareLaunchArgument('odom_topic', default_value='odom',
-                              description='odometry of the robot, where there is any'),
-        DeclareLaunchArgument('imu_topic', default_value='imu',
-                              description='IMU, which tells where up is, where there is any'),
+        *_optional_topics(),
         DeclareLaunchArgument('image_transport', default_value='', choices=TRANSPORTS,
                               description='images raw, compressed, or whichever is published '
                               '(auto); empty: as in params_file'),
@@ -82,6 +77,29 @@ def arguments(mode: str | Substitution, use_sim_time: str = 'false') -> list[Act
                               description='where the network runs; empty: as in params_file'),
         DeclareLaunchArgument('weights', default_value='',
                               description='weights of the network; empty: as in params_file'),
+    ]
+
+
+def topic_argument(name: str) -> str:
+    """The launch argument of an input of the nodes, such as right/image: right_image_topic."""
+    return f'{name.replace("/", "_")}_topic'
+
+
+def _optional_topics() -> list[Action]:
+    """The arguments of topics that a node can do without."""
+    return [
+        DeclareLaunchArgument('depth_topic', default_value=CAMERA_TOPICS['depth'],
+                              description='depth registered to the images, where there is any'),
+        DeclareLaunchArgument('right_image_topic', default_value=CAMERA_TOPICS['right/image'],
+                              description='right images of a stereo pair, where there is one; '
+                              'image_topic is the left one'),
+        DeclareLaunchArgument('right_camera_info_topic',
+                              default_value=CAMERA_TOPICS['right/camera_info'],
+                              description='calibration of the right camera, baseline in P'),
+        DeclareLaunchArgument('odom_topic', default_value='odom',
+                              description='odometry of the robot, where there is any'),
+        DeclareLaunchArgument('imu_topic', default_value='imu',
+                              description='IMU, which tells where up is, where there is any'),
     ]
 
 
@@ -120,7 +138,7 @@ def _node(context: LaunchContext, name: list[str | Substitution]) -> list[Action
         parameters=[ParameterFile(LaunchConfiguration('params_file'), allow_substs=True),
                     {**flags, **texts}],
         arguments=['--ros-args', '--log-level', LaunchConfiguration('log_level')],
-        remappings=[*TF, *((topic, LaunchConfiguration(f'{topic}_topic'))
+        remappings=[*TF, *((topic, LaunchConfiguration(topic_argument(topic)))
                            for topic in INPUTS)])]
 
 

@@ -56,7 +56,8 @@ class MapStart:
         if not self._host.health.keyframes and self.tf_may_come(arrival.frame_id):
             return None
         return FirstPose(*self._frames.first_pose(arrival.frame_id, arrival.stamp_ns,
-                                                  arrival.depth is not None))
+                                                  arrival.depth is not None
+                                                  or arrival.right is not None))
 
     def map_has(self, first: FirstPose) -> None:
         """The map has a keyframe since this image: log once what the vertical was taken from."""

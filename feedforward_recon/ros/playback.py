@@ -26,6 +26,8 @@ class SyntheticConfig:
     frames: int = option(170, 'images of the walk', low=1, high=100_000)
     fps: float = option(7.0, 'images per second of the walk', low=0.1, high=120.0, unit='Hz')
     walk_seed: int = option(0, 'which walk', low=0)
+    baseline_m: float = option(0.0, 'a right camera this far beside the camera; 0: none', low=0.0,
+                               high=1.0, unit='m')
     held_out: int = option(0, 'instead of the walk, this many views beside it', low=0,
                            high=10_000)
 
@@ -49,6 +51,7 @@ class PlayerConfig:
     reliable: bool = option(True, 'lost images are sent again; False is what most camera '
                             'drivers do', fixed=True)
     use_depth: bool = option(True, 'send depth where the source has it', fixed=True)
+    use_stereo: bool = option(True, 'send right images where the source has them', fixed=True)
     depth_encoding: str = option('16UC1', 'raw depth in millimetres or in metres',
                                  choices=('16UC1', '32FC1'), fixed=True)
     frame_id: str = option('camera_optical_frame', 'TF frame of the images', fixed=True)
@@ -78,7 +81,7 @@ class PlayerConfig:
 
 
 class SyntheticSource(Source):
-    """A rendered room as a source of frames with depth and exact poses."""
+    """A rendered room as a source of frames with depth or right images, and exact poses."""
 
     def __init__(self, seed: int, config: SyntheticConfig, options: SourceOptions) -> None:
         super().__init__(f'{SYNTHETIC}{seed}', options)
@@ -91,6 +94,7 @@ class SyntheticSource(Source):
             self._poses = self._room.held_out_views(self._poses, config.held_out,
                                                     config.walk_seed)
         self.has_depth, self.has_poses, self.calibrated = options.use_depth, True, True
+        self.has_right = options.use_stereo and config.baseline_m > 0
 
     @property
     def total(self) -> int:
@@ -100,11 +104,15 @@ class SyntheticSource(Source):
     def _read(self, indices: range) -> Iterator[Frame]:
         config = self._config
         camera = Camera.from_fov(config.fov_deg, (config.width, config.height))
+        from feedforward_recon.synthetic import right_image
+
         for index in indices:
             image, depth = self._room.render(camera, self._poses[index])
             yield Frame(round(index * 1e9 / config.fps), image,
                         depth if self.options.use_depth else None, camera,
-                        f'{self.name}/{index:06d}', self._poses[index])
+                        f'{self.name}/{index:06d}', self._poses[index],
+                        right_image(self._room, camera, self._poses[index], config.baseline_m)
+                        if self.has_right else None)
 
 
 def open_playback(config: PlayerConfig) -> Source:
@@ -112,8 +120,9 @@ def open_playback(config: PlayerConfig) -> Source:
 
     Raises ConfigError without a source or for a bad seed, InputError for unreadable data.
     """
-    options = SourceOptions(use_depth=config.use_depth, fov_deg=config.fov_deg or None,
-                            step=config.step, max_frames=config.max_frames or None)
+    options = SourceOptions(use_depth=config.use_depth, use_stereo=config.use_stereo,
+                            fov_deg=config.fov_deg or None, step=config.step,
+                            max_frames=config.max_frames or None)
     if not config.source:
         raise ConfigError('expected a source, found none; set the parameter source to a folder, '
                           'video, bag or synthetic:SEED')

@@ -1,8 +1,8 @@
 """`ros2 run feedforward_recon player_node`: plays recorded or rendered frames as a camera does.
 
 A folder, a video, a bag or a synthetic room becomes images, camera_info and, where there are
-any, depth and ground_truth, with equal stamps, on the topics that the launch files listen to.
-It ends by itself with exit code 0.
+any, depth, right images with their camera_info, and ground_truth, with equal stamps, on the
+topics that the launch files listen to. It ends by itself with exit code 0.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 from feedforward_recon.errors import ReconError
+from feedforward_recon.geometry.stereo import StereoRig
 from feedforward_recon.io import encode
 from feedforward_recon.ros import parameters
 from feedforward_recon.ros.camera_topics import CAMERA_TOPICS
@@ -66,8 +67,8 @@ class PlayerNode(Node):
         qos = QoSProfile(depth=QUEUE, reliability=reliability)
         compressed = self.config.image_transport == 'compressed'
         type_ = CompressedImage if compressed else Image
-        image, depth = (self.resolve_topic_name(name) for name in
-                        (CAMERA_TOPICS['image'], CAMERA_TOPICS['depth']))
+        image, depth, right = (self.resolve_topic_name(CAMERA_TOPICS[kind])
+                               for kind in ('image', 'depth', 'right/image'))
         yield 'image', self.create_publisher(
             type_, f'{image}/compressed' if compressed else image, qos)
         if self._source.calibrated:
@@ -76,6 +77,11 @@ class PlayerNode(Node):
         if self._source.has_depth:
             yield 'depth', self.create_publisher(
                 type_, f'{depth}/compressedDepth' if compressed else depth, qos)
+        if self._source.has_right:
+            yield 'right', self.create_publisher(
+                type_, f'{right}/compressed' if compressed else right, qos)
+            yield 'right_info', self.create_publisher(
+                CameraInfo, CAMERA_TOPICS['right/camera_info'], qos)
         if self._source.has_poses:
             yield 'ground_truth', self.create_publisher(PoseStamped, 'ground_truth', QUEUE)
         if self.config.publish_clock:
@@ -127,7 +133,7 @@ class PlayerNode(Node):
         images, every camera_info) only with its periodic heartbeat, after up to 3 s.
         """
         if sent % min(max(IN_FLIGHT_BYTES // image_bytes, 1), QUEUE // 2) == 0:
-            self._settle(('image', 'depth'))
+            self._settle(('image', 'depth', 'right'))
 
     def _settle(self, names: tuple[str, ...]) -> None:
         """Until subscribers have everything that was sent reliably on these topics."""
@@ -155,9 +161,11 @@ class PlayerNode(Node):
         stamp_ns = frame.stamp_ns
         if self.config.stamps == 'now':
             stamp_ns = self.get_clock().now().nanoseconds
+        rig = self._send_right(frame, stamp_ns)
         if frame.camera is not None and 'camera_info' in self._topics:
-            self._topics['camera_info'].publish(
-                info_msg(frame.camera, self.config.frame_id, stamp_ns))
+            self._topics['camera_info'].publish(info_msg(
+                frame.camera, self.config.frame_id, stamp_ns,
+                None if rig is None else rig.calibration(right=False)))
         if frame.depth is not None and 'depth' in self._topics:
             self._topics['depth'].publish(self._depth(frame.depth, stamp_ns))
         if frame.T_map_cam is not None and 'ground_truth' in self._topics:
@@ -165,6 +173,16 @@ class PlayerNode(Node):
                 header=header_msg(self.config.world_frame, stamp_ns),
                 pose=pose_msg(frame.T_map_cam)))
         self._topics['image'].publish(self._image(frame.image, stamp_ns))
+
+    def _send_right(self, frame: Frame, stamp_ns: int) -> StereoRig | None:
+        """The right half of a pair with its calibration; returns the pair's cameras, if any."""
+        if frame.right is None or frame.camera is None or 'right' not in self._topics:
+            return None
+        rig = StereoRig(frame.camera, frame.right.camera, frame.right.T_left_right)
+        self._topics['right_info'].publish(info_msg(
+            rig.right, f'right_{self.config.frame_id}', stamp_ns, rig.calibration(right=True)))
+        self._topics['right'].publish(self._image(frame.right.image, stamp_ns))
+        return rig
 
     def _image(self, image: NDArray[np.uint8], stamp_ns: int) -> Image | CompressedImage:
         if self.config.image_transport == 'raw':

@@ -17,15 +17,20 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 from feedforward_recon.config.node import NodeConfig
 from feedforward_recon.ros.events import subscription_events
-from feedforward_recon.ros.input_health import Connection, InputHealth, Publisher
+from feedforward_recon.ros.input_health import (
+    CALIBRATIONS,
+    Connection,
+    InputHealth,
+    Publisher,
+)
 from feedforward_recon.ros.topic_sources import TopicChoice, TopicSource, transports
 
 
 class SensorSubscriptions:
     """The subscriptions of a node to its inputs; follows their publishers when asked to look.
 
-    inputs: filled with the health of each input by kind: image, camera_info, odom and, where it
-    is used, depth. takers: kind -> what takes its messages.
+    inputs: filled with the health of each input by kind: image, camera_info, odom and, where they
+    are used, depth, right (image) and right_info. takers: kind -> what takes its messages.
     """
 
     def __init__(self, node: Node, config: NodeConfig, inputs: dict[str, InputHealth],
@@ -33,7 +38,7 @@ class SensorSubscriptions:
         self._node, self._config = node, config
         self._inputs, self._takers = inputs, takers
         self._handles: dict[str, Any] = {}
-        self._latched_info = False  # CameraInfo is subscribed to as transient local
+        self._latched: set[str] = set()  # kinds of CameraInfo subscribed to as transient local
         self._choices = {kind: TopicChoice(sources) for kind, sources in self._sources().items()}
         inputs.clear()
         for kind, choice in self._choices.items():
@@ -60,13 +65,18 @@ class SensorSubscriptions:
         config = self._config
         # Remapping first: a rule for `image` has to hold for `image/compressed` as well.
         topic = {name: self._node.resolve_topic_name(name)
-                 for name in ('image', 'camera_info', 'depth', 'odom')}
+                 for name in ('image', 'camera_info', 'depth', 'odom', 'right/image',
+                              'right/camera_info')}
         sources = {'image': transports(topic['image'], '/compressed', config.image_transport),
                    'camera_info': [TopicSource(topic['camera_info'], CameraInfo)],
                    'odom': [TopicSource(topic['odom'], Odometry)]}
         if config.use_depth:
             sources['depth'] = transports(topic['depth'], '/compressedDepth',
                                           config.depth_transport)
+        if config.use_stereo:
+            sources['right'] = transports(topic['right/image'], '/compressed',
+                                          config.image_transport)
+            sources['right_info'] = [TopicSource(topic['right/camera_info'], CameraInfo)]
         return sources
 
     def _reliable(self, topic: str) -> bool:
@@ -78,7 +88,7 @@ class SensorSubscriptions:
     def _subscribe(self, kind: str) -> None:
         source, connection = self._choices[kind].chosen, self._inputs[kind].connection
         everything = self._config.queue == 'offline' and connection.reliable
-        latched = kind == 'camera_info' and self._latched_info
+        latched = kind in self._latched
         qos = QoSProfile(
             history=HistoryPolicy.KEEP_ALL if everything else HistoryPolicy.KEEP_LAST, depth=10,
             reliability=ReliabilityPolicy.RELIABLE if connection.reliable
@@ -111,8 +121,8 @@ class SensorSubscriptions:
                     f'{input_.topic}: subscribing as {"reliable" if reliable else "best effort"}'
                     ', like its publishers')
                 self._subscribe_anew(kind, reliable)
-            if kind == 'camera_info' and found:
-                self._follow_durability(found)
+            if kind in CALIBRATIONS and found:
+                self._follow_durability(kind, found)
             if not found and not input_.traffic.messages and input_.needed:
                 connection.alternatives = self._alternatives()
 
@@ -128,13 +138,13 @@ class SensorSubscriptions:
             f'{kind}: listening to {chosen.topic} ({chosen.type.__name__}){why}')
         self._subscribe_anew(kind, self._reliable(chosen.topic))
 
-    def _follow_durability(self, publishers: list[Any]) -> None:
+    def _follow_durability(self, kind: str, publishers: list[Any]) -> None:
         """A calibration that was sent once, before we came, only reaches latched subscribers."""
         latched = all(p.qos_profile.durability == DurabilityPolicy.TRANSIENT_LOCAL
                       for p in publishers)
-        if latched != self._latched_info:
-            self._latched_info = latched
-            self._subscribe_anew('camera_info', self._inputs['camera_info'].connection.reliable)
+        if latched != (kind in self._latched):
+            self._latched ^= {kind}
+            self._subscribe_anew(kind, self._inputs[kind].connection.reliable)
 
     def _alternatives(self) -> tuple[str, ...]:
         """Topics with images, raw or compressed, that somebody publishes."""

@@ -7,6 +7,6 @@
 World frame: z up, origin in the middle of the floor, metres. Cameras use OpenCV axes.
 """
 
-from feedforward_recon.synthetic.room import Room, render_walk
+from feedforward_recon.synthetic.room import Room, render_walk, right_image
 
-__all__ = ['Room', 'render_walk']
+__all__ = ['Room', 'render_walk', 'right_image']

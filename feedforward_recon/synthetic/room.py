@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.geometry.transforms import make_transform
 from feedforward_recon.synthetic import lighting, render, textures, walk
 from feedforward_recon.synthetic.layout import CEILINGS, FLOORS, STYLES, WALLS, Box, furnish
 from feedforward_recon.synthetic.render import Surface
-from feedforward_recon.types import Frame
+from feedforward_recon.types import Frame, RightImage
 
 WALL_TEXELS_PER_M = 300.0
 BOX_TEXELS_PER_M = 420.0
@@ -145,6 +146,19 @@ def _faces(rng: np.random.Generator, size: NDArray, boxes: list[Box]) -> list[Fa
 
 def _face(rng: np.random.Generator, surface: Surface, style: str, texels_per_m: float) -> Face:
     return Face(surface, style, int(rng.integers(2**62)), texels_per_m)
+
+
+def right_image(room: Room, camera: Camera, T_world_cam: NDArray, baseline_m: float, *,
+                right: Camera | None = None, T_left_right: NDArray | None = None) -> RightImage:
+    """What the right camera of a pair sees beside a camera at T_world_cam [4, 4].
+
+    right, T_left_right: for a pair that is not rectified; else the same camera, ``baseline_m`` to
+    the right.
+    """
+    if T_left_right is None:
+        T_left_right = make_transform(np.eye(3), np.array([baseline_m, 0.0, 0.0]))
+    right = right or camera
+    return RightImage(room.render(right, T_world_cam @ T_left_right)[0], right, T_left_right)
 
 
 def render_walk(room: Room, camera: Camera, poses: list[NDArray[np.float64]], *,

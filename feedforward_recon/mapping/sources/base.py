@@ -58,8 +58,8 @@ class PoseSource(Protocol):
         ...
 
     @property
-    def refines_lens(self) -> bool:
-        """Poses are exact enough to tell the lens from them."""
+    def refines_calibration(self) -> bool:
+        """Poses are exact enough to tell the calibration from them."""
         ...
 
     @property
@@ -112,8 +112,8 @@ class PoseSource(Protocol):
         """What is missing before there is a map with depth, in words; '' once there is one."""
         ...
 
-    def gauge(self, *, metric: bool) -> Gauge:
-        """Unit and axes of the map. metric: frames come with depth."""
+    def gauge(self, *, sensor: str) -> Gauge:
+        """Unit and axes of the map. sensor: 'depth' or 'stereo', which frames come with, or ''."""
         ...
 
     def final_settings(self, config: MapperConfig) -> Sequence[MapperConfig]:

@@ -44,7 +44,7 @@ class FeaturePoses:
 
     is_exact = False
     holds_poses = False
-    refines_lens = True
+    refines_calibration = True
     is_busy = False
     progress = ''
     lost = NO_KNOWN_PLACE
@@ -121,10 +121,10 @@ class FeaturePoses:
             return missing_for_start(needs_depth=self._needs_depth)
         return '' if self._bootstrap is None else 'waiting for parallax'
 
-    def gauge(self, *, metric: bool) -> Gauge:
-        """Metres from depth, or a unit of its own; axes of the first camera, or z up."""
+    def gauge(self, *, sensor: str) -> Gauge:
+        """Metres from the sensor, or a unit of its own; axes of the first camera, or z up."""
         at_first_camera = np.array_equal(self.T_map_first, np.eye(4))
-        return Gauge(1.0 if metric else None, 'depth' if metric else 'unknown',
+        return Gauge(1.0 if sensor else None, sensor or 'unknown',
                      'first camera' if at_first_camera else 'z up')
 
     def final_settings(self, config: MapperConfig) -> Sequence[MapperConfig]:

@@ -23,7 +23,7 @@ class GivenPoses:
 
     is_exact = True
     holds_poses = True
-    refines_lens = True
+    refines_calibration = True
     is_busy = False
     progress = ''
     lost = 'no pose was given'
@@ -67,7 +67,7 @@ class GivenPoses:
         """Texture, or texture with depth; '' once there is a map."""
         return '' if len(map_) else missing_for_start(needs_depth=self._needs_depth)
 
-    def gauge(self, *, metric: bool) -> Gauge:
+    def gauge(self, *, sensor: str) -> Gauge:
         """Those of the given poses, in metres."""
         return Gauge(1.0, 'given poses', 'given poses')
 

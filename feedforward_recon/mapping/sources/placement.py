@@ -79,6 +79,9 @@ class WindowPlacement:
         metres = depth_ratio(prediction, [*[None] * count, *(view.depth for view in views)])
         if anchors is None:
             self.metric = metres is not None
+            if any(view.stereo is not None for view in views):
+                log.warning('right images are not used with a feed-forward network; the map has a '
+                            'unit of its own')
         found = agreement(prediction)
         member = found.members(count)
         fit = self._fit(window, prediction, member, metres)
@@ -189,8 +192,11 @@ class WindowPlacement:
             else replace(view, camera=self.camera)
 
     def as_seen(self, view: View) -> View:
-        """The view with the camera of the map, and with depth only in a metric one."""
-        view = self.with_known_camera(view)
+        """The view with the camera of the map, and with depth only in a metric one.
+
+        A window takes its unit from depth images alone, so the right image is left out.
+        """
+        view = replace(self.with_known_camera(view), stereo=None)
         return view if self.metric else replace(view, depth=None)
 
     def posed(self, placed: PlacedView) -> View:
@@ -198,7 +204,7 @@ class WindowPlacement:
         depth = self._depth(placed)
         return replace(self.with_known_camera(placed.view), T_given=placed.T_map_cam,
                        depth=None if depth is None else usable_depth(depth, self._config.tracking),
-                       needs_depth=True)
+                       needs_depth=True, stereo=None)
 
     def _depth(self, placed: PlacedView) -> np.ndarray | None:
         """Sensor depth [H, W] of a metric map, else the predicted depth of higher confidence."""

@@ -171,7 +171,7 @@ class WindowPoses:
 
     is_exact = True
     holds_poses = False
-    refines_lens = False
+    refines_calibration = False
 
     def __init__(self, config: MapperConfig, network: Predictor, encoder: Encoder, *,
                  windows: WindowConfig | None = None, selects: bool = False, refine: bool = True,
@@ -350,7 +350,7 @@ class WindowPoses:
 
     # -- the finished map ------------------------------------------------------------------
 
-    def gauge(self, *, metric: bool) -> Gauge:
+    def gauge(self, *, sensor: str) -> Gauge:
         """Metres where the first window had sensor depth; axes of the camera that began it."""
         metric = self._placement.metric
         return Gauge(1.0 if metric else None, 'depth' if metric else 'unknown',
