@@ -127,6 +127,22 @@ def test_matrix_round_trip(camera):
     assert again == camera
 
 
+@pytest.mark.parametrize('camera', [PINHOLE, CAMERAS['plumb_bob 4']], ids=['none', 'k1 to p2'])
+@pytest.mark.parametrize(('focal_scale', 'radial'), [(1.0, -0.02), (1.0, 0.01), (1.02, 0.0)])
+def test_another_lens_equals_bending_what_the_first_one_shows(camera, focal_scale, radial):
+    """To first order: px = K d(s x (1 + k x^2)) is what bundle adjustment models."""
+    xy = np.random.default_rng(5).uniform(-0.35, 0.35, (200, 2))
+    bent = focal_scale * xy * (1 + radial * (xy**2).sum(1, keepdims=True))
+    one = np.ones((len(xy), 1))
+    expected = camera.project(np.concatenate([bent, one], 1))
+    found = camera.with_lens(focal_scale, radial).project(np.concatenate([xy, one], 1))
+    np.testing.assert_allclose(found, expected, atol=0.3 if camera.is_distorted else 1e-9)
+
+
+def test_no_change_of_the_lens_changes_nothing(camera):
+    assert camera.with_lens(1.0, 0.0) == camera
+
+
 @pytest.mark.parametrize(('change', 'message'), [
     ({'model': 'omni'}, "found 'omni'; rectify"),
     ({'distortion': (0.1, 0.2)}, 'found 2; check the calibration'),

@@ -27,6 +27,7 @@ MAX_DEPTH_NOISE = 0.1  # 1/m: beyond, depth hardly says more than the scale
 MAD_TO_STD = 1.4826  # of a normal distribution
 FIRM_VIEWS = 4  # keyframes; two of them fix a landmark as well as its depth does
 ENOUGH_DEPTHS = 200  # observations, for a median within a tenth
+LENS_STEPS = 5  # of a fixed point; each takes a tenth of the error, where a lens bends by a tenth
 # Observations whose landmarks are refined in one piece, while frames wait: the longest piece of a
 # loop closure took 54 ms (docs/experiments.md, A loop closed in pieces).
 POINTS_PIECE = 5000
@@ -188,9 +189,18 @@ def _change_lens(map_: GrowingMap, focal_scale: float, radial: float) -> None:
         keyframe.camera = keyframe.camera.with_lens(focal_scale, radial)
         keyframe.points_cam[:] = keyframe.camera.unproject(keyframe.features.keypoints,
                                                            keyframe.points_cam[:, 2])
-        # The cloud keeps no pixels; to first order this is the same.
-        xy = keyframe.cloud_cam[:, :2] / (focal_scale * keyframe.cloud_cam[:, 2:])
-        keyframe.cloud_cam[:, :2] = (xy / (1 + radial * (xy**2).sum(1, keepdims=True))
-                                     * keyframe.cloud_cam[:, 2:])
+        keyframe.cloud_cam[:, :2] = keyframe.cloud_cam[:, 2:] * _unbent(
+            keyframe.cloud_cam[:, :2] / (focal_scale * keyframe.cloud_cam[:, 2:]), radial)
         rows = by_keyframe[start:end]
         table.seen_xy[rows] = keyframe.camera.normalise(table.seen_px[rows])
+
+
+def _unbent(xy: np.ndarray, radial: float) -> np.ndarray:
+    """Normalised coordinates [N, 2] that a lens with ``radial`` shows at ``xy``.
+
+    For the cloud, which keeps no pixels.
+    """
+    straight = xy
+    for _ in range(LENS_STEPS if radial else 0):
+        straight = xy / (1 + radial * (straight**2).sum(1, keepdims=True))
+    return straight
