@@ -102,7 +102,8 @@ class TrackingConfig:
     outlier_px: float = option(3.0, 'residual beyond which a track is dropped', low=0.5,
                                high=50, unit='px')
     depth_noise: float = option(0.004, 'least noise of the inverse depth of depth images; the '
-                                'map measures how much more there is', low=1e-5, high=1, unit='1/m')
+                                'map measures how much more there is', low=1e-5, high=1,
+                                unit='1/m')
     stereo_noise_px: float = option(0.3, 'noise of a disparity between left and right image',
                                     low=0.01, high=10, unit='px')
     min_disparity_px: float = option(3.0, 'points that left and right image show with less '

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -130,7 +131,11 @@ class Backlog:
 
     def _calibrate(self) -> None:
         """What is open of the calibration, and the trust in depth: early, and then rarely."""
-        calibration = self._preparation.open_calibration
+        calibration, config = self._preparation.open_calibration, self._map.config
         rounds = PAIR_ROUNDS if 'shift' in calibration else ROUNDS
-        if (calibration or self._preparation.metric) and len(self._map) in rounds:
-            self.refine_all(self._map.config, calibration)
+        if not (calibration or self._preparation.metric) or len(self._map) not in rounds:
+            return
+        if calibration in ((), ('radial',)):  # little is off, so a few steps do
+            config = replace(config, refine=replace(
+                config.refine, global_steps=config.refine.loop_steps))
+        self.refine_all(config, calibration)
