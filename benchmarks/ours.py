@@ -102,7 +102,8 @@ class Answerer:
                  to_truth: Alignment | None = None) -> None:
         config = config or MapperConfig()
         encoder: Encoder = CompactEncoder.load(config=config.encoder)
-        self._localizer = Localizer(mapped.memory, encoder, config.localizer)
+        self._localizer = Localizer(mapped.memory, encoder, config.localizer,
+                                    mapped.scene.keyframes[-1].camera)
         self._to_truth = to_truth
 
     def __call__(self, frame: Frame) -> np.ndarray | None:

@@ -38,7 +38,8 @@ def mapped(walk_folder, tmp_path_factory):
     run = map_frames(source, config, encoder, source=lambda _: GivenPoses(config, encoder))
     folder = tmp_path_factory.mktemp('maps') / 'walk'
     run.save(folder)
-    localizer = Localizer(run.writer.snapshot(), encoder, config.localizer)
+    localizer = Localizer(run.writer.snapshot(), encoder, config.localizer,
+                          run.scene.keyframes[-1].camera)
     queries = open_source(walk_folder, SourceOptions(step=4, use_depth=False))
     return folder, [localizer.localize(frame) for frame in queries]
 
