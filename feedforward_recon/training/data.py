@@ -1,14 +1,15 @@
 """Training pairs for the encoder: two images and points known to correspond.
 
 Photos give pairs through a random homography bent by a smooth flow (a stand-in for parallax);
-posed RGB-D views (synthetic rooms) give true multi-view pairs with occlusion. Both get
-independent photometric changes, so that the descriptor learns what stays.
+posed RGB-D views (synthetic rooms) give true multi-view pairs with occlusion; posed photos give
+real ones, with corners that the detector found in both (`training.posed`). All get independent
+photometric changes, so that the descriptor learns what stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
@@ -19,43 +20,72 @@ from torch.utils.data import IterableDataset
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.transforms import inverse, transform_points
 from feedforward_recon.model.compact import detect_corners
+from feedforward_recon.training.posed import LabelledScene
 
 SIZE_WH = (320, 240)
 POINTS = 320
+LEAST_SHARED = 20  # corners in both windows; fewer teach little for the cost of two images
+SCENE_SCALE = (0.5, 1.1)  # of a posed photo in a window: from all of it to its own pixels
+SAME, UNKNOWN, MISSED = 1, 0, -1  # states of a row of points
 
 
 @dataclass(frozen=True)
 class Pair:
-    """images uint8 [2, H, W, 3]; pixels float32 [2, N, 2], row n the same scene point."""
+    """images uint8 [2, H, W, 3], clean as they were before the photometric changes.
+
+    pixels float32 [2, N, 2]; row n of both shows the same scene point where state [N] is SAME.
+    Elsewhere the rows are unrelated corners; where it is MISSED, the corner of the first image
+    is visible in the second and was not detected there.
+    """
 
     images: np.ndarray
+    clean: np.ndarray
     pixels: np.ndarray
+    state: np.ndarray
+
+
+Sample = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class PairSources:
+    """Where pairs come from: photos, room views, labelled scenes; shares of the last two."""
+
+    photos: list[Path]
+    rooms: list[Path] = field(default_factory=list)
+    scenes: list[LabelledScene] = field(default_factory=list)
+    room_share: float = 0.0
+    scene_share: float = 0.0
 
 
 class PairStream(IterableDataset):
-    """Endless seeded stream of pairs from photos and pre-rendered room views."""
+    """Endless seeded stream of pairs."""
 
-    def __init__(self, photos: Sequence[Path], rooms: Sequence[Path], seed: int,
-                 room_share: float) -> None:
-        self.photos, self.rooms, self.seed = list(photos), list(rooms), seed
-        self.room_share = room_share if rooms else 0.0
+    def __init__(self, sources: PairSources, seed: int) -> None:
+        self.sources, self.seed = sources, seed
+        self.room_share = sources.room_share if sources.rooms else 0.0
+        self.scene_share = sources.scene_share if sources.scenes else 0.0
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield (images [2, 3, H, W] in 0..1, pixels [2, N, 2])."""
+    def __iter__(self) -> Iterator[Sample]:
+        """Yield images and clean images [2, 3, H, W] in 0..1, pixels [2, N, 2], state [N]."""
         worker = torch.utils.data.get_worker_info()
         rng = np.random.default_rng([self.seed, worker.id if worker else 0])
         cv2.setNumThreads(1)
         while True:
             pair = self._draw(rng)
             if pair is not None:
-                images = torch.from_numpy(pair.images).permute(0, 3, 1, 2).float() / 255
-                yield images, torch.from_numpy(pair.pixels)
+                images, clean = (torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255
+                                 for x in (pair.images, pair.clean))
+                yield images, clean, torch.from_numpy(pair.pixels), torch.from_numpy(pair.state)
 
     def _draw(self, rng: np.random.Generator) -> Pair | None:
-        if rng.random() < self.room_share:
-            with np.load(self.rooms[rng.integers(len(self.rooms))]) as views:
+        sources, kind = self.sources, rng.random()
+        if kind < self.room_share:
+            with np.load(sources.rooms[rng.integers(len(sources.rooms))]) as views:
                 return room_pair(views, rng)
-        path = self.photos[rng.integers(len(self.photos))]
+        if kind < self.room_share + self.scene_share:
+            return scene_pair(sources.scenes[rng.integers(len(sources.scenes))], rng)
+        path = sources.photos[rng.integers(len(sources.photos))]
         photo = cv2.imread(str(path))
         if photo is None:
             raise InputError(f'expected a photo at {path}, found no readable image; remove it')
@@ -97,6 +127,64 @@ def room_pair(views: np.lib.npyio.NpzFile, rng: np.random.Generator) -> Pair | N
     keep = (points_a[:, 2] > 0.1) & visible & _inside(in_a)
     images_ab = [_cropped(images[i], crop) for i, crop in zip((a, b), crops, strict=True)]
     return _finished(images_ab, [in_a[keep], corners[keep]], rng)
+
+
+def scene_pair(labelled: LabelledScene, rng: np.random.Generator) -> Pair | None:
+    """Two windows of posed photos about a point that both show; None with few shared corners."""
+    (a, b), corners, matches = labelled.pair(int(rng.integers(len(labelled))))
+    matched = matches[matches[:, 1] >= 0]
+    if len(matched) < LEAST_SHARED:
+        return None
+    images = [labelled.scene.image(i) for i in (a, b)]
+    centre = matched[rng.integers(len(matched))]
+    mirrored, scale = rng.random() < 0.5, np.exp(rng.uniform(*np.log(SCENE_SCALE)))
+    windows = [_window(corners[i][centre[i]], scale * np.exp(rng.normal(0, 0.15)),
+                       mirrored, rng) for i in range(2)]
+    crops = [_warped(image, window) for image, window in zip(images, windows, strict=True)]
+    pixels = [xy @ window[:, :2].T + window[:, 2]
+              for xy, window in zip(corners, windows, strict=True)]
+    return _with_negatives(crops, pixels, matches, rng)
+
+
+def _window(about: np.ndarray, scale: float, mirrored: bool,
+            rng: np.random.Generator) -> np.ndarray:
+    """Affine map [2, 3] from a photo to a window of it with a pixel near the middle."""
+    angle = rng.normal(0, 0.15)
+    cos, sin = scale * np.cos(angle), scale * np.sin(angle)
+    linear = np.array([[cos, -sin], [sin, cos]]) @ np.diag([-1.0 if mirrored else 1.0, 1.0])
+    middle = np.array(SIZE_WH) * rng.uniform(0.3, 0.7, 2)
+    return np.c_[linear, middle - linear @ about]
+
+
+def _warped(image: np.ndarray, window: np.ndarray) -> np.ndarray:
+    scale = float(np.sqrt(abs(np.linalg.det(window[:, :2]))))
+    if scale < 0.9:
+        image = cv2.GaussianBlur(image, (0, 0), 0.45 / scale)
+    return cv2.warpAffine(image, window, SIZE_WH, flags=cv2.INTER_LINEAR,
+                          borderMode=cv2.BORDER_REFLECT)
+
+
+def _with_negatives(images: list[np.ndarray], pixels: list[np.ndarray], matches: np.ndarray,
+                    rng: np.random.Generator) -> Pair | None:
+    """POINTS rows: shared corners first, then corners of a that b misses, then any others."""
+    inside = [_inside(p) for p in pixels]
+    seen = matches[inside[0][matches[:, 0]]]
+    shared = seen[(seen[:, 1] >= 0) & inside[1][seen[:, 1]]]
+    if len(shared) < LEAST_SHARED:
+        return None
+    shared = rng.permutation(shared)[:POINTS]
+    missed = rng.permutation(seen[seen[:, 1] < 0, 0])[:POINTS - len(shared)]
+    listed = [np.r_[shared[:, 0], missed], shared[:, 1]]
+    state = np.zeros(POINTS, np.int64)
+    state[:len(shared)] = SAME
+    state[len(shared):len(listed[0])] = MISSED
+    chosen = []
+    for xy, within, rows in zip(pixels, inside, listed, strict=True):
+        others = rng.permutation(np.setdiff1d(np.flatnonzero(within), rows))
+        filled = np.concatenate([xy[np.r_[rows, others].astype(int)][:POINTS],
+                                 rng.uniform(4, np.array(SIZE_WH) - 5, (POINTS, 2))])
+        chosen.append(filled[:POINTS])
+    return _changed(images, np.stack(chosen), state, rng)
 
 
 def augment_image(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -210,5 +298,11 @@ def _finished(images: list[np.ndarray], pixels: list[np.ndarray],
     chosen = rng.choice(count, POINTS, replace=count < POINTS)
     # Detected corners repeat to within about a pixel; training sees the same jitter.
     jitter = rng.normal(0, 0.5, (POINTS, 2))
-    stack = np.stack([pixels[0][chosen] + jitter, pixels[1][chosen]]).astype(np.float32)
-    return Pair(np.stack([augment_image(i, rng) for i in images]), stack)
+    stack = np.stack([pixels[0][chosen] + jitter, pixels[1][chosen]])
+    return _changed(images, stack, np.full(POINTS, SAME), rng)
+
+
+def _changed(images: list[np.ndarray], pixels: np.ndarray, state: np.ndarray,
+             rng: np.random.Generator) -> Pair:
+    return Pair(np.stack([augment_image(i, rng) for i in images]), np.stack(images),
+                pixels.astype(np.float32), state)
