@@ -69,6 +69,9 @@ class MemoryLog:
     def reanchor(self, poses):
         pass
 
+    def correct(self, keyframe):
+        pass
+
 
 @pytest.fixture(scope='module')
 def frames():

@@ -30,6 +30,13 @@ class MemoryFeed:
         self.written = max(self.written, done)
         self._packer.pack(map_.keyframes, self.written - window)
 
+    def finish(self, map_: GrowingMap) -> None:
+        """Write the rest, and correct what was written before the map was refined."""
+        if self._memory is not None:
+            for id_ in range(self.written):
+                self._memory.correct(map_.exported(id_))
+        self.write(map_, everything=True)
+
     def reanchor(self, map_: GrowingMap) -> None:
         """Keyframes have moved; what was written moves along."""
         if self._memory is not None and self.written:

@@ -132,7 +132,7 @@ class Mapper:
             self.backlog.finish(settings, calibration if self.source.refines_calibration else (),
                                 exact=self.source.holds_poses)
             self._tracks.refit(self._map, self._history, self._map.config.tracking)
-        self.backlog.feed.write(self._map, everything=True)
+        self.backlog.feed.finish(self._map)
         return self.results.scene_map()
 
     def relocalise_frame(self, index: int, frame: Frame) -> Estimate:

@@ -101,3 +101,6 @@ class Memory(Protocol):
 
     def reanchor(self, poses: dict[int, np.ndarray]) -> None:
         """Keyframes {id: T_map_cam} have moved."""
+
+    def correct(self, keyframe: Keyframe) -> None:
+        """A keyframe that was written before has better points by now."""

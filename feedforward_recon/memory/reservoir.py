@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from feedforward_recon.memory.slots import same_features
 from feedforward_recon.types import Keyframe
 
 # Of its depth before, for a sample that moves to another camera: nearer than this the error in its
@@ -49,6 +50,12 @@ class Reservoir:
         self.descriptors[place] = keyframe.features.descriptors[chosen]
         self.points_cam[place] = keyframe.points_cam[chosen]
         self.keyframe_ids[place] = keyframe.id
+
+    def correct(self, keyframe: Keyframe) -> None:
+        """Give the samples of a keyframe the points that its features have by now."""
+        own = np.flatnonzero(self.keyframe_ids[:self.filled] == keyframe.id)
+        row, feature = same_features(keyframe, self.points_cam[own], self.descriptors[own])
+        self.points_cam[own[row]] = keyframe.points_cam[feature]
 
     def state(self) -> dict[str, torch.Tensor]:
         """Samples and generator as named tensors; ``offered`` is kept by the caller."""

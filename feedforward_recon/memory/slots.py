@@ -30,6 +30,26 @@ LONGEST_MEAN = 20
 ARRAYS = ('descriptors', 'points_cam', 'anchor', 'counts', 'born')
 
 
+def same_features(keyframe: Keyframe, points_cam: np.ndarray, descriptors: np.ndarray
+                  ) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows of points [N, 3] in a keyframe's camera are which of its features.
+
+    The nearest one with a point that is alike, within ``SEARCH_PX`` of where the point shows.
+    Returns rows and features.
+    """
+    known = np.flatnonzero(keyframe.has_point)
+    pixels = keyframe.camera.project(points_cam)
+    shown = np.flatnonzero(np.isfinite(pixels).all(1))
+    if not len(known) or not len(shown):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    distance, near = cKDTree(keyframe.features.keypoints[known]).query(pixels[shown])
+    feature = known[near]
+    alike = np.einsum('nd,nd->n', descriptors[shown].astype(np.float32),
+                      keyframe.features.descriptors[feature]) > SAME_DESCRIPTOR
+    good = alike & (distance < SEARCH_PX)
+    return shown[good], feature[good]
+
+
 class SlotTable:
     """Mutable landmark slots of fixed capacity.
 
@@ -65,6 +85,16 @@ class SlotTable:
         """
         confirmed = self.counts > 1
         return confirmed if confirmed.sum() > len(confirmed) / 2 else self.counts > 0
+
+    def correct(self, keyframe: Keyframe) -> None:
+        """Give the slots of a keyframe the points that its features have by now.
+
+        A landmark that was refined from all its views is better than the mean of what single
+        keyframes said when they were written.
+        """
+        own = np.flatnonzero((self.counts > 0) & (self.anchor == keyframe.id))
+        row, feature = same_features(keyframe, self.points_cam[own], self.descriptors[own])
+        self.points_cam[own[row]] = keyframe.points_cam[feature]
 
     def state(self) -> dict[str, torch.Tensor]:
         """The arrays as named tensors that share their memory."""

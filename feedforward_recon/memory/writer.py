@@ -76,6 +76,11 @@ class MemoryWriter:
         for keyframe_id, pose in T_map_cam.items():
             self._set_pose(keyframe_id, pose)
 
+    def correct(self, keyframe: Keyframe) -> None:
+        """Take over the points that a keyframe, which was written before, has by now."""
+        self.slots.correct(keyframe)
+        self.reservoir.correct(keyframe)
+
     def renumber(self, kept: np.ndarray) -> None:
         """Keyframes with the ids ``kept`` [K] become 0..K-1; the others are forgotten.
 
