@@ -91,12 +91,16 @@ class Backlog:
                exact: bool) -> None:
         """The last refinements of the whole map, one for each of the settings.
 
-        Landmarks are associated again before the last one.
+        After the last of them landmarks are associated again, which it is good enough for after a
+        few steps, and the map is refined once more.
         """
-        for config in settings:
+        *first, last = settings
+        few, half = (replace(last, refine=replace(last.refine, global_steps=steps)) for steps in
+                     (last.refine.loop_steps, last.refine.global_steps // 2 + 1))
+        for config in (*first, few):
             self.refine_all(config, calibration, exact=exact)
         associate_again(self._map)
-        self.refine_all(settings[-1], calibration, exact=exact)
+        self.refine_all(half, calibration, exact=exact)
 
     def _close_loops(self, *, with_scale: bool) -> None:
         """Look for a loop of the newest keyframe; where the map is off, correct it."""
