@@ -59,6 +59,7 @@ def cases() -> dict[str, Case]:
     # Its keyframes tell where refined poses are compared, so it comes first.
     both: dict[str, System] = {} if reason else {PEER: orbslam_peer.map_walk}
     both[OURS] = ours.map_walk
+    in_stereo = {**both, **({} if reason else {PEER: with_right_images})}
     kitchen = load_frames(KITCHEN)
     no_depth = [replace(frame, depth=None) for frame in kitchen]
     gaps, _ = interleaved_split(len(kitchen))
@@ -71,8 +72,16 @@ def cases() -> dict[str, Case]:
         f'{KITCHEN} monocular, gaps of 25 frames': Case(
             {'forwards': [no_depth[i] for i in gaps]}, 'sim3', both),
         f'{DRIVE} monocular': Case({'forwards': drive}, 'sim3', both),
-        f'{DRIVE} stereo': Case(four_ways(pairs), 'se3', both)}
+        f'{DRIVE} stereo': Case(four_ways(pairs), 'se3', in_stereo)}
     return found
+
+
+def with_right_images(frames: list[Frame]) -> Walked | None:
+    """ORB-SLAM3 with both cameras of a rectified pair."""
+    rights = [frame.right for frame in frames if frame.right is not None]
+    assert len(rights) == len(frames)
+    return orbslam_peer.map_walk(frames, [right.image for right in rights],
+                                 float(rights[0].T_left_right[0, 3]))
 
 
 def run() -> Iterator[tuple[str, Row]]:

@@ -17,6 +17,7 @@ import numpy as np
 from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, spanning_poses
+from feedforward_recon.mapping.adjustment import calibrate_depth
 from feedforward_recon.mapping.keyframes import MapKeyframe, quantised, unit_length
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.types import Features
@@ -62,6 +63,7 @@ class KeyframeGraph:
         table.anchor[:] = arrays['landmarks.anchor']
         for name in table.OBSERVATION_COLUMNS:
             setattr(table, name, arrays[name].astype(getattr(table, name).dtype))
+        calibrate_depth(map_)
         return map_
 
 
