@@ -18,10 +18,10 @@ from feedforward_recon.mapping.stereo_shift import from_this_pair, shift_inv_dep
 # Times outlier_px: there, at 9 px, an observation has 3 % of its weight left (Cauchy, robust_px),
 # so it is a mismatch rather than something yet to be pulled in; chosen by hand.
 CULL_FACTOR = 3.0
-# Errors of a depth camera are alike over whole surfaces (the lens, what reflects how much), so
-# that an observation says no more than one of ALIKE squared independent ones would. With 8 the
-# trust in a Kinect falls to 0.1 per metre, and rendered depth keeps 0.004 (docs/experiments.md,
-# Depth is trusted as far as it agrees).
+# Errors of a depth camera are alike over whole surfaces (the lens, what reflects how much): they
+# do not average out over a map, and in its refinement a depth weighs ALIKE squared times less than
+# where the camera is now. A Kinect is trusted to 0.1 per metre with 8, and to 0.013 here and now;
+# rendered depth keeps 0.004 (docs/experiments.md, The finished map).
 ALIKE = 8.0
 MAX_DEPTH_NOISE = 0.1  # 1/m: beyond, depth hardly says more than the scale
 MAD_TO_STD = 1.4826  # of a normal distribution
@@ -88,13 +88,14 @@ def refine_all(map_: GrowingMap, config: MapperConfig, *, calibration: tuple[str
     free = np.arange(count if poses_fixed else max(1, count - config.refine.max_keyframes), count)
     fixed = np.arange(count - len(free))
     ids = np.flatnonzero(map_.landmarks.has_point)
-    return _refine(map_, config, free, fixed, ids, config.refine.global_steps, calibration)
+    return _refine(map_, config, free, fixed, ids, config.refine.global_steps, calibration,
+                   whole=True)
 
 
 def _refine(map_: GrowingMap, config: MapperConfig, free: np.ndarray, fixed: np.ndarray,
-            ids: np.ndarray, steps: int, calibration: tuple[str, ...] = ()
-            ) -> float:
-    problem, rows, ids = bundle_problem(map_, config, free, fixed, ids, calibration)
+            ids: np.ndarray, steps: int, calibration: tuple[str, ...] = (),
+            *, whole: bool = False) -> float:
+    problem, rows, ids = bundle_problem(map_, config, free, fixed, ids, calibration, whole=whole)
     if problem is None:
         return 0.0
     result = bundle_adjust(problem, steps)
@@ -112,12 +113,12 @@ def _refine(map_: GrowingMap, config: MapperConfig, free: np.ndarray, fixed: np.
 
 
 def bundle_problem(map_: GrowingMap, config: MapperConfig, free: np.ndarray,
-                   fixed: np.ndarray, ids: np.ndarray, calibration: tuple[str, ...] = ()
-                   ) -> tuple[BundleProblem | None, np.ndarray, np.ndarray]:
+                   fixed: np.ndarray, ids: np.ndarray, calibration: tuple[str, ...] = (),
+                   *, whole: bool = False) -> tuple[BundleProblem | None, np.ndarray, np.ndarray]:
     """Bundle adjustment of landmarks ``ids`` and keyframes, with its rows and landmarks.
 
-    Poses in the order of ``free``, then ``fixed``. The problem is None where no landmark can be
-    refined.
+    Poses in the order of ``free``, then ``fixed``. whole: of the whole map, see ``ALIKE``. The
+    problem is None where no landmark can be refined.
     """
     table, used = map_.landmarks, np.concatenate([free, fixed])
     ids = ids[table.has_point[ids]]
@@ -136,14 +137,17 @@ def bundle_problem(map_: GrowingMap, config: MapperConfig, free: np.ndarray,
         map_.T_map_cam[used], table.points_map(ids, map_.T_map_cam),
         np.arange(len(used)) >= len(free), local[table.seen_keyframe[rows]], point_index,
         table.seen_xy[rows], table.seen_inv_depth[rows], table.seen_sigma[rows],
-        map_.keyframes[-1].camera.fx, _depth_noise(map_, table.seen_keyframe[rows]),
+        map_.keyframes[-1].camera.fx, _depth_noise(map_, table.seen_keyframe[rows], whole),
         config.refine.robust_px, calibration, from_this_pair(map_)[table.seen_keyframe[rows]])
     return problem, rows, ids
 
 
-def _depth_noise(map_: GrowingMap, keyframes: np.ndarray) -> np.ndarray:
+def _depth_noise(map_: GrowingMap, keyframes: np.ndarray, whole: bool) -> np.ndarray:
     """Standard deviation of 1/z [O] in observations by keyframes [O]."""
-    of_each = [map_.depth_noise if k.inv_depth_noise is None else k.inv_depth_noise
+    noise = map_.depth_noise
+    if whole:
+        noise = max(noise, min(ALIKE * map_.depth_spread, MAX_DEPTH_NOISE))
+    of_each = [noise if k.inv_depth_noise is None else k.inv_depth_noise
                for k in map_.keyframes]
     return np.array(of_each)[keyframes]
 
@@ -160,12 +164,11 @@ def _cull(map_: GrowingMap, bad_rows: np.ndarray, ids: np.ndarray) -> None:
 
 
 def calibrate_depth(map_: GrowingMap) -> None:
-    """Set how far the map trusts depth images, from how far their depth is from its landmarks.
+    """Measure how far depth images are from the landmarks (``GrowingMap.depth_spread``).
 
-    Never more than ``tracking.depth_noise`` says. Landmarks of few views agree with any depth, so
-    they do not count.
+    Landmarks of few views agree with any depth, so they do not count.
     """
-    table, settings = map_.landmarks, map_.config.tracking
+    table = map_.landmarks
     firm = table.has_point & (table.views() >= FIRM_VIEWS)
     images = np.array([k.inv_depth_noise is None for k in map_.keyframes])
     rows = np.flatnonzero(firm[table.seen_landmark] & images[table.seen_keyframe]
@@ -176,8 +179,7 @@ def calibrate_depth(map_: GrowingMap) -> None:
     z_axis = map_.T_map_cam[table.seen_keyframe[rows], :3, 2]
     z = ((points - map_.T_map_cam[table.seen_keyframe[rows], :3, 3]) * z_axis).sum(1)
     error = 1 / z - table.seen_inv_depth[rows]
-    spread = MAD_TO_STD * float(np.median(np.abs(error - np.median(error))))
-    map_.depth_noise = max(settings.depth_noise, min(ALIKE * spread, MAX_DEPTH_NOISE))
+    map_.depth_spread = MAD_TO_STD * float(np.median(np.abs(error - np.median(error))))
 
 
 def _change_lens(map_: GrowingMap, focal_scale: float, radial: float) -> None:

@@ -23,19 +23,24 @@ NEIGHBOURS = 20  # keyframes whose landmarks are looked for: more cost time and 
 class GrowingMap:
     """Keyframes with poses T_map_cam [K, 4, 4] and landmarks, lengths in map units.
 
-    Every method keeps them consistent. depth_noise: standard deviation of 1/z of depth images, as
-    the map knows it by now.
+    Every method keeps them consistent. depth_spread: how far depth images are from the landmarks,
+    standard deviation of 1/z; 0 until it is measured.
     """
 
     def __init__(self, config: MapperConfig, dim: int) -> None:
         self.config = config
-        self.depth_noise = config.tracking.depth_noise
+        self.depth_spread = 0.0
         self.keyframes: list[MapKeyframe] = []
         self.T_map_cam = np.zeros((0, 4, 4))
         self.landmarks = LandmarkTable(dim)
 
     def __len__(self) -> int:
         return len(self.keyframes)
+
+    @property
+    def depth_noise(self) -> float:
+        """Standard deviation of 1/z of a depth, 1/m: as measured, at least as in the settings."""
+        return max(self.config.tracking.depth_noise, self.depth_spread)
 
     def clear(self) -> None:
         """Remove all keyframes and landmarks."""
