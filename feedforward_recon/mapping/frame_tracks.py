@@ -15,9 +15,9 @@ from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.matching import Tracks
 from feedforward_recon.mapping.tracking import is_well_supported
 
-# Observations that are kept of all frames: 7 MB, and all there are for 1500 images. Beyond, every
-# second one is left out, as often as needed: 40 in each image give a pose.
-BUDGET = 600_000
+# Observations that are kept of all frames: 4 MB, and all there are for about 1000 images. Beyond,
+# every second one is left out, as often as needed: 40 in each image give a pose.
+BUDGET = 300_000
 
 
 class FrameTracks:
