@@ -131,6 +131,29 @@ def start_node(ros_domain, tmp_path):
 
 
 @pytest.fixture
+def play(start_node, probe):
+    """Play a source to a node that listens; what it answers to `count` images."""
+    from geometry_msgs.msg import PoseWithCovarianceStamped
+    from ros_support.camera import OPTICAL
+
+    from feedforward_recon.ros.camera_topics import CAMERA_TOPICS
+
+    def run(source, count, **parameters):
+        poses = probe.collect(PoseWithCovarianceStamped, '/pose', depth=1000)
+        player = start_node('player_node', parameters={
+            'source': source, 'rate': 0.0, 'frame_id': OPTICAL, **parameters},
+            remap={topic: name for name, topic in CAMERA_TOPICS.items()})
+        assert probe.spin_until(lambda: not player.is_running(), 60), player.output
+        assert player.wait(1) == 0, player.output
+        arrived = -1
+        while arrived < len(poses) < count:  # everything was sent; the node may still compute
+            arrived = len(poses)
+            probe.spin_until(lambda: len(poses) == count, 10)
+        return poses
+    return run
+
+
+@pytest.fixture
 def probe(ros_domain):
     """The test's own node, in the test's domain."""
     from ros_support.probe import Probe

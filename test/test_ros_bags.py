@@ -10,54 +10,24 @@ if missing_ros():
     pytest.skip(missing_ros(), allow_module_level=True)
 pytest.importorskip('rosbags', reason='bags need the extra [bag]')
 
-from geometry_msgs.msg import PoseWithCovarianceStamped
-from ros_support.camera import OPTICAL, positions, stamps, walk
+from ros_support.camera import OPTICAL, position_error_m, stamps, walk
+from small_config import OFFLINE
 from std_srvs.srv import Trigger
 
 from feedforward_recon.config.schema import MapperConfig
-from feedforward_recon.geometry.align import align_points
 from feedforward_recon.geometry.transforms import inverse
 from feedforward_recon.io.bag_writer import write_bag
 from feedforward_recon.model.compact import CompactEncoder
-from feedforward_recon.ros.camera_topics import CAMERA_TOPICS
 from feedforward_recon.ros.convert import matrix_from_pose, matrix_from_transform
 from feedforward_recon.ros.frames import T_BODY_OPTICAL
 from feedforward_recon.ros.playback import PlayerConfig, open_playback, rounds
 from feedforward_recon.ros.tf_messages import TFMessage
 from feedforward_recon.session.live import LiveSession
 
-OFFLINE = {'memory.polish_steps': 20, 'memory.slots': 8000, 'memory.hidden_dim': 64,
-           'memory.reservoir': 20_000, 'tf_wait_s': 0.2, 'queue': 'offline'}
-
 
 @pytest.fixture(scope='module')
 def frames():
     return walk(5, 50, every=2)
-
-
-@pytest.fixture
-def play(start_node, probe):
-    """Play a source to a node that listens; what it answers to `count` images."""
-    def run(source, count, **parameters):
-        poses = probe.collect(PoseWithCovarianceStamped, '/pose', depth=1000)
-        player = start_node('player_node', parameters={
-            'source': source, 'rate': 0.0, 'frame_id': OPTICAL, **parameters},
-            remap={topic: name for name, topic in CAMERA_TOPICS.items()})
-        assert probe.spin_until(lambda: not player.is_running(), 40), player.output
-        assert player.wait(1) == 0, player.output
-        arrived = -1
-        while arrived < len(poses) < count:  # everything was sent; the node may still compute
-            arrived = len(poses)
-            probe.spin_until(lambda: len(poses) == count, 10)
-        return poses
-    return run
-
-
-def error_after_alignment(poses, frames):
-    """RMS distance in metres of poses and true positions after one rotation and shift."""
-    true = {f.stamp_ns: f.T_map_cam[:3, 3] for f in frames}
-    return align_points(positions(poses), np.array([true[s] for s in stamps(poses)]),
-                        with_scale=False).rmse
 
 
 @pytest.mark.parametrize(('storage', 'transport'), [
@@ -74,7 +44,7 @@ def test_a_bag_becomes_a_map_and_a_new_process_finds_its_way_back(
     # Every image of the bag has its pose, true to the centimetre, also on TF.
     recorded = [f.stamp_ns for f in frames]
     assert stamps(poses) == recorded, node.output
-    assert error_after_alignment(poses, frames) < 0.03
+    assert position_error_m(poses, frames) < 0.03
     # A pose and its transform are two messages: the one may be here before the other.
     probe.spin_until(lambda: len(transforms) == len(recorded), 10)
     sent = [t for message in transforms for t in message.transforms if t.child_frame_id == OPTICAL]
@@ -111,7 +81,7 @@ def test_a_real_kitchen_is_mapped_over_dds(start_node, play, data_dir):
     poses = play(folder, len(frames), **stretch)
     assert len(poses) >= 0.95 * len(frames), node.output
     assert set(stamps(poses)) <= {f.stamp_ns for f in frames}
-    assert error_after_alignment(poses, frames) < 0.05
+    assert position_error_m(poses, frames) < 0.05
 
     # Nothing is lost on the way: the same images give the core the same poses.
     session = LiveSession(MapperConfig(), CompactEncoder.load())

@@ -10,22 +10,27 @@ if missing_ros():
     pytest.skip(missing_ros(), allow_module_level=True)
 
 from geometry_msgs.msg import PoseWithCovarianceStamped
-from ros_support.camera import CAMERA, OPTICAL, START_NS, FakeCamera, positions, stamps
+from ros_support.camera import (
+    CAMERA,
+    OPTICAL,
+    START_NS,
+    FakeCamera,
+    position_error_m,
+    stamps,
+)
 from sensor_msgs.msg import CameraInfo, Image
+from small_config import OFFLINE
 
-from feedforward_recon.geometry.align import align_points
 from feedforward_recon.geometry.stereo import StereoRig
 from feedforward_recon.geometry.transforms import make_transform, so3_exp
 from feedforward_recon.io.bag_writer import write_bag
 from feedforward_recon.io.stereo import beside
-from feedforward_recon.ros.camera_topics import CAMERA_TOPICS
 from feedforward_recon.ros.convert import image_msg, info_msg
 from feedforward_recon.ros.playback import PlayerConfig, open_playback, rounds
 from feedforward_recon.synthetic import Room, right_image
 from feedforward_recon.types import Frame
 
-SETTINGS = {'memory.polish_steps': 20, 'memory.slots': 8000, 'memory.hidden_dim': 64,
-            'memory.reservoir': 20_000, 'tf_wait_s': 0.2, 'queue': 'offline', 'silence_s': 1.5}
+SETTINGS = {**OFFLINE, 'silence_s': 1.5}
 BASELINE_M = 0.12
 MOUNTED = make_transform(so3_exp(np.array([0.01, -0.02, 0.01])), np.array([0.12, 0.002, 0.001]))
 
@@ -38,28 +43,6 @@ def pairs(count, T_left_right=None):
         frames.append(Frame(START_NS + index * 2 * 10**8, room.render(CAMERA, pose)[0], None,
                             CAMERA, f'{index}', pose, right))
     return frames
-
-
-@pytest.fixture
-def play(start_node, probe):
-    """Play a source to a node that listens; what it answers to `count` images."""
-    def run(source, count, **parameters):
-        poses = probe.collect(PoseWithCovarianceStamped, '/pose', depth=1000)
-        player = start_node('player_node', parameters={
-            'source': source, 'rate': 0.0, 'frame_id': OPTICAL, **parameters},
-            remap={topic: name for name, topic in CAMERA_TOPICS.items()})
-        assert probe.spin_until(lambda: not player.is_running(), 60), player.output
-        assert player.wait(1) == 0, player.output
-        probe.spin_until(lambda: len(poses) == count, 20)
-        return poses
-    return run
-
-
-def error_in_metres(poses, frames):
-    """RMS distance of poses and true positions after one rotation and shift."""
-    true = {f.stamp_ns: f.T_map_cam[:3, 3] for f in frames}
-    return align_points(positions(poses), np.array([true[s] for s in stamps(poses)]),
-                        with_scale=False).rmse
 
 
 class StereoCamera(FakeCamera):
@@ -131,7 +114,7 @@ def test_a_bag_of_pairs_becomes_a_metric_map(start_node, play, tmp_path):
     node = start_node('mapping_node', parameters=SETTINGS)
     poses = play(tmp_path / 'bag', len(frames))
     assert stamps(poses) == [f.stamp_ns for f in frames], node.output
-    assert error_in_metres(poses, frames) < 0.03
+    assert position_error_m(poses, frames) < 0.03
     node.wait_for_output('scale: stereo')
 
 
@@ -141,7 +124,7 @@ def test_a_real_drive_is_in_metres_over_dds(start_node, play, data_dir):
     node = start_node('mapping_node', parameters=SETTINGS)
     poses = play(folder, len(frames))
     assert len(poses) == len(frames) == 51, node.output
-    assert error_in_metres(poses, frames) < 2.6  # before corrections: 5 % of the 52 m
+    assert position_error_m(poses, frames) < 2.6  # before corrections: 5 % of the 52 m
 
 
 def test_a_camera_that_loses_its_right_half_goes_on_in_metres(camera, probe):
@@ -165,7 +148,7 @@ def test_a_camera_that_loses_its_right_half_goes_on_in_metres(camera, probe):
     assert stamps(poses)[-1] == frames[-1].stamp_ns
     assert camera.says('SILENT')
     assert camera.told()['scale_source'] == 'stereo'
-    assert error_in_metres(poses, frames) < 0.03
+    assert position_error_m(poses, frames) < 0.03
 
 
 @pytest.mark.parametrize('camera', [-BASELINE_M], indirect=True)

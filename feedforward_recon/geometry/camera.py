@@ -92,7 +92,8 @@ class Camera:
 
     def with_distortion_of(self, other: Camera) -> Camera:
         """``other``, if it is this camera but for a distortion, and this one says it has none."""
-        return other if replace(other, distortion=(), model=self.model) == self else self
+        same = replace(other, distortion=()) == replace(self, distortion=())
+        return other if same and not self.is_distorted else self
 
     def resized(self, size_wh: tuple[int, int]) -> Camera:
         """The camera of the image resized to (width, height) with cv2.resize's convention."""

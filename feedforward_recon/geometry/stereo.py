@@ -172,11 +172,6 @@ class StereoRig:
         return maps
 
 
-def rectified_rig(left: Camera, right: Camera, baseline_m: float) -> StereoRig:
-    """The rig of a rectified pair: the right camera is ``baseline_m`` to the right."""
-    return StereoRig(left, right, make_transform(np.eye(3), np.array([baseline_m, 0, 0])))
-
-
 def from_rectification(R_left: np.ndarray, R_right: np.ndarray, baseline_m: float) -> np.ndarray:
     """T_left_right [4, 4] from the rotations that rectify both cameras, as CameraInfo has them.
 

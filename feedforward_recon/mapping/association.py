@@ -9,7 +9,13 @@ import numpy as np
 from feedforward_recon.geometry.transforms import inverse, transform_points
 from feedforward_recon.geometry.triangulate import ray_errors, triangulate
 from feedforward_recon.mapping.keyframes import MapKeyframe, View
-from feedforward_recon.mapping.map import GUIDED_RADIUS_PX, SAME_DEPTH, SAME_POINT_PX, GrowingMap
+from feedforward_recon.mapping.map import (
+    GUIDED_RADIUS_PX,
+    SAME_DEPTH,
+    SAME_POINT_PX,
+    GrowingMap,
+    is_hidden,
+)
 from feedforward_recon.mapping.matching import Tracks, match_guided, match_mutual
 
 # Baseline, as a share of the typical depth, for matches to be triangulated: 2.3 degrees between
@@ -93,7 +99,7 @@ def reassociate(map_: GrowingMap, id_: int, view: View, tracks: Tracks) -> Track
     """
     keyframe = map_.keyframes[id_]
     ids, px, depth = _expected(map_, keyframe)
-    seen = ~_is_hidden(view.depth_at(px), depth)
+    seen = ~is_hidden(view.depth_at(px), depth)
     ids, px = _find_again(map_, keyframe, ids[seen], px[seen], depth[seen])
     named = map_.landmarks.alias[np.concatenate([tracks.ids, ids])]
     px = np.concatenate([tracks.px, px])
@@ -105,7 +111,7 @@ def associate_again(map_: GrowingMap) -> None:
     """Find the landmarks of every keyframe in all keyframes around it, earlier ones too.
 
     A new keyframe looks only for what is older; here each landmark gets its observations in the
-    keyframes before it, and those that are one become one (docs/experiments.md, A second look).
+    keyframes before it, and those that are one become one (docs/experiments.md, The finished map).
     """
     for keyframe in map_.keyframes:
         _find_again(map_, keyframe, *_expected(map_, keyframe))
@@ -121,12 +127,6 @@ def _expected(map_: GrowingMap, keyframe: MapKeyframe
     return ids[unseen], px[unseen], depth[unseen]
 
 
-def _is_hidden(sensed: np.ndarray, depth: np.ndarray) -> np.ndarray:
-    """Whether the sensor saw another surface [n] than one at z-depths [n]; False where blind."""
-    with np.errstate(invalid='ignore'):
-        return (sensed > 0) & (np.abs(sensed - depth) > 2 * SAME_DEPTH * depth)
-
-
 def _find_again(map_: GrowingMap, keyframe: MapKeyframe, ids: np.ndarray, px: np.ndarray,
                 depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Match landmarks [n] expected at pixels [n, 2] and z-depths [n] with a keyframe's features.
@@ -137,7 +137,7 @@ def _find_again(map_: GrowingMap, keyframe: MapKeyframe, ids: np.ndarray, px: np
     features = replace(keyframe.features, descriptors=keyframe.descriptors)
     row, feature = match_guided(px, table.descriptor[ids], features, GUIDED_RADIUS_PX,
                                 tracking.match_similarity)
-    seen = ~_is_hidden(keyframe.points_cam[feature, 2], depth[row])
+    seen = ~is_hidden(keyframe.points_cam[feature, 2], depth[row])
     row, feature = row[seen], feature[seen]
     ids, depth, present = ids[row], depth[row], keyframe.landmark[feature]
     free = present < 0

@@ -87,14 +87,15 @@ class Backlog:
         self._preparation.adopt_calibration(self._map.keyframes[-1].camera, shift, calibration)
         self.feed.reanchor(self._map)
 
-    def finish(self, settings: Sequence[MapperConfig], calibration: tuple[str, ...], *,
-               exact: bool) -> None:
+    def finish(self, settings: Sequence[MapperConfig], *, calibrate: bool, exact: bool) -> None:
         """The last refinements of the whole map, one for each of the settings.
 
         After the last of them landmarks are associated again, which it is good enough for after a
-        few steps, and the map is refined once more.
+        few steps, and the map is refined once more. calibrate: with what is open of the
+        calibration. exact: poses stay.
         """
         *first, last = settings
+        calibration = self._open_calibration if calibrate else ()
         few, half = (replace(last, refine=replace(last.refine, global_steps=steps)) for steps in
                      (last.refine.loop_steps, last.refine.global_steps // 2 + 1))
         for config in (*first, few):
@@ -133,13 +134,21 @@ class Backlog:
         self._history.rescale(scale)
         self.feed.reanchor(self._map)
 
+    @property
+    def _open_calibration(self) -> tuple[str, ...]:
+        """What may be refined: the lens only while one made the map, not those of several."""
+        newest = self._map.keyframes[-1].camera
+        one_lens = all(keyframe.camera == newest for keyframe in self._map.keyframes)
+        return tuple(name for name in self._preparation.open_calibration
+                     if one_lens or name == 'shift')
+
     def _calibrate(self) -> None:
         """What is open of the calibration, and the trust in depth: early, and then rarely."""
-        calibration, config = self._preparation.open_calibration, self._map.config
+        calibration, config = self._open_calibration, self._map.config
         rounds = PAIR_ROUNDS if 'shift' in calibration else ROUNDS
         if not (calibration or self._preparation.metric) or len(self._map) not in rounds:
             return
-        if calibration in ((), ('radial',)):  # little is off, so a few steps do
+        if not {'focal', 'shift'} & {*calibration}:  # little is off, so a few steps do
             config = replace(config, refine=replace(
                 config.refine, global_steps=config.refine.loop_steps))
         self.refine_all(config, calibration)

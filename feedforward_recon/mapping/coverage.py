@@ -12,9 +12,9 @@ from scipy.spatial import cKDTree
 from feedforward_recon.mapping.keyframes import View
 from feedforward_recon.mapping.map import (
     GUIDED_RADIUS_PX,
-    SAME_DEPTH,
     SAME_POINT_PX,
     GrowingMap,
+    is_hidden,
 )
 from feedforward_recon.mapping.matching import Tracks, match_guided
 from feedforward_recon.types import Features
@@ -60,9 +60,7 @@ def _found_again(view: View, features: Features, map_: GrowingMap, T_map_cam: np
     """Tracks, and landmarks of nearby keyframes matched where they project to."""
     near = map_.neighbours(T_map_cam, map_.typical_depth(len(map_) - 1))
     ids, px, depth = map_.visible(near, T_map_cam, view.camera)
-    sensed = view.depth_at(px)
-    hidden = (sensed > 0) & (np.abs(sensed - depth) > 2 * SAME_DEPTH * depth)
-    keep = ~np.isin(ids, tracks.ids) & ~hidden
+    keep = ~np.isin(ids, tracks.ids) & ~is_hidden(view.depth_at(px), depth)
     ids, px = ids[keep], px[keep]
     row, feature = match_guided(px, map_.landmarks.descriptor[ids], features, GUIDED_RADIUS_PX,
                                 map_.config.tracking.match_similarity)

@@ -56,8 +56,8 @@ class EstimateHistory:
     def move(self, index: int, T_map_cam: np.ndarray, T_map_keyframe: np.ndarray) -> None:
         """Give frame ``index`` another pose [4, 4], beside its keyframe's."""
         entry = self._entries[index]
-        self._entries[index] = replace(entry, T_keyframe_cam=inverse(T_map_keyframe) @ T_map_cam,
-                                       estimate=replace(entry.estimate, T_map_cam=T_map_cam))
+        self.record(replace(entry.estimate, T_map_cam=T_map_cam), entry.keyframe, T_map_keyframe,
+                    index)
 
     def forget_poses(self) -> None:
         """The map was given up before it had depth: no frame so far has a pose."""

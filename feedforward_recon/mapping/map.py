@@ -20,6 +20,12 @@ SAME_DEPTH = 0.05
 NEIGHBOURS = 20  # keyframes whose landmarks are looked for: more cost time and add few
 
 
+def is_hidden(sensed: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    """Whether the sensor saw another surface [n] than one at z-depths [n]; False where blind."""
+    with np.errstate(invalid='ignore'):
+        return (sensed > 0) & (np.abs(sensed - depth) > 2 * SAME_DEPTH * depth)
+
+
 class GrowingMap:
     """Keyframes with poses T_map_cam [K, 4, 4] and landmarks, lengths in map units.
 
@@ -47,6 +53,7 @@ class GrowingMap:
         self.keyframes.clear()
         self.T_map_cam = np.zeros((0, 4, 4))
         self.landmarks = LandmarkTable(self.landmarks.descriptor.shape[1])
+        self.depth_spread = 0.0
 
     # -- growing ---------------------------------------------------------------------------
 

@@ -127,9 +127,8 @@ class Mapper:
         while self.work(wait=True, final=True):
             pass
         settings = self.source.final_settings(self._map.config)
-        calibration = self._preparation.open_calibration
         if len(self._map) > 1 and settings:
-            self.backlog.finish(settings, calibration if self.source.refines_calibration else (),
+            self.backlog.finish(settings, calibrate=self.source.refines_calibration,
                                 exact=self.source.holds_poses)
             self._tracks.refit(self._map, self._history, self._map.config.tracking)
         self.backlog.feed.finish(self._map)

@@ -35,27 +35,38 @@ def follow(tracks: Tracks, gray: np.ndarray, guess_px: np.ndarray,
            config: TrackingConfig) -> Tracks:
     """Tracks found again in another image, starting from predicted pixels [n, 2].
 
-    Pyramidal Lucas-Kanade (Bouguet 2001) with a forward-backward check (Kalal et al. 2010): a
-    track survives when following it back returns to where it came from.
+    A track survives when following it back returns to where it came from.
     """
     if not len(tracks.ids):
         return Tracks(gray, tracks.ids, tracks.px)
-    size = (config.flow_window_px, config.flow_window_px)
-    stop = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, FLOW_STEPS,
-            FLOW_STEP_PX)
-    start = tracks.px.astype(np.float32)[:, None]
-    forward, found, _ = cv2.calcOpticalFlowPyrLK(
-        tracks.gray, gray, start, guess_px.astype(np.float32)[:, None].copy(), winSize=size,
-        maxLevel=config.flow_levels, criteria=stop, flags=cv2.OPTFLOW_USE_INITIAL_FLOW)
-    back, found_back, _ = cv2.calcOpticalFlowPyrLK(
-        gray, tracks.gray, forward, start.copy(), winSize=size, maxLevel=MAX_LEVELS_BACK,
-        criteria=stop, flags=cv2.OPTFLOW_USE_INITIAL_FLOW)
-    px = forward[:, 0]
-    trip = np.linalg.norm(back[:, 0] - tracks.px, axis=1)
-    good = (found.ravel() > 0) & (found_back.ravel() > 0) & (trip < config.flow_roundtrip_px)
+    px, trip = flow_there_and_back(tracks.gray, gray, tracks.px, guess_px,
+                                   window_px=config.flow_window_px, levels=config.flow_levels)
+    good = trip < config.flow_roundtrip_px
     height, width = gray.shape
     good &= (px >= 2).all(1) & (px[:, 0] < width - 2) & (px[:, 1] < height - 2)
     return Tracks(gray, tracks.ids[good], px[good])
+
+
+def flow_there_and_back(gray: np.ndarray, other: np.ndarray, px: np.ndarray,
+                        guess_px: np.ndarray, *, window_px: int, levels: int,
+                        levels_back: int = MAX_LEVELS_BACK) -> tuple[np.ndarray, np.ndarray]:
+    """Where pixels [N, 2] of one gray image are in another, and how far the way back ends off [N].
+
+    Pyramidal Lucas-Kanade (Bouguet 2001) from a guess, with a forward-backward check (Kalal et
+    al. 2010); the second is infinite where nothing is found. levels: of the pyramid above the
+    full image. N > 0.
+    """
+    size, flags = (window_px, window_px), cv2.OPTFLOW_USE_INITIAL_FLOW
+    stop = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, FLOW_STEPS, FLOW_STEP_PX)
+    start = px.astype(np.float32)[:, None]
+    there, found, _ = cv2.calcOpticalFlowPyrLK(
+        gray, other, start, guess_px.astype(np.float32)[:, None].copy(), winSize=size,
+        maxLevel=levels, criteria=stop, flags=flags)
+    back, found_back, _ = cv2.calcOpticalFlowPyrLK(
+        other, gray, there, start.copy(), winSize=size, maxLevel=levels_back, criteria=stop,
+        flags=flags)
+    trip = np.linalg.norm(back[:, 0] - px, axis=1)
+    return there[:, 0], np.where((found.ravel() > 0) & (found_back.ravel() > 0), trip, np.inf)
 
 
 def match_mutual(a: np.ndarray, b: np.ndarray, similarity: float) -> tuple[np.ndarray, np.ndarray]:

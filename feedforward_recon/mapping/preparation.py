@@ -42,7 +42,7 @@ class Preparation:
         if start is not None and start.gauge.scale_source in IN_METRES:
             self.sensor = start.gauge.scale_source
         self._start = start
-        self._radial = 0.0  # k1 that was refined, of cameras that are said to have no distortion
+        self._is_straight = False  # the newest frame says that its camera has no distortion
         self._warned: set[str] = set()
         self._rig: StereoRig | None = None
         self._shift = 0.0  # by which inverse depths of the pair are too large, 1/m
@@ -93,8 +93,7 @@ class Preparation:
             return ('focal',)
         if self._rig is not None:
             return ('shift',)
-        known = self.camera is None or (self.camera.is_distorted and not self._radial)
-        return () if known else ('radial',)
+        return ('radial',) if self._is_straight else ()
 
     def adopt_calibration(self, camera: Camera, shift: float, refined: tuple[str, ...]) -> None:
         """Use what was refined for the frames to come: a camera, and a shift beyond the last."""
@@ -102,7 +101,7 @@ class Preparation:
         if 'focal' in refined:
             self.adopt(camera, 'refined')
         elif 'radial' in refined:
-            self._radial, self.camera = camera.distortion[0], camera
+            self.camera = camera
 
     def _take_first(self, frame: Frame, size_wh: tuple[int, int]) -> None:
         if self._start is None:
@@ -110,9 +109,8 @@ class Preparation:
         self.camera = frame.camera
         if frame.camera is None and self._start is not None:
             self.camera = self._start.camera  # given, by the map
-        elif self._start is not None and frame.camera is not None:
-            camera = frame.camera.with_distortion_of(self._start.camera)
-            self._radial = 0.0 if camera == frame.camera else camera.distortion[0]
+        elif frame.camera is not None and self._start is not None:
+            self.camera = frame.camera.with_distortion_of(self._start.camera)
         elif frame.camera is None:
             self.camera = Camera.from_fov(self.config.guessed_fov_deg, size_wh)
             self.camera_source = 'guessed'
@@ -129,8 +127,8 @@ class Preparation:
             raise InputError(f'expected intrinsics for {size_wh[0]}x{size_wh[1]}, found them for '
                              f'{frame.camera.width}x{frame.camera.height} in {frame.source}; '
                              'give the calibration of this image size')
-        self.camera = frame.camera if frame.camera.is_distorted else \
-            frame.camera.with_lens(1.0, self._radial)
+        self._is_straight = frame.camera.model == 'plumb_bob' and not frame.camera.is_distorted
+        self.camera = frame.camera.with_distortion_of(self.camera)
         return self.camera
 
     def _warn_once(self, sentence: str, source: str) -> None:
@@ -154,7 +152,6 @@ class Preparation:
             self._warn_once(f'%s: the values of its depth {WRONG_UNIT}; check the unit of the '
                             'depth camera', frame.source)
         return usable_depth(depth, self.config)
-
 
     def _stereo(self, frame: Frame, gray: np.ndarray) -> StereoPair | None:
         """The pair that a frame is half of; None without a right image, or where depth is better.

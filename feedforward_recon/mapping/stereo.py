@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 from feedforward_recon.geometry.stereo import StereoRig
+from feedforward_recon.mapping.matching import flow_there_and_back
 
 # Width at which pixels are first looked for: 1 ms a pair, and still half a pixel exact at 1280.
 COARSE_WIDTH = 320
@@ -24,7 +25,6 @@ BLOCK = 9  # side of the matched blocks, coarse px: one smaller finds 5 % less; 
 UNIQUENESS = 10  # percent by which the best match must beat the second
 LEFT_RIGHT = 1  # coarse px between the matches from left to right and from right to left
 WINDOW = 15  # side of the window of the refinement, px, as in tracking
-STEPS, STEP_PX = 20, 0.02  # the refinement stops after these, as in tracking
 ROUNDTRIP_PX = 0.5  # there and back again; mismatches are off by more, see docs/experiments.md
 # Off the row: a calibration is good to half a pixel, mismatches are anywhere in the window.
 OFF_ROW_PX = 1.0
@@ -99,23 +99,10 @@ class StereoPair:
         return np.where(inside & (found >= 0), found * scale, np.nan)
 
     def _refined(self, px: np.ndarray, rough: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Disparity [N] of rectified pixels [N, 2] at full size, and whether it can be trusted.
-
-        Pyramidal Lucas-Kanade (Bouguet 2001), with a forward-backward check.
-        """
+        """Disparity [N] of rectified pixels [N, 2] at full size, and whether it can be trusted."""
         left, right = self._rectified
-        stop = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, STEPS, STEP_PX)
-        size, flags = (WINDOW, WINDOW), cv2.OPTFLOW_USE_INITIAL_FLOW
-        start = px.astype(np.float32)[:, None]
-        guess = start - np.array([1, 0], np.float32) * rough.astype(np.float32)[:, None, None]
-        there, found, _ = cv2.calcOpticalFlowPyrLK(
-            left, right, start, guess, winSize=size, maxLevel=min(self._levels, 1),
-            criteria=stop, flags=flags)
-        back, found_back, _ = cv2.calcOpticalFlowPyrLK(
-            right, left, there, start.copy(), winSize=size, maxLevel=0, criteria=stop,
-            flags=flags)
-        shift = start[:, 0] - there[:, 0]
-        trip = np.linalg.norm(back[:, 0] - start[:, 0], axis=1)
-        good = (found.ravel() > 0) & (found_back.ravel() > 0) & (trip < ROUNDTRIP_PX) \
-            & (np.abs(shift[:, 1]) < OFF_ROW_PX)
-        return shift[:, 0].astype(float), good
+        guess = px - np.array([1, 0]) * rough[:, None]
+        there, trip = flow_there_and_back(left, right, px, guess, window_px=WINDOW,
+                                          levels=min(self._levels, 1), levels_back=0)
+        shift = px - there
+        return shift[:, 0], (trip < ROUNDTRIP_PX) & (np.abs(shift[:, 1]) < OFF_ROW_PX)

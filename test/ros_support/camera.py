@@ -10,6 +10,7 @@ import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
 from sensor_msgs.msg import CameraInfo, Image
 
+from feedforward_recon.geometry.align import align_points
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.ros.convert import depth_msg, image_msg, info_msg
 from feedforward_recon.synthetic import Room, render_walk
@@ -108,6 +109,13 @@ def positions(messages: list[Any]) -> np.ndarray:
     """Positions [N, 3] of PoseWithCovarianceStamped messages."""
     points = [message.pose.pose.position for message in messages]
     return np.array([[p.x, p.y, p.z] for p in points])
+
+
+def position_error_m(messages: list[Any], frames: list[Frame]) -> float:
+    """RMS distance of poses and true positions of frames after one rotation and shift."""
+    true = {f.stamp_ns: f.T_map_cam[:3, 3] for f in frames if f.T_map_cam is not None}
+    return align_points(positions(messages), np.array([true[s] for s in stamps(messages)]),
+                        with_scale=False).rmse
 
 
 def stamps(messages: list[Any]) -> list[int]:
