@@ -12,7 +12,7 @@ from feedforward_recon.config.schema import MapperConfig, TrackingConfig
 from feedforward_recon.evaluation import absolute_trajectory_error
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, pose_error, se3_exp, transform_points
-from feedforward_recon.mapping import frame_tracks
+from feedforward_recon.mapping import backlog, frame_tracks
 from feedforward_recon.mapping.adjustment import bundle_problem, calibrate_depth, refine_all
 from feedforward_recon.mapping.association import associate_again
 from feedforward_recon.mapping.estimates import EstimateHistory
@@ -148,8 +148,9 @@ def test_the_lens_of_one_camera_is_not_refined_with_what_another_saw(frames, ben
 
 # Observations
 
-def test_landmarks_are_found_in_keyframes_before_them(frames, encoder):
+def test_landmarks_are_found_in_keyframes_before_them(frames, encoder, monkeypatch):
     """Each is observed once, near where it projects to; the map agrees better with itself."""
+    monkeypatch.setattr(backlog, 'ROUNDS', ())  # nobody looked while driving
     map_, _ = open_map_of(frames, encoder)
     refine_all(map_, map_.config)
     table, before = map_.landmarks, len(map_.landmarks.seen_landmark)
@@ -159,7 +160,8 @@ def test_landmarks_are_found_in_keyframes_before_them(frames, encoder):
         return table.seen_keyframe < table.anchor[table.seen_landmark]
 
     count = earlier().sum()
-    associate_again(map_)
+    for _ in associate_again(map_):
+        pass
     views = len(table.seen_landmark) / table.alive.sum()
     assert views > 1.1 * before / alive and table.has_point.sum() <= known
     pairs = table.seen_landmark.astype(np.int64) << 32 | table.seen_keyframe
@@ -190,18 +192,18 @@ def with_depth_errors(map_, std, seed=0):
 
 def test_depth_is_trusted_as_far_as_it_agrees_with_the_landmarks(frames, encoder):
     map_, _ = open_map_of(frames, encoder)
-    settings, here, whole = TrackingConfig().depth_noise, [], []
+    settings, here, refined = TrackingConfig().depth_noise, [], []
     count = np.arange(len(map_))
     for std in (1e-5, 0.002, 0.006, 0.2):
         with_depth_errors(map_, std)
         calibrate_depth(map_)
-        for noise, of_map in ((here, False), (whole, True)):
-            problem, *_ = bundle_problem(map_, map_.config, count[1:], count[:1],
-                                         np.arange(len(map_.landmarks)), whole=of_map)
-            noise.append(np.unique(problem.depth_noise).item())
-    # Never more than the settings say; errors that are alike count for the whole map.
+        problem, *_ = bundle_problem(map_, map_.config, count[1:], count[:1],
+                                     np.arange(len(map_.landmarks)))
+        here.append(map_.depth_noise)
+        refined.append(np.unique(problem.depth_noise).item())
+    # Never more than the settings say; errors that are alike count for refining a map.
     assert here == pytest.approx([settings, settings, 0.006, 0.2], rel=0.05)
-    assert whole == pytest.approx([settings, 0.016, 0.048, 0.2], rel=0.05)
+    assert refined == pytest.approx([settings, 0.016, 0.048, 0.2], rel=0.05)
 
 
 # Poses between keyframes

@@ -147,8 +147,8 @@ class KeyframeConfig:
 class RefineConfig:
     """Bundle adjustment: sliding window and whole map."""
 
-    window: int = option(6, 'newest keyframes refined after each keyframe', low=2, high=50)
-    window_fixed: int = option(14, 'older keyframes that hold the window', low=1, high=200)
+    window: int = option(12, 'newest keyframes refined after each keyframe', low=2, high=50)
+    window_fixed: int = option(20, 'older keyframes that hold the window', low=1, high=200)
     window_steps: int = option(4, 'optimisation steps after each keyframe', low=0, high=100)
     loop_steps: int = option(4, 'optimisation steps over the whole map after a loop', low=0,
                              high=100)

@@ -89,14 +89,13 @@ def refine_all(map_: GrowingMap, config: MapperConfig, *, calibration: tuple[str
     free = np.arange(count if poses_fixed else max(1, count - config.refine.max_keyframes), count)
     fixed = np.arange(count - len(free))
     ids = np.flatnonzero(map_.landmarks.has_point)
-    return _refine(map_, config, free, fixed, ids, config.refine.global_steps, calibration,
-                   whole=True)
+    return _refine(map_, config, free, fixed, ids, config.refine.global_steps, calibration)
 
 
 def _refine(map_: GrowingMap, config: MapperConfig, free: np.ndarray, fixed: np.ndarray,
-            ids: np.ndarray, steps: int, calibration: tuple[str, ...] = (),
-            *, whole: bool = False) -> float:
-    problem, rows, ids = bundle_problem(map_, config, free, fixed, ids, calibration, whole=whole)
+            ids: np.ndarray, steps: int, calibration: tuple[str, ...] = ()
+            ) -> float:
+    problem, rows, ids = bundle_problem(map_, config, free, fixed, ids, calibration)
     if problem is None:
         return 0.0
     result = bundle_adjust(problem, steps)
@@ -104,7 +103,7 @@ def _refine(map_: GrowingMap, config: MapperConfig, free: np.ndarray, fixed: np.
     map_.T_map_cam[used] = result.T_map_cam
     map_.landmarks.set_points_map(ids, result.points, map_.T_map_cam)
     if 'focal' in calibration or 'radial' in calibration:
-        _change_lens(map_, result.focal_scale, result.radial)
+        change_lens(map_, result.focal_scale, result.radial)
     if 'shift' in calibration:
         shift_inv_depth(map_, result.inv_depth_shift)
     # Beyond the tracking threshold: an observation that ties the window to an old place may
@@ -114,12 +113,12 @@ def _refine(map_: GrowingMap, config: MapperConfig, free: np.ndarray, fixed: np.
 
 
 def bundle_problem(map_: GrowingMap, config: MapperConfig, free: np.ndarray,
-                   fixed: np.ndarray, ids: np.ndarray, calibration: tuple[str, ...] = (),
-                   *, whole: bool = False) -> tuple[BundleProblem | None, np.ndarray, np.ndarray]:
+                   fixed: np.ndarray, ids: np.ndarray, calibration: tuple[str, ...] = ()
+                   ) -> tuple[BundleProblem | None, np.ndarray, np.ndarray]:
     """Bundle adjustment of landmarks ``ids`` and keyframes, with its rows and landmarks.
 
-    Poses in the order of ``free``, then ``fixed``. whole: of the whole map, see ``ALIKE``. The
-    problem is None where no landmark can be refined.
+    Poses in the order of ``free``, then ``fixed``. The problem is None
+    where no landmark can be refined.
     """
     table, used = map_.landmarks, np.concatenate([free, fixed])
     ids = ids[table.has_point[ids]]
@@ -138,16 +137,14 @@ def bundle_problem(map_: GrowingMap, config: MapperConfig, free: np.ndarray,
         map_.T_map_cam[used], table.points_map(ids, map_.T_map_cam),
         np.arange(len(used)) >= len(free), local[table.seen_keyframe[rows]], point_index,
         table.seen_xy[rows], table.seen_inv_depth[rows], table.seen_sigma[rows],
-        map_.keyframes[-1].camera.fx, _depth_noise(map_, table.seen_keyframe[rows], whole),
+        map_.keyframes[-1].camera.fx, _depth_noise(map_, table.seen_keyframe[rows]),
         config.refine.robust_px, calibration, from_this_pair(map_)[table.seen_keyframe[rows]])
     return problem, rows, ids
 
 
-def _depth_noise(map_: GrowingMap, keyframes: np.ndarray, whole: bool) -> np.ndarray:
+def _depth_noise(map_: GrowingMap, keyframes: np.ndarray) -> np.ndarray:
     """Standard deviation of 1/z [O] in observations by keyframes [O]."""
-    noise = map_.depth_noise
-    if whole:
-        noise = max(noise, min(ALIKE * map_.depth_spread, MAX_DEPTH_NOISE))
+    noise = max(map_.depth_noise, min(ALIKE * map_.depth_spread, MAX_DEPTH_NOISE))
     of_each = [noise if k.inv_depth_noise is None else k.inv_depth_noise
                for k in map_.keyframes]
     return np.array(of_each)[keyframes]
@@ -183,7 +180,7 @@ def calibrate_depth(map_: GrowingMap) -> None:
     map_.depth_spread = MAD_TO_STD * float(np.median(np.abs(error - np.median(error))))
 
 
-def _change_lens(map_: GrowingMap, focal_scale: float, radial: float) -> None:
+def change_lens(map_: GrowingMap, focal_scale: float, radial: float) -> None:
     """All cameras get another lens, and what was seen through it lies where it says now."""
     table = map_.landmarks
     by_keyframe = np.argsort(table.seen_keyframe, kind='stable')

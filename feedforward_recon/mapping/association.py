@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -107,14 +108,16 @@ def reassociate(map_: GrowingMap, id_: int, view: View, tracks: Tracks) -> Track
     return Tracks(tracks.gray, named[first], px[first])
 
 
-def associate_again(map_: GrowingMap) -> None:
-    """Find the landmarks of every keyframe in all keyframes around it, earlier ones too.
+def associate_again(map_: GrowingMap) -> Iterator[None]:
+    """Find the landmarks of every keyframe in all keyframes around it, one after the other.
 
     A new keyframe looks only for what is older; here each landmark gets its observations in the
     keyframes before it, and those that are one become one (docs/experiments.md, The finished map).
+    The map may grow between the keyframes.
     """
-    for keyframe in map_.keyframes:
+    for keyframe in tuple(map_.keyframes):
         _find_again(map_, keyframe, *_expected(map_, keyframe))
+        yield
 
 
 def _expected(map_: GrowingMap, keyframe: MapKeyframe

@@ -25,10 +25,12 @@ from feedforward_recon.mapping.loop_closure import Loop, close_loop, find_loop
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.preparation import Preparation
 from feedforward_recon.mapping.scene_map import Stats
+from feedforward_recon.mapping.skeleton import refine_skeleton
 
-# Keyframes after which what is open of the calibration is refined with the whole map. With fewer
-# than six, parallax says little of it; doubling keeps the cost in proportion to the walk; by hand.
-ROUNDS = (6, 12, 24, 48)
+# Keyframes after which the whole map is refined, with what is open of the calibration. With fewer
+# than six, parallax says little of it; doubling keeps the cost in proportion to the walk
+# (docs/experiments.md, Poses while driving).
+ROUNDS = tuple(6 * 2**i for i in range(12))
 # What is left of the calibration error of a stereo pair spoils every step from the first on, so it
 # is looked for as soon as there is parallax (docs/experiments.md, Stereo).
 PAIR_ROUNDS = (3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48)
@@ -38,7 +40,7 @@ class Backlog:
     """Work on the map that need not be done before the next frame is tracked.
 
     feed: on the way to the scene memory. What a keyframe is followed by goes before the pieces of
-    a loop closure.
+    a loop closure or of the refinement of the whole map.
     """
 
     def __init__(self, map_: GrowingMap, feed: MemoryFeed, history: EstimateHistory,
@@ -47,17 +49,17 @@ class Backlog:
         self._map, self._history, self._preparation = map_, history, preparation
         self._stats = stats
         self._due: deque[Callable[[], object]] = deque()
-        self._closing: Iterator[None] | None = None
+        self._pieces: Iterator[None] | None = None
 
     @property
     def is_due(self) -> bool:
-        """Work on the last keyframe is left (pieces of a loop closure are not counted)."""
+        """Work on the last keyframe is left (what comes in pieces is not counted)."""
         return bool(self._due)
 
     def clear(self) -> None:
         """The map was given up."""
         self._due.clear()
-        self._closing = None
+        self._pieces = None
         self.feed.restart()
 
     def follow_up(self, *, exact: bool, metric: bool) -> None:
@@ -70,9 +72,9 @@ class Backlog:
 
     def work(self) -> bool:
         """One piece; False when nothing is left."""
-        if not self._due and self._closing is None:
+        if not self._due and self._pieces is None:
             return False
-        (self._due.popleft() if self._due else self._close_further)()
+        (self._due.popleft() if self._due else self._next_piece)()
         return True
 
     def refine_all(self, config: MapperConfig, calibration: tuple[str, ...] = (), *,
@@ -100,13 +102,14 @@ class Backlog:
                      (last.refine.loop_steps, last.refine.global_steps // 2 + 1))
         for config in (*first, few):
             self.refine_all(config, calibration, exact=exact)
-        associate_again(self._map)
+        for _ in associate_again(self._map):
+            pass  # no frame waits
         self.refine_all(half, calibration, exact=exact)
 
     def _close_loops(self, *, with_scale: bool) -> None:
         """Look for a loop of the newest keyframe; where the map is off, correct it."""
         newest, config = len(self._map) - 1, self._map.config
-        if newest % config.loops.every or self._closing is not None:
+        if newest % config.loops.every or self._pieces is not None:
             return
         loop = find_loop(self._map, config, newest)
         if loop is None:
@@ -123,12 +126,12 @@ class Backlog:
         with_scale: of a map without metric scale, whose scale drifts too.
         """
         self._stats.corrections += 1
-        self._closing = close_loop(self._map, self._map.config, loop, with_scale=with_scale,
+        self._pieces = close_loop(self._map, self._map.config, loop, with_scale=with_scale,
                                    corrected=self._corrected)
 
-    def _close_further(self) -> None:
-        if self._closing is not None and next(self._closing, self) is self:
-            self._closing = None
+    def _next_piece(self) -> None:
+        if self._pieces is not None and next(self._pieces, self) is self:
+            self._pieces = None
 
     def _corrected(self, scale: np.ndarray) -> None:
         self._history.rescale(scale)
@@ -144,11 +147,22 @@ class Backlog:
 
     def _calibrate(self) -> None:
         """What is open of the calibration, and the trust in depth: early, and then rarely."""
-        calibration, config = self._open_calibration, self._map.config
+        calibration = self._open_calibration
         rounds = PAIR_ROUNDS if 'shift' in calibration else ROUNDS
         if not (calibration or self._preparation.metric) or len(self._map) not in rounds:
             return
-        if not {'focal', 'shift'} & {*calibration}:  # little is off, so a few steps do
-            config = replace(config, refine=replace(
-                config.refine, global_steps=config.refine.loop_steps))
-        self.refine_all(config, calibration)
+        if {'focal', 'shift'} & {*calibration}:  # they may be far off, and nothing is right then
+            self.refine_all(self._map.config, calibration)
+        elif self._pieces is None:
+            self._pieces = self._refine_so_far(calibration)
+
+    def _refine_so_far(self, calibration: tuple[str, ...]) -> Iterator[None]:
+        """Look again for landmarks, and refine the whole map, in pieces."""
+        def corrected(scale: np.ndarray) -> None:
+            self._corrected(scale)
+            # At once: the next frame is tracked in a map that is seen through this lens.
+            self._preparation.adopt_calibration(self._map.keyframes[-1].camera, 0.0, calibration)
+
+        yield from associate_again(self._map)
+        yield from refine_skeleton(self._map, self._map.config, corrected, calibration)
+        calibrate_depth(self._map)

@@ -28,6 +28,10 @@ START_POINTS = 50
 # Share of the first tracks that must be left: with fewer the two views hardly overlap, and a newer
 # first frame does better; chosen by hand.
 MIN_SHARE = 0.3
+# Median angle between the rays of the first landmarks. With less the first poses are off by a
+# twentieth of the depth and more; what tracks are lost lowers it to nothing, since waiting no
+# longer helps then; chosen by hand (docs/experiments.md, Poses while driving).
+START_PARALLAX_DEG = 1.5
 MAX_WAITING = 1000  # frames kept, without their images, for a pose later: 33 s at 30 Hz
 EMPTY = np.zeros((0, 0), np.uint8)  # in place of images that are not needed any more
 
@@ -74,7 +78,9 @@ class Bootstrap:
             log.debug('not yet: %s', error)
             return None
         firm = two.inliers & (two.angle_deg > self.config.keyframes.min_parallax_deg)
-        return two if firm.sum() >= START_POINTS else None
+        left = (len(tracks.ids) / self._count - MIN_SHARE) / (1 - MIN_SHARE)
+        wide = np.median(two.angle_deg[two.inliers]) >= START_PARALLAX_DEG * left
+        return two if wide and firm.sum() >= START_POINTS else None
 
     def complete(self, map_: GrowingMap) -> list[tuple[View, PoseFit]]:
         """Fix the unit of a map of two keyframes, refine it, and place the frames between.

@@ -2,7 +2,7 @@
 
 Retrieval by global descriptor, verification by PnP, then a pose graph over covisible keyframes
 (Strasdat et al. 2010; the scale is free in monocular maps), and bundle adjustment of a skeleton of
-the map, in the spirit of skeletal graphs (Snavely et al. 2008).
+the map.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from feedforward_recon.geometry.posegraph import (
     pose_graph_steps,
     relative_edges,
 )
-from feedforward_recon.geometry.refine import bundle_pieces
 from feedforward_recon.geometry.transforms import inverse, transform_points
-from feedforward_recon.mapping.adjustment import bundle_problem, refine_points
 from feedforward_recon.mapping.association import fuse_loop
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.matching import match_mutual
+from feedforward_recon.mapping.skeleton import Correction, apply_correction, refine_skeleton
 
 log = logging.getLogger(__name__)
 # Shared landmarks above which no loop is searched: bundle adjustment holds such keyframes together
@@ -36,14 +35,10 @@ WELL_CONNECTED = 60
 # Shared landmarks that make an edge of the pose graph, as in ORB-SLAM (Mur-Artal 2015).
 COVISIBLE = 30
 LOOP_WEIGHT = 3.0  # of a loop against odometry edges: it was verified by PnP; chosen by hand
-# The next four: docs/experiments.md, A loop closed in pieces.
+# The next two: docs/experiments.md, A loop closed in pieces.
 RECENT = 8  # keyframes just before one, which share its view; as loops.min_age
 # Edges of a keyframe to recent and to older ones: 70 ms where all covisible pairs took 1.2 s.
 STRONGEST = 3
-# Keyframes that bundle adjustment moves after the pose graph, and older ones that stay fixed.
-SKELETON, FIXED = 100, 20
-# Landmarks that take part, each counted once per keyframe: they bound the cost of a step.
-BEST = 10_000
 ROWS = 100  # keyframes whose covisibility is counted in one piece; chosen by hand
 PNP_ITERATIONS = 200  # few are enough: most matches of a true loop agree; chosen by hand
 
@@ -118,14 +113,6 @@ def _described(map_: GrowingMap, id_: int, old: int, fit: PoseFit, points: np.nd
                 float(np.median(shift_px)), fit.count)
 
 
-@dataclass(frozen=True)
-class Correction:
-    """Keyframes that were at ``T_before`` [K, 4, 4] belong at ``after``, with scales."""
-
-    T_before: np.ndarray
-    after: PoseGraph
-
-
 def optimise_pose_graph(map_: GrowingMap, loop: Loop, *, with_scale: bool
                         ) -> Iterator[Correction | None]:
     """Optimise the poses of all keyframes, in pieces: None, .., the correction.
@@ -148,28 +135,12 @@ def optimise_pose_graph(map_: GrowingMap, loop: Loop, *, with_scale: bool
     yield Correction(before.T_map_cam, after)
 
 
-def apply_correction(map_: GrowingMap, correction: Correction) -> np.ndarray:
-    """Move all keyframes and their landmarks; returns the scale of each keyframe [K].
-
-    A keyframe that was refined in the meantime keeps what it gained, and those that came
-    later move with the last one that the correction knew.
-    """
-    known = np.minimum(np.arange(len(map_)), len(correction.T_before) - 1)
-    scale = correction.after.scale[known]
-    gained = inverse(correction.T_before)[known] @ map_.T_map_cam
-    gained[:, :3, 3] *= scale[:, None]
-    map_.T_map_cam = correction.after.T_map_cam[known] @ gained
-    map_.landmarks.point_cam *= scale[map_.landmarks.anchor][:, None]
-    return scale
-
-
 def close_loop(map_: GrowingMap, config: MapperConfig, loop: Loop, *, with_scale: bool,
                corrected: Callable[[np.ndarray], None]) -> Iterator[None]:
     """Close a loop in pieces of bounded cost, between which the map may grow.
 
-    First the pose graph, then bundle adjustment of a skeleton of the map, then all landmarks
-    from all their views. corrected: called with the scale of each keyframe [K] after the first
-    and the second, when keyframes have moved.
+    First the pose graph, then a skeleton of the map and all landmarks (``refine_skeleton``).
+    corrected: called with the scale of each keyframe [K] whenever keyframes have moved.
     """
     for correction in optimise_pose_graph(map_, loop, with_scale=with_scale):
         if correction is None:
@@ -180,60 +151,7 @@ def close_loop(map_: GrowingMap, config: MapperConfig, loop: Loop, *, with_scale
              loop.shift_px, loop.scale)
     fuse_loop(map_, loop.id, loop.features, loop.landmarks)
     yield
-    for correction in adjust_skeleton(map_, config):
-        if correction is None:
-            yield
-        else:
-            corrected(apply_correction(map_, correction))
-    yield from refine_points(map_, config)
-
-
-def adjust_skeleton(map_: GrowingMap, config: MapperConfig) -> Iterator[Correction | None]:
-    """Bundle adjustment of every few keyframes and their best landmarks.
-
-    The others move with the nearest of them. All landmarks of all keyframes would cost ten
-    times as much and end in the same place.
-    """
-    count = len(map_)
-    newest = np.arange(max(1, count - config.refine.max_keyframes), count)
-    free = newest[::-1][::-(-len(newest) // SKELETON)][::-1]
-    T_before = map_.T_map_cam.copy()
-    table = map_.landmarks
-    used = np.zeros(count, bool)
-    used[free] = True
-    shared = table.shared(table.seen_landmark[used[table.seen_keyframe]], count)
-    shared[newest] = 0
-    shared[0] = count + shared.max()
-    fixed = np.argsort(-shared, kind='stable')[:FIXED]
-    fixed = fixed[shared[fixed] > 0]
-    used[fixed] = True
-    problem, *_ = bundle_problem(map_, config, free, fixed, _best_landmarks(map_, used))
-    if problem is None:
-        return
-    for result in bundle_pieces(problem, config.refine.loop_steps):
-        if result is None:
-            yield None
-        else:
-            middle = (free[1:] + free[:-1] + 1) // 2
-            nearest = np.searchsorted(middle, np.arange(count), 'right')
-            motion = result.T_map_cam[:len(free)] @ inverse(T_before[free])
-            after = motion[nearest] @ T_before
-            after[:free[0]] = T_before[:free[0]]
-            yield Correction(T_before, PoseGraph(after, np.ones(count)))
-
-
-def _best_landmarks(map_: GrowingMap, used: np.ndarray) -> np.ndarray:
-    """Landmarks seen from the most distant keyframes, as many of each used one (mask [K])."""
-    table = map_.landmarks
-    rows = np.flatnonzero(used[table.seen_keyframe] & table.has_point[table.seen_landmark])
-    landmark, keyframe = table.seen_landmark[rows], table.seen_keyframe[rows]
-    first, last = np.full(len(table), len(map_)), np.zeros(len(table), int)
-    np.minimum.at(first, landmark, keyframe)
-    np.maximum.at(last, landmark, keyframe)
-    order = np.lexsort((first[landmark] - last[landmark], keyframe))
-    start = np.searchsorted(keyframe[order], np.arange(len(map_)))
-    rank = np.arange(len(rows)) - start[keyframe[order]]
-    return np.unique(landmark[order[rank < BEST // used.sum()]])
+    yield from refine_skeleton(map_, config, corrected)
 
 
 def _loop_edge(map_: GrowingMap, loop: Loop, with_scale: bool) -> PoseGraphEdges:
