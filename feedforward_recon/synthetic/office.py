@@ -21,24 +21,37 @@ DEPTH_M, HEIGHT_M = 4.6, 2.7
 END_M = 1.2  # free floor beyond the first and the last cubicle
 AISLE_Y_M = (-0.9, -0.2)  # where the camera walks: the cubicles are on the far side, y > 0.4
 SHELL_TEXELS_PER_M = 120.0  # plain walls, without marks of use that would tell where one is
+DESK_M, DESK_TOP_M = 0.5, 0.74  # from the wall to the middle of a desk; its height
+SHELL_FACES = 6  # faces_of begins with them
 PERSONAL = 0.3  # share of the cubicles in which somebody has things of his own
 
 
-def office(seed: int, cubicles: int = 8, pitch_m: float = 1.8) -> Room:
-    """The office of a seed: a room with x along the row of ``cubicles``."""
+def office(seed: int, cubicles: int = 8, pitch_m: float = 1.8, *, same_things: bool = True
+           ) -> Room:
+    """The office of a seed: a room with x along the row of ``cubicles``.
+
+    same_things: what stands and hangs around the desks is alike too; else only desks, chairs,
+    drawers, carpets and windows are.
+    """
     rng = np.random.default_rng((seed, 7))
     size = np.array([cubicles * pitch_m + 2 * END_M, DEPTH_M, HEIGHT_M])
-    copies = int(rng.integers(2**31))
-    unit = _cubicle(rng, pitch_m)
+    furniture, things = _furniture(rng, pitch_m), _things(rng, pitch_m)
+    paint, own_paint = (int(rng.integers(2**31)) for _ in range(2))
     places = [(i - (cubicles - 1) / 2) * pitch_m for i in range(cubicles)]
     boxes, faces = _ends(rng, size), _shell(rng, size)
-    faces += faces_of(rng, size, boxes)[len(faces):]
-    for x in places:
-        own = _personal(rng, x) if rng.random() < PERSONAL else []
-        alike = [replace(box, centre=box.centre + (x, 0, 0)) for box in unit]
-        faces += faces_of(np.random.default_rng(copies), size, alike)[6:]
-        faces += faces_of(rng, size, own)[6:]
-        boxes += alike + own
+    faces += _faces(rng, size, boxes)
+    for number, x in enumerate(places):
+        painter = np.random.default_rng(paint)
+        parts = [(furniture, painter), (things, painter)]
+        if not same_things:
+            own = np.random.default_rng((own_paint, number))
+            parts[1] = (_things(own, pitch_m), own)
+        if rng.random() < PERSONAL:
+            parts.append((_personal(rng), rng))
+        for part, painter in parts:
+            placed = [replace(box, centre=box.centre + (x, 0, 0)) for box in part]
+            boxes += placed
+            faces += _faces(painter, size, placed)
     lamps = [Lamp(np.array([x, -0.4, HEIGHT_M - 0.1]), 0.3, np.full(3, 1.8))
              for x in places[::2]]
     return Room(seed, size, boxes, faces, lamps)
@@ -68,47 +81,55 @@ def _shell(rng: np.random.Generator, size: NDArray) -> list[Face]:
             for face in faces_of(rng, size, [])]
 
 
-def _cubicle(rng: np.random.Generator, pitch_m: float) -> list[Box]:
-    """Furniture of one cubicle, and the piece of the far side opposite it, around x = 0."""
+def _faces(rng: np.random.Generator, size: NDArray, boxes: list[Box]) -> list[Face]:
+    """Those of the boxes alone; the shell's come first and are drawn from a copy of the room."""
+    return faces_of(rng, size, boxes)[SHELL_FACES:]
+
+
+def _box(kind: str, centre: tuple[float, float, float], half: tuple[float, float, float],
+         yaw: float = 0.0) -> Box:
+    return Box(kind, np.array(centre), np.array(half), yaw)
+
+
+def _furniture(rng: np.random.Generator, pitch_m: float) -> list[Box]:
+    """Desk, drawers, chair and carpet of a cubicle around x = 0, and what is opposite it."""
     half, wall = pitch_m / 2, DEPTH_M / 2
-    desk_y, top = wall - 0.5, rng.uniform(0.7, 0.78)
+    desk_y, top, chair = wall - DESK_M, DESK_TOP_M, rng.uniform(-0.2, 0.2)
+    return [_box('table', (0.0, desk_y, top), (half - 0.15, 0.38, 0.02)),
+            _box('cabinet', (half - 0.45, desk_y, top / 2 - 0.02), (0.22, 0.3, top / 2 - 0.03)),
+            _box('rug', (0.0, 0.0, 0.004), (half, 1.0, 0.004)),
+            _box('sofa', (chair, desk_y - 0.6, 0.46), (0.22, 0.22, 0.04)),
+            _box('sofa', (chair, desk_y - 0.8, 0.78), (0.2, 0.03, 0.24)),
+            _box('leg', (chair, desk_y - 0.6, 0.21), (0.03, 0.03, 0.2)),
+            _box('window', (0.0, -wall + 0.02, 1.6), (0.6, 0.015, 0.5)),
+            _box('cabinet', (0.0, -wall + 0.2, 0.4), (half - 0.1, 0.18, 0.4), np.pi)]
 
-    def box(kind: str, centre: tuple[float, float, float], size: tuple[float, float, float],
-            yaw: float = 0.0) -> Box:
-        return Box(kind, np.array(centre), np.array(size), yaw)
 
-    boxes = [box('sofa', (-half + 0.03, wall - 0.75, 0.7), (0.025, 0.7, 0.7)),
-             box('sofa', (0.0, wall - 0.03, 0.75), (half - 0.02, 0.02, 0.75)),
-             box('table', (0.0, desk_y, top), (half - 0.15, 0.38, 0.02)),
-             box('cabinet', (half - 0.45, desk_y, top / 2 - 0.02), (0.22, 0.3, top / 2 - 0.03)),
-             box('shelf', (0.0, wall - 0.18, 1.45), (half - 0.3, 0.13, 0.015)),
-             box('rug', (0.0, 0.0, 0.004), (half, 1.0, 0.004))]
-    screen_x, turn = rng.uniform(-0.25, 0.25), rng.normal(0, 0.1)
-    boxes += [box('picture', (screen_x, desk_y + 0.12, top + 0.36), (0.3, 0.015, 0.18), turn),
-              box('leg', (screen_x, desk_y + 0.17, top + 0.11), (0.03, 0.02, 0.09)),
-              box('picture', (rng.uniform(-0.4, 0.4), wall - 0.01, 2.0), (0.35, 0.01, 0.25)),
-              box('books', (-0.25, wall - 0.18, 1.57), (0.2, 0.09, 0.105)),
-              box('object', (0.3, wall - 0.18, 1.53), (0.08, 0.06, 0.065))]
-    for x in (-half + 0.35, screen_x - 0.05, half - 0.35):
+def _things(rng: np.random.Generator, pitch_m: float) -> list[Box]:
+    """Partitions of a cubicle around x = 0, its shelf, screen, picture and small things."""
+    half, wall = pitch_m / 2, DEPTH_M / 2
+    desk_y, top = wall - DESK_M, DESK_TOP_M
+    screen, turn = rng.uniform(-0.25, 0.25), rng.normal(0, 0.1)
+    boxes = [_box('sofa', (-half + 0.03, wall - 0.75, 0.7), (0.025, 0.7, 0.7)),
+             _box('sofa', (0.0, wall - 0.03, 0.75), (half - 0.02, 0.02, 0.75)),
+             _box('shelf', (0.0, wall - 0.18, 1.45), (half - 0.3, 0.13, 0.015)),
+             _box('picture', (screen, desk_y + 0.12, top + 0.36), (0.3, 0.015, 0.18), turn),
+             _box('leg', (screen, desk_y + 0.17, top + 0.11), (0.03, 0.02, 0.09)),
+             _box('picture', (rng.uniform(-0.4, 0.4), wall - 0.01, 2.0), (0.35, 0.01, 0.25)),
+             _box('books', (-0.25, wall - 0.18, 1.57), (0.2, 0.09, 0.105)),
+             _box('object', (0.3, wall - 0.18, 1.53), (0.08, 0.06, 0.065))]
+    for x in (-half + 0.35, screen - 0.05, half - 0.35):
         size = rng.uniform((0.04, 0.04, 0.03), (0.1, 0.09, 0.12))
-        boxes.append(box('object', (x, desk_y - 0.2, top + 0.02 + size[2]), tuple(size),
+        boxes.append(Box('object', np.array([x, desk_y - 0.2, top + 0.02 + size[2]]), size,
                          rng.normal(0, 0.6)))
-    chair = rng.uniform(-0.2, 0.2)
-    boxes += [box('sofa', (chair, desk_y - 0.6, 0.46), (0.22, 0.22, 0.04)),
-              box('sofa', (chair, desk_y - 0.8, 0.78), (0.2, 0.03, 0.24)),
-              box('leg', (chair, desk_y - 0.6, 0.21), (0.03, 0.03, 0.2)),
-              box('window', (0.0, -wall + 0.02, 1.6), (0.6, 0.015, 0.5)),
-              box('cabinet', (0.0, -wall + 0.2, 0.4), (half - 0.1, 0.18, 0.4), np.pi)]
     return boxes
 
 
-def _personal(rng: np.random.Generator, x: float) -> list[Box]:
+def _personal(rng: np.random.Generator) -> list[Box]:
     """A picture of one's own on the wall and a thing on the shelf."""
-    wall = DEPTH_M / 2
-    side = rng.choice([-1, 1])
-    return [Box('picture', np.array([x + side * 0.6, wall - 0.06, 1.15]),
-                np.array([0.18, 0.008, 0.14])),
-            Box('object', np.array([x + 0.05, wall - 0.18, 1.56]), np.array([0.07, 0.07, 0.09]))]
+    wall, side = DEPTH_M / 2, rng.choice([-1, 1])
+    return [_box('picture', (side * 0.6, wall - 0.06, 1.15), (0.18, 0.008, 0.14)),
+            _box('object', (0.05, wall - 0.18, 1.56), (0.07, 0.07, 0.09))]
 
 
 def _ends(rng: np.random.Generator, size: NDArray) -> list[Box]:
