@@ -13,7 +13,6 @@ import time
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from scipy.spatial import cKDTree
 
 from feedforward_recon.config.schema import LocalizerConfig
@@ -21,6 +20,7 @@ from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.pnp import PoseFit, pnp_ransac, refine_pose
 from feedforward_recon.geometry.transforms import inverse, transform_points
+from feedforward_recon.localization.slot_search import Similarities, SlotSearch
 from feedforward_recon.memory.scene_memory import SceneMemory
 from feedforward_recon.model import Encoder
 from feedforward_recon.types import Estimate, Features, Frame, Status
@@ -33,6 +33,9 @@ OUTLIER_SIGMAS = 3.0  # expected errors; 99.7 % of normal errors are smaller
 # A refinement that moves the view by less finds the same matches again: a quarter of the time of a
 # query, as accurate (docs/experiments.md, Speed of the online loop and of a query).
 CONVERGED_PX = 2.0
+# A slot elsewhere in the map is like a feature with a cosine of ALIKE and ALIKE_MARGIN below the
+# best at most: docs/experiments.md, Repeated furniture.
+ALIKE, ALIKE_MARGIN = 0.8, 0.1
 SHIFT_STEP = 10  # one slot in so many is projected: hundreds are enough for a median
 # Expected error of a slot match: SLOT_PX, that of a corner, and up to SLOT_PX_UNLIKE more the less
 # similar the descriptors are; chosen by hand.
@@ -88,7 +91,7 @@ class Localizer:
         self.memory, self.encoder, self.camera = memory, encoder, camera
         self.config = config or LocalizerConfig()
         # Half precision finds the nearest slots; what is decided from them is exact.
-        self._keys = memory.descriptors.T.to(torch.bfloat16).contiguous()  # [D, V]
+        self._search = SlotSearch(memory.descriptors, memory.points)
         self._values = memory.descriptors.numpy()
 
     def localize(self, frame: Frame, T_map_cam_hint: np.ndarray | None = None) -> Estimate:
@@ -131,7 +134,8 @@ class Localizer:
         """``localize_matched`` of an encoded image (stamp, source and latency are left empty)."""
         if len(features) < self.config.min_inliers:
             return _refused(_refusal('TOO_FEW_FEATURES'))
-        slots, network = self._from_slots(features), _no_matches()
+        similar = self._search.compare(features.descriptors[:self.config.slot_queries])
+        slots, network = self._from_slots(features, similar), _no_matches()
         first = self._first_poses(slots, camera)
         if not any(fit.count > self.config.sure_share * len(slots) for fit in first):
             network = self._from_network(features)
@@ -144,10 +148,15 @@ class Localizer:
         start, (final, matches) = max(fits, key=lambda fit: fit[1][0].count)
         if self.shift_px(start, final.T_map_cam, camera) > CONVERGED_PX:
             final, matches = self._refined(final.T_map_cam, features, network, camera)
+        matches = matches.select(np.flatnonzero(final.inliers))
         estimate = self._judged(final, slots if len(self._values) else network, camera)
+        if estimate.T_map_cam is not None and not self._near(T_map_cam_hint, final, camera) \
+                and self._own_share(final, matches, similar, camera) < self.config.min_own_share:
+            estimate = replace(estimate, status=Status.NOT_LOCALISED, reason='AMBIGUOUS',
+                               T_map_cam=None, covariance=None)
         if estimate.T_map_cam is None:
             return _refused(estimate)
-        return MatchedEstimate(estimate, matches.select(np.flatnonzero(final.inliers)))
+        return MatchedEstimate(estimate, matches)
 
     def _from_network(self, features: Features) -> Matches:
         """The answers of the coordinate network that expect the smallest errors."""
@@ -156,13 +165,12 @@ class Localizer:
         return Matches(points[best], features.keypoints[best], best,
                        np.maximum(sigma_px[best], MIN_SIGMA_PX))
 
-    def _from_slots(self, features: Features) -> Matches:
+    def _from_slots(self, features: Features, similar: Similarities) -> Matches:
         """Mutual nearest neighbours between the most confident features and all slots."""
         if not len(self._values):
             return _no_matches()
-        count = min(self.config.slot_queries, len(features))
-        queries = features.descriptors[:count]
-        slot = (torch.from_numpy(queries).to(torch.bfloat16) @ self._keys).max(1).indices.numpy()
+        slot = similar.nearest()
+        queries = features.descriptors[:len(slot)]
         cosines = queries @ self._values[slot].T  # [count, count]
         similarity = cosines.diagonal()
         chosen = np.flatnonzero((similarity >= cosines.max(0))
@@ -252,6 +260,29 @@ class Localizer:
             return replace(estimate, reason='AMBIGUOUS')
         return replace(estimate, status=Status.TRACKING, T_map_cam=fit.T_map_cam,
                        covariance=fit.covariance)
+
+    def _near(self, T_map_cam: np.ndarray | None, fit: PoseFit, camera: Camera) -> bool:
+        """Whether a pose says the same place as a fit."""
+        return T_map_cam is not None and self.shift_px(
+            T_map_cam, fit.T_map_cam, camera) < ELSEWHERE * self.config.search_px
+
+    def _own_share(self, fit: PoseFit, matches: Matches, similar: Similarities,
+                   camera: Camera) -> float:
+        """Share of the agreeing matches whose features look like no slot of another place.
+
+        In a row of like desks any of them confirms a pose before any other. Only what the map
+        has once says where the camera is.
+        """
+        asked = np.flatnonzero(matches.feature < similar.best.shape[1])
+        if not len(asked):
+            return 1.0
+        row, slot = similar.alike(matches.feature[asked], ALIKE, ALIKE_MARGIN)
+        pixels = camera.project(transform_points(inverse(fit.T_map_cam),
+                                                 self.memory.points[slot]))
+        with np.errstate(invalid='ignore'):
+            here = np.linalg.norm(pixels - matches.pixels[asked[row]], axis=1) \
+                < ELSEWHERE * self.config.search_px
+        return 1.0 - len(np.unique(row[~here])) / len(asked)
 
     def _runner_up(self, rest: Matches, camera: Camera) -> int:
         """Votes for the best pose among the candidates that disagree with the answer."""
