@@ -38,8 +38,8 @@ class SlotSearch:
 class Similarities:
     """Cosines of Q features with the slots of R regions, exact to 0.004.
 
-    slots: index [R * REGION] of the slot at each place; blocks: bfloat16 [R, REGION, Q]; best: largest
-    value of each region, bfloat16 [R, Q].
+    slots: index [R * REGION] of the slot at each place; blocks: bfloat16 [R, REGION, Q]; best:
+    largest value of each region, bfloat16 [R, Q].
     """
 
     slots: np.ndarray
