@@ -52,8 +52,8 @@ def office(seed: int, cubicles: int = 8, pitch_m: float = 1.8, *, same_things: b
             placed = [replace(box, centre=box.centre + (x, 0, 0)) for box in part]
             boxes += placed
             faces += _faces(painter, size, placed)
-    lamps = [Lamp(np.array([x, -0.4, HEIGHT_M - 0.1]), 0.3, np.full(3, 1.8))
-             for x in places[::2]]
+    lamps = [Lamp(np.array([x, -0.4, HEIGHT_M - 0.1]), 0.3, np.full(3, 0.9))
+             for x in places]
     return Room(seed, size, boxes, faces, lamps)
 
 
