@@ -1,4 +1,4 @@
-"""Furniture that the map has several times, or that stands elsewhere too, does not say where one is."""
+"""Furniture that the map has several times, or that stands elsewhere too, tells no place."""
 
 from __future__ import annotations
 

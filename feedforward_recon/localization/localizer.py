@@ -20,7 +20,7 @@ from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.pnp import PoseFit, pnp_ransac, refine_pose
 from feedforward_recon.geometry.transforms import inverse, transform_points
-from feedforward_recon.localization.evidence import likeness, own_share
+from feedforward_recon.localization.evidence import Answer, holds
 from feedforward_recon.localization.slot_search import Similarities, SlotSearch
 from feedforward_recon.memory.scene_memory import SceneMemory
 from feedforward_recon.model import Encoder
@@ -34,9 +34,6 @@ OUTLIER_SIGMAS = 3.0  # expected errors; 99.7 % of normal errors are smaller
 # A refinement that moves the view by less finds the same matches again: a quarter of the time of a
 # query, as accurate (docs/experiments.md, Speed of the online loop and of a query).
 CONVERGED_PX = 2.0
-# Below this score an answer rests on little of what the image shows, and the rest is asked too:
-# docs/experiments.md, Repeated furniture.
-LOW_SCORE = 0.3
 SHIFT_STEP = 10  # one slot in so many is projected: hundreds are enough for a median
 # Expected error of a slot match: SLOT_PX, that of a corner, and up to SLOT_PX_UNLIKE more the less
 # similar the descriptors are; chosen by hand.
@@ -151,10 +148,15 @@ class Localizer:
             final, matches = self._refined(final.T_map_cam, features, network, camera)
         matches = matches.select(np.flatnonzero(final.inliers))
         estimate = self._judged(final, slots if len(self._values) else network, camera)
-        if estimate.T_map_cam is not None and not self._near(T_map_cam_hint, final, camera) \
-                and self._could_be_elsewhere(estimate, matches, features, similar, camera):
-            estimate = replace(estimate, status=Status.NOT_LOCALISED, reason='AMBIGUOUS',
-                               T_map_cam=None, covariance=None)
+        if self.config.refuse_lookalikes and estimate.T_map_cam is not None \
+                and not self._near(T_map_cam_hint, final, camera):
+            answer = Answer(final.T_map_cam, estimate.score, matches.feature, matches.pixels,
+                            similar)
+            if len(self._values) and not holds(answer, features, self.memory, camera,
+                                               ELSEWHERE * self.config.search_px,
+                                               self.config.seed):
+                return _refused(replace(estimate, status=Status.NOT_LOCALISED, T_map_cam=None,
+                                        covariance=None, reason='AMBIGUOUS'))
         if estimate.T_map_cam is None:
             return _refused(estimate)
         return MatchedEstimate(estimate, matches)
@@ -266,18 +268,6 @@ class Localizer:
         """Whether a pose says the same place as a fit."""
         return T_map_cam is not None and self.shift_px(
             T_map_cam, fit.T_map_cam, camera) < ELSEWHERE * self.config.search_px
-
-    def _could_be_elsewhere(self, estimate: Estimate, matches: Matches, features: Features,
-                            similar: Similarities, camera: Camera) -> bool:
-        """Whether what agrees with an answer is in other places too, or the rest disagrees."""
-        T_map_cam, config = estimate.T_map_cam, self.config
-        if T_map_cam is None or not len(self._values):
-            return False
-        if own_share(T_map_cam, matches.feature, matches.pixels, similar, self.memory.points,
-                     camera, ELSEWHERE * config.search_px) < config.min_own_share:
-            return True
-        return estimate.score < LOW_SCORE and likeness(
-            T_map_cam, features, self.memory, camera) < config.min_likeness
 
     def _runner_up(self, rest: Matches, camera: Camera) -> int:
         """Votes for the best pose among the candidates that disagree with the answer."""
