@@ -110,6 +110,35 @@ def test_a_chair_is_no_room(cubicle):
     assert estimate.reason == 'AMBIGUOUS'
 
 
+def test_a_copy_that_was_mapped_from_another_side_is_a_rival_too(cubicle):
+    """Two thirds of it look too little alike by themselves; around the rival's pose they count."""
+    one, other = copy_of(cubicle, 0, 0.02), copy_of(cubicle, 1, 0.06)
+    descriptors = other.descriptors.copy()
+    changed = np.arange(len(descriptors)) % 3 > 0
+    descriptors[changed] = copy_of(cubicle, 1, 0.16).descriptors[changed]
+    localizer = localizer_of(joined(one, OracleScene(other.points, descriptors)), places=2)
+    pose = poses_around(1, seed=80)[0]
+    features, _ = copy_of(cubicle, 3, 0.02).features(at(3, pose), seed=1)
+    assert localizer.localize_features(features, CAMERA).estimate.reason == 'AMBIGUOUS'
+
+
+def test_what_is_far_speaks_for_a_place_though_a_rival_beside_it_sees_it_too(cubicle):
+    """Half a metre aside the near things are again; the far ones are the same, not others."""
+    rng = np.random.default_rng(5)
+    near = OracleScene(cubicle.points[:150], cubicle.descriptors[:150])
+    beside = OracleScene(near.points + (0.6, 0, 0), unit(
+        near.descriptors + 0.02 * rng.normal(size=near.descriptors.shape)))
+    far = OracleScene(rng.uniform((-40, -25, 60), (40, 25, 80), (400, 3)),
+                      unit(rng.normal(size=(400, DIM))))
+    world = joined(near, beside, far)
+    localizer = localizer_of(world, places=1)
+    for seed in range(3):
+        pose = poses_around(1, seed=90 + seed)[0]
+        features, _ = world.features(pose, seed=seed)
+        found = localizer.localize_features(features, CAMERA).estimate.T_map_cam
+        assert pose_error(found, pose)[0] < 0.05
+
+
 def test_the_search_finds_the_nearest_slots_and_all_that_are_alike():
     rng = np.random.default_rng(0)
     points, slots = rng.normal(size=(700, 3)), unit(rng.normal(size=(700, DIM)))
