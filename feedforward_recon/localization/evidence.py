@@ -25,9 +25,9 @@ from feedforward_recon.types import Features
 ALIKE, ALIKE_MARGIN, ALIKE_AT_RIVAL = 0.8, 0.1, 0.6
 RIVALS, RIVAL_ITERATIONS, RIVAL_VOTES = 3, 150, 8  # places that are tried, each by a robust search
 RARE = 0.85  # share above which no rival has to be looked for: it is reached in ordinary rooms
-# The share of own matches that an answer needs with a score of SURE_SCORE, and with less. Below
-# LOW_SCORE the rest of the image must not disagree either.
-SURE_SCORE, NEEDED_IF_SURE, NEEDED = 0.6, 0.3, 0.6
+# The share of own matches that an answer needs with a score of SURE_SCORE, and with less, where a
+# rival was found and where none was. Below LOW_SCORE the rest must not disagree either.
+SURE_SCORE, NEEDED_IF_SURE, NEEDED, NEEDED_ALONE = 0.6, 0.3, 0.6, 0.5
 LOW_SCORE, MIN_LIKENESS = 0.3, 0.3
 CONFIRMED = 3  # slots seen less often may be wrong
 SAME_PLACE_PX = 4.0  # between a feature and a slot that may be the same point
@@ -55,16 +55,22 @@ def holds(answer: Answer, features: Features, memory: SceneMemory, camera: Camer
 
     near_px: slots projected nearer to a feature than that are of the same place.
     """
-    needed = NEEDED_IF_SURE if answer.score >= SURE_SCORE else NEEDED
-    if own_share(answer, features, memory, camera, near_px, seed, needed) < needed:
+    sure = answer.score >= SURE_SCORE
+    share, rivals = own_share(answer, features, memory, camera, near_px, seed,
+                              NEEDED_IF_SURE if sure else NEEDED_ALONE)
+    needed = NEEDED_IF_SURE if sure else NEEDED if rivals else NEEDED_ALONE
+    if share < needed:
         return False
     return answer.score >= LOW_SCORE \
         or likeness(answer.T_map_cam, features, memory, camera) >= MIN_LIKENESS
 
 
 def own_share(answer: Answer, features: Features, memory: SceneMemory, camera: Camera,
-              near_px: float, seed: int, needed: float) -> float:
+              near_px: float, seed: int, needed: float
+              ) -> tuple[float, int]:
     """Share of the agreeing features that nothing elsewhere in the map explains; 1 without any.
+
+    Also returns how many rivals were found: poses elsewhere that explain some.
 
     In a row of like desks any of them confirms a pose before any other: only what the map has
     once says where the camera is. Rivals are not looked for where they would not change what is
@@ -72,26 +78,28 @@ def own_share(answer: Answer, features: Features, memory: SceneMemory, camera: C
     """
     asked = np.flatnonzero(answer.feature < answer.similar.best.shape[1])
     if not len(asked):
-        return 1.0
+        return 1.0, 0
     feature, pixels = answer.feature[asked], answer.pixels[asked]
     row, slot = answer.similar.alike(feature, ALIKE, ALIKE_MARGIN)
     elsewhere = ~_within(answer.T_map_cam, memory.points[slot], pixels[row], camera, near_px)
     row, slot = row[elsewhere], slot[elsewhere]
     explained = np.zeros(len(asked), bool)
     explained[row] = True
-    for _ in range(RIVALS):
+    rivals = 0
+    while rivals < RIVALS:
         if not needed <= 1.0 - explained.mean() < RARE:
             break
         rival = pnp_ransac(memory.points[slot], pixels[row], camera, 2 * SAME_PLACE_PX, seed,
                            RIVAL_ITERATIONS)
         if rival is None or rival.count < RIVAL_VOTES:
             break
+        rivals += 1
         found, at = _explained(rival.T_map_cam, features.descriptors[feature], pixels, memory,
                                camera)
         other = ~_within(answer.T_map_cam, memory.points[at], pixels[found], camera, near_px)
         explained[found[other]] = True
         row, slot = row[~rival.inliers], slot[~rival.inliers]
-    return 1.0 - float(explained.mean())
+    return 1.0 - float(explained.mean()), rivals
 
 
 def _within(T_map_cam: np.ndarray, points: np.ndarray, pixels: np.ndarray, camera: Camera,
