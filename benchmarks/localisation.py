@@ -11,13 +11,18 @@ from benchmarks.common import KITCHEN, data_root, load_frames, true_trajectory
 from benchmarks.ours import Answerer, alignment_to, map_frames
 from benchmarks.scoring import extrapolation_split, interleaved_split, localisation_entry
 from feedforward_recon.config.schema import MapperConfig, MemoryConfig
+from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.io import SourceOptions, open_source
 from feedforward_recon.memory.writer import MemoryWriter
 from feedforward_recon.model.compact import CompactEncoder
+from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Frame
 
 SMALLEST_NETWORK = {'hidden_dim': 32, 'blocks': 1}
-WRONG_PLACES = 100
+# For at least 1000 images of other places: what the sets lack is rendered.
+OTHER_ROOMS, VIEWS = range(50, 57), 30
+ROOM_CAMERA = Camera.from_fov(65.0, (640, 480))
+GUESSED_FOV_DEG = 60.0  # of photos without a camera
 
 
 def run() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -74,7 +79,7 @@ def own_poses(known: list[Frame], unknown: list[Frame]) -> dict[str, Any]:
 
 
 def run_wrong_places() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Images of other scenes, with their own cameras, against the memory of the kitchen."""
+    """Images of other scenes against the memory of the kitchen."""
     frames = load_frames(KITCHEN)
     known = [frames[i] for i in interleaved_split(len(frames))[0]]
     answer = Answerer(map_frames(known, given_poses=True))
@@ -85,16 +90,20 @@ def run_wrong_places() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def other_scenes() -> list[Frame]:
-    """``WRONG_PLACES`` images, in turn from every other set that has cameras."""
+    """Images of every other set that has cameras, photos without, and views of rendered rooms."""
     options = SourceOptions(mixed_sizes=True)
-    sources = [iter(open_source(folder, options)) for folder in sorted(data_root().iterdir())
-               if folder.name != KITCHEN and (folder / 'cameras.json').exists()]
-    frames: list[Frame] = []
-    while sources and len(frames) < WRONG_PLACES:
-        source = sources.pop(0)
-        frame = next(source, None)
-        if frame is not None:
-            sources.append(source)
-            if frame.camera is not None:
-                frames.append(frame)
-    return frames
+    folders = [folder for folder in sorted(data_root().iterdir()) if folder.name != KITCHEN]
+    posed = [frame for folder in folders if (folder / 'cameras.json').exists()
+             for frame in open_source(folder, options) if frame.camera is not None]
+    photos = [dataclasses.replace(frame, camera=_guessed(frame)) for folder in folders
+              if not (folder / 'cameras.json').exists() and folder.is_dir()
+              for frame in open_source(folder, options)]
+    rooms = [Room.generate(seed) for seed in OTHER_ROOMS]
+    rendered = [frame for room in rooms
+                for frame in render_walk(room, ROOM_CAMERA, room.walk(VIEWS, seed=0, fps=1.0))]
+    return posed + photos + rendered
+
+
+def _guessed(frame: Frame) -> Camera:
+    height, width = frame.image.shape[:2]
+    return Camera.from_fov(GUESSED_FOV_DEG, (width, height))

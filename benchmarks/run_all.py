@@ -22,6 +22,7 @@ ENTRIES = {
     'pairs': ('pairs', 'run'),
     'localisation': ('localisation', 'run'),
     'wrong_places': ('localisation', 'run_wrong_places'),
+    'repeated_office': ('places', 'run'),
     'memory_law': ('memory_law', 'run'),
     'attention_scaling': ('attention_scaling', 'run'),
     'live': ('live', 'run'),

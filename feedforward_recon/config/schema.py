@@ -83,6 +83,8 @@ class LocalizerConfig:
                               high=1.0)
     max_runner_up: float = option(0.6, 'refuse when another pose has this share of the score',
                                   low=0.0, high=1.0)
+    refuse_lookalikes: bool = option(True, 'refuse an answer whose matches are in other places of '
+                                     'the map too, or that the rest of the image contradicts')
     followed_images: int = option(10, 'images of a stream whose pose is followed from one '
                                   'answer of the memory to the next; 0 asks for each image',
                                   low=0, high=1000)

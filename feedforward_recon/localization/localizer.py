@@ -13,7 +13,6 @@ import time
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from scipy.spatial import cKDTree
 
 from feedforward_recon.config.schema import LocalizerConfig
@@ -21,6 +20,8 @@ from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.pnp import PoseFit, pnp_ransac, refine_pose
 from feedforward_recon.geometry.transforms import inverse, transform_points
+from feedforward_recon.localization.evidence import Answer, holds
+from feedforward_recon.localization.slot_search import Similarities, SlotSearch
 from feedforward_recon.memory.scene_memory import SceneMemory
 from feedforward_recon.model import Encoder
 from feedforward_recon.types import Estimate, Features, Frame, Status
@@ -88,7 +89,7 @@ class Localizer:
         self.memory, self.encoder, self.camera = memory, encoder, camera
         self.config = config or LocalizerConfig()
         # Half precision finds the nearest slots; what is decided from them is exact.
-        self._keys = memory.descriptors.T.to(torch.bfloat16).contiguous()  # [D, V]
+        self._search = SlotSearch(memory.descriptors, memory.points)
         self._values = memory.descriptors.numpy()
 
     def localize(self, frame: Frame, T_map_cam_hint: np.ndarray | None = None) -> Estimate:
@@ -131,7 +132,8 @@ class Localizer:
         """``localize_matched`` of an encoded image (stamp, source and latency are left empty)."""
         if len(features) < self.config.min_inliers:
             return _refused(_refusal('TOO_FEW_FEATURES'))
-        slots, network = self._from_slots(features), _no_matches()
+        similar = self._search.compare(features.descriptors[:self.config.slot_queries])
+        slots, network = self._from_slots(features, similar), _no_matches()
         first = self._first_poses(slots, camera)
         if not any(fit.count > self.config.sure_share * len(slots) for fit in first):
             network = self._from_network(features)
@@ -144,10 +146,20 @@ class Localizer:
         start, (final, matches) = max(fits, key=lambda fit: fit[1][0].count)
         if self.shift_px(start, final.T_map_cam, camera) > CONVERGED_PX:
             final, matches = self._refined(final.T_map_cam, features, network, camera)
+        matches = matches.select(np.flatnonzero(final.inliers))
         estimate = self._judged(final, slots if len(self._values) else network, camera)
+        if self.config.refuse_lookalikes and estimate.T_map_cam is not None \
+                and not self._near(T_map_cam_hint, final, camera):
+            answer = Answer(final.T_map_cam, estimate.score, matches.feature, matches.pixels,
+                            similar)
+            if len(self._values) and not holds(answer, features, self.memory, camera,
+                                               ELSEWHERE * self.config.search_px,
+                                               self.config.seed):
+                return _refused(replace(estimate, status=Status.NOT_LOCALISED, T_map_cam=None,
+                                        covariance=None, reason='AMBIGUOUS'))
         if estimate.T_map_cam is None:
             return _refused(estimate)
-        return MatchedEstimate(estimate, matches.select(np.flatnonzero(final.inliers)))
+        return MatchedEstimate(estimate, matches)
 
     def _from_network(self, features: Features) -> Matches:
         """The answers of the coordinate network that expect the smallest errors."""
@@ -156,13 +168,12 @@ class Localizer:
         return Matches(points[best], features.keypoints[best], best,
                        np.maximum(sigma_px[best], MIN_SIGMA_PX))
 
-    def _from_slots(self, features: Features) -> Matches:
+    def _from_slots(self, features: Features, similar: Similarities) -> Matches:
         """Mutual nearest neighbours between the most confident features and all slots."""
         if not len(self._values):
             return _no_matches()
-        count = min(self.config.slot_queries, len(features))
-        queries = features.descriptors[:count]
-        slot = (torch.from_numpy(queries).to(torch.bfloat16) @ self._keys).max(1).indices.numpy()
+        slot = similar.nearest()
+        queries = features.descriptors[:len(slot)]
         cosines = queries @ self._values[slot].T  # [count, count]
         similarity = cosines.diagonal()
         chosen = np.flatnonzero((similarity >= cosines.max(0))
@@ -252,6 +263,11 @@ class Localizer:
             return replace(estimate, reason='AMBIGUOUS')
         return replace(estimate, status=Status.TRACKING, T_map_cam=fit.T_map_cam,
                        covariance=fit.covariance)
+
+    def _near(self, T_map_cam: np.ndarray | None, fit: PoseFit, camera: Camera) -> bool:
+        """Whether a pose says the same place as a fit."""
+        return T_map_cam is not None and self.shift_px(
+            T_map_cam, fit.T_map_cam, camera) < ELSEWHERE * self.config.search_px
 
     def _runner_up(self, rest: Matches, camera: Camera) -> int:
         """Votes for the best pose among the candidates that disagree with the answer."""

@@ -53,7 +53,7 @@ class Room:
         size = rng.uniform((4.4, 3.6, 2.5), (6.0, 4.8, 3.0))
         boxes = furnish(rng, size)
         lights = lighting.lamps(rng, size)
-        return Room(seed, size, boxes, _faces(rng, size, boxes), lights)
+        return Room(seed, size, boxes, faces_of(rng, size, boxes), lights)
 
     @cached_property
     def surfaces(self) -> list[Surface]:
@@ -124,7 +124,7 @@ def _box_surfaces(box: Box) -> Iterator[tuple[str, Surface]]:
         yield place, Surface(centre + out - right - down, 2 * right, 2 * down)
 
 
-def _faces(rng: np.random.Generator, size: NDArray, boxes: list[Box]) -> list[Face]:
+def faces_of(rng: np.random.Generator, size: NDArray, boxes: list[Box]) -> list[Face]:
     """All faces of the room's shell (seen from inside) and of the boxes, with their textures."""
     shell = Box('room', np.array([0, 0, size[2] / 2]), size / 2)
     paper = str(rng.choice(WALLS))
