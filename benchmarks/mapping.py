@@ -30,6 +30,7 @@ from benchmarks.common import (
     load_frames,
     package_state,
     true_trajectory,
+    with_lens,
 )
 from benchmarks.peers_environment import why_no_orbslam
 from benchmarks.scoring import Row, Walked, interleaved_split, mean_entry, ratios, walk_entry
@@ -67,6 +68,8 @@ def cases() -> dict[str, Case]:
     found = {
         f'{KITCHEN} RGB-D': Case(four_ways(kitchen), 'se3', both),
         f'{KITCHEN} monocular': Case(four_ways(no_depth), 'sim3', both),
+        f'{KITCHEN} RGB-D, lens given': Case(four_ways(with_lens(kitchen)), 'se3', both),
+        f'{KITCHEN} monocular, lens given': Case(four_ways(with_lens(no_depth)), 'sim3', both),
         f'{KITCHEN} RGB-D, gaps of 25 frames': Case(
             {'forwards': [kitchen[i] for i in gaps]}, 'se3', both),
         f'{KITCHEN} monocular, gaps of 25 frames': Case(

@@ -104,8 +104,9 @@ def settings(camera: Camera, fps: float, sensor: str, baseline_m: float = 0.0) -
 
 
 def _intrinsics(number: int, camera: Camera) -> dict[str, object]:
-    values = {'fx': camera.fx, 'fy': camera.fy, 'cx': camera.cx, 'cy': camera.cy, 'k1': 0.0,
-              'k2': 0.0, 'p1': 0.0, 'p2': 0.0}
+    k1, k2, p1, p2, *_ = camera.distortion or (0.0,) * 4
+    values = {'fx': camera.fx, 'fy': camera.fy, 'cx': camera.cx, 'cy': camera.cy, 'k1': k1,
+              'k2': k2, 'p1': p1, 'p2': p2}
     return {f'Camera{number}.{key}': float(value) for key, value in values.items()}
 
 
