@@ -17,6 +17,11 @@ from feedforward_recon.types import Features
 # Share of the followed landmarks that must agree with a pose; with fewer, much of the view moves
 # by itself or optical flow slipped; chosen by hand.
 MIN_AGREEMENT = 0.4
+# Share that agrees above which no other pose is looked for: what moves is small then; chosen by
+# hand.
+UNDISPUTED = 0.8
+# Share of the winner's votes above which a pose is not sure; chosen by hand.
+CLEAR_WIN = 0.5
 MAX_EXTRAPOLATION = 3.0  # intervals between images: velocity does not last longer
 
 
@@ -140,9 +145,10 @@ class Tracker:
         fit = self._pose(view, map_, tracks.select(known), T_guess)
         if fit is None:
             return None
+        fit, outvoted = elected(view, map_, tracks.select(known), fit, self.config)
         keep = ~known
         keep[known] = fit.inliers
-        return Tracked(tracks.select(keep), fit)
+        return Tracked(tracks.select(keep), fit, sure=None if outvoted else False)
 
     def _pose(self, view: View, map_: GrowingMap, tracks: Tracks,
               T_guess: np.ndarray) -> PoseFit | None:
@@ -159,6 +165,29 @@ class Tracker:
             return None
         fit = fit_pose(view, map_, tracks, rough.T_map_cam, self.config)
         return fit if fit.count >= enough else None
+
+
+def elected(view: View, map_: GrowingMap, tracks: Tracks, fit: PoseFit, config: TrackingConfig
+            ) -> tuple[PoseFit, bool]:
+    """The pose that the tracked landmarks vote for, and whether it won clearly.
+
+    Where much of the view moves by itself, two poses have followers. A landmark has one vote for
+    each keyframe that saw it: what stands still was confirmed by earlier keyframes, and what moves
+    is new in each.
+    """
+    if support(fit) > UNDISPUTED:
+        return fit, True
+    rest = tracks.select(~fit.inliers)
+    rough = pnp_ransac(map_.landmarks.points_map(rest.ids, map_.T_map_cam), rest.px, view.camera,
+                       config.outlier_px, config.seed)
+    if rough is None or rough.count < config.min_inliers:
+        return fit, True
+    rival = fit_pose(view, map_, tracks, rough.T_map_cam, config)
+    votes = map_.landmarks.views()[tracks.ids]
+    own, others = (int(votes[a.inliers & ~b.inliers].sum()) for a, b in ((fit, rival),
+                                                                        (rival, fit)))
+    fit = fit if own >= others else rival
+    return fit, min(own, others) < CLEAR_WIN * max(own, others)
 
 
 def exact_fit(T_map_cam: np.ndarray, inliers: int = 0) -> PoseFit:

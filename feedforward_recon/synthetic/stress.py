@@ -30,6 +30,7 @@ STEPS = 16
 BLUR_STEP_PX = 2.5  # image motion from one of these views to the next
 NOISE = 1.0  # of the sensor, grey levels
 HEIGHT_M = 1.4
+SWING_S = 5.0  # in which a moving box crosses the view and comes back, at up to 1.6 m/s
 
 
 @dataclass(frozen=True)
@@ -193,19 +194,18 @@ def _in_hall(room: Room, x: NDArray, yaw: NDArray, images: int) -> Plan:
 
 
 def _moving_boxes(room_rng: np.random.Generator, rng: np.random.Generator, images: int) -> Plan:
-    """Two textured boxes that cross the view again and again, near the camera."""
+    """Two textured boxes that come into view and cross it again and again, near the camera."""
     plan = _walked(room_rng, images)
-    phases, periods = rng.uniform(0, 2 * np.pi, 2), rng.uniform(2.0, 3.2, 2)
+    seconds, turn = np.arange(images) / FPS, rng.choice([-1, 1], 2)
+    # Beside the view at first; the second is a quarter of a swing late, so that they alternate.
+    swing = [side * np.cos(2 * np.pi / SWING_S * np.maximum(seconds - late, 0))
+             for side, late in zip(turn, (0, SWING_S / 4), strict=True)]
 
     def intruders(index: int) -> list[Box]:
         T_world_cam = plan.poses[index * STEPS]
-        swing = np.sin(2 * np.pi * index / FPS / periods + phases)
-        boxes = []
-        for number, aside in enumerate(swing):
-            offset = np.array([1.1 * aside, 0.15, 1.0 + 0.3 * number])
-            centre = T_world_cam[:3, :3] @ offset + T_world_cam[:3, 3]
-            boxes.append(Box('object', centre, np.array([0.36, 0.24, 0.5]), 0.6 * index / FPS))
-        return boxes
+        offsets = [(1.3 * swing[0][index], 0.15, 1.0), (1.5 * swing[1][index], 0.15, 1.2)]
+        return [Box('object', T_world_cam[:3, :3] @ offset + T_world_cam[:3, 3],
+                    np.array([0.34, 0.2, 0.55]), 0.3 * index / FPS) for offset in offsets]
 
     return replace(plan, intruders=intruders)
 
