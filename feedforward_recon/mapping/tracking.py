@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -172,22 +172,34 @@ def elected(view: View, map_: GrowingMap, tracks: Tracks, fit: PoseFit, config: 
     """The pose that the tracked landmarks vote for, and whether it won clearly.
 
     Where much of the view moves by itself, two poses have followers. A landmark has one vote for
-    each keyframe that saw it: what stands still was confirmed by earlier keyframes, and what moves
-    is new in each.
+    each keyframe that saw it after its first: what stands still was confirmed, what moves is new
+    again and again.
     """
     if support(fit) > UNDISPUTED:
         return fit, True
-    rest = tracks.select(~fit.inliers)
-    rough = pnp_ransac(map_.landmarks.points_map(rest.ids, map_.T_map_cam), rest.px, view.camera,
-                       config.outlier_px, config.seed)
-    if rough is None or rough.count < config.min_inliers:
+    rival = _another(view, map_, tracks, ~fit.inliers, config)
+    if rival is None:
         return fit, True
-    rival = fit_pose(view, map_, tracks, rough.T_map_cam, config)
-    votes = map_.landmarks.views()[tracks.ids]
-    own, others = (int(votes[a.inliers & ~b.inliers].sum()) for a, b in ((fit, rival),
-                                                                        (rival, fit)))
+    votes = map_.landmarks.views()[tracks.ids] - 1
+    own, others = (int(votes[one.inliers & ~two.inliers].sum())
+                   for one, two in ((fit, rival), (rival, fit)))
     fit = fit if own >= others else rival
     return fit, min(own, others) < CLEAR_WIN * max(own, others)
+
+
+def _another(view: View, map_: GrowingMap, tracks: Tracks, rest: np.ndarray,
+             config: TrackingConfig) -> PoseFit | None:
+    """The pose on which enough of the tracks in the mask ``rest`` [n] agree; None without."""
+    table = map_.landmarks
+    points = table.points_map(tracks.ids, map_.T_map_cam)
+    rough = pnp_ransac(points[rest], tracks.px[rest], view.camera, config.outlier_px, config.seed)
+    if rough is None or rough.count < config.min_inliers:
+        return None
+    # From these alone: the others, which are more, would pull it back to where they are.
+    fit = fit_pose(view, map_, tracks.select(np.flatnonzero(rest)[rough.inliers]),
+                   rough.T_map_cam, config)
+    px = view.camera.project(transform_points(inverse(fit.T_map_cam), points))
+    return replace(fit, inliers=np.linalg.norm(px - tracks.px, axis=1) < config.outlier_px)
 
 
 def exact_fit(T_map_cam: np.ndarray, inliers: int = 0) -> PoseFit:
