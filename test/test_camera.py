@@ -16,6 +16,7 @@ CAMERAS = {
     'plumb_bob 5': replace(PINHOLE, distortion=(-0.18, 0.05, 0.001, -0.0007, 0.01)),
     'rational': replace(PINHOLE, model='rational',
                         distortion=(0.3, -0.05, 1e-4, 2e-4, 0.01, 0.55, -0.02, 0.001)),
+    'radial': replace(PINHOLE, distortion=(-0.35, 0.15, 0.0, 0.0, -0.03)),
     'strong': replace(PINHOLE, distortion=(-0.35, 0.15, 0.001, -0.0007, -0.03)),
     'fisheye': replace(PINHOLE, model='fisheye', fx=280.0, fy=281.0,
                        distortion=(-0.02, 0.004, -0.002, 0.0003)),
@@ -46,6 +47,14 @@ def test_project_then_unproject_returns_the_point(camera):
     points *= np.random.default_rng(2).uniform(0.3, 20, (200, 1))
     back = camera.unproject(camera.project(points), points[:, 2])
     np.testing.assert_allclose(back / points[:, 2:], points / points[:, 2:], atol=1e-6)
+
+
+def test_a_radial_lens_shows_what_opencv_says():
+    camera = CAMERAS['radial']
+    points = np.random.default_rng(1).uniform([-0.6, -0.4, 1], [0.6, 0.4, 1], (200, 3))
+    zero = np.zeros(3)
+    expected = cv2.projectPoints(points, zero, zero, camera.K, np.array(camera.distortion))[0]
+    np.testing.assert_allclose(camera.project(points), expected[:, 0], atol=1e-9)
 
 
 def test_projection_depends_on_the_ray_only(camera):

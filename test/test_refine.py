@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 
 from feedforward_recon.errors import DegenerateError
-from feedforward_recon.geometry import refine
-from feedforward_recon.geometry.refine import BundleProblem, _State, bundle_adjust, residuals
+from feedforward_recon.geometry import normal_equations
+from feedforward_recon.geometry.bundle_rows import (
+    BundleProblem,
+    BundleState,
+    residuals,
+    robust_cost,
+)
+from feedforward_recon.geometry.normal_equations import Elimination, linearise, solve
+from feedforward_recon.geometry.refine import bundle_adjust
 from feedforward_recon.geometry.transforms import (
     inverse,
     make_transform,
@@ -91,26 +98,79 @@ def test_focal_length_and_distortion_are_found_together():
     assert (result.focal_scale, result.radial) == pytest.approx((1.05, 0.08), abs=6e-3)
 
 
-def test_jacobians_equal_numeric_differences():
-    problem = replace(scene(poses=3, points=12), calibration=('focal', 'radial', 'shift'),
-                      shifted=True)
-    state = _State(inverse(problem.T_map_cam), problem.points, 1.05, -0.1, 0.02)
-    r, _, J_pose, J_point, J_calibration = residuals(problem, state)
+def numeric_jacobian(problem, state, changes):
+    """Derivatives of the residuals, [n, 3, O], by each of the changed states."""
     h = 1e-6
-    for column in range(6):
-        xi = np.zeros(6)
-        xi[column] = h
-        moved = replace(state, T_cam_map=se3_exp(xi) @ state.T_cam_map)
-        numeric = (residuals(problem, moved, jacobians=False)[0] - r) / h
-        np.testing.assert_allclose(J_pose[..., column], numeric, rtol=1e-3, atol=2e-2)
-    for column in range(3):
-        moved = replace(state, points=state.points + h * np.eye(3)[column])
-        numeric = (residuals(problem, moved, jacobians=False)[0] - r) / h
-        np.testing.assert_allclose(J_point[..., column], numeric, rtol=1e-3, atol=2e-2)
-    for column, name in enumerate(('focal_scale', 'radial', 'shift')):
-        moved = replace(state, **{name: getattr(state, name) + h})
-        numeric = (residuals(problem, moved, jacobians=False)[0] - r) / h
-        np.testing.assert_allclose(J_calibration[..., column], numeric, rtol=1e-3, atol=2e-2)
+    r = residuals(problem, state).r
+    return np.stack([(residuals(problem, changed(h)).r - r) / h for changed in changes])
+
+
+def blocks(jacobian, weight, other):
+    """Products J^T w J of two Jacobians, one for each observation: [O, n, m]."""
+    return np.einsum('nio,io,mio->onm', jacobian, weight, other)
+
+
+def summed(blocks, index, count):
+    out = np.zeros((count, *blocks.shape[1:]))
+    np.add.at(out, index, blocks)
+    return out
+
+
+def test_normal_equations_equal_those_of_numeric_derivatives():
+    problem = replace(scene(poses=4, points=12), calibration=('focal', 'radial', 'shift'),
+                      shifted=True)
+    state = BundleState(inverse(problem.T_map_cam), problem.points, 1.05, -0.1, 0.02)
+    pose = numeric_jacobian(problem, state, [
+        lambda h, xi=xi: replace(state, T_cam_map=se3_exp(h * xi) @ state.T_cam_map)
+        for xi in np.eye(6)])
+    point = numeric_jacobian(problem, state, [
+        lambda h, step=step: replace(state, points=state.points + h * step)
+        for step in np.eye(3)])
+    own = numeric_jacobian(problem, state, [
+        lambda h, name=name: replace(state, **{name: getattr(state, name) + h})
+        for name in ('focal_scale', 'radial', 'shift')])
+    order, rows = Elimination(problem), residuals(problem, state)
+    weight = robust_cost(problem, rows)[1]
+    system = linearise(problem, order, state, rows)
+    columns = np.concatenate([rows.r[None], own])
+    free, seen = order.free, order.seen
+    expected = {
+        'U': summed(blocks(pose, weight, pose), problem.pose_index, 4)[free],
+        'V': summed(blocks(point, weight, point), problem.point_index, 12),
+        'W': blocks(pose, weight, point)[seen],
+        'by_pose': summed(blocks(columns, weight, pose), problem.pose_index, 4)[free],
+        'by_point': summed(blocks(columns, weight, point), problem.point_index, 12)}
+    for name, values in expected.items():
+        np.testing.assert_allclose(np.moveaxis(getattr(system, name), -1, 0), values,
+                                   rtol=1e-3, atol=1e-5 * np.abs(values).max(), err_msg=name)
+    np.testing.assert_allclose(system.calibration, blocks(own, weight, columns).sum(0), rtol=1e-3)
+
+
+@pytest.mark.parametrize('calibration', [(), ('focal', 'radial', 'shift')])
+def test_a_step_solves_the_whole_system_at_once(calibration):
+    """Eliminating the points gives the step that the dense system of all unknowns gives."""
+    problem = perturbed(replace(scene(poses=5, points=90), calibration=calibration, shifted=True))
+    state = BundleState(inverse(problem.T_map_cam), problem.points)
+    order = Elimination(problem)
+    system = linearise(problem, order, state, residuals(problem, state))
+    damping, n, count, extra = 1e-2, len(order.free), 90, len(calibration)
+    A = np.zeros((6 * n + 3 * count + extra,) * 2)
+    for i in range(n):
+        A[6 * i:6 * i + 6, 6 * i:6 * i + 6] = system.U[..., i]
+    for i in range(count):
+        at = 6 * n + 3 * i
+        A[at:at + 3, at:at + 3] = system.V[..., i]
+    for o, (i, j) in enumerate(zip(order.pose, order.point, strict=True)):
+        A[6 * i:6 * i + 6, 6 * n + 3 * j:6 * n + 3 * j + 3] = system.W[..., o]
+    columns = np.concatenate([np.moveaxis(part, -1, 1).reshape(1 + extra, -1) for part in
+                              (system.by_pose, system.by_point)] + [system.calibration.T], 1)
+    A[:, len(A) - extra:] = columns[1:].T
+    A = np.triu(A) + np.triu(A, 1).T
+    A += np.diag(damping * np.diag(A) + 1e-9)
+    step = -np.linalg.solve(A, columns[0])
+    xi, moved, change = solve(order, system, damping)
+    np.testing.assert_allclose(np.concatenate([xi.ravel(), moved.ravel(), change]), step,
+                               rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize('seed', range(5))
@@ -146,7 +206,7 @@ def test_a_map_without_a_fixed_pose_is_refused():
 
 def test_a_system_that_rounding_made_indefinite_is_damped(monkeypatch):
     """Without depth one fixed pose leaves the scale free; weak damping may not be enough."""
-    true, factor, refused = scene(depth=False), refine.cho_factor, []
+    true, factor, refused = scene(depth=False), normal_equations.cho_factor, []
 
     def failing_once(S, **options):
         if not refused:
@@ -154,6 +214,6 @@ def test_a_system_that_rounding_made_indefinite_is_damped(monkeypatch):
             raise np.linalg.LinAlgError('not positive definite')
         return factor(S, **options)
 
-    monkeypatch.setattr(refine, 'cho_factor', failing_once)
+    monkeypatch.setattr(normal_equations, 'cho_factor', failing_once)
     result = bundle_adjust(perturbed(true), 30)
     assert refused and result.cost_after < 1e-3 * result.cost_before

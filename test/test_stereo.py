@@ -10,8 +10,9 @@ import pytest
 from feedforward_recon.config.schema import MapperConfig, TrackingConfig
 from feedforward_recon.errors import InputError
 from feedforward_recon.evaluation import absolute_trajectory_error
+from feedforward_recon.geometry.bundle_rows import BundleProblem
 from feedforward_recon.geometry.camera import Camera
-from feedforward_recon.geometry.refine import BundleProblem, bundle_adjust
+from feedforward_recon.geometry.refine import bundle_adjust
 from feedforward_recon.geometry.stereo import StereoRig, from_rectification
 from feedforward_recon.geometry.transforms import inverse, make_transform, so3_exp
 from feedforward_recon.io import SourceOptions, open_source

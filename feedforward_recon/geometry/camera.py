@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 
 from feedforward_recon.errors import InputError
+from feedforward_recon.geometry.radial import bent, straightened
 
 DISTORTION_COUNTS = {'plumb_bob': (0, 4, 5), 'rational': (8,), 'fisheye': (4,)}
 
@@ -80,6 +81,14 @@ class Camera:
         """True when any distortion coefficient is not zero."""
         return any(self.distortion)
 
+    @property
+    def radial(self) -> tuple[float, ...] | None:
+        """Coefficients k1, k2, .. of a lens that bends only so, () without any; else None."""
+        if not self.is_distorted:
+            return ()
+        k1, k2, p1, p2, *k3 = self.distortion
+        return None if self.model != 'plumb_bob' or p1 or p2 else (k1, k2, *k3)
+
     def with_lens(self, focal_scale: float, radial: float) -> Camera:
         """The camera with a focal length times ``focal_scale``, and k1 more by ``radial``.
 
@@ -112,9 +121,10 @@ class Camera:
         points = np.asarray(points_cam, float).reshape(-1, 3)
         front = points[:, 2] > 1e-9
         pixels = np.full((len(points), 2), np.nan)
-        if not self.is_distorted:
+        if self.radial is not None:
             p = points[front]
-            pixels[front] = p[:, :2] / p[:, 2:] * (self.fx, self.fy) + (self.cx, self.cy)
+            pixels[front] = (bent(p[:, :2] / p[:, 2:], self.radial) * (self.fx, self.fy)
+                             + (self.cx, self.cy))
         elif front.any():
             project = cv2.fisheye.projectPoints if self.model == 'fisheye' else cv2.projectPoints
             zero = np.zeros(3)
@@ -125,8 +135,10 @@ class Camera:
     def normalise(self, pixels: np.ndarray) -> np.ndarray:
         """Undistorted normalised coordinates [N, 2] (x/z, y/z) of pixels [N, 2]."""
         pixels = np.asarray(pixels, float).reshape(-1, 2)
-        if not self.is_distorted or len(pixels) == 0:
-            return (pixels - (self.cx, self.cy)) / (self.fx, self.fy)
+        if self.radial is not None:
+            return straightened((pixels - (self.cx, self.cy)) / (self.fx, self.fy), self.radial)
+        if not len(pixels):
+            return pixels
         distortion = np.array(self.distortion)
         if self.model == 'fisheye':
             return cv2.fisheye.undistortPoints(pixels[:, None], self.K, distortion).reshape(-1, 2)

@@ -17,13 +17,15 @@ from feedforward_recon.geometry.transforms import (
     inverse,
     make_transform,
     se3_exp,
-    transform_points,
 )
 
 MIN_POINTS = 6
 # No real camera knows its pose better than this, whatever the residuals of one frame say:
 # systematic errors (calibration, map) do not shrink with the number of points.
 FLOOR_STD = np.array([1e-3] * 3 + [5e-4] * 3)
+# Relative decrease of the cost below which a pose is found: what is left to gain is a twentieth of
+# the standard deviation of a pose from 300 points.
+CONVERGED = 1e-5
 
 
 @dataclass(frozen=True)
@@ -94,21 +96,18 @@ def refine_pose(T_map_cam: np.ndarray, points_map: np.ndarray, pixels: np.ndarra
     unknown; depth_noise: standard deviation of inverse depth; sigma_px: expected error of the
     pixels, scalar or [M]. A point is an inlier when its error is below ``outlier_px`` sigmas.
     """
-    target = camera.normalise(pixels)
-    sigma = np.broadcast_to(np.asarray(sigma_px, float), len(target))
-    rho = _inverse_depth(depth, len(target))
+    seen = _Seen(points_map.T, camera.normalise(pixels).T, _inverse_depth(depth, len(points_map)),
+                 camera.fx / np.broadcast_to(np.asarray(sigma_px, float), len(points_map)),
+                 depth_noise, outlier_px / 2)
     T_cam_map = inverse(T_map_cam)
-    scale = outlier_px / 2
-    H, g, cost, norm = _normal_equations(T_cam_map, points_map, target, rho, camera.fx, sigma,
-                                         depth_noise, scale)
+    H, g, cost, norm = _normal_equations(seen, T_cam_map)
     damping = 1e-6
     for _ in range(iterations):
         step = -np.linalg.solve(H + damping * np.diag(np.diag(H) + 1e-9), g)
         trial = se3_exp(step) @ T_cam_map
-        new = _normal_equations(trial, points_map, target, rho, camera.fx, sigma, depth_noise,
-                                scale)
+        new = _normal_equations(seen, trial)
         if new[2] <= cost:
-            done = cost - new[2] < 1e-6 * cost
+            done = cost - new[2] < CONVERGED * cost
             T_cam_map, (H, g, cost, norm), damping = trial, new, damping * 0.1
             if done:
                 break
@@ -125,44 +124,57 @@ def _inverse_depth(depth: np.ndarray | None, count: int) -> np.ndarray:
     return 1 / safe
 
 
-def pose_jacobian(points_cam: np.ndarray) -> np.ndarray:
-    """D (T p) / d xi [M, 3, 6] at points T p = [M, 3], for T <- exp(xi) T: [I, -hat(Tp)]."""
-    J = np.zeros((len(points_cam), 3, 6))
-    x, y, z = points_cam.T
-    J[:, 0, 0] = J[:, 1, 1] = J[:, 2, 2] = 1
-    J[:, 0, 4], J[:, 0, 5] = z, -y
-    J[:, 1, 3], J[:, 1, 5] = -z, x
-    J[:, 2, 3], J[:, 2, 4] = y, -x
-    return J
+@dataclass(frozen=True)
+class _Seen:
+    """What a pose is fitted to; M points, components first (see ``bundle_rows``).
+
+    points: map frame [3, M]; target: normalised coordinates [2, M]; inv_depth: [M], NaN if none.
+    gain: [M], image errors to sigmas; depth_noise: of ``inv_depth``; scale: of the Cauchy weights.
+    """
+
+    points: np.ndarray
+    target: np.ndarray
+    inv_depth: np.ndarray
+    gain: np.ndarray
+    depth_noise: float
+    scale: float
 
 
-def _normal_equations(T_cam_map: np.ndarray, points: np.ndarray, target: np.ndarray,
-                      rho: np.ndarray, focal_px: float, sigma: np.ndarray, depth_noise: float,
-                      scale: float) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
-    """Weighted J^T J [6, 6], J^T r [6], robust cost, and errors in sigmas [M]."""
-    p = transform_points(T_cam_map, points)
-    front = p[:, 2] > 1e-6
-    p = np.where(front[:, None], p, (0.0, 0.0, 1.0))
-    inv_z = 1 / p[:, 2]
-    xy = p[:, :2] * inv_z[:, None]
-    gain = focal_px / sigma
-    r = np.zeros((len(p), 3))
-    r[:, :2] = (xy - target) * gain[:, None]
-    has_depth = np.isfinite(rho)
-    r[:, 2] = np.where(has_depth, (inv_z - np.nan_to_num(rho)) / depth_noise, 0)
-    D = np.zeros((len(p), 3, 3))
-    D[:, 0, 0] = D[:, 1, 1] = gain * inv_z
-    D[:, 0, 2], D[:, 1, 2] = -gain * inv_z * xy[:, 0], -gain * inv_z * xy[:, 1]
-    D[:, 2, 2] = np.where(has_depth, -inv_z**2 / depth_noise, 0)
-    J = D @ pose_jacobian(p)
-    norm2 = np.where(front, (r[:, :2]**2).sum(1), np.inf)
+def _normal_equations(seen: _Seen, T_cam_map: np.ndarray
+                      ) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
+    """Weighted J^T J [6, 6], J^T r [6], robust cost, and image errors in sigmas [M]."""
+    p = T_cam_map[:3, :3] @ seen.points + T_cam_map[:3, 3:]
+    front = p[2] > 1e-6
+    p = np.where(front, p, [[0.0], [0.0], [1.0]])
+    inv_z = 1 / p[2]
+    r = np.empty((3, len(inv_z)))
+    r[:2] = (p[:2] * inv_z - seen.target) * seen.gain
+    has_depth = np.isfinite(seen.inv_depth)
+    r[2] = np.where(has_depth, (inv_z - seen.inv_depth) / seen.depth_noise, 0)
+    norm2 = np.where(front, r[0]**2 + r[1]**2, np.inf)
     # Cauchy, separately for image and depth: a wrong depth must not spoil a good pixel.
-    squares = np.stack([norm2, r[:, 2]**2], 1) / scale**2
-    weight = np.where(front[:, None], 1 / (1 + squares), 0)
-    cost = 0.5 * scale**2 * float(np.log1p(np.minimum(squares, 1e6)).sum())
-    rows = weight[:, [0, 0, 1]]
-    Jw = (J * rows[..., None]).reshape(-1, 6)
-    return Jw.T @ J.reshape(-1, 6), Jw.T @ r.ravel(), cost, np.sqrt(norm2)
+    squares = np.stack([norm2, r[2]**2]) / seen.scale**2
+    weight = np.where(front, 1 / (1 + squares), 0)[[0, 0, 1]]
+    cost = 0.5 * seen.scale**2 * float(np.log1p(np.minimum(squares, 1e6)).sum())
+    J = pose_jacobian(p, seen.gain * inv_z, np.where(has_depth, inv_z**2 / seen.depth_noise, 0))
+    Jw = (J * weight).reshape(6, -1)
+    return Jw @ J.reshape(6, -1).T, Jw @ r.ravel(), cost, np.sqrt(norm2)
+
+
+def pose_jacobian(p: np.ndarray, by_xy: np.ndarray, by_inv_z: np.ndarray) -> np.ndarray:
+    """Derivatives [6, 3, M] of (u, v, d) by xi, for T <- exp(xi) T, at points T p = [3, M].
+
+    by_xy: [M], du / dx of the camera-frame x; by_inv_z: [M], -dd / dz. D [I, -hat(Tp)] with
+    D = by_xy [1 0 -x/z; 0 1 -y/z] and (0 0 -by_inv_z).
+    """
+    (x, y, z), J = p, np.zeros((6, 3, p.shape[1]))
+    u, v = x / z, y / z
+    J[0, 0] = J[1, 1] = by_xy
+    J[2, 0], J[2, 1], J[2, 2] = -by_xy * u, -by_xy * v, -by_inv_z
+    J[3, 0], J[3, 1], J[3, 2] = J[2, 0] * y, J[2, 1] * y - by_xy * z, J[2, 2] * y
+    J[4, 0], J[4, 1], J[4, 2] = by_xy * z - J[2, 0] * x, -J[2, 1] * x, -J[2, 2] * x
+    J[5, 0], J[5, 1] = -by_xy * y, by_xy * x
+    return J
 
 
 def _covariance(H: np.ndarray, T_cam_map: np.ndarray, norm: np.ndarray,

@@ -11,7 +11,9 @@ from dataclasses import replace
 import numpy as np
 
 from feedforward_recon.config.schema import MapperConfig
-from feedforward_recon.geometry.refine import BundleProblem, bundle_adjust
+from feedforward_recon.geometry.bundle_rows import BundleProblem
+from feedforward_recon.geometry.radial import straightened
+from feedforward_recon.geometry.refine import bundle_adjust
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.stereo_shift import from_this_pair, shift_inv_depth
 
@@ -27,7 +29,6 @@ MAX_DEPTH_NOISE = 0.1  # 1/m: beyond, depth hardly says more than the scale
 MAD_TO_STD = 1.4826  # of a normal distribution
 FIRM_VIEWS = 4  # keyframes; two of them fix a landmark as well as its depth does
 ENOUGH_DEPTHS = 200  # observations, for a median within a tenth
-LENS_STEPS = 5  # of a fixed point; each takes a tenth of the error, where a lens bends by a tenth
 # Observations whose landmarks are refined in one piece, while frames wait: the longest piece of a
 # loop closure took 54 ms (docs/experiments.md, A loop closed in pieces).
 POINTS_PIECE = 5000
@@ -191,18 +192,7 @@ def _change_lens(map_: GrowingMap, focal_scale: float, radial: float) -> None:
         keyframe.camera = keyframe.camera.with_lens(focal_scale, radial)
         keyframe.points_cam[:] = keyframe.camera.unproject(keyframe.features.keypoints,
                                                            keyframe.points_cam[:, 2])
-        keyframe.cloud_cam[:, :2] = keyframe.cloud_cam[:, 2:] * _unbent(
-            keyframe.cloud_cam[:, :2] / (focal_scale * keyframe.cloud_cam[:, 2:]), radial)
+        keyframe.cloud_cam[:, :2] = keyframe.cloud_cam[:, 2:] * straightened(
+            keyframe.cloud_cam[:, :2] / (focal_scale * keyframe.cloud_cam[:, 2:]), (radial,))
         rows = by_keyframe[start:end]
         table.seen_xy[rows] = keyframe.camera.normalise(table.seen_px[rows])
-
-
-def _unbent(xy: np.ndarray, radial: float) -> np.ndarray:
-    """Normalised coordinates [N, 2] that a lens with ``radial`` shows at ``xy``.
-
-    For the cloud, which keeps no pixels.
-    """
-    straight = xy
-    for _ in range(LENS_STEPS if radial else 0):
-        straight = xy / (1 + radial * (straight**2).sum(1, keepdims=True))
-    return straight
