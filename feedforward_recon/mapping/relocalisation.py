@@ -72,7 +72,9 @@ def _against(view: View, features: Features, map_: GrowingMap, id_: int, views: 
     """PnP against the points of a keyframe and the landmarks of covisible ones."""
     keyframe, table = map_.keyframes[id_], map_.landmarks
     own = map_.points_cam(id_)
-    known = np.isfinite(own[:, 2])
+    # Not the features of landmarks that were given up: they moved, or never agreed.
+    known = np.isfinite(own[:, 2]) & ((keyframe.landmark < 0)
+                                      | table.alive[table.alias[keyframe.landmark]])
     seen = table.seen_by(id_)
     shared = table.shared(seen, len(map_))
     shared[id_] = 0

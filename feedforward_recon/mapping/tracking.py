@@ -22,6 +22,11 @@ MIN_AGREEMENT = 0.4
 UNDISPUTED = 0.8
 # Share of the winner's votes above which a pose is not sure; chosen by hand.
 CLEAR_WIN = 0.5
+# Keyframes that confirm a landmark: two give the point, another one that it stays where it is.
+CONFIRMED = 3
+# Times min_inliers: with so many confirmed landmarks the others are not needed for a pose; chosen
+# by hand.
+ENOUGH = 3
 MAX_EXTRAPOLATION = 3.0  # intervals between images: velocity does not last longer
 
 
@@ -145,17 +150,20 @@ class Tracker:
         fit = self._pose(view, map_, tracks.select(known), T_guess)
         if fit is None:
             return None
-        fit, outvoted = elected(view, map_, tracks.select(known), fit, self.config)
+        election = elected(view, map_, tracks.select(known), fit, self.config)
+        fit = election.winner
+        if election.is_clear:  # what moves would be a landmark at every place where it was seen
+            map_.landmarks.alive[tracks.ids[known][election.others]] = False
         keep = ~known
         keep[known] = fit.inliers
-        return Tracked(tracks.select(keep), fit, sure=None if outvoted else False)
+        return Tracked(tracks.select(keep), fit, sure=None if election.is_clear else False)
 
     def _pose(self, view: View, map_: GrowingMap, tracks: Tracks,
               T_guess: np.ndarray) -> PoseFit | None:
         enough = max(self.config.min_inliers, MIN_AGREEMENT * len(tracks.ids))
         if len(tracks.ids) < self.config.min_inliers:
             return None
-        fit = fit_pose(view, map_, tracks, T_guess, self.config)
+        fit = _by_confirmed(view, map_, tracks, T_guess, self.config)
         if fit.count >= enough:
             return fit
         points = map_.landmarks.points_map(tracks.ids, map_.T_map_cam)
@@ -167,24 +175,58 @@ class Tracker:
         return fit if fit.count >= enough else None
 
 
+def _by_confirmed(view: View, map_: GrowingMap, tracks: Tracks, T_guess: np.ndarray,
+                  config: TrackingConfig) -> PoseFit:
+    """Pose from the tracks that were confirmed if these are enough, and which of all agree.
+
+    A few landmarks that moved would pull the pose with them: within ``outlier_px`` much can be
+    explained by turning a little.
+    """
+    confirmed = map_.landmarks.views()[tracks.ids] >= CONFIRMED
+    if confirmed.all() or confirmed.sum() < ENOUGH * config.min_inliers:
+        return fit_pose(view, map_, tracks, T_guess, config)
+    fit = fit_pose(view, map_, tracks.select(confirmed), T_guess, config)
+    return _followed(fit, view, map_, tracks, config)
+
+
+def _followed(fit: PoseFit, view: View, map_: GrowingMap, tracks: Tracks,
+              config: TrackingConfig) -> PoseFit:
+    """The same pose with all tracks that agree with it as inliers."""
+    points = map_.landmarks.points_map(tracks.ids, map_.T_map_cam)
+    px = view.camera.project(transform_points(inverse(fit.T_map_cam), points))
+    return replace(fit, inliers=np.linalg.norm(px - tracks.px, axis=1) < config.outlier_px)
+
+
+@dataclass(frozen=True)
+class Election:
+    """The pose that the tracked landmarks voted for.
+
+    is_clear: no other pose came near. others: mask [n] of the tracks that agree with another one.
+    """
+
+    winner: PoseFit
+    is_clear: bool
+    others: np.ndarray
+
+
 def elected(view: View, map_: GrowingMap, tracks: Tracks, fit: PoseFit, config: TrackingConfig
-            ) -> tuple[PoseFit, bool]:
-    """The pose that the tracked landmarks vote for, and whether it won clearly.
+            ) -> Election:
+    """The pose ``fit`` or another one that landmarks agree on, if they are trusted more.
 
     Where much of the view moves by itself, two poses have followers. A landmark has one vote for
     each keyframe that saw it after its first: what stands still was confirmed, what moves is new
     again and again.
     """
-    if support(fit) > UNDISPUTED:
-        return fit, True
-    rival = _another(view, map_, tracks, ~fit.inliers, config)
+    rival = None if support(fit) > UNDISPUTED \
+        else _another(view, map_, tracks, ~fit.inliers, config)
     if rival is None:
-        return fit, True
+        return Election(fit, True, np.zeros(len(tracks.ids), bool))
     votes = map_.landmarks.views()[tracks.ids] - 1
-    own, others = (int(votes[one.inliers & ~two.inliers].sum())
-                   for one, two in ((fit, rival), (rival, fit)))
-    fit = fit if own >= others else rival
-    return fit, min(own, others) < CLEAR_WIN * max(own, others)
+    own, others = (one.inliers & ~two.inliers for one, two in ((fit, rival), (rival, fit)))
+    ours, theirs = int(votes[own].sum()), int(votes[others].sum())
+    if theirs > ours:
+        fit, others = rival, own
+    return Election(fit, min(ours, theirs) < CLEAR_WIN * max(ours, theirs), others)
 
 
 def _another(view: View, map_: GrowingMap, tracks: Tracks, rest: np.ndarray,
@@ -198,8 +240,7 @@ def _another(view: View, map_: GrowingMap, tracks: Tracks, rest: np.ndarray,
     # From these alone: the others, which are more, would pull it back to where they are.
     fit = fit_pose(view, map_, tracks.select(np.flatnonzero(rest)[rough.inliers]),
                    rough.T_map_cam, config)
-    px = view.camera.project(transform_points(inverse(fit.T_map_cam), points))
-    return replace(fit, inliers=np.linalg.norm(px - tracks.px, axis=1) < config.outlier_px)
+    return _followed(fit, view, map_, tracks, config)
 
 
 def exact_fit(T_map_cam: np.ndarray, inliers: int = 0) -> PoseFit:

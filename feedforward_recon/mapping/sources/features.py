@@ -29,7 +29,7 @@ from feedforward_recon.mapping.sources.base import (
 )
 from feedforward_recon.mapping.tracking import Tracked, Tracker
 from feedforward_recon.model import Encoder
-from feedforward_recon.types import Estimate
+from feedforward_recon.types import Estimate, Features
 
 Relocaliser = Callable[[View], Estimate]  # finds a lost camera, e.g. in the scene memory
 
@@ -56,6 +56,7 @@ class FeaturePoses:
         self._config, self._encoder, self._relocalise = config, encoder, relocalise
         self._bootstrap: Bootstrap | None = None
         self._needs_depth = False
+        self._is_lost = False
 
     def mapping_config(self, config: MapperConfig) -> MapperConfig:
         """The settings as they are."""
@@ -71,7 +72,8 @@ class FeaturePoses:
         else:
             tracked = self.tracker.track(view, map_)
             if tracked is None:
-                return self._relocalised(view, map_)
+                return self._found_again(view, map_)
+        self._is_lost = tracked is None
         if tracked is not None:
             self.tracker.accept(view, tracked.tracks, tracked.fit.T_map_cam)
         return tracked
@@ -91,10 +93,18 @@ class FeaturePoses:
             self.tracker.accept(view, tracks, self.T_map_first)
         return tracked
 
-    def _relocalised(self, view: View, map_: GrowingMap) -> Tracked | None:
-        tracked = relocalise_lost(view, map_, self._encoder, self._config, self._relocalise)
+    def _found_again(self, view: View, map_: GrowingMap) -> Tracked | None:
+        """By descriptor: where the camera should be if it was just lost, then anywhere."""
+        features, tracked = self._encoder.encode(view.image), None
+        if not self._is_lost:
+            tracked = verified(view, features, map_, self.tracker.predict(view.stamp_ns),
+                               self._config.tracking)
+        near = tracked is not None
+        if tracked is None:
+            tracked = relocalise_lost(view, features, map_, self._config, self._relocalise)
+        self._is_lost = tracked is None
         if tracked is not None:
-            self.tracker.accept(view, tracked.tracks, tracked.fit.T_map_cam, moved=False)
+            self.tracker.accept(view, tracked.tracks, tracked.fit.T_map_cam, moved=near)
         return tracked
 
     def keyframe_added(self, map_: GrowingMap, tracks: Tracks) -> list[tuple[View, PoseFit]]:
@@ -136,10 +146,9 @@ class FeaturePoses:
         return not estimate.status.has_pose
 
 
-def relocalise_lost(view: View, map_: GrowingMap, encoder: Encoder, config: MapperConfig,
+def relocalise_lost(view: View, features: Features, map_: GrowingMap, config: MapperConfig,
                     relocaliser: Relocaliser | None) -> Tracked | None:
     """A lost camera, found among the keyframes or where ``relocaliser`` has it."""
-    features = encoder.encode(view.image)
     tracked = relocalise(view, features, map_, config.tracking)
     if tracked is None and relocaliser is not None:
         T_map_cam = relocaliser(view).T_map_cam
