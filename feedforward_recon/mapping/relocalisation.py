@@ -17,7 +17,7 @@ from feedforward_recon.geometry.transforms import transform_points
 from feedforward_recon.mapping.keyframes import View
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.matching import Tracks, match_guided, match_mutual
-from feedforward_recon.mapping.tracking import Tracked, fit_pose
+from feedforward_recon.mapping.tracking import CONFIRMED, Tracked, fit_pose
 from feedforward_recon.types import Features
 
 CANDIDATES = 5  # most similar keyframes that are tried; each costs a PnP; chosen by hand
@@ -115,4 +115,8 @@ def verified(view: View, features: Features, map_: GrowingMap, T_map_cam: np.nda
     fit = fit_pose(view, map_, tracks, T_map_cam, config)
     if fit.count < max(config.relocalise_inliers, MIN_SCORE * len(tracks.ids)):
         return None
-    return Tracked(tracks.select(fit.inliers), fit, features)
+    tracks = tracks.select(fit.inliers)
+    if len(map_) > CONFIRMED and (map_.landmarks.views()[tracks.ids] >= CONFIRMED
+                                  ).sum() < config.min_inliers:
+        return None
+    return Tracked(tracks, fit, features)

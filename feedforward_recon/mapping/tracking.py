@@ -17,7 +17,7 @@ from feedforward_recon.types import Features
 # Share of the followed landmarks that must agree with a pose; with fewer, much of the view moves
 # by itself or optical flow slipped; chosen by hand.
 MIN_AGREEMENT = 0.4
-# Share that agrees above which no other pose is looked for: what moves is small then; chosen by
+# Share of landmarks, and of votes, above which no other pose is looked for: what moves is small then; chosen by
 # hand.
 UNDISPUTED = 0.8
 # Share of the winner's votes above which a pose is not sure; chosen by hand.
@@ -26,7 +26,7 @@ CLEAR_WIN = 0.5
 CONFIRMED = 3
 # Times min_inliers: with so many confirmed landmarks the others are not needed for a pose; chosen
 # by hand.
-ENOUGH = 3
+ENOUGH = 2
 MAX_EXTRAPOLATION = 3.0  # intervals between images: velocity does not last longer
 
 
@@ -160,10 +160,31 @@ class Tracker:
 
     def _pose(self, view: View, map_: GrowingMap, tracks: Tracks,
               T_guess: np.ndarray) -> PoseFit | None:
+        """From the confirmed tracks if these are enough; None if too few of them agree.
+
+        Landmarks that moved would pull the pose with them: within ``outlier_px`` much can be
+        explained by turning a little.
+        """
+        config, voters = self.config, tracks
+        confirmed = map_.landmarks.views()[tracks.ids] >= CONFIRMED
+        if confirmed.sum() >= ENOUGH * config.min_inliers:
+            voters = tracks.select(confirmed)
+        fit = self._agreed(view, map_, voters, T_guess)
+        if fit is None or voters is tracks:
+            return fit
+        fit = followed(fit, view, map_, tracks, config)
+        if confirmed.mean() > 0.5:
+            return fit
+        agreeing = tracks.select(fit.inliers)
+        fit = fit_pose(view, map_, agreeing, fit.T_map_cam, config)
+        return followed(fit, view, map_, tracks, config)
+
+    def _agreed(self, view: View, map_: GrowingMap, tracks: Tracks,
+                T_guess: np.ndarray) -> PoseFit | None:
         enough = max(self.config.min_inliers, MIN_AGREEMENT * len(tracks.ids))
         if len(tracks.ids) < self.config.min_inliers:
             return None
-        fit = _by_confirmed(view, map_, tracks, T_guess, self.config)
+        fit = fit_pose(view, map_, tracks, T_guess, self.config)
         if fit.count >= enough:
             return fit
         points = map_.landmarks.points_map(tracks.ids, map_.T_map_cam)
@@ -175,21 +196,7 @@ class Tracker:
         return fit if fit.count >= enough else None
 
 
-def _by_confirmed(view: View, map_: GrowingMap, tracks: Tracks, T_guess: np.ndarray,
-                  config: TrackingConfig) -> PoseFit:
-    """Pose from the tracks that were confirmed if these are enough, and which of all agree.
-
-    A few landmarks that moved would pull the pose with them: within ``outlier_px`` much can be
-    explained by turning a little.
-    """
-    confirmed = map_.landmarks.views()[tracks.ids] >= CONFIRMED
-    if confirmed.all() or confirmed.sum() < ENOUGH * config.min_inliers:
-        return fit_pose(view, map_, tracks, T_guess, config)
-    fit = fit_pose(view, map_, tracks.select(confirmed), T_guess, config)
-    return _followed(fit, view, map_, tracks, config)
-
-
-def _followed(fit: PoseFit, view: View, map_: GrowingMap, tracks: Tracks,
+def followed(fit: PoseFit, view: View, map_: GrowingMap, tracks: Tracks,
               config: TrackingConfig) -> PoseFit:
     """The same pose with all tracks that agree with it as inliers."""
     points = map_.landmarks.points_map(tracks.ids, map_.T_map_cam)
@@ -217,11 +224,12 @@ def elected(view: View, map_: GrowingMap, tracks: Tracks, fit: PoseFit, config: 
     each keyframe that saw it after its first: what stands still was confirmed, what moves is new
     again and again.
     """
-    rival = None if support(fit) > UNDISPUTED \
-        else _another(view, map_, tracks, ~fit.inliers, config)
+    votes = map_.landmarks.views()[tracks.ids] - 1
+    undisputed = min(support(fit), votes[fit.inliers].sum() / max(votes.sum(), 1)) > UNDISPUTED \
+        if votes.any() else support(fit) > UNDISPUTED
+    rival = None if undisputed else _another(view, map_, tracks, ~fit.inliers, config)
     if rival is None:
         return Election(fit, True, np.zeros(len(tracks.ids), bool))
-    votes = map_.landmarks.views()[tracks.ids] - 1
     own, others = (one.inliers & ~two.inliers for one, two in ((fit, rival), (rival, fit)))
     ours, theirs = int(votes[own].sum()), int(votes[others].sum())
     if theirs > ours:
@@ -240,7 +248,7 @@ def _another(view: View, map_: GrowingMap, tracks: Tracks, rest: np.ndarray,
     # From these alone: the others, which are more, would pull it back to where they are.
     fit = fit_pose(view, map_, tracks.select(np.flatnonzero(rest)[rough.inliers]),
                    rough.T_map_cam, config)
-    return _followed(fit, view, map_, tracks, config)
+    return followed(fit, view, map_, tracks, config)
 
 
 def exact_fit(T_map_cam: np.ndarray, inliers: int = 0) -> PoseFit:
