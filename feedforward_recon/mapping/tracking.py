@@ -27,6 +27,9 @@ CONFIRMED = 3
 # Times min_inliers: with so many confirmed landmarks the others are not needed for a pose; chosen
 # by hand.
 ENOUGH = 2
+# Of Gauss-Newton for a pose, and for a first one that only tells which tracks agree; it converges
+# in about four from a prediction.
+STEPS, FIRST_STEPS = 10, 3
 MAX_EXTRAPOLATION = 3.0  # intervals between images: velocity does not last longer
 
 
@@ -160,31 +163,29 @@ class Tracker:
 
     def _pose(self, view: View, map_: GrowingMap, tracks: Tracks,
               T_guess: np.ndarray) -> PoseFit | None:
-        """From the confirmed tracks if these are enough; None if too few of them agree.
+        """First from the confirmed tracks if these are enough, then from all that agree.
 
-        Landmarks that moved would pull the pose with them: within ``outlier_px`` much can be
-        explained by turning a little.
+        None if too few agree. Landmarks that moved would pull the pose with them: within
+        ``outlier_px`` much can be explained by turning a little.
         """
-        config, voters = self.config, tracks
+        config = self.config
         confirmed = map_.landmarks.views()[tracks.ids] >= CONFIRMED
-        if confirmed.sum() >= ENOUGH * config.min_inliers:
-            voters = tracks.select(confirmed)
-        fit = self._agreed(view, map_, voters, T_guess)
-        if fit is None or voters is tracks:
-            return fit
-        fit = followed(fit, view, map_, tracks, config)
-        if confirmed.mean() > 0.5:
-            return fit
-        agreeing = tracks.select(fit.inliers)
-        fit = fit_pose(view, map_, agreeing, fit.T_map_cam, config)
-        return followed(fit, view, map_, tracks, config)
+        if confirmed.all() or confirmed.sum() < ENOUGH * config.min_inliers:
+            return self._agreed(view, map_, tracks, T_guess)
+        first = self._agreed(view, map_, tracks.select(confirmed), T_guess, FIRST_STEPS)
+        if first is None:
+            return None
+        agreeing = followed(first, view, map_, tracks, config).inliers
+        fit = fit_pose(view, map_, tracks.select(agreeing), first.T_map_cam, config)
+        agreeing[agreeing] = fit.inliers
+        return replace(fit, inliers=agreeing)
 
-    def _agreed(self, view: View, map_: GrowingMap, tracks: Tracks,
-                T_guess: np.ndarray) -> PoseFit | None:
+    def _agreed(self, view: View, map_: GrowingMap, tracks: Tracks, T_guess: np.ndarray,
+                steps: int = STEPS) -> PoseFit | None:
         enough = max(self.config.min_inliers, MIN_AGREEMENT * len(tracks.ids))
         if len(tracks.ids) < self.config.min_inliers:
             return None
-        fit = fit_pose(view, map_, tracks, T_guess, self.config)
+        fit = fit_pose(view, map_, tracks, T_guess, self.config, steps)
         if fit.count >= enough:
             return fit
         points = map_.landmarks.points_map(tracks.ids, map_.T_map_cam)
@@ -267,10 +268,10 @@ def is_well_supported(fit: PoseFit, config: TrackingConfig) -> bool:
 
 
 def fit_pose(view: View, map_: GrowingMap, tracks: Tracks, T_guess: np.ndarray,
-             config: TrackingConfig) -> PoseFit:
+             config: TrackingConfig, steps: int = STEPS) -> PoseFit:
     """Pose from tracks whose landmarks have points, refined from a guess [4, 4]."""
     points = map_.landmarks.points_map(tracks.ids, map_.T_map_cam)
     depth = view.depth_at(tracks.px) if view.has_depth else None
     noise = view.inv_depth_noise or map_.depth_noise
     return refine_pose(T_guess, points, tracks.px, view.camera, depth=depth,
-                       depth_noise=noise, outlier_px=config.outlier_px)
+                       depth_noise=noise, outlier_px=config.outlier_px, iterations=steps)
