@@ -170,14 +170,11 @@ def _exposure(room_rng: np.random.Generator, rng: np.random.Generator, images: i
 
 
 def _white_corridor(room_rng: np.random.Generator, rng: np.random.Generator, images: int) -> Plan:
-    """Out of a furnished end into a white corridor, a look at its wall, and back."""
+    """From a furnished end into a white corridor, a long look at its wall, and on."""
     room = hall(int(room_rng.integers(2**31)), middle='white')
     share = np.linspace(0, 1, images * STEPS)
-    # Looks at its own end, then ahead, at the white wall, and back.
-    turns = np.interp(share, (0, 0.08, 0.3, 0.5, 0.56, 0.64, 0.72, 1),
-                      np.deg2rad((180, 170, 0, 0, 90, 90, 170, 180)))
-    x = np.interp(share, (0, 0.15, 0.5, 0.7, 1), (-3.6, -3.3, -0.6, -0.6, -2.6))
-    return _in_hall(room, x, turns, images)
+    yaw = np.interp(share, (0, 0.4, 0.52, 0.64, 0.76, 1), np.deg2rad((0, 0, 80, 80, 0, 0)))
+    return _in_hall(room, np.interp(share, (0, 1), (-3.6, -0.4)), yaw, images)
 
 
 def _in_hall(room: Room, x: NDArray, yaw: NDArray, images: int) -> Plan:
@@ -222,11 +219,10 @@ def _pure_rotation_start(room_rng: np.random.Generator, rng: np.random.Generator
 
 
 def _forward_start(room_rng: np.random.Generator, rng: np.random.Generator, images: int) -> Plan:
-    """Straight ahead along a hall, then a turn and back."""
+    """Straight ahead along a hall: near the middle of the image nothing moves."""
     room = hall(int(room_rng.integers(2**31)), middle='papered')
-    share = np.linspace(0, 1, images * STEPS)
-    x = np.interp(share, (0, 0.6, 0.8, 1), (-3.4, 0.2, 0.4, -0.4))
-    return _in_hall(room, x, np.interp(share, (0, 0.6, 0.85, 1), (0, 0, np.pi, np.pi)), images)
+    x = np.linspace(-3.6, 0.4, images * STEPS)
+    return _in_hall(room, x, np.zeros_like(x), images)
 
 
 Case = Callable[[np.random.Generator, np.random.Generator, int], Plan]
