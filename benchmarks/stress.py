@@ -20,12 +20,12 @@ from benchmarks import orbslam_peer, ours
 from benchmarks.common import true_trajectory
 from benchmarks.peers_environment import why_no_orbslam
 from benchmarks.scoring import Row, Walked, mean_entry, trajectory_error
-from feedforward_recon.errors import DegenerateError, InputError
+from feedforward_recon.errors import DegenerateError
 from feedforward_recon.evaluation import distances_by_consensus
 from feedforward_recon.synthetic.stress import CASES, stress_walk
 from feedforward_recon.types import Frame, Trajectory
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 FALSE_M = 0.2
 ALIGNMENTS = {'RGB-D': 'se3', 'monocular': 'sim3'}
 log = logging.getLogger(__name__)
@@ -70,9 +70,12 @@ def entry(walked: Walked | None, frames: list[Frame], alignment: str) -> Row:
 def false_poses(estimated: Trajectory, unsure_ns: np.ndarray, truth: Trajectory,
                 alignment: str) -> int:
     """How many poses are vouched for and more than ``FALSE_M`` off."""
+    sure = ~np.isin(estimated.stamps_ns, unsure_ns)
+    if len(estimated) < 3:  # aligned exactly
+        return 0
     try:
         matched, distance = distances_by_consensus(
             estimated, truth, with_scale=alignment == 'sim3', tolerance=FALSE_M / 2)
-    except (InputError, DegenerateError):  # fewer than three poses
-        return 0
-    return int((~np.isin(matched.stamps_ns, unsure_ns) & (distance > FALSE_M)).sum())
+    except DegenerateError:  # all in one place, or not finite
+        return int(sure.sum())
+    return int((~np.isin(matched.stamps_ns, unsure_ns) & ~(distance <= FALSE_M)).sum())

@@ -17,8 +17,8 @@ from feedforward_recon.types import Features
 # Share of the followed landmarks that must agree with a pose; with fewer, much of the view moves
 # by itself or optical flow slipped; chosen by hand.
 MIN_AGREEMENT = 0.4
-# Share of landmarks, and of votes, above which no other pose is looked for: what moves is small then; chosen by
-# hand.
+# Share of landmarks, and of votes, above which no other pose is looked for: what moves is small
+# then; chosen by hand.
 UNDISPUTED = 0.8
 # Share of the winner's votes above which a pose is not sure; chosen by hand.
 CLEAR_WIN = 0.5

@@ -31,9 +31,6 @@ from feedforward_recon.mapping.tracking import Tracked, Tracker
 from feedforward_recon.model import Encoder
 from feedforward_recon.types import Estimate, Features
 
-# Times relocalise_inliers: with so many landmarks of the map from before, a camera that was lost is
-# sure; with fewer it was off by more than it knew (docs/experiments.md, Hard walks).
-FIRM = 2
 Relocaliser = Callable[[View], Estimate]  # finds a lost camera, e.g. in the scene memory
 
 
@@ -60,7 +57,6 @@ class FeaturePoses:
         self._bootstrap: Bootstrap | None = None
         self._needs_depth = False
         self._is_lost = False
-        self._hangs_from: int | None = None  # keyframes, when few landmarks found the camera
 
     def mapping_config(self, config: MapperConfig) -> MapperConfig:
         """The settings as they are."""
@@ -79,24 +75,11 @@ class FeaturePoses:
                 return self._found_again(view, map_)
         self._is_lost = tracked is None
         if tracked is not None:
-            tracked = self._judged(tracked, map_)
             self.tracker.accept(view, tracked.tracks, tracked.fit.T_map_cam)
-        return tracked
-
-    def _judged(self, tracked: Tracked, map_: GrowingMap) -> Tracked:
-        """Not sure as long as the map hangs on a camera that few landmarks found again."""
-        if self._hangs_from is None:
-            return tracked
-        ids = tracked.tracks.ids
-        before = map_.landmarks.has_point[ids] & (map_.landmarks.anchor[ids] < self._hangs_from)
-        if before.sum() < FIRM * self._config.tracking.relocalise_inliers:
-            return replace(tracked, sure=False)
-        self._hangs_from = None
         return tracked
 
     def _first(self, view: View) -> Tracked | None:
         self.tracker, self._bootstrap = Tracker(self._config.tracking), None
-        self._hangs_from = None
         return first_view(view, self._encoder, self.T_map_first, self._config.tracking)
 
     def _second(self, view: View, map_: GrowingMap, bootstrap: Bootstrap) -> Tracked | None:
@@ -121,8 +104,6 @@ class FeaturePoses:
             tracked = relocalise_lost(view, features, map_, self._config, self._relocalise)
         self._is_lost = tracked is None
         if tracked is not None:
-            self._hangs_from = len(map_) if self._hangs_from is None else self._hangs_from
-            tracked = self._judged(tracked, map_)
             self.tracker.accept(view, tracked.tracks, tracked.fit.T_map_cam, moved=near)
         return tracked
 
