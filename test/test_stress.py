@@ -51,7 +51,8 @@ def test_no_false_pose_in_fast_blurred_turns_while_the_exposure_jumps(room_walk,
 
 
 def test_a_jump_of_the_exposure_does_not_lose_the_camera(room_walk, encoder):
-    frames = [lit(frame, 0.3 if 8 <= i < 16 else 1.0, 1.0) for i, frame in enumerate(room_walk[:20])]
+    frames = [lit(frame, 0.3 if 8 <= i < 16 else 1.0, 1.0)
+              for i, frame in enumerate(room_walk[:20])]
     mapper = Mapper(MapperConfig(), encoder)
     estimates = [mapper.process(frame) for frame in frames]
     assert all(e.status.has_pose for e in estimates)
@@ -105,7 +106,8 @@ def test_what_stands_still_decides_the_pose_although_more_moves(standing):
     by_number = refine_pose(truth @ se3_exp(np.array([-0.3, 0, 0, 0, 0, 0])), points, px, CAMERA,
                             outlier_px=config.tracking.outlier_px)
     assert by_number.count >= moving  # the wrong pose has more followers
-    election = elected(view, map_, tracks, by_number, config.tracking)
+    votes = map_.landmarks.views()[ids] - 1
+    election = elected(view, map_, tracks, votes, by_number, config.tracking)
     assert np.allclose(election.winner.T_map_cam, truth, atol=1e-3)
     assert election.is_clear and election.others[standing:].all()
     assert not election.others[:standing].any()

@@ -150,26 +150,28 @@ class Tracker:
         T_guess = self.predict(view.stamp_ns)
         tracks = self.flow(view, map_, T_guess)
         known = map_.landmarks.has_point[tracks.ids]
-        fit = self._pose(view, map_, tracks.select(known), T_guess)
+        voters = tracks.select(known)
+        views = map_.landmarks.views()[voters.ids]
+        fit = self._pose(view, map_, voters, views, T_guess)
         if fit is None:
             return None
-        election = elected(view, map_, tracks.select(known), fit, self.config)
+        election = elected(view, map_, voters, views - 1, fit, self.config)
         fit = election.winner
         if election.is_clear:  # what moves would be a landmark at every place where it was seen
-            map_.landmarks.alive[tracks.ids[known][election.others]] = False
+            map_.landmarks.alive[voters.ids[election.others]] = False
         keep = ~known
         keep[known] = fit.inliers
         return Tracked(tracks.select(keep), fit, sure=None if election.is_clear else False)
 
-    def _pose(self, view: View, map_: GrowingMap, tracks: Tracks,
+    def _pose(self, view: View, map_: GrowingMap, tracks: Tracks, views: np.ndarray,
               T_guess: np.ndarray) -> PoseFit | None:
         """First from the confirmed tracks if these are enough, then from all that agree.
 
-        None if too few agree. Landmarks that moved would pull the pose with them: within
+        views: keyframes that saw each [n]. None if too few agree. Landmarks that moved would pull the pose with them: within
         ``outlier_px`` much can be explained by turning a little.
         """
         config = self.config
-        confirmed = map_.landmarks.views()[tracks.ids] >= CONFIRMED
+        confirmed = views >= CONFIRMED
         if confirmed.all() or confirmed.sum() < ENOUGH * config.min_inliers:
             return self._agreed(view, map_, tracks, T_guess)
         first = self._agreed(view, map_, tracks.select(confirmed), T_guess, FIRST_STEPS)
@@ -217,18 +219,17 @@ class Election:
     others: np.ndarray
 
 
-def elected(view: View, map_: GrowingMap, tracks: Tracks, fit: PoseFit, config: TrackingConfig
-            ) -> Election:
+def elected(view: View, map_: GrowingMap, tracks: Tracks, votes: np.ndarray, fit: PoseFit,
+            config: TrackingConfig) -> Election:
     """The pose ``fit`` or another one that landmarks agree on, if they are trusted more.
 
-    Where much of the view moves by itself, two poses have followers. A landmark has one vote for
-    each keyframe that saw it after its first: what stands still was confirmed, what moves is new
-    again and again.
+    votes: of each track [n], one for each keyframe that saw it after its first. Where much of the
+    view moves by itself, two poses have followers: what stands still was confirmed, what moves is
+    new again and again.
     """
-    votes = map_.landmarks.views()[tracks.ids] - 1
-    undisputed = min(support(fit), votes[fit.inliers].sum() / max(votes.sum(), 1)) > UNDISPUTED \
-        if votes.any() else support(fit) > UNDISPUTED
-    rival = None if undisputed else _another(view, map_, tracks, ~fit.inliers, config)
+    agreed = votes[fit.inliers].sum() >= UNDISPUTED * votes.sum()
+    rival = None if agreed and support(fit) > UNDISPUTED \
+        else _another(view, map_, tracks, ~fit.inliers, config)
     if rival is None:
         return Election(fit, True, np.zeros(len(tracks.ids), bool))
     own, others = (one.inliers & ~two.inliers for one, two in ((fit, rival), (rival, fit)))
