@@ -167,8 +167,8 @@ class Tracker:
               T_guess: np.ndarray) -> PoseFit | None:
         """First from the confirmed tracks if these are enough, then from all that agree.
 
-        views: keyframes that saw each [n]. None if too few agree. Landmarks that moved would pull the pose with them: within
-        ``outlier_px`` much can be explained by turning a little.
+        views: keyframes that saw each [n]. None if too few agree. Landmarks that moved would pull
+        the pose with them: within ``outlier_px`` much can be explained by turning a little.
         """
         config = self.config
         confirmed = views >= CONFIRMED
