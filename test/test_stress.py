@@ -79,6 +79,18 @@ def test_a_camera_that_turns_in_place_has_no_map_until_it_moves(room_walk, encod
     assert not mapper.source.waiting_for(mapper._map)
 
 
+def test_a_map_that_was_hardly_begun_is_given_up_for_a_new_one(room_walk, encoder):
+    # The mirror image of a walk is a walk through another room.
+    other = [replace(f, image=np.ascontiguousarray(f.image[:, ::-1]),
+                     depth=np.ascontiguousarray(f.depth[:, ::-1])) for f in room_walk[30:40]]
+    frames = [replace(f, stamp_ns=10**8 * i) for i, f in enumerate([*room_walk[:3], *other])]
+    mapper = Mapper(MapperConfig(), encoder)
+    statuses = [mapper.process(frame).status for frame in frames]
+    assert statuses[3:6] == [Status.LOST] * 3  # no longer than there were poses
+    assert statuses[6:] == [Status.TRACKING] * 7
+    assert mapper.stats.restarts == 1 and mapper.results.estimates[0].T_map_cam is None
+
+
 def a_view(points, T_map_cam):
     """A view, and where it shows points [N, 3] of the map."""
     gray = np.zeros((CAMERA.height, CAMERA.width), np.uint8)
