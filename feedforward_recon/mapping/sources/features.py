@@ -80,6 +80,10 @@ class FeaturePoses:
         if tracked is not None:
             self._posed, self._missed = self._posed + 1, 0
             self.tracker.accept(view, tracked.tracks, tracked.fit.T_map_cam)
+            # Without a sensor the lengths in a map settle only when its first window is full.
+            if self._is_own and not self._needs_depth and \
+                    0 < len(map_) < self._config.refine.window:
+                return replace(tracked, sure=False)
         return tracked
 
     def _first(self, view: View) -> Tracked | None:
