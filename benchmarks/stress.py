@@ -76,6 +76,6 @@ def false_poses(estimated: Trajectory, unsure_ns: np.ndarray, truth: Trajectory,
     try:
         matched, distance = distances_by_consensus(
             estimated, truth, with_scale=alignment == 'sim3', tolerance=FALSE_M / 2)
-    except DegenerateError:  # all in one place, or not finite
+    except DegenerateError:  # all in one place, or hardly any is finite
         return int(sure.sum())
     return int((~np.isin(matched.stamps_ns, unsure_ns) & ~(distance <= FALSE_M)).sum())

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from feedforward_recon.errors import DegenerateError, InputError
-from feedforward_recon.geometry.align import align_orientations, align_points
+from feedforward_recon.geometry.align import Alignment, align_orientations, align_points
 from feedforward_recon.geometry.transforms import inverse, make_transform, pose_error
 from feedforward_recon.types import FloatArray, Trajectory
 
@@ -132,15 +132,16 @@ def distances_by_consensus(estimated: Trajectory, truth: Trajectory, *, with_sca
 
     Unlike least squares, a stretch of wrong poses cannot pull the alignment towards itself: that
     of three poses which brings most others within ``tolerance`` (ground truth units) is refined
-    with those alone. with_scale: by a similarity.
+    with those alone. A pose that is not finite is off by NaN. with_scale: by a similarity.
 
     Raises InputError without matches, DegenerateError when no three poses determine an alignment.
     """
     estimated, truth = associate(estimated, truth)
     source, target = estimated.positions, truth.positions
     rng, best = np.random.default_rng(0), np.zeros(0, int)
-    for _ in range(CONSENSUS_SAMPLES if len(source) >= 3 else 0):
-        rows = rng.choice(len(source), 3, replace=False)
+    finite = np.flatnonzero(np.isfinite(source).all(1))
+    for _ in range(CONSENSUS_SAMPLES if len(finite) >= 3 else 0):
+        rows = rng.choice(finite, 3, replace=False)
         agreeing = _agreeing(source, target, rows, with_scale, tolerance)
         best = max(best, agreeing, key=len)
     if len(best) < 3:
@@ -150,7 +151,7 @@ def distances_by_consensus(estimated: Trajectory, truth: Trajectory, *, with_sca
         more = _agreeing(source, target, best, with_scale, tolerance)
         best = more if len(more) >= len(best) else best
     fit = align_points(source[best], target[best], with_scale=with_scale)
-    return estimated, np.linalg.norm(fit.apply(source) - target, axis=1)
+    return estimated, _off(fit, source, target)
 
 
 def _agreeing(source: np.ndarray, target: np.ndarray, rows: np.ndarray, with_scale: bool,
@@ -160,7 +161,12 @@ def _agreeing(source: np.ndarray, target: np.ndarray, rows: np.ndarray, with_sca
         fit = align_points(source[rows], target[rows], with_scale=with_scale)
     except DegenerateError:
         return np.zeros(0, int)
-    return np.flatnonzero(np.linalg.norm(fit.apply(source) - target, axis=1) < tolerance)
+    return np.flatnonzero(_off(fit, source, target) < tolerance)
+
+
+def _off(fit: Alignment, source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid='ignore'):
+        return np.linalg.norm(fit.apply(source) - target, axis=1)
 
 
 def relative_pose_error(estimated: Trajectory, truth: Trajectory, step: int = 1,
