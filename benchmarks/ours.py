@@ -23,7 +23,7 @@ from feedforward_recon.model import Encoder
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.session.newest_memory import NewestMemory
 from feedforward_recon.session.offline import relocalise_frames
-from feedforward_recon.types import Frame, Trajectory
+from feedforward_recon.types import Estimate, Frame, Status, Trajectory
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ def map_walk(frames: Sequence[Frame], config: MapperConfig | None = None) -> Wal
     posed = [(e.stamp_ns, e.T_map_cam) for e in estimates if e.T_map_cam is not None]
     keyframes_ns = np.array([keyframe.stamp_ns for keyframe in scene.keyframes], np.int64)
     return Walked(_trajectory(posed), scene.trajectory, scene.trajectory, keyframes_ns,
-                  clock.cpu_seconds, float(np.median([e.latency_ms for e in estimates])))
+                  clock.cpu_seconds, float(np.median([e.latency_ms for e in estimates])),
+                  _unsure(estimates), _unsure(mapper.results.estimates))
 
 
 def _mapper(config: MapperConfig, encoder: Encoder, writer: MemoryWriter) -> Mapper:
@@ -86,6 +87,10 @@ def _mapper(config: MapperConfig, encoder: Encoder, writer: MemoryWriter) -> Map
 def _finished(mapper: Mapper, frames: Sequence[Frame]) -> SceneMap:
     scene = mapper.finish()
     return mapper.results.scene_map() if relocalise_frames(mapper, frames) else scene
+
+
+def _unsure(estimates: Sequence[Estimate]) -> np.ndarray:
+    return np.array([e.stamp_ns for e in estimates if e.status is Status.UNCERTAIN], np.int64)
 
 
 def _trajectory(poses: Sequence[tuple[int, np.ndarray]]) -> Trajectory:

@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 # Name of the result: module and function that measure it.
 ENTRIES = {
     'mapping': ('mapping', 'run'),
+    'stress': ('stress', 'run'),
     'sparse_depth': ('sparse_depth', 'run'),
     'sessions': ('sessions', 'run'),
     'pairs': ('pairs', 'run'),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,8 @@ class Walked:
     all images in the end; the live ones where a system has no others. refined: poses of the
     finished map, of all images or of its keyframes alone. keyframes_ns: stamps [K].
     cpu_seconds: of all threads, without reading images. latency_ms: median from an image to its
-    pose, by the clock.
+    pose, by the clock. unsure_live, unsure: stamps of poses of ``live`` and ``trajectory`` that
+    the system itself does not vouch for.
     """
 
     live: Trajectory
@@ -34,6 +35,8 @@ class Walked:
     keyframes_ns: np.ndarray
     cpu_seconds: float
     latency_ms: float
+    unsure_live: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    unsure: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 def walk_entry(walked: Walked, truth: Trajectory, alignment: str, total: int,

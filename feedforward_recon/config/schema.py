@@ -115,7 +115,7 @@ class TrackingConfig:
                                 unit='m')
     min_inliers: int = option(20, 'fewest landmarks that must agree with a pose', low=6,
                               high=1000)
-    relocalise_inliers: int = option(35, 'fewest landmarks that must agree with the pose of a '
+    relocalise_inliers: int = option(50, 'fewest landmarks that must agree with the pose of a '
                                      'camera that was lost', low=6, high=1000)
     match_similarity: float = option(0.75, 'smallest cosine similarity of matching descriptors',
                                      low=0, high=1)

@@ -112,7 +112,7 @@ def pose_graph_steps(graph: PoseGraph, edges: PoseGraphEdges, fixed: np.ndarray,
         trial = _moved(graph, delta.reshape(-1, 7))
         new = _cost(trial, edges, robust_scale)
         small = new <= cost and cost - new <= 1e-6 * cost
-        if new > cost:
+        if not new <= cost:  # nor where the equations are singular: NaN
             damping *= 100
         else:
             graph, cost, damping = trial, new, max(damping / 10, 1e-9)

@@ -251,6 +251,8 @@ class Localizer:
         answers everywhere, and its errors are correlated.
         """
         config = self.config
+        if not len(candidates):
+            return Estimate(0, Status.NOT_LOCALISED, reason='TOO_FEW_INLIERS')
         score = float(candidates.agreeing(fit.T_map_cam, camera, config.search_px).mean())
         # Candidates a little off belong to the same place; only far ones are votes for another.
         near = candidates.agreeing(fit.T_map_cam, camera, ELSEWHERE * config.search_px)

@@ -7,15 +7,17 @@ not pass.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from feedforward_recon.config.schema import TrackingConfig
-from feedforward_recon.geometry.pnp import PoseFit, pnp_ransac
+from feedforward_recon.geometry.pnp import pnp_ransac
 from feedforward_recon.geometry.transforms import transform_points
 from feedforward_recon.mapping.keyframes import View
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.matching import Tracks, match_guided, match_mutual
-from feedforward_recon.mapping.tracking import Tracked, fit_pose
+from feedforward_recon.mapping.tracking import CONFIRMED, Tracked, fit_pose
 from feedforward_recon.types import Features
 
 CANDIDATES = 5  # most similar keyframes that are tried; each costs a PnP; chosen by hand
@@ -33,11 +35,12 @@ def relocalise(view: View, features: Features, map_: GrowingMap,
     """Pose and tracks of a view without a prior pose; None if no place agrees with it."""
     if not len(map_):
         return None
-    fits = [_against(view, features, map_, id_, config) for id_ in _similar(features, map_)]
-    found = sorted((f for f in fits if f is not None and f.count >= MIN_FIRST_INLIERS),
-                   key=lambda f: -f.count)
-    for fit in found[:2]:
-        tracked = verified(view, features, map_, fit.T_map_cam, config)
+    views = map_.landmarks.views()
+    fits = [_against(view, features, map_, id_, views, config)
+            for id_ in _similar(features, map_)]
+    found = sorted((f for f in fits if f is not None), key=lambda f: (-f.votes, -f.count))
+    for first in found[:2]:
+        tracked = verified(view, features, map_, first.T_map_cam, config)
         if tracked is not None:
             return tracked
     return None
@@ -52,12 +55,26 @@ def _similar(features: Features, map_: GrowingMap) -> list[int]:
     return [newest, *(int(k) for k in order if k != newest)]
 
 
-def _against(view: View, features: Features, map_: GrowingMap, id_: int,
-             config: TrackingConfig) -> PoseFit | None:
+@dataclass(frozen=True)
+class _First:
+    """A first pose [4, 4], how many matches agree with it, and for how many keyframes they speak.
+
+    votes: as in ``tracking.elected``; something that moves looks familiar, but is new each time.
+    """
+
+    T_map_cam: np.ndarray
+    count: int
+    votes: int
+
+
+def _against(view: View, features: Features, map_: GrowingMap, id_: int, views: np.ndarray,
+             config: TrackingConfig) -> _First | None:
     """PnP against the points of a keyframe and the landmarks of covisible ones."""
     keyframe, table = map_.keyframes[id_], map_.landmarks
     own = map_.points_cam(id_)
-    known = np.isfinite(own[:, 2])
+    # Not the features of landmarks that were given up: they moved, or never agreed.
+    known = np.isfinite(own[:, 2]) & ((keyframe.landmark < 0)
+                                      | table.alive[table.alias[keyframe.landmark]])
     seen = table.seen_by(id_)
     shared = table.shared(seen, len(map_))
     shared[id_] = 0
@@ -69,8 +86,13 @@ def _against(view: View, features: Features, map_: GrowingMap, id_: int,
                              table.points_map(ids, map_.T_map_cam)])
     descriptors = np.concatenate([keyframe.descriptors[known], table.descriptor[ids]])
     a, b = match_mutual(features.descriptors, descriptors, config.match_similarity)
-    return pnp_ransac(points[b], features.keypoints[a], view.camera, config.outlier_px,
-                      config.seed)
+    fit = pnp_ransac(points[b], features.keypoints[a], view.camera, config.outlier_px,
+                     config.seed)
+    if fit is None or fit.count < MIN_FIRST_INLIERS:
+        return None
+    shown = np.concatenate([keyframe.landmark[known], ids])[b[fit.inliers]]
+    votes = views[table.alias[shown[shown >= 0]]] - 1
+    return _First(fit.T_map_cam, fit.count, int(votes.sum()))
 
 
 def verified(view: View, features: Features, map_: GrowingMap, T_map_cam: np.ndarray,
@@ -93,4 +115,8 @@ def verified(view: View, features: Features, map_: GrowingMap, T_map_cam: np.nda
     fit = fit_pose(view, map_, tracks, T_map_cam, config)
     if fit.count < max(config.relocalise_inliers, MIN_SCORE * len(tracks.ids)):
         return None
-    return Tracked(tracks.select(fit.inliers), fit, features)
+    tracks = tracks.select(fit.inliers)
+    if len(map_) > CONFIRMED and (map_.landmarks.views()[tracks.ids] >= CONFIRMED
+                                  ).sum() < config.min_inliers:
+        return None
+    return Tracked(tracks, fit, features)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,6 +17,19 @@ from feedforward_recon.types import Features
 # Share of the followed landmarks that must agree with a pose; with fewer, much of the view moves
 # by itself or optical flow slipped; chosen by hand.
 MIN_AGREEMENT = 0.4
+# Share of landmarks, and of votes, above which no other pose is looked for: what moves is small
+# then; chosen by hand.
+UNDISPUTED = 0.8
+# Share of the winner's votes above which a pose is not sure; chosen by hand.
+CLEAR_WIN = 0.5
+# Keyframes that confirm a landmark: two give the point, another one that it stays where it is.
+CONFIRMED = 3
+# Times min_inliers: with so many confirmed landmarks the others are not needed for a pose; chosen
+# by hand.
+ENOUGH = 2
+# Of Gauss-Newton for a pose, and for a first one that only tells which tracks agree; it converges
+# in about four from a prediction.
+STEPS, FIRST_STEPS = 10, 3
 MAX_EXTRAPOLATION = 3.0  # intervals between images: velocity does not last longer
 
 
@@ -137,19 +150,44 @@ class Tracker:
         T_guess = self.predict(view.stamp_ns)
         tracks = self.flow(view, map_, T_guess)
         known = map_.landmarks.has_point[tracks.ids]
-        fit = self._pose(view, map_, tracks.select(known), T_guess)
+        voters = tracks.select(known)
+        views = map_.landmarks.views()[voters.ids]
+        fit = self._pose(view, map_, voters, views, T_guess)
         if fit is None:
             return None
+        election = elected(view, map_, voters, views - 1, fit, self.config)
+        fit = election.winner
+        if election.is_clear:  # what moves would be a landmark at every place where it was seen
+            map_.landmarks.alive[voters.ids[election.others]] = False
         keep = ~known
         keep[known] = fit.inliers
-        return Tracked(tracks.select(keep), fit)
+        return Tracked(tracks.select(keep), fit, sure=None if election.is_clear else False)
 
-    def _pose(self, view: View, map_: GrowingMap, tracks: Tracks,
+    def _pose(self, view: View, map_: GrowingMap, tracks: Tracks, views: np.ndarray,
               T_guess: np.ndarray) -> PoseFit | None:
+        """First from the confirmed tracks if these are enough, then from all that agree.
+
+        views: keyframes that saw each [n]. None if too few agree. Landmarks that moved would pull
+        the pose with them: within ``outlier_px`` much can be explained by turning a little.
+        """
+        config = self.config
+        confirmed = views >= CONFIRMED
+        if confirmed.all() or confirmed.sum() < ENOUGH * config.min_inliers:
+            return self._agreed(view, map_, tracks, T_guess)
+        first = self._agreed(view, map_, tracks.select(confirmed), T_guess, FIRST_STEPS)
+        if first is None:
+            return None
+        agreeing = followed(first, view, map_, tracks, config).inliers
+        fit = fit_pose(view, map_, tracks.select(agreeing), first.T_map_cam, config)
+        agreeing[agreeing] = fit.inliers
+        return replace(fit, inliers=agreeing)
+
+    def _agreed(self, view: View, map_: GrowingMap, tracks: Tracks, T_guess: np.ndarray,
+                steps: int = STEPS) -> PoseFit | None:
         enough = max(self.config.min_inliers, MIN_AGREEMENT * len(tracks.ids))
         if len(tracks.ids) < self.config.min_inliers:
             return None
-        fit = fit_pose(view, map_, tracks, T_guess, self.config)
+        fit = fit_pose(view, map_, tracks, T_guess, self.config, steps)
         if fit.count >= enough:
             return fit
         points = map_.landmarks.points_map(tracks.ids, map_.T_map_cam)
@@ -159,6 +197,60 @@ class Tracker:
             return None
         fit = fit_pose(view, map_, tracks, rough.T_map_cam, self.config)
         return fit if fit.count >= enough else None
+
+
+def followed(fit: PoseFit, view: View, map_: GrowingMap, tracks: Tracks,
+              config: TrackingConfig) -> PoseFit:
+    """The same pose with all tracks that agree with it as inliers."""
+    points = map_.landmarks.points_map(tracks.ids, map_.T_map_cam)
+    px = view.camera.project(transform_points(inverse(fit.T_map_cam), points))
+    return replace(fit, inliers=np.linalg.norm(px - tracks.px, axis=1) < config.outlier_px)
+
+
+@dataclass(frozen=True)
+class Election:
+    """The pose that the tracked landmarks voted for.
+
+    is_clear: no other pose came near. others: mask [n] of the tracks that agree with another one.
+    """
+
+    winner: PoseFit
+    is_clear: bool
+    others: np.ndarray
+
+
+def elected(view: View, map_: GrowingMap, tracks: Tracks, votes: np.ndarray, fit: PoseFit,
+            config: TrackingConfig) -> Election:
+    """The pose ``fit`` or another one that landmarks agree on, if they are trusted more.
+
+    votes: of each track [n], one for each keyframe that saw it after its first. Where much of the
+    view moves by itself, two poses have followers: what stands still was confirmed, what moves is
+    new again and again.
+    """
+    agreed = votes[fit.inliers].sum() >= UNDISPUTED * votes.sum()
+    rival = None if agreed and support(fit) > UNDISPUTED \
+        else _another(view, map_, tracks, ~fit.inliers, config)
+    if rival is None:
+        return Election(fit, True, np.zeros(len(tracks.ids), bool))
+    own, others = (one.inliers & ~two.inliers for one, two in ((fit, rival), (rival, fit)))
+    ours, theirs = int(votes[own].sum()), int(votes[others].sum())
+    if theirs > ours:
+        fit, others = rival, own
+    return Election(fit, min(ours, theirs) < CLEAR_WIN * max(ours, theirs), others)
+
+
+def _another(view: View, map_: GrowingMap, tracks: Tracks, rest: np.ndarray,
+             config: TrackingConfig) -> PoseFit | None:
+    """The pose on which enough of the tracks in the mask ``rest`` [n] agree; None without."""
+    table = map_.landmarks
+    points = table.points_map(tracks.ids, map_.T_map_cam)
+    rough = pnp_ransac(points[rest], tracks.px[rest], view.camera, config.outlier_px, config.seed)
+    if rough is None or rough.count < config.min_inliers:
+        return None
+    # From these alone: the others, which are more, would pull it back to where they are.
+    fit = fit_pose(view, map_, tracks.select(np.flatnonzero(rest)[rough.inliers]),
+                   rough.T_map_cam, config)
+    return followed(fit, view, map_, tracks, config)
 
 
 def exact_fit(T_map_cam: np.ndarray, inliers: int = 0) -> PoseFit:
@@ -177,10 +269,10 @@ def is_well_supported(fit: PoseFit, config: TrackingConfig) -> bool:
 
 
 def fit_pose(view: View, map_: GrowingMap, tracks: Tracks, T_guess: np.ndarray,
-             config: TrackingConfig) -> PoseFit:
+             config: TrackingConfig, steps: int = STEPS) -> PoseFit:
     """Pose from tracks whose landmarks have points, refined from a guess [4, 4]."""
     points = map_.landmarks.points_map(tracks.ids, map_.T_map_cam)
     depth = view.depth_at(tracks.px) if view.has_depth else None
     noise = view.inv_depth_noise or map_.depth_noise
     return refine_pose(T_guess, points, tracks.px, view.camera, depth=depth,
-                       depth_noise=noise, outlier_px=config.outlier_px)
+                       depth_noise=noise, outlier_px=config.outlier_px, iterations=steps)

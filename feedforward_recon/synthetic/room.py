@@ -135,6 +135,12 @@ def faces_of(rng: np.random.Generator, size: NDArray, boxes: list[Box]) -> list[
             style = str(rng.choice(CEILINGS if place == 'top' else FLOORS))
         inside = Surface(outside.corner + outside.side_u, -outside.side_u, outside.side_v)
         faces.append(_face(rng, inside, style, WALL_TEXELS_PER_M))
+    return faces + box_faces(rng, boxes)
+
+
+def box_faces(rng: np.random.Generator, boxes: list[Box]) -> list[Face]:
+    """The six faces of each box, with textures of its kind."""
+    faces = []
     for box in boxes:
         choices = dict(zip(('front', 'top', 'side'), STYLES[box.kind], strict=True))
         side = str(rng.choice(choices['side']))

@@ -3,7 +3,8 @@
 no map            -> the first frame with texture, or with depth where the camera has it
 no depth so far   -> two-view geometry once there is parallax (monocular cameras)
 tracked before    -> optical flow (KLT) and PnP
-lost              -> relocalisation among the keyframes, then by the caller's relocaliser
+lost              -> by descriptor where it should be, relocalisation among the keyframes, then by
+                     the caller's relocaliser; a map that was hardly begun starts again
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ from feedforward_recon.mapping.sources.base import (
 )
 from feedforward_recon.mapping.tracking import Tracked, Tracker
 from feedforward_recon.model import Encoder
-from feedforward_recon.types import Estimate
+from feedforward_recon.types import Estimate, Features
 
+# A map of fewer keyframes that misses its camera for more images than it ever placed is given up:
+# the next one may do better; chosen by hand.
+YOUNG = 5
 Relocaliser = Callable[[View], Estimate]  # finds a lost camera, e.g. in the scene memory
 
 
@@ -56,6 +60,7 @@ class FeaturePoses:
         self._config, self._encoder, self._relocalise = config, encoder, relocalise
         self._bootstrap: Bootstrap | None = None
         self._needs_depth = False
+        self._is_own, self._posed, self._missed = False, 0, 0  # since this source began the map
 
     def mapping_config(self, config: MapperConfig) -> MapperConfig:
         """The settings as they are."""
@@ -71,13 +76,19 @@ class FeaturePoses:
         else:
             tracked = self.tracker.track(view, map_)
             if tracked is None:
-                return self._relocalised(view, map_)
+                return self._found_again(view, map_)
         if tracked is not None:
+            self._posed, self._missed = self._posed + 1, 0
             self.tracker.accept(view, tracked.tracks, tracked.fit.T_map_cam)
+            # Without a sensor the lengths in a map settle only when its first window is full.
+            if self._is_own and not self._needs_depth and \
+                    0 < len(map_) < self._config.refine.window:
+                return replace(tracked, sure=False)
         return tracked
 
     def _first(self, view: View) -> Tracked | None:
         self.tracker, self._bootstrap = Tracker(self._config.tracking), None
+        self._is_own, self._posed, self._missed = True, 0, 0
         return first_view(view, self._encoder, self.T_map_first, self._config.tracking)
 
     def _second(self, view: View, map_: GrowingMap, bootstrap: Bootstrap) -> Tracked | None:
@@ -91,10 +102,25 @@ class FeaturePoses:
             self.tracker.accept(view, tracks, self.T_map_first)
         return tracked
 
-    def _relocalised(self, view: View, map_: GrowingMap) -> Tracked | None:
-        tracked = relocalise_lost(view, map_, self._encoder, self._config, self._relocalise)
+    def _found_again(self, view: View, map_: GrowingMap) -> Tracked | None:
+        """By descriptor: where the camera should be if it was just lost, then anywhere."""
+        features, tracked = self._encoder.encode(view.image), None
+        if not self._missed:
+            tracked = verified(view, features, map_, self.tracker.predict(view.stamp_ns),
+                               self._config.tracking)
+        near = tracked is not None
+        if tracked is None:
+            tracked = relocalise_lost(view, features, map_, self._config, self._relocalise)
         if tracked is not None:
-            self.tracker.accept(view, tracked.tracks, tracked.fit.T_map_cam, moved=False)
+            self._posed, self._missed = self._posed + 1, 0
+            self.tracker.accept(view, tracked.tracks, tracked.fit.T_map_cam, moved=near)
+            return tracked
+        self._missed += 1
+        if self._is_own and len(map_) < YOUNG and self._missed > self._posed:
+            map_.clear()
+            tracked = self._first(view)
+            if tracked is not None:
+                self.tracker.accept(view, tracked.tracks, tracked.fit.T_map_cam)
         return tracked
 
     def keyframe_added(self, map_: GrowingMap, tracks: Tracks) -> list[tuple[View, PoseFit]]:
@@ -136,10 +162,9 @@ class FeaturePoses:
         return not estimate.status.has_pose
 
 
-def relocalise_lost(view: View, map_: GrowingMap, encoder: Encoder, config: MapperConfig,
+def relocalise_lost(view: View, features: Features, map_: GrowingMap, config: MapperConfig,
                     relocaliser: Relocaliser | None) -> Tracked | None:
     """A lost camera, found among the keyframes or where ``relocaliser`` has it."""
-    features = encoder.encode(view.image)
     tracked = relocalise(view, features, map_, config.tracking)
     if tracked is None and relocaliser is not None:
         T_map_cam = relocaliser(view).T_map_cam

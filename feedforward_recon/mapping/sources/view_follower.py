@@ -52,8 +52,9 @@ class ViewFollower:
         tracking = self._config.tracking
         tracked, moved = self._tracker.track(view, map_), True
         if tracked is None:
-            tracked, moved = relocalise_lost(view, map_, self._encoder, self._config,
-                                         self._relocalise), False
+            features = self._encoder.encode(view.image)
+            tracked, moved = relocalise_lost(view, features, map_, self._config,
+                                             self._relocalise), False
         elif refresh:
             features = self._encoder.encode(view.image)
             tracked = verified(view, features, map_, tracked.fit.T_map_cam, tracking) or tracked
