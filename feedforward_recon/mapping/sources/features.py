@@ -35,6 +35,7 @@ from feedforward_recon.types import Estimate, Features
 # A map of fewer keyframes that misses its camera for more images than it ever placed is given up:
 # the next one may do better; chosen by hand.
 YOUNG = 5
+SETTLED = 6  # keyframes after which a map is refined as a whole for the first time (``backlog``)
 Relocaliser = Callable[[View], Estimate]  # finds a lost camera, e.g. in the scene memory
 
 
@@ -80,9 +81,8 @@ class FeaturePoses:
         if tracked is not None:
             self._posed, self._missed = self._posed + 1, 0
             self.tracker.accept(view, tracked.tracks, tracked.fit.T_map_cam)
-            # Without a sensor the lengths in a map settle only when its first window is full.
-            if self._is_own and not self._needs_depth and \
-                    0 < len(map_) < self._config.refine.window:
+            # Without a sensor the lengths in a map settle only when all of it was refined once.
+            if self._is_own and not self._needs_depth and 0 < len(map_) < SETTLED:
                 return replace(tracked, sure=False)
         return tracked
 
