@@ -79,16 +79,24 @@ def test_a_camera_that_turns_in_place_has_no_map_until_it_moves(room_walk, encod
     assert not mapper.source.waiting_for(mapper._map)
 
 
-def test_a_map_that_was_hardly_begun_is_given_up_for_a_new_one(room_walk, encoder):
+@pytest.mark.parametrize('depth', [False, True], ids=['monocular', 'depth'])
+def test_a_map_that_was_hardly_begun_is_given_up_unless_it_is_metric(room_walk, encoder, depth):
     # The mirror image of a walk is a walk through another room.
-    other = [replace(f, image=np.ascontiguousarray(f.image[:, ::-1]),
-                     depth=np.ascontiguousarray(f.depth[:, ::-1])) for f in room_walk[30:40]]
-    frames = [replace(f, stamp_ns=10**8 * i) for i, f in enumerate([*room_walk[:3], *other])]
-    mapper = Mapper(MapperConfig(), encoder)
-    statuses = [mapper.process(frame).status for frame in frames]
-    assert statuses[3:6] == [Status.LOST] * 3  # no longer than there were poses
-    assert statuses[6:] == [Status.TRACKING] * 7
-    assert mapper.stats.restarts == 1 and mapper.results.estimates[0].T_map_cam is None
+    walks = (room_walk[:10], [replace(f, image=np.ascontiguousarray(f.image[:, ::-1]),
+                                      depth=np.ascontiguousarray(f.depth[:, ::-1]))
+                              for f in room_walk[30:52]])
+    mapper, stamp_ns = Mapper(MapperConfig(), encoder), 0
+    begun = [False, False]
+    for place, frames in enumerate(walks):
+        for frame in frames:
+            stamp_ns += 10**8
+            mapper.process(replace(frame, stamp_ns=stamp_ns, depth=frame.depth if depth else None))
+            begun[place] |= not mapper.source.waiting_for(mapper._map)
+            if place == 0 and begun[0]:
+                break  # as soon as the map has begun
+    assert begun == [True, True] and mapper.stats.lost > 0
+    assert mapper.stats.restarts == (0 if depth else 1)
+    assert (mapper.results.estimates[0].T_map_cam is None) != depth
 
 
 def a_view(points, T_map_cam):

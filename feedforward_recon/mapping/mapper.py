@@ -53,7 +53,7 @@ EASY = 3
 class Mapper:
     """Maps a camera walk frame by frame; one thread calls it.
 
-    memory: gets each keyframe once, after it left the sliding window (``finish`` writes the
+    memory: gets each keyframe once, when a few newer ones are there (``finish`` writes the
     rest), and all keyframe poses whenever more than the window has moved.
     source: how frames get their poses; by default from their features.
     start: a map of earlier sessions to go on with: frames are located in it first, and extend it

@@ -97,7 +97,7 @@ class Memory(Protocol):
     """What the mapper needs of a scene memory."""
 
     def write(self, keyframe: Keyframe) -> None:
-        """Take in a keyframe once it has left the sliding window."""
+        """Take in a keyframe that hardly moves any more."""
 
     def reanchor(self, poses: dict[int, np.ndarray]) -> None:
         """Keyframes {id: T_map_cam} have moved."""

@@ -32,8 +32,8 @@ from feedforward_recon.mapping.tracking import Tracked, Tracker
 from feedforward_recon.model import Encoder
 from feedforward_recon.types import Estimate, Features
 
-# A map of fewer keyframes that misses its camera for more images than it ever placed is given up:
-# the next one may do better; chosen by hand.
+# A map without depth of fewer keyframes that misses its camera for more images than it ever placed
+# is given up: its two first views may have been wrong, and another start does better; by hand.
 YOUNG = 5
 SETTLED = 6  # keyframes after which a map is refined as a whole for the first time (``backlog``)
 Relocaliser = Callable[[View], Estimate]  # finds a lost camera, e.g. in the scene memory
@@ -115,8 +115,10 @@ class FeaturePoses:
             self._posed, self._missed = self._posed + 1, 0
             self.tracker.accept(view, tracked.tracks, tracked.fit.T_map_cam, moved=near)
             return tracked
-        self._missed += 1
-        if self._is_own and len(map_) < YOUNG and self._missed > self._posed:
+        # An image with hardly any features says nothing of the map.
+        self._missed += len(features) >= self._config.tracking.relocalise_inliers
+        if self._is_own and not self._needs_depth and len(map_) < YOUNG \
+                and self._missed > self._posed:
             map_.clear()
             tracked = self._first(view)
             if tracked is not None:
