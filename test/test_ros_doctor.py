@@ -204,6 +204,7 @@ def test_the_report_of_a_running_node_is_added(capsys, driver):
     assert told['causes'][-1]['sentence'] == '/mapping_node/doctor: no map; load one'
 
 
+@pytest.mark.slow
 def test_a_node_that_does_not_answer_is_named(capsys, driver):
     with driver() as camera:
         camera.node.create_service(Trigger, '/mapping_node/doctor',

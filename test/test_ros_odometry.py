@@ -160,6 +160,7 @@ def test_odometry_that_is_announced_is_waited_for_with_transforms_not_with_poses
     assert robot.upright() == ['level base', 'odometry'], 'a new map, a new line'
 
 
+@pytest.mark.slow
 def test_a_bag_that_loops_gives_no_frame_a_second_parent(robot, frames):
     robot = robot()
     assert robot.look(*frames, drive=True) >= len(frames) - 1, robot.node.output

@@ -129,6 +129,7 @@ def test_a_save_under_way_is_ended_and_answered(start_node, probe, frames, tmp_p
     assert load_map(tmp_path / 'map').info.keyframes > 0
 
 
+@pytest.mark.slow
 def test_without_autosave_the_old_map_stays(start_node, probe, frames, tmp_path):
     mapped = Mapped(start_node, probe, frames[:15], tmp_path / 'map')
     assert mapped.save().success
