@@ -36,6 +36,9 @@ from feedforward_recon.types import Estimate, Features
 # is given up: its two first views may have been wrong, and another start does better; by hand.
 YOUNG = 5
 SETTLED = 6  # keyframes after which a map is refined as a whole for the first time (``backlog``)
+# Landmarks that must agree with a camera that was lost only now, where it should be: fewer than
+# tracking.relocalise_inliers, because the place is known. A fast car sees no more of a young map.
+NEAR_INLIERS = 35
 Relocaliser = Callable[[View], Estimate]  # finds a lost camera, e.g. in the scene memory
 
 
@@ -106,8 +109,9 @@ class FeaturePoses:
         """By descriptor: where the camera should be if it was just lost, then anywhere."""
         features, tracked = self._encoder.encode(view.image), None
         if not self._missed:
+            near_config = replace(self._config.tracking, relocalise_inliers=NEAR_INLIERS)
             tracked = verified(view, features, map_, self.tracker.predict(view.stamp_ns),
-                               self._config.tracking)
+                               near_config)
         near = tracked is not None
         if tracked is None:
             tracked = relocalise_lost(view, features, map_, self._config, self._relocalise)
