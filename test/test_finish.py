@@ -237,6 +237,21 @@ def test_poses_between_keyframes_are_fitted_to_the_finished_map(frames, encoder)
     assert history.pose(0, moved)[0, 3] == pytest.approx(fitted[0, 3] + 1)
 
 
+def test_a_frame_is_not_fitted_to_another_place(frames, encoder):
+    """Where much of the view moved by itself, landmarks can agree on a pose that is far off."""
+    map_, _ = open_map_of(frames[:10], encoder)
+    ids = np.flatnonzero(map_.landmarks.has_point)
+    true = map_.T_map_cam[1]
+    far = true @ se3_exp(np.array([0.6, 0, 0, 0, 0, 0]))
+    px = seen_from(far, map_.landmarks.points_map(ids, map_.T_map_cam), map_.keyframes[0].camera)
+    front = np.isfinite(px).all(1)
+    history, tracks = EstimateHistory(), FrameTracks()
+    history.record(Estimate(1, Status.TRACKING, true), 1, map_.T_map_cam[1])
+    tracks.record(0, Tracks(frames[0].image[..., 0], ids[front], px[front]))
+    assert tracks.refit(map_, history, TrackingConfig()) == 0
+    np.testing.assert_allclose(history.pose(0, map_.T_map_cam), true, atol=1e-12)
+
+
 def test_frame_tracks_keep_to_their_budget():
     tracks, gray = FrameTracks(budget=1000), np.zeros((4, 4), np.uint8)
     for frame in range(100):

@@ -10,6 +10,7 @@ import numpy as np
 
 from feedforward_recon.config.schema import TrackingConfig
 from feedforward_recon.geometry.pnp import refine_pose
+from feedforward_recon.geometry.transforms import inverse, transform_points
 from feedforward_recon.mapping.estimates import EstimateHistory
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.matching import Tracks
@@ -18,6 +19,9 @@ from feedforward_recon.mapping.tracking import is_well_supported
 # Observations that are kept of all frames: 4 MB, and all there are for about 1000 images. Beyond,
 # every second one is left out, as often as needed: 40 in each image give a pose.
 BUDGET = 300_000
+# Times outlier_px that a fit may move the view of a frame (20 px): drift that was not corrected is
+# far below; where half of the view moved by itself, another pose has as many landmarks.
+ELSEWHERE = 5.0
 
 
 class FrameTracks:
@@ -49,7 +53,8 @@ class FrameTracks:
     def refit(self, map_: GrowingMap, history: EstimateHistory, config: TrackingConfig) -> int:
         """Fit the poses of frames that are no keyframes to the map as it is now.
 
-        A pose that few landmarks support stays as it was. Returns how many were fitted.
+        A pose that few landmarks support, or only somewhere else, stays as it was. Returns how
+        many were fitted.
         """
         found, table = 0, map_.landmarks
         for frame, (ids, px) in self._seen.items():
@@ -58,9 +63,14 @@ class FrameTracks:
             known = table.has_point[ids]
             if T_map_cam is None or known.sum() < config.min_inliers:
                 continue
-            fit = refine_pose(T_map_cam, table.points_map(ids[known], map_.T_map_cam), px[known],
-                              map_.keyframes[keyframe].camera, outlier_px=config.outlier_px)
-            if is_well_supported(fit, config):
+            points, camera = (table.points_map(ids[known], map_.T_map_cam),
+                              map_.keyframes[keyframe].camera)
+            fit = refine_pose(T_map_cam, points, px[known], camera, outlier_px=config.outlier_px)
+            before, after = (camera.project(transform_points(inverse(T), points[fit.inliers]))
+                             for T in (T_map_cam, fit.T_map_cam))
+            moved_px = np.nan_to_num(np.linalg.norm(after - before, axis=1), nan=np.inf)
+            if is_well_supported(fit, config) \
+                    and np.median(moved_px) < ELSEWHERE * config.outlier_px:
                 history.move(frame, fit.T_map_cam, map_.T_map_cam[keyframe])
                 found += 1
         return found
