@@ -9,6 +9,7 @@ import numpy as np
 
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.radial import bent, straightened
+from feedforward_recon.geometry.transforms import inverse, transform_points
 
 DISTORTION_COUNTS = {'plumb_bob': (0, 4, 5), 'rational': (8,), 'fisheye': (4,)}
 
@@ -131,6 +132,19 @@ class Camera:
             args = (points[front][:, None], zero, zero, self.K, np.array(self.distortion))
             pixels[front] = project(*args)[0].reshape(-1, 2)
         return pixels
+
+    def shift_px(self, T_before: np.ndarray, T_after: np.ndarray, points: np.ndarray) -> float:
+        """How far points [N, 3] move in the image between two poses T_map_cam, as a median.
+
+        Of those in view from ``T_after``; infinite if none is.
+        """
+        before, after = (self.project(transform_points(inverse(T), points))
+                         for T in (T_before, T_after))
+        with np.errstate(invalid='ignore'):
+            inside = np.all((after > 0) & (after < np.array(self.size_wh)), axis=1)
+            moved = np.linalg.norm(after - before, axis=1)[inside]
+        known = moved[np.isfinite(moved)]
+        return float(np.median(known)) if len(known) else np.inf
 
     def normalise(self, pixels: np.ndarray) -> np.ndarray:
         """Undistorted normalised coordinates [N, 2] (x/z, y/z) of pixels [N, 2]."""

@@ -81,7 +81,7 @@ def own_share(answer: Answer, features: Features, memory: SceneMemory, camera: C
         return 1.0, 0
     feature, pixels = answer.feature[asked], answer.pixels[asked]
     row, slot = answer.similar.alike(feature, ALIKE, ALIKE_MARGIN)
-    elsewhere = ~_within(answer.T_map_cam, memory.points[slot], pixels[row], camera, near_px)
+    elsewhere = ~within(answer.T_map_cam, memory.points[slot], pixels[row], camera, near_px)
     row, slot = row[elsewhere], slot[elsewhere]
     explained = np.zeros(len(asked), bool)
     explained[row] = True
@@ -96,13 +96,13 @@ def own_share(answer: Answer, features: Features, memory: SceneMemory, camera: C
         rivals += 1
         found, at = _explained(rival.T_map_cam, features.descriptors[feature], pixels, memory,
                                camera)
-        other = ~_within(answer.T_map_cam, memory.points[at], pixels[found], camera, near_px)
+        other = ~within(answer.T_map_cam, memory.points[at], pixels[found], camera, near_px)
         explained[found[other]] = True
         row, slot = row[~rival.inliers], slot[~rival.inliers]
     return 1.0 - float(explained.mean()), rivals
 
 
-def _within(T_map_cam: np.ndarray, points: np.ndarray, pixels: np.ndarray, camera: Camera,
+def within(T_map_cam: np.ndarray, points: np.ndarray, pixels: np.ndarray, camera: Camera,
             limit_px: float) -> np.ndarray:
     """Mask [N] of points [N, 3] that a camera sees within ``limit_px`` of pixels [N, 2]."""
     seen = camera.project(transform_points(inverse(T_map_cam), points))
@@ -110,7 +110,7 @@ def _within(T_map_cam: np.ndarray, points: np.ndarray, pixels: np.ndarray, camer
         return np.linalg.norm(seen - pixels, axis=1) < limit_px
 
 
-def _in_view(T_map_cam: np.ndarray, points: np.ndarray, camera: Camera
+def in_view(T_map_cam: np.ndarray, points: np.ndarray, camera: Camera
              ) -> tuple[np.ndarray, np.ndarray]:
     """Points [N, 3] that project into the image: index [M] and pixels [M, 2]."""
     pixels = camera.project(transform_points(inverse(T_map_cam), points))
@@ -125,7 +125,7 @@ def _explained(T_map_cam: np.ndarray, descriptors: np.ndarray, pixels: np.ndarra
 
     descriptors [N, D] and pixels [N, 2] of the features.
     """
-    slot, shown = _in_view(T_map_cam, memory.points, camera)
+    slot, shown = in_view(T_map_cam, memory.points, camera)
     if not len(slot):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     distance, near = cKDTree(shown).query(pixels, NEIGHBOURS,
@@ -146,7 +146,7 @@ def likeness(T_map_cam: np.ndarray, features: Features, memory: SceneMemory, cam
     unrelated too, so a low value alone refuses nothing.
     """
     confirmed = np.flatnonzero(memory.slot_counts.numpy()[memory.occupied] >= CONFIRMED)
-    shown, pixels = _in_view(T_map_cam, memory.points[confirmed], camera)
+    shown, pixels = in_view(T_map_cam, memory.points[confirmed], camera)
     if not len(shown):
         return 1.0
     distance, near = cKDTree(features.keypoints).query(pixels,

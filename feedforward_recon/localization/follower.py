@@ -20,7 +20,6 @@ from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.pnp import PoseFit, pnp_ransac, refine_pose
 from feedforward_recon.geometry.transforms import inverse, transform_points
 from feedforward_recon.localization.localizer import (
-    ELSEWHERE,
     OUTLIER_SIGMAS,
     Localizer,
     MatchedEstimate,
@@ -239,8 +238,7 @@ class Follower:
         """Whether the memory has the camera about where it was followed to."""
         if answer.T_map_cam is None:
             return False
-        limit_px = ELSEWHERE * self.localizer.config.search_px
-        return self.localizer.shift_px(state.T_map_cam, answer.T_map_cam, camera) < limit_px
+        return self.localizer.same_place(state.T_map_cam, answer.T_map_cam, camera)
 
     def _from_answer(self, found: MatchedEstimate, gray: np.ndarray, camera: Camera) -> Followed:
         """The points of an accepted answer, in its image."""

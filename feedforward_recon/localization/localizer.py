@@ -19,8 +19,7 @@ from feedforward_recon.config.schema import LocalizerConfig
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.pnp import PoseFit, pnp_ransac, refine_pose
-from feedforward_recon.geometry.transforms import inverse, transform_points
-from feedforward_recon.localization.evidence import Answer, holds
+from feedforward_recon.localization.evidence import Answer, holds, in_view, within
 from feedforward_recon.localization.slot_search import Similarities, SlotSearch
 from feedforward_recon.memory.scene_memory import SceneMemory
 from feedforward_recon.model import Encoder
@@ -68,9 +67,7 @@ class Matches:
 
     def agreeing(self, T_map_cam: np.ndarray, camera: Camera, limit_px: float) -> np.ndarray:
         """Mask [M] of candidates whose reprojection error is below ``limit_px``."""
-        pixels = camera.project(transform_points(inverse(T_map_cam), self.points))
-        with np.errstate(invalid='ignore'):
-            return np.linalg.norm(pixels - self.pixels, axis=1) < limit_px
+        return within(T_map_cam, self.points, self.pixels, camera, limit_px)
 
 
 @dataclass(frozen=True)
@@ -149,7 +146,8 @@ class Localizer:
         matches = matches.select(np.flatnonzero(final.inliers))
         estimate = self._judged(final, slots if len(self._values) else network, camera)
         if self.config.refuse_lookalikes and estimate.T_map_cam is not None \
-                and not self._near(T_map_cam_hint, final, camera):
+                and (T_map_cam_hint is None
+                     or not self.same_place(T_map_cam_hint, final.T_map_cam, camera)):
             answer = Answer(final.T_map_cam, estimate.score, matches.feature, matches.pixels,
                             similar)
             if len(self._values) and not holds(answer, features, self.memory, camera,
@@ -205,7 +203,7 @@ class Localizer:
         The radius is wide on purpose: matches confined to a few pixels would confirm whatever
         pose they were predicted from.
         """
-        visible, pixels = self._visible(camera, T_map_cam)
+        visible, pixels = in_view(T_map_cam, self.memory.points, camera)
         if not len(visible):
             return _no_matches()
         radius_px = self.config.rematch_radius * camera.width
@@ -226,22 +224,7 @@ class Localizer:
 
     def shift_px(self, T_before: np.ndarray, T_after: np.ndarray, camera: Camera) -> float:
         """How far the slots in view moved in the image between two poses, as a median."""
-        points = self.memory.points[::SHIFT_STEP]
-        before, after = (camera.project(transform_points(inverse(T), points))
-                         for T in (T_before, T_after))
-        with np.errstate(invalid='ignore'):
-            inside = np.all((after > 0) & (after < np.array(camera.size_wh)), axis=1)
-            moved = np.linalg.norm(after - before, axis=1)[inside]
-        known = moved[np.isfinite(moved)]
-        return float(np.median(known)) if len(known) else np.inf
-
-    def _visible(self, camera: Camera, T_map_cam: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Slots in front of the camera and inside the image, and their pixels [M, 2]."""
-        pixels = camera.project(transform_points(inverse(T_map_cam), self.memory.points))
-        with np.errstate(invalid='ignore'):
-            inside = np.all((pixels > 0) & (pixels < np.array(camera.size_wh)), axis=1)
-        visible = np.flatnonzero(inside)
-        return visible, pixels[visible]
+        return camera.shift_px(T_before, T_after, self.memory.points[::SHIFT_STEP])
 
     def _judged(self, fit: PoseFit, candidates: Matches, camera: Camera) -> Estimate:
         """Accept the pose, or refuse it with a reason: inlier ratio, and that of a second pose.
@@ -266,10 +249,9 @@ class Localizer:
         return replace(estimate, status=Status.TRACKING, T_map_cam=fit.T_map_cam,
                        covariance=fit.covariance)
 
-    def _near(self, T_map_cam: np.ndarray | None, fit: PoseFit, camera: Camera) -> bool:
-        """Whether a pose says the same place as a fit."""
-        return T_map_cam is not None and self.shift_px(
-            T_map_cam, fit.T_map_cam, camera) < ELSEWHERE * self.config.search_px
+    def same_place(self, T_a: np.ndarray, T_b: np.ndarray, camera: Camera) -> bool:
+        """Whether a camera sees about the same from two poses [4, 4]."""
+        return self.shift_px(T_a, T_b, camera) < ELSEWHERE * self.config.search_px
 
     def _runner_up(self, rest: Matches, camera: Camera) -> int:
         """Votes for the best pose among the candidates that disagree with the answer."""

@@ -117,8 +117,8 @@ def bundle_problem(map_: GrowingMap, config: MapperConfig, free: np.ndarray,
                    ) -> tuple[BundleProblem | None, np.ndarray, np.ndarray]:
     """Bundle adjustment of landmarks ``ids`` and keyframes, with its rows and landmarks.
 
-    Poses in the order of ``free``, then ``fixed``. The problem is None
-    where no landmark can be refined.
+    Poses in the order of ``free``, then ``fixed``. The problem is None where no landmark can be
+    refined.
     """
     table, used = map_.landmarks, np.concatenate([free, fixed])
     ids = ids[table.has_point[ids]]

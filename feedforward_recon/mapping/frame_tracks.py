@@ -10,7 +10,6 @@ import numpy as np
 
 from feedforward_recon.config.schema import TrackingConfig
 from feedforward_recon.geometry.pnp import refine_pose
-from feedforward_recon.geometry.transforms import inverse, transform_points
 from feedforward_recon.mapping.estimates import EstimateHistory
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.matching import Tracks
@@ -21,7 +20,7 @@ from feedforward_recon.mapping.tracking import is_well_supported
 BUDGET = 300_000
 # Times outlier_px that a fit may move the view of a frame (20 px): drift that was not corrected is
 # far below; where half of the view moved by itself, another pose has as many landmarks.
-ELSEWHERE = 5.0
+MAX_SHIFT = 5.0
 
 
 class FrameTracks:
@@ -66,11 +65,8 @@ class FrameTracks:
             points, camera = (table.points_map(ids[known], map_.T_map_cam),
                               map_.keyframes[keyframe].camera)
             fit = refine_pose(T_map_cam, points, px[known], camera, outlier_px=config.outlier_px)
-            before, after = (camera.project(transform_points(inverse(T), points[fit.inliers]))
-                             for T in (T_map_cam, fit.T_map_cam))
-            moved_px = np.nan_to_num(np.linalg.norm(after - before, axis=1), nan=np.inf)
-            if is_well_supported(fit, config) \
-                    and np.median(moved_px) < ELSEWHERE * config.outlier_px:
+            moved_px = camera.shift_px(T_map_cam, fit.T_map_cam, points[fit.inliers])
+            if is_well_supported(fit, config) and moved_px < MAX_SHIFT * config.outlier_px:
                 history.move(frame, fit.T_map_cam, map_.T_map_cam[keyframe])
                 found += 1
         return found

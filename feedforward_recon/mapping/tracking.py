@@ -200,7 +200,7 @@ class Tracker:
 
 
 def followed(fit: PoseFit, view: View, map_: GrowingMap, tracks: Tracks,
-              config: TrackingConfig) -> PoseFit:
+             config: TrackingConfig) -> PoseFit:
     """The same pose with all tracks that agree with it as inliers."""
     points = map_.landmarks.points_map(tracks.ids, map_.T_map_cam)
     px = view.camera.project(transform_points(inverse(fit.T_map_cam), points))

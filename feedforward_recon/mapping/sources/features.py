@@ -16,6 +16,7 @@ import numpy as np
 
 from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.geometry.pnp import PoseFit
+from feedforward_recon.mapping.backlog import ROUNDS
 from feedforward_recon.mapping.bootstrap import Bootstrap
 from feedforward_recon.mapping.keyframes import View
 from feedforward_recon.mapping.map import GrowingMap
@@ -35,7 +36,7 @@ from feedforward_recon.types import Estimate, Features
 # A map without depth of fewer keyframes that misses its camera for more images than it ever placed
 # is given up: its two first views may have been wrong, and another start does better; by hand.
 YOUNG = 5
-SETTLED = 6  # keyframes after which a map is refined as a whole for the first time (``backlog``)
+SETTLED = ROUNDS[0]  # keyframes after which a map is refined as a whole for the first time
 # Landmarks that must agree with a camera that was lost only now, where it should be: fewer than
 # tracking.relocalise_inliers, because the place is known. A fast car sees no more of a young map.
 NEAR_INLIERS = 35
