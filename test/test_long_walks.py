@@ -12,7 +12,7 @@ from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, se3_exp
 from feedforward_recon.mapping import adjustment
 from feedforward_recon.mapping.keyframes import CLOUD_FACTOR, KeyframePacker, MapKeyframe
-from feedforward_recon.mapping.loop_closure import Loop, close_loop
+from feedforward_recon.mapping.loop_closure import Loop, close_loop, find_loop
 from feedforward_recon.mapping.mapper import Mapper
 from feedforward_recon.types import Features
 
@@ -73,6 +73,18 @@ def test_a_closed_loop_puts_keyframes_and_points_back(frames, encoder):
     assert apart(map_, true) < 0.5 * before_m
     assert np.linalg.norm(map_.T_map_cam[-1, :3, 3] - true[-1, :3, 3]) < 0.1 * before_m
     assert errors_px(map_) < pose_graph_px[0]
+
+
+@pytest.mark.parametrize('stays', [True, False])
+def test_a_loop_rests_on_landmarks_that_several_keyframes_confirmed(frames, encoder, stays):
+    _, map_ = mapped(frames[:40], encoder)
+    newest, table = len(map_) - 1, map_.landmarks
+    table.forget(np.flatnonzero(table.seen_keyframe == newest))  # as if it came back later
+    loops = replace(map_.config.loops, min_age=1, candidates=newest)
+    config = replace(map_.config, loops=loops)
+    if not stays:  # what moves is seen in each place once
+        table.forget(np.flatnonzero(table.seen_keyframe != table.anchor[table.seen_landmark]))
+    assert (find_loop(map_, config, newest) is not None) == stays
 
 
 def test_no_piece_of_a_loop_closure_adjusts_more_than_a_window(frames, encoder, monkeypatch):

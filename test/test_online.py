@@ -223,6 +223,18 @@ def test_a_missed_frame_is_relocalised_in_the_finished_map(frames, encoder):
     assert ate(mapper, frames, with_scale=True) < 0.02
 
 
+def test_a_camera_found_by_a_strip_of_its_image_is_not_sure_of_its_pose(frames, encoder):
+    mapper = run(frames[:40], encoder)
+    mapper.finish()
+    image, depth = frames[30].image, frames[30].depth
+    strip = image.copy()
+    strip[:, :200] = 128
+    for shown, sensed, status in ((image, None, Status.TRACKING), (strip, depth, Status.TRACKING),
+                                  (strip, None, Status.UNCERTAIN)):
+        frame = replace(frames[30], image=shown, depth=sensed)
+        assert mapper.relocalise_frame(30, frame).status is status
+
+
 def test_offline_reconstruction_is_the_online_one_and_more(frames, encoder):
     quick = replace(MapperConfig(), memory=MemoryConfig(polish_steps=2))
     blurred = replace(frames[20], image=np.zeros_like(frames[20].image))

@@ -62,6 +62,22 @@ def test_a_jump_of_the_exposure_does_not_lose_the_camera(room_walk, encoder):
     assert errors(estimates, frames).max() < 0.03
 
 
+def test_a_monocular_map_settles_again_after_few_landmarks_held_the_camera(room_walk, encoder):
+    mapper = Mapper(MapperConfig(), encoder)
+    estimates = []
+    for index, frame in enumerate(room_walk[:60]):
+        image = frame.image
+        if 40 <= index < 42:
+            image = image.copy()
+            image[:, :290] = 128
+        estimates.append(mapper.process(replace(frame, image=image, depth=None)))
+    keyframes = sum(e.is_keyframe for e in estimates[:40])
+    assert estimates[39].status is Status.TRACKING and keyframes < 12
+    assert 20 <= estimates[41].inliers < 40
+    again = [e for e in estimates[42:] if e.status.has_pose and e.inliers > 100]
+    assert again and again[0].status is Status.UNCERTAIN
+
+
 def test_a_camera_that_turns_in_place_has_no_map_until_it_moves(room_walk, encoder):
     # Turning about its centre moves an image as a homography does.
     first, camera = room_walk[0], room_walk[0].camera

@@ -41,6 +41,22 @@ def test_relative_pose_is_found_up_to_scale(t):
     assert np.median(np.abs(depth / points[two.inliers][:, 2] - 1)) < 0.05
 
 
+def test_with_little_parallax_no_wrong_direction_is_taken():
+    # One robust search takes a direction that is off by more than 20 degrees for one of these.
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        near = rng.random(400) < 0.3
+        points = np.c_[rng.uniform(-2, 2, (400, 2)), rng.normal(5, 0.2, 400)
+                       - near * rng.uniform(0, 2, 400)]
+        t = rng.standard_normal(3)
+        T_a_b = make_transform(so3_exp(np.array([0.02, -0.1, 0.03])), 0.15 * t / np.linalg.norm(t))
+        seen = transform_points(inverse(T_a_b), points)
+        xy_a, xy_b = (p[:, :2] / p[:, 2:] + 0.3 / FOCAL_PX * rng.standard_normal((400, 2))
+                      for p in (points, seen))
+        two = relative_pose(xy_a, xy_b, FOCAL_PX)
+        assert two.T_a_b[:3, 3] @ t / np.linalg.norm(t) > np.cos(np.deg2rad(10))
+
+
 def test_rotation_alone_is_refused():
     _, xy_a, xy_b, _ = pair((1e-6, 0, 0))
     with pytest.raises(DegenerateError, match=r'plane|sideways'):

@@ -27,6 +27,7 @@ from feedforward_recon.mapping.association import fuse_loop
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.matching import match_mutual
 from feedforward_recon.mapping.skeleton import Correction, apply_correction, refine_skeleton
+from feedforward_recon.mapping.tracking import CONFIRMED
 
 log = logging.getLogger(__name__)
 # Shared landmarks above which no loop is searched: bundle adjustment holds such keyframes together
@@ -94,7 +95,18 @@ def _verified(map_: GrowingMap, id_: int, old: int, config: MapperConfig) -> Loo
                      config.tracking.outlier_px, config.tracking.seed, PNP_ITERATIONS)
     if fit is None or fit.count < config.loops.min_inliers:
         return None
-    return _described(map_, id_, old, fit, points, a, b)
+    loop = _described(map_, id_, old, fit, points, a, b)
+    return loop if _rests_on_what_stays(map_, loop) else None
+
+
+def _rests_on_what_stays(map_: GrowingMap, loop: Loop) -> bool:
+    """Whether most landmarks of a loop were confirmed: what moves shows at one place only once.
+
+    Without it, boxes that moved closed loops by hundreds of matches: docs/experiments.md, Hard
+    walks.
+    """
+    views = map_.landmarks.views()[loop.landmarks]
+    return len(views) > 0 and bool(np.median(views) >= CONFIRMED)
 
 
 def _described(map_: GrowingMap, id_: int, old: int, fit: PoseFit, points: np.ndarray,
