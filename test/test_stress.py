@@ -69,7 +69,7 @@ def test_a_monocular_map_settles_again_after_few_landmarks_held_the_camera(room_
         image = frame.image
         if 40 <= index < 42:
             image = image.copy()
-            image[:, :290] = 128
+            image[:, :282] = 128
         estimates.append(mapper.process(replace(frame, image=image, depth=None)))
     keyframes = sum(e.is_keyframe for e in estimates[:40])
     assert estimates[39].status is Status.TRACKING and keyframes < 12
