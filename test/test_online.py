@@ -188,6 +188,18 @@ def test_a_standing_camera_adds_no_keyframes(frames, encoder):
     assert mapper.results.estimates[-1].status is Status.TRACKING
 
 
+def test_a_monocular_map_waits_for_parallax(encoder):
+    room = Room.generate(7)
+    frames = list(render_walk(room, CAMERA, room.walk(1200, seed=0, fps=50.0)[:40], fps=50.0))
+    mapper, index = Mapper(MapperConfig(), encoder), 0
+    while len(mapper.results.keyframes) < 2:
+        mapper.process(replace(frames[index], depth=None))
+        index += 1
+    baseline = np.linalg.norm((frames[index - 1].T_map_cam - frames[0].T_map_cam)[:3, 3])
+    depth = np.median(frames[0].depth[frames[0].depth > 0])
+    assert 1.5 < np.rad2deg(baseline / depth) < 3.0
+
+
 @pytest.mark.parametrize('depth', [True, False])
 def test_a_camera_is_relocalised_after_a_gap(frames, encoder, depth):
     kept = frames[:45] + frames[55:]
