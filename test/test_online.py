@@ -236,15 +236,18 @@ def test_a_missed_frame_is_relocalised_in_the_finished_map(frames, encoder):
 
 
 def test_a_camera_found_by_a_strip_of_its_image_is_not_sure_of_its_pose(frames, encoder):
-    mapper = run(frames[:40], encoder)
-    mapper.finish()
     image, depth = frames[30].image, frames[30].depth
+    mapper = run([*frames[:30], replace(frames[30], image=np.zeros_like(image)), *frames[31:40]],
+                 encoder)
+    mapper.finish()
     strip = image.copy()
     strip[:, :200] = 128
-    for shown, sensed, status in ((image, None, Status.TRACKING), (strip, depth, Status.TRACKING),
-                                  (strip, None, Status.UNCERTAIN)):
+    for shown, sensed, status in ((strip, None, Status.UNCERTAIN), (image, None, Status.TRACKING),
+                                  (strip, None, Status.TRACKING)):  # no pose for a worse one
         frame = replace(frames[30], image=shown, depth=sensed)
         assert mapper.relocalise_frame(30, frame).status is status
+    assert mapper.relocalise_frame(29, replace(frames[30], image=strip, depth=depth)
+                                   ).status is Status.TRACKING
 
 
 def test_offline_reconstruction_is_the_online_one_and_more(frames, encoder):

@@ -61,8 +61,9 @@ def relative_pose(xy_a: np.ndarray, xy_b: np.ndarray, focal_px: float,
     candidates = [_check(make_transform(R, s * t.ravel()), xy_a, xy_b, tolerance)
                   for R in (R_1, R_2) for s in (1, -1)]
     candidates.sort(key=lambda c: -int(c.inliers.sum()))
-    _refuse_plane(xy_a, xy_b, candidates[0], tolerance, seed)
     best, second = (int(c.inliers.sum()) for c in candidates[:2])
+    if best >= MIN_MATCHES:
+        _refuse_plane(xy_a, xy_b, candidates[0], tolerance, seed)
     if best < MIN_MATCHES or second > CLEAR_WIN * best:
         raise DegenerateError(f'expected one relative pose that most of {len(xy_a)} matches '
                               f'agree on, found {best} and {second} for the best two; move '
@@ -82,11 +83,13 @@ def _refuse_plane(xy_a: np.ndarray, xy_b: np.ndarray, two: TwoView, tolerance: f
 def _best_motion(xy_a: np.ndarray, xy_b: np.ndarray, focal_px: float, threshold_px: float,
                  seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Rotation and direction of T_b_a, up to the ambiguity of the essential matrix."""
-    found = []
-    for search in range(SEARCHES):
-        E = _essential(xy_a, xy_b, focal_px, threshold_px / (1 + search % 2), seed + search)
-        found.append(_polished(E, xy_a, xy_b, ROBUST * threshold_px / focal_px))
-    found.sort(key=lambda f: f[0])
+    essentials = [_essential(xy_a, xy_b, focal_px, threshold_px / (1 + search % 2), seed + search)
+                  for search in range(SEARCHES)]
+    found = sorted((_polished(E, xy_a, xy_b, ROBUST * threshold_px / focal_px)
+                    for E in essentials if E is not None), key=lambda f: f[0])
+    if not found:
+        raise DegenerateError('expected matches that determine a relative pose, found none '
+                              'that agree; move the camera sideways')
     best, R, t = found[0]
     cosine = np.cos(np.deg2rad(OTHER_DEG))
     rivals = [cost for cost, _, other in found if abs(other @ t) < cosine]
@@ -100,18 +103,17 @@ def _polished(E: np.ndarray, xy_a: np.ndarray, xy_b: np.ndarray, scale: float
               ) -> tuple[float, np.ndarray, np.ndarray]:
     """Robust cost, rotation and direction of an essential matrix, refined on all matches."""
     a, b = (np.concatenate([xy, np.ones((len(xy), 1))], 1) for xy in (xy_a, xy_b))
-    R, _, t = cv2.decomposeEssentialMat(E)
-    t = t.ravel()
-    across = np.linalg.svd(t[None])[2][1:]  # two directions at right angles to t
+    R_start, _, t_start = cv2.decomposeEssentialMat(E)
+    across = np.linalg.svd(t_start.T)[2][1:]  # two directions at right angles to t
 
     def motion(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        moved = t + x[3:] @ across
-        return so3_exp(x[:3]) @ R, moved / np.linalg.norm(moved)
+        t = t_start.ravel() + x[3:] @ across
+        return so3_exp(x[:3]) @ R_start, t / np.linalg.norm(t)
 
     def sampson(x: np.ndarray) -> np.ndarray:
         R, t = motion(x)
-        E = hat(t) @ R
-        line_b, line_a = a @ E.T, b @ E
+        refined = hat(t) @ R
+        line_b, line_a = a @ refined.T, b @ refined
         norm2 = (line_b[:, :2]**2).sum(1) + (line_a[:, :2]**2).sum(1)
         return (b * line_b).sum(1) / np.sqrt(norm2)
 
@@ -121,17 +123,15 @@ def _polished(E: np.ndarray, xy_a: np.ndarray, xy_b: np.ndarray, scale: float
 
 
 def _essential(xy_a: np.ndarray, xy_b: np.ndarray, focal_px: float, threshold_px: float,
-               seed: int) -> np.ndarray:
+               seed: int) -> np.ndarray | None:
     K = np.diag([focal_px, focal_px, 1.0])
     a, b = (np.ascontiguousarray(xy * focal_px) for xy in (xy_a, xy_b))
     try:
         E, _ = cv2.findEssentialMat(a, b, K, K, None, None, usac_params(threshold_px, seed))
     except cv2.error:
         E = None  # OpenCV throws where its minimal solver met a degenerate sample
-    if E is None or E.shape != (3, 3) or not np.all(np.isfinite(E)):
-        raise DegenerateError('expected matches that determine a relative pose, found none '
-                              'that agree; move the camera sideways')
-    return E
+    usable = E is not None and E.shape == (3, 3) and np.all(np.isfinite(E))
+    return E if usable else None
 
 
 def _check(T_b_a: np.ndarray, xy_a: np.ndarray, xy_b: np.ndarray,

@@ -133,7 +133,8 @@ class Localizer:
         if len(features) < self.config.min_inliers:
             return _refused(_refusal('TOO_FEW_FEATURES'))
         found = self._asked(features, camera, T_map_cam_hint, self.config.slot_queries)
-        if found.estimate.reason in NOT_FOUND and len(features) > self.config.slot_queries:
+        if (found.estimate.reason in NOT_FOUND and len(self._values)
+                and len(features) > self.config.slot_queries):
             return self._asked(features, camera, T_map_cam_hint, len(features))
         return found
 

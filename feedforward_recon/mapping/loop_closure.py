@@ -41,6 +41,9 @@ RECENT = 8  # keyframes just before one, which share its view; as loops.min_age
 # Edges of a keyframe to recent and to older ones: 70 ms where all covisible pairs took 1.2 s.
 STRONGEST = 3
 ROWS = 100  # keyframes whose covisibility is counted in one piece; chosen by hand
+# Landmarks of a loop beside points that only a sensor knows: fewer say nothing of what stays.
+# Right loops had 15 and more (docs/experiments.md, Hard walks).
+MIN_LANDMARKS = 10
 PNP_ITERATIONS = 200  # few are enough: most matches of a true loop agree; chosen by hand
 
 
@@ -100,13 +103,13 @@ def _verified(map_: GrowingMap, id_: int, old: int, config: MapperConfig) -> Loo
 
 
 def _rests_on_what_stays(map_: GrowingMap, loop: Loop) -> bool:
-    """Whether most landmarks of a loop were confirmed: what moves shows at one place only once.
+    """Whether most landmarks of a loop were confirmed: what moves on is seen by one keyframe.
 
     Without it, boxes that moved closed loops by hundreds of matches: docs/experiments.md, Hard
     walks.
     """
     views = map_.landmarks.views()[loop.landmarks]
-    return len(views) > 0 and bool(np.median(views) >= CONFIRMED)
+    return len(views) >= MIN_LANDMARKS and bool(np.median(views) >= CONFIRMED)
 
 
 def _described(map_: GrowingMap, id_: int, old: int, fit: PoseFit, points: np.ndarray,

@@ -140,8 +140,10 @@ class Tracker:
         px = view.camera.project(transform_points(inverse(T_guess) @ self.T_map_cam, start))
         return np.where(np.isfinite(px), px, tracks.px)
 
-    def track(self, view: View, map_: GrowingMap) -> Tracked | None:
+    def track(self, view: View, map_: GrowingMap, least: int = 0) -> Tracked | None:
         """Follow the tracks into a frame and find its pose; None if too few agree.
+
+        least: landmarks that must agree, where that is more than ``min_inliers``.
 
         First from the prediction by constant velocity; if that fails by PnP in RANSAC.
         """
@@ -153,7 +155,7 @@ class Tracker:
         voters = tracks.select(known)
         views = map_.landmarks.views()[voters.ids]
         fit = self._pose(view, map_, voters, views, T_guess)
-        if fit is None:
+        if fit is None or fit.count < least:
             return None
         election = elected(view, map_, voters, views - 1, fit, self.config)
         fit = election.winner

@@ -16,7 +16,6 @@ import numpy as np
 
 from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.geometry.pnp import PoseFit
-from feedforward_recon.mapping.backlog import ROUNDS
 from feedforward_recon.mapping.bootstrap import Bootstrap
 from feedforward_recon.mapping.keyframes import View
 from feedforward_recon.mapping.map import GrowingMap
@@ -29,19 +28,14 @@ from feedforward_recon.mapping.sources.base import (
     first_view,
     missing_for_start,
 )
-from feedforward_recon.mapping.tracking import Tracked, Tracker, is_well_supported
+from feedforward_recon.mapping.sources.settling import Settling
+from feedforward_recon.mapping.tracking import Tracked, Tracker
 from feedforward_recon.model import Encoder
 from feedforward_recon.types import Estimate, Features
 
 # A map without depth of fewer keyframes that misses its camera for more images than it ever placed
 # is given up: its two first views may have been wrong, and another start does better; by hand.
 YOUNG = 5
-# Keyframes after which a map without depth is sure: those after which it is refined as a whole for
-# the first time, and for the second where it lost its camera before.
-SETTLED, AFTER_LOSS = ROUNDS[:2]
-# Keyframes that a map without depth needs to settle again after few landmarks held the camera, and
-# no more than it had: docs/experiments.md, Hard walks.
-SETTLING = 12
 # Landmarks that must agree with a camera that was lost only now, where it should be: fewer than
 # tracking.relocalise_inliers, because the place is known. A fast car sees no more of a young map.
 NEAR_INLIERS = 35
@@ -71,7 +65,7 @@ class FeaturePoses:
         self._bootstrap: Bootstrap | None = None
         self._needs_depth = False
         self._is_own, self._posed, self._missed = False, 0, 0  # since this source began the map
-        self._settled = SETTLED
+        self._settling, self._lost = Settling(config.tracking), False
 
     def mapping_config(self, config: MapperConfig) -> MapperConfig:
         """The settings as they are."""
@@ -89,29 +83,26 @@ class FeaturePoses:
             if tracked is None:
                 return self._while_young(self._found_again(view, map_), map_)
         if tracked is not None:
-            self._posed, self._missed = self._posed + 1, 0
+            self._posed, self._missed, self._lost = self._posed + 1, 0, False
             self.tracker.accept(view, tracked.tracks, tracked.fit.T_map_cam)
         return self._while_young(tracked, map_)
 
     def _followed(self, view: View, map_: GrowingMap) -> Tracked | None:
         """By optical flow; from before a loss with as many landmarks as any place needs."""
-        tracked = self.tracker.track(view, map_)
-        if tracked is None or not self._missed \
-                or tracked.fit.count >= self._config.tracking.relocalise_inliers:
-            return tracked
-        return None
+        least = self._config.tracking.relocalise_inliers if self._lost else 0
+        return self.tracker.track(view, map_, least)
 
     def _while_young(self, tracked: Tracked | None, map_: GrowingMap) -> Tracked | None:
         """Not sure before the map has settled: without a sensor its lengths may be wrong."""
         if tracked is None or self._needs_depth or not self._is_own:
             return tracked
-        if len(map_) >= SETTLED and not is_well_supported(tracked.fit, self._config.tracking):
-            self._settled = max(self._settled, len(map_) + min(len(map_), SETTLING))
-        return tracked if len(map_) >= self._settled else replace(tracked, sure=False)
+        settled = self._settling.has_settled(tracked, map_)
+        return tracked if settled or not len(map_) else replace(tracked, sure=False)
 
     def _first(self, view: View) -> Tracked | None:
         self.tracker, self._bootstrap = Tracker(self._config.tracking), None
-        self._is_own, self._posed, self._missed, self._settled = True, 0, 0, SETTLED
+        self._is_own, self._posed, self._missed = True, 0, 0
+        self._settling, self._lost = Settling(self._config.tracking), False
         return first_view(view, self._encoder, self.T_map_first, self._config.tracking)
 
     def _second(self, view: View, map_: GrowingMap, bootstrap: Bootstrap) -> Tracked | None:
@@ -128,18 +119,18 @@ class FeaturePoses:
     def _found_again(self, view: View, map_: GrowingMap) -> Tracked | None:
         """By descriptor: where the camera should be if it was just lost, then anywhere."""
         features, tracked = self._encoder.encode(view.image), None
-        if len(map_) < AFTER_LOSS:
-            self._settled = AFTER_LOSS
-        if not self._missed:
+        if not self._lost:
+            self._settling.lost(map_)
             near_config = replace(self._config.tracking, relocalise_inliers=NEAR_INLIERS)
             tracked = verified(view, features, map_, self.tracker.predict(view.stamp_ns),
                                near_config)
         near = tracked is not None
+        self._lost = not near
         if tracked is None:
             tracked = relocalise_lost(view, features, map_, self._config, self._relocalise)
         if tracked is not None:
             if tracked.extends:  # a place that is not sure is looked for again in the next frame
-                self._posed, self._missed = self._posed + 1, 0
+                self._posed, self._missed, self._lost = self._posed + 1, 0, False
                 self.tracker.accept(view, tracked.tracks, tracked.fit.T_map_cam, moved=near)
             return tracked
         # An image with hardly any features says nothing of the map.
@@ -195,9 +186,10 @@ def relocalise_lost(view: View, features: Features, map_: GrowingMap, config: Ma
                     relocaliser: Relocaliser | None) -> Tracked | None:
     """A lost camera, found among the keyframes or where ``relocaliser`` has it."""
     tracked = relocalise(view, features, map_, config.tracking)
-    if tracked is None and relocaliser is not None:
+    if (tracked is None or not tracked.extends) and relocaliser is not None:
         T_map_cam = relocaliser(view).T_map_cam
-        if T_map_cam is not None:
-            tracked = verified(view, features, map_, T_map_cam, config.tracking)
-            tracked = None if tracked is None else doubted(tracked, view)
-    return None if tracked is None else replace(tracked, relocalised=True)
+        other = None if T_map_cam is None else verified(view, features, map_, T_map_cam,
+                                                        config.tracking)
+        other = None if other is None else doubted(other, view)
+        tracked = other if tracked is None or (other is not None and other.extends) else tracked
+    return None if tracked is None else replace(tracked, relocalised=tracked.extends)

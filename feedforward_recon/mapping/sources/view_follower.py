@@ -63,7 +63,7 @@ class ViewFollower:
             return None
         self._tracker.accept(view, tracked.tracks, tracked.fit.T_map_cam, moved=moved)
         self._best = max(self._best, tracked.fit.count)
-        sure = self._is_sure(view, tracked)
+        sure = tracked.sure is not False and self._is_sure(view, tracked)
         self.is_leaving = not sure or tracked.fit.count < LEAVING * self._best
         return replace(tracked, extends=False, sure=sure)
 
