@@ -73,21 +73,6 @@ def test_half_wrong_matches_do_not_move_the_pose(localizer):
     assert angle_deg < 0.4
 
 
-def test_an_image_whose_best_features_are_new_is_found_by_the_others(memory):
-    scene, pose = OracleScene.generate(0), poses_around(1, seed=77)[0]
-    known, _ = scene.features(pose, seed=5)
-    new, _ = OracleScene.generate(100).features(pose, seed=6)
-    config = LocalizerConfig(network_candidates=0, slot_queries=len(new))
-    both = Features(*(np.concatenate([getattr(f, name) for f in (new, known)])
-                      for name in ('keypoints', 'descriptors', 'confidence')),
-                    known.global_descriptor)
-    localizer = Localizer(memory, StubEncoder(), config)
-    assert localizer.localize_features(new, CAMERA).estimate.T_map_cam is None
-    estimate = localizer.localize_features(both, CAMERA).estimate
-    assert estimate.T_map_cam is not None
-    assert pose_error(estimate.T_map_cam, pose)[0] < 0.02
-
-
 @pytest.mark.parametrize('seed', range(5))
 def test_another_place_is_refused(localizer, seed):
     features, _ = OracleScene.generate(100 + seed).features(np.eye(4), seed=seed)

@@ -62,8 +62,8 @@ class MemoryConfig:
 class LocalizerConfig:
     """How a pose is found from the memory, and when it is refused."""
 
-    slot_queries: int = option(400, 'most confident features that are matched to all slots; all '
-                               'features are where these give no pose', low=50, high=4000)
+    slot_queries: int = option(400, 'most confident features that are matched to all slots',
+                               low=50, high=4000)
     network_candidates: int = option(500, 'best answers of the coordinate network that are '
                                      'used', low=0, high=4000)
     min_similarity: float = option(0.6, 'lowest cosine of two descriptors that may match',

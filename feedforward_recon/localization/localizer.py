@@ -2,7 +2,6 @@
 
     features -> nearest slots -> robust PnP; if few agree, the network's points as well
              -> slots matched again around the pose, refinement -> accept or refuse
-    no pose from the most confident features -> the same with all of them
 
 The global candidates only have to be right often enough for the robust search; the accuracy
 comes from projecting all slots with the first pose and matching again in the neighbourhood.
@@ -34,8 +33,6 @@ OUTLIER_SIGMAS = 3.0  # expected errors; 99.7 % of normal errors are smaller
 # A refinement that moves the view by less finds the same matches again: a quarter of the time of a
 # query, as accurate (docs/experiments.md, Speed of the online loop and of a query).
 CONVERGED_PX = 2.0
-# Reasons for which more features are asked: the place was not found, rather than found twice.
-NOT_FOUND = ('NO_CONSISTENT_POSE', 'TOO_FEW_INLIERS')
 SHIFT_STEP = 10  # one slot in so many is projected: hundreds are enough for a median
 # Expected error of a slot match: SLOT_PX, that of a corner, and up to SLOT_PX_UNLIKE more the less
 # similar the descriptors are; chosen by hand.
@@ -132,16 +129,7 @@ class Localizer:
         """``localize_matched`` of an encoded image (stamp, source and latency are left empty)."""
         if len(features) < self.config.min_inliers:
             return _refused(_refusal('TOO_FEW_FEATURES'))
-        found = self._asked(features, camera, T_map_cam_hint, self.config.slot_queries)
-        if (found.estimate.reason in NOT_FOUND and len(self._values)
-                and len(features) > self.config.slot_queries):
-            return self._asked(features, camera, T_map_cam_hint, len(features))
-        return found
-
-    def _asked(self, features: Features, camera: Camera, T_map_cam_hint: np.ndarray | None,
-               queries: int) -> MatchedEstimate:
-        """Pose of an encoded image from its ``queries`` most confident features."""
-        similar = self._search.compare(features.descriptors[:queries])
+        similar = self._search.compare(features.descriptors[:self.config.slot_queries])
         slots, network = self._from_slots(features, similar), _no_matches()
         first = self._first_poses(slots, camera)
         if not any(fit.count > self.config.sure_share * len(slots) for fit in first):
