@@ -57,6 +57,13 @@ def test_with_little_parallax_no_wrong_direction_is_taken():
         assert two.T_a_b[:3, 3] @ t / np.linalg.norm(t) > np.cos(np.deg2rad(10))
 
 
+@pytest.mark.parametrize('seed', range(5))
+def test_fifteen_unrelated_matches_are_refused(seed):
+    xy_a, xy_b = np.random.default_rng(seed).uniform(-0.5, 0.5, (2, 15, 2))
+    with pytest.raises(DegenerateError):
+        relative_pose(xy_a, xy_b, FOCAL_PX)
+
+
 def test_rotation_alone_is_refused():
     _, xy_a, xy_b, _ = pair((1e-6, 0, 0))
     with pytest.raises(DegenerateError, match=r'plane|sideways'):

@@ -2,9 +2,9 @@
 
 With little parallax several essential matrices (five-point solver, Nister 2004) have about as many
 inliers. Those of several searches are refined, and the one with the lowest robust Sampson error is
-taken if another one is not nearly as good. Of its four decompositions the one that puts most
-points in front of both cameras is taken, and only if it wins clearly. A plane seen twice allows
-two poses (Longuet-Higgins 1986), so planar scenes are refused.
+taken. Of its four decompositions the one that puts most points in front of both cameras is taken,
+and only if it wins clearly. A plane seen twice allows two poses (Longuet-Higgins 1986), so planar
+scenes are refused.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ PLANAR_SHARE = 0.95
 SEARCHES = 6
 ROBUST = 0.25  # Cauchy scale over the threshold: tracks are good to a quarter of a pixel
 POLISH_STEPS = 20  # evaluations of a refinement; it converges in about five
-# Another direction of motion, and how much worse than the best one it has to be.
-OTHER_DEG, WORSE = 10.0, 1.1
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,10 @@ class TwoView:
 
 
 def relative_pose(xy_a: np.ndarray, xy_b: np.ndarray, focal_px: float,
-                  threshold_px: float = 1.0, seed: int = 0) -> TwoView:
+                  threshold_px: float = 1.0, seed: int = 0, searches: int = SEARCHES) -> TwoView:
     """Relative pose from normalised coordinates [M, 2] of the same points in two views.
+
+    searches: the best result of so many is taken; about 10 ms each.
 
     Raises DegenerateError when too few matches agree or the views have no usable parallax.
     """
@@ -56,7 +56,7 @@ def relative_pose(xy_a: np.ndarray, xy_b: np.ndarray, focal_px: float,
         raise DegenerateError(f'expected at least {MIN_MATCHES} matches, found {len(xy_a)}; '
                               'point the camera at texture')
     tolerance = threshold_px / focal_px
-    R, t = _best_motion(xy_a, xy_b, focal_px, threshold_px, seed)
+    R, t = _best_motion(xy_a, xy_b, focal_px, threshold_px, seed, searches)
     R_1, R_2, t = cv2.decomposeEssentialMat(hat(t) @ R)
     candidates = [_check(make_transform(R, s * t.ravel()), xy_a, xy_b, tolerance)
                   for R in (R_1, R_2) for s in (1, -1)]
@@ -81,22 +81,16 @@ def _refuse_plane(xy_a: np.ndarray, xy_b: np.ndarray, two: TwoView, tolerance: f
 
 
 def _best_motion(xy_a: np.ndarray, xy_b: np.ndarray, focal_px: float, threshold_px: float,
-                 seed: int) -> tuple[np.ndarray, np.ndarray]:
+                 seed: int, searches: int) -> tuple[np.ndarray, np.ndarray]:
     """Rotation and direction of T_b_a, up to the ambiguity of the essential matrix."""
     essentials = [_essential(xy_a, xy_b, focal_px, threshold_px / (1 + search % 2), seed + search)
-                  for search in range(SEARCHES)]
-    found = sorted((_polished(E, xy_a, xy_b, ROBUST * threshold_px / focal_px)
-                    for E in essentials if E is not None), key=lambda f: f[0])
+                  for search in range(searches)]
+    found = [_polished(E, xy_a, xy_b, ROBUST * threshold_px / focal_px)
+             for E in essentials if E is not None]
     if not found:
         raise DegenerateError('expected matches that determine a relative pose, found none '
                               'that agree; move the camera sideways')
-    best, R, t = found[0]
-    cosine = np.cos(np.deg2rad(OTHER_DEG))
-    rivals = [cost for cost, _, other in found if abs(other @ t) < cosine]
-    if rivals and rivals[0] < WORSE * best:
-        raise DegenerateError('expected one direction of motion, found two that explain the '
-                              'matches about as well; move the camera sideways')
-    return R, t
+    return min(found, key=lambda f: f[0])[1:]
 
 
 def _polished(E: np.ndarray, xy_a: np.ndarray, xy_b: np.ndarray, scale: float

@@ -14,7 +14,7 @@ import numpy as np
 from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.errors import DegenerateError
 from feedforward_recon.geometry.pnp import PoseFit
-from feedforward_recon.geometry.twoview import TwoView, relative_pose
+from feedforward_recon.geometry.twoview import SEARCHES, TwoView, relative_pose
 from feedforward_recon.mapping.adjustment import refine_all
 from feedforward_recon.mapping.keyframes import View
 from feedforward_recon.mapping.map import GrowingMap
@@ -72,15 +72,22 @@ class Bootstrap:
         if motion_px < self.config.keyframes.init_motion_share * view.camera.width:
             return None
         try:
-            two = relative_pose(view.camera.normalise(base), view.camera.normalise(tracks.px),
-                                view.camera.fx, seed=self.config.tracking.seed)
+            for searches in (1, SEARCHES):  # most frames have too little parallax by the first
+                two = relative_pose(view.camera.normalise(base), view.camera.normalise(tracks.px),
+                                    view.camera.fx, seed=self.config.tracking.seed,
+                                    searches=searches)
+                if not self._has_parallax(two):
+                    return None
         except DegenerateError as error:
             log.debug('not yet: %s', error)
             return None
+        return two
+
+    def _has_parallax(self, two: TwoView) -> bool:
         firm = two.inliers & (two.angle_deg > self.config.keyframes.min_parallax_deg)
-        left = (len(tracks.ids) / self._count - MIN_SHARE) / (1 - MIN_SHARE)
+        left = (len(two.inliers) / self._count - MIN_SHARE) / (1 - MIN_SHARE)
         wide = np.median(two.angle_deg[two.inliers]) >= START_PARALLAX_DEG * left
-        return two if wide and firm.sum() >= START_POINTS else None
+        return bool(wide and firm.sum() >= START_POINTS)
 
     def complete(self, map_: GrowingMap) -> list[tuple[View, PoseFit]]:
         """Fix the unit of a map of two keyframes, refine it, and place the frames between.
