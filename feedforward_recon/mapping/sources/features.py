@@ -89,7 +89,8 @@ class FeaturePoses:
 
     def _followed(self, view: View, map_: GrowingMap) -> Tracked | None:
         """By optical flow; from before a loss with as many landmarks as any place needs."""
-        least = self._config.tracking.relocalise_inliers if self._lost else 0
+        strict = self._lost and not self._needs_depth  # lengths would go wrong with few
+        least = self._config.tracking.relocalise_inliers if strict else 0
         return self.tracker.track(view, map_, least)
 
     def _while_young(self, tracked: Tracked | None, map_: GrowingMap) -> Tracked | None:
