@@ -71,12 +71,28 @@ def test_a_monocular_map_settles_again_after_few_landmarks_held_the_camera(room_
             image = image.copy()
             image[:, :282] = 128
         estimates.append(mapper.process(replace(frame, image=image, depth=None)))
+    assert estimates[0].status is Status.UNCERTAIN
     keyframes = sum(e.is_keyframe for e in estimates[:40])
     assert estimates[39].status is Status.TRACKING and keyframes < 12
     assert 20 <= estimates[41].inliers < 40
     again = [e for e in estimates[42:] if e.status.has_pose and e.inliers > 100]
     assert again and again[0].status is Status.UNCERTAIN
     assert again[-1].status is Status.TRACKING
+
+
+@pytest.mark.parametrize('depth', [True, False])
+def test_few_old_tracks_bring_a_lost_camera_back_with_depth_alone(room_walk, encoder, depth):
+    frames = [f if depth else replace(f, depth=None) for f in room_walk[:44]]
+    config = MapperConfig()  # no place is found by so many
+    config = replace(config, tracking=replace(config.tracking, relocalise_inliers=1000))
+    mapper = Mapper(config, encoder)
+    for frame in frames[:42]:
+        mapper.process(frame)
+    mapper.process(replace(frames[42], image=np.zeros_like(frames[42].image)))
+    strip = frames[43].image.copy()
+    strip[:, :240] = 128
+    estimate = mapper.process(replace(frames[43], image=strip))
+    assert estimate.status.has_pose == depth
 
 
 def test_a_camera_that_turns_in_place_has_no_map_until_it_moves(room_walk, encoder):

@@ -48,7 +48,7 @@ def relative_pose(xy_a: np.ndarray, xy_b: np.ndarray, focal_px: float,
                   threshold_px: float = 1.0, seed: int = 0, searches: int = SEARCHES) -> TwoView:
     """Relative pose from normalised coordinates [M, 2] of the same points in two views.
 
-    searches: the best result of so many is taken; about 10 ms each.
+    searches: the best result of so many is taken; about 12 ms each.
 
     Raises DegenerateError when too few matches agree or the views have no usable parallax.
     """

@@ -103,7 +103,7 @@ def own_share(answer: Answer, features: Features, memory: SceneMemory, camera: C
 
 
 def within(T_map_cam: np.ndarray, points: np.ndarray, pixels: np.ndarray, camera: Camera,
-            limit_px: float) -> np.ndarray:
+           limit_px: float) -> np.ndarray:
     """Mask [N] of points [N, 3] that a camera sees within ``limit_px`` of pixels [N, 2]."""
     seen = camera.project(transform_points(inverse(T_map_cam), points))
     with np.errstate(invalid='ignore'):
@@ -111,7 +111,7 @@ def within(T_map_cam: np.ndarray, points: np.ndarray, pixels: np.ndarray, camera
 
 
 def in_view(T_map_cam: np.ndarray, points: np.ndarray, camera: Camera
-             ) -> tuple[np.ndarray, np.ndarray]:
+            ) -> tuple[np.ndarray, np.ndarray]:
     """Points [N, 3] that project into the image: index [M] and pixels [M, 2]."""
     pixels = camera.project(transform_points(inverse(T_map_cam), points))
     with np.errstate(invalid='ignore'):

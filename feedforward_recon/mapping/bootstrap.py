@@ -71,10 +71,10 @@ class Bootstrap:
         motion_px = float(np.median(np.linalg.norm(tracks.px - base, axis=1)))
         if motion_px < self.config.keyframes.init_motion_share * view.camera.width:
             return None
+        xy_base, xy = view.camera.normalise(base), view.camera.normalise(tracks.px)
         try:
             for searches in (1, SEARCHES):  # most frames have too little parallax by the first
-                two = relative_pose(view.camera.normalise(base), view.camera.normalise(tracks.px),
-                                    view.camera.fx, seed=self.config.tracking.seed,
+                two = relative_pose(xy_base, xy, view.camera.fx, seed=self.config.tracking.seed,
                                     searches=searches)
                 if not self._has_parallax(two):
                     return None

@@ -144,9 +144,9 @@ class Mapper:
         view = self._preparation.view(frame, index)
         settings = [config, *self.source.final_settings(config)][-1]
         tracked = relocalise(view, self.encoder.encode(view.image), self._map, settings.tracking)
-        before = self.results.estimates[index]
-        if tracked is None or not (tracked.extends or before.T_map_cam is None):
-            return before
+        has_pose = self._history.status(index).has_pose
+        if tracked is None or (has_pose and not tracked.extends):
+            return self.results.estimates[index]
         estimate = self._estimate(view, tracked, False, started)
         depth = self._map.typical_depth(len(self._map) - 1)
         nearest = int(self._map.neighbours(tracked.fit.T_map_cam, depth)[0])

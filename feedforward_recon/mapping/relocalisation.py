@@ -45,18 +45,21 @@ def relocalise(view: View, features: Features, map_: GrowingMap,
     found = sorted((f for f in fits if f is not None), key=lambda f: (-f.votes, -f.count))
     best = None
     for first in found[:2]:
-        tracked = verified(view, features, map_, first.T_map_cam, config)
-        tracked = None if tracked is None else doubted(tracked, view)
+        tracked = found_place(view, features, map_, first.T_map_cam, config)
         if tracked is not None and tracked.extends:
             return tracked
         best = best or tracked
     return best
 
 
-def doubted(tracked: Tracked, view: View) -> Tracked:
-    """A view found anywhere in the map: not sure, and no keyframe, if little speaks for it."""
+def found_place(view: View, features: Features, map_: GrowingMap, T_map_cam: np.ndarray,
+                config: TrackingConfig) -> Tracked | None:
+    """``verified``, anywhere in the map: not sure, and no keyframe, if little speaks for it."""
+    tracked = verified(view, features, map_, T_map_cam, config)
+    if tracked is None or view.has_depth:
+        return tracked
     spread = (tracked.tracks.px.std(0) / view.camera.size_wh).min()
-    if view.has_depth or spread * support(tracked.fit) >= CLEAR_VIEW:
+    if spread * support(tracked.fit) >= CLEAR_VIEW:
         return tracked
     return replace(tracked, sure=False, extends=False)
 

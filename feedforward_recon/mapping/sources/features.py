@@ -20,7 +20,7 @@ from feedforward_recon.mapping.bootstrap import Bootstrap
 from feedforward_recon.mapping.keyframes import View
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.matching import Tracks
-from feedforward_recon.mapping.relocalisation import doubted, relocalise, verified
+from feedforward_recon.mapping.relocalisation import found_place, relocalise, verified
 from feedforward_recon.mapping.scene_map import Gauge
 from feedforward_recon.mapping.sources.base import (
     NO_KNOWN_PLACE,
@@ -98,7 +98,7 @@ class FeaturePoses:
         if tracked is None or self._needs_depth or not self._is_own:
             return tracked
         settled = self._settling.has_settled(tracked, map_)
-        return tracked if settled or not len(map_) else replace(tracked, sure=False)
+        return tracked if settled else replace(tracked, sure=False)
 
     def _first(self, view: View) -> Tracked | None:
         self.tracker, self._bootstrap = Tracker(self._config.tracking), None
@@ -189,8 +189,8 @@ def relocalise_lost(view: View, features: Features, map_: GrowingMap, config: Ma
     tracked = relocalise(view, features, map_, config.tracking)
     if (tracked is None or not tracked.extends) and relocaliser is not None:
         T_map_cam = relocaliser(view).T_map_cam
-        other = None if T_map_cam is None else verified(view, features, map_, T_map_cam,
-                                                        config.tracking)
-        other = None if other is None else doubted(other, view)
-        tracked = other if tracked is None or (other is not None and other.extends) else tracked
+        other = None if T_map_cam is None else found_place(view, features, map_, T_map_cam,
+                                                           config.tracking)
+        if other is not None and (tracked is None or other.extends):
+            tracked = other
     return None if tracked is None else replace(tracked, relocalised=tracked.extends)
