@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from feedforward_recon.geometry.bearings import Bearings, across
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import (
     inverse,
@@ -89,16 +90,17 @@ def pnp_ransac(points_map: np.ndarray, pixels: np.ndarray, camera: Camera,
 def refine_pose(T_map_cam: np.ndarray, points_map: np.ndarray, pixels: np.ndarray,
                 camera: Camera, *, depth: np.ndarray | None = None, depth_noise: float = 0.004,
                 sigma_px: float | np.ndarray = 1.0, outlier_px: float = 4.0,
-                iterations: int = 10) -> PoseFit:
+                iterations: int = 10, bearings: Bearings | None = None) -> PoseFit:
     """Polish a pose by Gauss-Newton with Cauchy weights (scale: ``outlier_px`` / 2).
 
     points_map: [M, 3]; pixels: [M, 2]; depth: sensor z-depth [M] in map units, 0 or NaN where
     unknown; depth_noise: standard deviation of inverse depth; sigma_px: expected error of the
     pixels, scalar or [M]. A point is an inlier when its error is below ``outlier_px`` sigmas.
+    bearings: what is seen at unknown depth, with an error of a pixel.
     """
     seen = _Seen(points_map.T, camera.normalise(pixels).T, _inverse_depth(depth, len(points_map)),
                  camera.fx / np.broadcast_to(np.asarray(sigma_px, float), len(points_map)),
-                 depth_noise, outlier_px / 2)
+                 depth_noise, outlier_px / 2, bearings, camera.fx)
     T_cam_map = inverse(T_map_cam)
     H, g, cost, norm = _normal_equations(seen, T_cam_map)
     damping = 1e-6
@@ -130,6 +132,7 @@ class _Seen:
 
     points: map frame [3, M]; target: normalised coordinates [2, M]; inv_depth: [M], NaN if none.
     gain: [M], image errors to sigmas; depth_noise: of ``inv_depth``; scale: of the Cauchy weights.
+    bearings: at unknown depth, seen with an error of 1 / focal_px.
     """
 
     points: np.ndarray
@@ -138,6 +141,8 @@ class _Seen:
     gain: np.ndarray
     depth_noise: float
     scale: float
+    bearings: Bearings | None
+    focal_px: float
 
 
 def _normal_equations(seen: _Seen, T_cam_map: np.ndarray
@@ -158,7 +163,24 @@ def _normal_equations(seen: _Seen, T_cam_map: np.ndarray
     cost = 0.5 * seen.scale**2 * float(np.log1p(np.minimum(squares, 1e6)).sum())
     J = pose_jacobian(p, seen.gain * inv_z, np.where(has_depth, inv_z**2 / seen.depth_noise, 0))
     Jw = (J * weight).reshape(6, -1)
-    return Jw @ J.reshape(6, -1).T, Jw @ r.ravel(), cost, np.sqrt(norm2)
+    H, g = Jw @ J.reshape(6, -1).T, Jw @ r.ravel()
+    if seen.bearings is not None:
+        more = _bearing_equations(seen.bearings, T_cam_map, seen.focal_px, seen.scale)
+        H, g, cost = H + more[0], g + more[1], cost + more[2]
+    return H, g, cost, np.sqrt(norm2)
+
+
+def _bearing_equations(bearings: Bearings, T_cam_map: np.ndarray, focal_px: float, scale: float
+                   ) -> tuple[np.ndarray, np.ndarray, float]:
+    """Weighted J^T J [6, 6], J^T r [6] and robust cost of bearings."""
+    p, slide, front = bearings.seen_from(T_cam_map)
+    slide = focal_px * slide
+    r = across(focal_px * (p[:2] / p[2] - bearings.target), slide)
+    J = across(pose_jacobian(p, focal_px / p[2], np.zeros(len(front)))[:, :2], slide)
+    squares = np.where(front, (r**2).sum(0), np.inf) / scale**2
+    cost = 0.5 * scale**2 * float(np.log1p(np.minimum(squares, 1e6)).sum())
+    Jw = (J / (1 + squares)).reshape(6, -1)
+    return Jw @ J.reshape(6, -1).T, Jw @ r.ravel(), cost
 
 
 def pose_jacobian(p: np.ndarray, by_xy: np.ndarray, by_inv_z: np.ndarray) -> np.ndarray:

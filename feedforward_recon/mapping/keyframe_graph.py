@@ -18,7 +18,12 @@ from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, spanning_poses
 from feedforward_recon.mapping.adjustment import calibrate_depth
-from feedforward_recon.mapping.keyframes import MapKeyframe, quantised, unit_length
+from feedforward_recon.mapping.keyframes import (
+    EARLIER_SESSION,
+    MapKeyframe,
+    quantised,
+    unit_length,
+)
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.types import Features
 
@@ -26,7 +31,6 @@ Arrays = dict[str, np.ndarray]
 FEATURES = ('keypoints', 'descriptors', 'confidence', 'landmark', 'rgb', 'points_cam')
 CLOUD = ('cloud_cam', 'cloud_rgb')
 LANDMARKS = ('anchor', 'point_cam', 'descriptor', 'rgb')
-EARLIER_SESSION = -1  # frame number of keyframes that this session did not see
 
 
 @dataclass(frozen=True)

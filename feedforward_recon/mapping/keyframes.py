@@ -22,6 +22,7 @@ DENSE = 0.95  # share of measured pixels with a measured neighbour; a Kinect has
 SPARSE_SHARE = 0.6
 EVERY = 7  # rows and columns that are looked at: no sensor leaves out just every seventh
 MIN_SAMPLES = 3  # depths within two pixels: with fewer, an edge looks like a surface
+EARLIER_SESSION = -1  # frame number of keyframes that this session did not see
 # Points kept of all keyframes, times those of the fused cloud: keyframes overlap, and several
 # points are averaged in a voxel; chosen by hand.
 CLOUD_FACTOR = 8

@@ -94,6 +94,17 @@ class LandmarkTable:
         out[ids] = True
         return out
 
+    def first_seen(self, ids: np.ndarray, T_map_cam: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """From where [4, 4, n] and at which normalised coordinates [2, n] each was first seen.
+
+        ids: [n], each once and with an observation.
+        """
+        rows = np.flatnonzero(self.mask(ids)[self.seen_landmark])
+        row_of = np.zeros(len(self), np.int64)
+        row_of[self.seen_landmark[rows[::-1]]] = rows[::-1]  # the first row is written last
+        rows = row_of[ids]
+        return np.moveaxis(T_map_cam[self.seen_keyframe[rows]], 0, -1), self.seen_xy[rows].T
+
     def seen_by(self, keyframe: int) -> np.ndarray:
         """Ids of the landmarks that a keyframe saw."""
         return self.seen_landmark[self.seen_keyframe == keyframe]

@@ -34,7 +34,7 @@ from feedforward_recon.mapping.coverage import covering_tracks
 from feedforward_recon.mapping.estimates import EstimateHistory
 from feedforward_recon.mapping.feed import MemoryFeed
 from feedforward_recon.mapping.frame_tracks import FrameTracks
-from feedforward_recon.mapping.keyframes import KeyframePolicy, View
+from feedforward_recon.mapping.keyframes import EARLIER_SESSION, KeyframePolicy, View
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.preparation import Preparation
 from feedforward_recon.mapping.relocalisation import relocalise
@@ -137,8 +137,8 @@ class Mapper:
     def relocalise_frame(self, index: int, frame: Frame) -> Estimate:
         """Relocalise frame ``index`` in the finished map by its features; writes nothing.
 
-        Its estimate stays as it was when the frame is not found. Raises InputError for an image
-        that cannot be used.
+        It is no surer than the keyframe beside it. Its estimate stays as it was when the frame is
+        not found. Raises InputError for an image that cannot be used.
         """
         started, config = time.perf_counter(), self._map.config
         view = self._preparation.view(frame, index)
@@ -147,9 +147,12 @@ class Mapper:
         has_pose = self._history.status(index).has_pose
         if tracked is None or (has_pose and not tracked.extends):
             return self.results.estimates[index]
-        estimate = self._estimate(view, tracked, False, started)
         depth = self._map.typical_depth(len(self._map) - 1)
         nearest = int(self._map.neighbours(tracked.fit.T_map_cam, depth)[0])
+        keyframe = self._map.keyframes[nearest].frame
+        if keyframe != EARLIER_SESSION and self._history.status(keyframe) is Status.UNCERTAIN:
+            tracked = replace(tracked, sure=False)
+        estimate = self._estimate(view, tracked, False, started)
         self._history.record(estimate, nearest, self._map.T_map_cam[nearest], index)
         return estimate
 

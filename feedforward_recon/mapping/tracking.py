@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from feedforward_recon.config.schema import TrackingConfig
+from feedforward_recon.geometry.bearings import Bearings
 from feedforward_recon.geometry.pnp import FLOOR_STD, PoseFit, pnp_ransac, refine_pose
 from feedforward_recon.geometry.transforms import inverse, se3_exp, se3_log, transform_points
 from feedforward_recon.mapping.keyframes import View
@@ -30,6 +31,9 @@ ENOUGH = 2
 # Of Gauss-Newton for a pose, and for a first one that only tells which tracks agree; it converges
 # in about four from a prediction.
 STEPS, FIRST_STEPS = 10, 3
+# Tracks without a point, as a share of those that agree on a pose, from which they hold it too.
+# With fewer they add their cost only (docs/experiments.md, Hard walks).
+BEARINGS = 0.25
 MAX_EXTRAPOLATION = 3.0  # intervals between images: velocity does not last longer
 
 
@@ -157,6 +161,8 @@ class Tracker:
         fit = self._pose(view, map_, voters, views, T_guess)
         if fit is None or fit.count < least:
             return None
+        if not view.has_depth:  # a sensor's depth holds the camera better than what has none
+            fit = self._steadied(view, map_, voters, tracks.select(~known), fit)
         election = elected(view, map_, voters, views - 1, fit, self.config)
         fit = election.winner
         if election.is_clear:  # what moves would be a landmark at every place where it was seen
@@ -199,6 +205,35 @@ class Tracker:
             return None
         fit = fit_pose(view, map_, tracks, rough.T_map_cam, self.config)
         return fit if fit.count >= enough else None
+
+    def _steadied(self, view: View, map_: GrowingMap, tracks: Tracks, pending: Tracks,
+                  fit: PoseFit) -> PoseFit:
+        """A pose on which ``tracks`` agree, held by ``pending`` ones too, which have no point yet.
+
+        Where the landmarks lie in one part of the image, small errors of their points explain a
+        way sidewards by a turn; bearings in the rest of it do not let the camera turn.
+        """
+        if len(pending.ids) < BEARINGS * fit.count:
+            return fit
+        tracks = tracks.select(fit.inliers)
+        steadied = fit_pose(view, map_, tracks, fit.T_map_cam, self.config,
+                            bearings=_bearings(view, map_, pending, tracks, fit.T_map_cam))
+        if steadied.count < max(self.config.min_inliers, MIN_AGREEMENT * len(fit.inliers)):
+            return fit
+        inliers = fit.inliers.copy()
+        inliers[inliers] = steadied.inliers
+        return replace(steadied, inliers=inliers)
+
+
+def _bearings(view: View, map_: GrowingMap, pending: Tracks, known: Tracks,
+          T_map_cam: np.ndarray) -> Bearings:
+    """Tracks ``pending`` whose landmarks have no point yet, as far away as the ``known`` ones."""
+    table = map_.landmarks
+    points = transform_points(inverse(T_map_cam), table.points_map(known.ids, map_.T_map_cam))
+    T, xy = table.first_seen(pending.ids, map_.T_map_cam)
+    directions = np.einsum('ijm,jm->im', T[:3, :3], np.vstack([xy, np.ones(len(pending.ids))]))
+    inv_depth = float(np.median(1 / points[:, 2]))
+    return Bearings(T[:3, 3], directions, view.camera.normalise(pending.px).T, inv_depth)
 
 
 def followed(fit: PoseFit, view: View, map_: GrowingMap, tracks: Tracks,
@@ -271,10 +306,12 @@ def is_well_supported(fit: PoseFit, config: TrackingConfig) -> bool:
 
 
 def fit_pose(view: View, map_: GrowingMap, tracks: Tracks, T_guess: np.ndarray,
-             config: TrackingConfig, steps: int = STEPS) -> PoseFit:
-    """Pose from tracks whose landmarks have points, refined from a guess [4, 4]."""
+             config: TrackingConfig, steps: int = STEPS, bearings: Bearings | None = None
+             ) -> PoseFit:
+    """Pose from tracks whose landmarks have points, and bearings, refined from a guess [4, 4]."""
     points = map_.landmarks.points_map(tracks.ids, map_.T_map_cam)
     depth = view.depth_at(tracks.px) if view.has_depth else None
     noise = view.inv_depth_noise or map_.depth_noise
     return refine_pose(T_guess, points, tracks.px, view.camera, depth=depth,
-                       depth_noise=noise, outlier_px=config.outlier_px, iterations=steps)
+                       depth_noise=noise, outlier_px=config.outlier_px, iterations=steps,
+                       bearings=bearings)

@@ -121,7 +121,7 @@ class FeaturePoses:
         """By descriptor: where the camera should be if it was just lost, then anywhere."""
         features, tracked = self._encoder.encode(view.image), None
         if not self._lost:
-            self._settling.lost(map_)
+            self._settling.lost()
             near_config = replace(self._config.tracking, relocalise_inliers=NEAR_INLIERS)
             tracked = verified(view, features, map_, self.tracker.predict(view.stamp_ns),
                                near_config)
@@ -146,13 +146,14 @@ class FeaturePoses:
 
     def keyframe_added(self, map_: GrowingMap, tracks: Tracks) -> list[tuple[View, PoseFit]]:
         """Enter and leave the phase in which a monocular map has no depth yet."""
-        bootstrap = self._bootstrap
+        bootstrap, since_first = self._bootstrap, list[tuple[View, PoseFit]]()
         if len(map_) == 1 and not self._needs_depth:
             self._bootstrap = Bootstrap(self._config, tracks)
         elif bootstrap is not None:
             self._bootstrap = None
-            return bootstrap.complete(map_)
-        return []
+            since_first = bootstrap.complete(map_)
+        self._settling.keyframe_added(map_)
+        return since_first
 
     def work(self, mapper: MapExtension, map_: GrowingMap, *, wait: bool, final: bool) -> bool:
         """Nothing is put off."""
