@@ -7,7 +7,7 @@ from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.geometry.pnp import PoseFit
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.matching import Tracks
-from feedforward_recon.mapping.sources.settling import AGAIN, Settling
+from feedforward_recon.mapping.sources.settling import AGAIN, HELD, Settling
 from feedforward_recon.mapping.tracking import Tracked
 
 POINTS = np.random.default_rng(0).uniform((-1, -1, 2), (1, 1, 4), (200, 3))
@@ -97,12 +97,17 @@ def test_another_unit_for_all_lengths_changes_nothing():
 
 
 @pytest.mark.parametrize('few', [10, 80])
-def test_few_landmarks_and_a_loss_unsettle_it(few):
+def test_few_landmarks_unsettle_it(few):
     drive = calm()
     assert not drive.has_settled(inliers=few)  # too few, or less than half of the 200
     assert settled(drive) == AGAIN
-    drive.settling.lost()
-    assert settled(drive) == AGAIN
+
+
+def test_a_camera_that_stands_is_sure_again_after_a_while():
+    drive = calm()
+    assert not drive.has_settled(inliers=10)
+    assert not any(drive.has_settled() for _ in range(AGAIN * HELD - 1))
+    assert drive.has_settled()
 
 
 def test_keyframes_without_landmarks_tell_nothing():

@@ -121,7 +121,6 @@ class FeaturePoses:
         """By descriptor: where the camera should be if it was just lost, then anywhere."""
         features, tracked = self._encoder.encode(view.image), None
         if not self._lost:
-            self._settling.lost()
             near_config = replace(self._config.tracking, relocalise_inliers=NEAR_INLIERS)
             tracked = verified(view, features, map_, self.tracker.predict(view.stamp_ns),
                                near_config)

@@ -16,16 +16,17 @@ from feedforward_recon.geometry.transforms import inverse, transform_points
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.tracking import Tracked, is_well_supported
 
-# What is left of a change after one more keyframe; those of the last ten count. Of all changes by
-# a refinement there may be left 2 % for the place of the newest keyframe, a share of the depth
-# around it; for depths 3 % (median deviation from their common change) as a mean, so that noise
-# of a few is none. Around these three no pose was false in 112 hard walks, and 93 % of the poses
-# in the kitchen are sure (docs/experiments.md, Hard walks).
+# What is left of a change after one more keyframe. Of all changes there may be left 2 % for the
+# place of the newest keyframe, a share of the depth around it; for depths 3 % as a mean (median
+# deviation from their common change), so that the noise of a few is none. Around these values no
+# pose was false in 112 hard walks (docs/experiments.md, Hard walks).
 LEFT = 0.7
 CALM_PLACES, CALM_DEPTHS = 0.02, 0.03 / (1 - LEFT)
 MOST = 0.1  # that a change counts: a keyframe without landmarks, or in another place; by hand
 # Keyframes after few landmarks held the camera: lengths may go on differently; by hand.
 AGAIN = 3
+# Images in a row that count as a keyframe: the camera stands, or all it sees is known; by hand.
+HELD = 30
 
 
 class Settling:
@@ -36,26 +37,31 @@ class Settling:
         self._newest: _Newest | None = None
         self._left = np.zeros(2)  # of changes by the keyframes before it: of places, of depths
         self._keyframes = 0  # since few landmarks held the camera
+        self._images = 0  # since the last keyframe
 
     def keyframe_added(self, map_: GrowingMap) -> None:
         """There is a new keyframe, and the map is not refined yet."""
         if self._newest is not None:
-            self._left = LEFT * (self._left + self._newest.change(map_))
+            self._left += self._newest.change(map_)
         self._newest = _Newest.of(map_)
-        self._keyframes += 1
-
-    def lost(self) -> None:
-        """The camera was lost."""
-        self._keyframes = 0
+        self._one_more()
 
     def has_settled(self, tracked: Tracked, map_: GrowingMap) -> bool:
         """Take a tracked frame, and say whether lengths are right around it."""
+        self._images += 1
         if not is_well_supported(tracked.fit, self._config):
-            self._keyframes = 0
+            self._keyframes = self._images = 0
+        elif self._images >= HELD:
+            self._one_more()
         if self._newest is None or self._keyframes < AGAIN:
             return False
         places, depths = self._left + self._newest.change(map_)
         return bool(places < CALM_PLACES and depths < CALM_DEPTHS)
+
+    def _one_more(self) -> None:
+        self._left *= LEFT
+        self._keyframes += 1
+        self._images = 0
 
 
 @dataclass(frozen=True)
