@@ -166,7 +166,7 @@ SECTIONS = (
      'between draws. Right: within 3 px of the true epipolar lines. In brackets: how many '
      'features an image may have.'),
     ('Stress', ('stress',), STRESS,
-     'Rendered walks of 160 images (320x240, 20 Hz) with exact truth, two rooms for each case, '
+     'Rendered walks of 160 images (320x240, 20 Hz) with exact truth, four rooms for each case, '
      'all images of a case together. False: the system vouches for a pose that is more than '
      '20 cm off, after the alignment on which most poses agree; not sure: poses with status '
      'UNCERTAIN. White corridor: for about 15 % of the images nothing but a white wall is seen. '

@@ -226,7 +226,7 @@ class Tracker:
 
 
 def _bearings(view: View, map_: GrowingMap, pending: Tracks, known: Tracks,
-          T_map_cam: np.ndarray) -> Bearings:
+              T_map_cam: np.ndarray) -> Bearings:
     """Tracks ``pending`` whose landmarks have no point yet, as far away as the ``known`` ones."""
     table = map_.landmarks
     points = transform_points(inverse(T_map_cam), table.points_map(known.ids, map_.T_map_cam))

@@ -151,7 +151,8 @@ class FeaturePoses:
         elif bootstrap is not None:
             self._bootstrap = None
             since_first = bootstrap.complete(map_)
-        self._settling.keyframe_added(map_)
+        if not self._needs_depth:
+            self._settling.keyframe_added(map_)
         return since_first
 
     def work(self, mapper: MapExtension, map_: GrowingMap, *, wait: bool, final: bool) -> bool:

@@ -19,7 +19,7 @@ from feedforward_recon.mapping.tracking import Tracked, is_well_supported
 # What is left of a change after one more keyframe. Of all changes there may be left 2 % for the
 # place of the newest keyframe, a share of the depth around it; for depths 3 % as a mean (median
 # deviation from their common change), so that the noise of a few is none. Around these values no
-# pose was false in 112 hard walks (docs/experiments.md, Hard walks).
+# pose was false in 144 hard walks (docs/experiments.md, When lengths are right).
 LEFT = 0.7
 CALM_PLACES, CALM_DEPTHS = 0.02, 0.03 / (1 - LEFT)
 MOST = 0.1  # that a change counts: a keyframe without landmarks, or in another place; by hand
