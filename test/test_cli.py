@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from feedforward_recon.cli import main
+from feedforward_recon.cli.mapping import summary_rows
 from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.console.options import settings
 from feedforward_recon.console.terminal import print_json
@@ -98,12 +99,23 @@ def test_mapped_views_are_found_where_they_were_taken(mapped, walk_folder):
         assert pose_error(answer.T_map_cam, T_map_cam)[0] < 0.05
 
 
+def test_map_tells_how_many_poses_are_not_sure(walk_folder, tmp_path, capsys):
+    folder = tmp_path / 'map'
+    assert main(['map', str(walk_folder), '--out', str(folder), '--max-frames', '24', '--mono',
+                 '--json', *SET]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    statuses = [entry['status'] for entry in json.loads((folder / 'poses.json').read_text())]
+    assert summary['unsure'] == statuses.count('UNCERTAIN') > 0
+    assert summary_rows(summary)['frames'].endswith(f'tracked, {summary["unsure"]} not sure')
+
+
 def test_map_json_and_the_commands_that_read_a_map(walk_folder, tmp_path, capsys):
     folder = tmp_path / 'map'
     assert main(['map', str(walk_folder), '--out', str(folder), '--max-frames', '16', '--json',
                  *SET]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary['frames'] == summary['tracked'] == 16
+    assert summary['unsure'] == 0
     assert summary['error']['ate_rmse'] < 0.03
     assert summary['error']['straight_line_rmse'] > 0
     assert (summary['scale_source'], summary['camera_source']) == ('depth', 'given')

@@ -45,6 +45,7 @@ from feedforward_recon.session.map_folder import (
     load_map,
 )
 from feedforward_recon.session.offline import Run, map_frames
+from feedforward_recon.types import Status
 
 
 class Poses(str, Enum):
@@ -192,6 +193,7 @@ def summarise(run: Run, saved: SavedMap) -> dict[str, Any]:
     info = saved.info
     summary: dict[str, Any] = {
         'map': str(saved.path), 'frames': info.images, 'tracked': info.tracked,
+        'unsure': sum(e.status is Status.UNCERTAIN for e in run.scene.estimates),
         'tracked_share': run.tracked_share, 'keyframes': info.keyframes, 'points': info.points,
         'loops': run.stats.loops, 'relocalised': run.stats.relocalised,
         'mapping_s': run.mapping_s, 'reading_s': run.reading_s, 'polish_s': run.polish_s,
@@ -218,8 +220,9 @@ def _error(run: Run) -> dict[str, float] | None:
 
 def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
     """The table of a run for people."""
+    unsure = f', {summary["unsure"]} not sure' if summary['unsure'] else ''
     table = {
-        'frames': f'{summary["frames"]}, {100 * summary["tracked_share"]:.1f} % tracked',
+        'frames': f'{summary["frames"]}, {100 * summary["tracked_share"]:.1f} % tracked{unsure}',
         'keyframes': f'{summary["keyframes"]}, {summary["loops"]} loops closed',
         'tracking and mapping': f'{summary["mapping_s"]:.1f} s '
                                 f'(reading {summary["reading_s"]:.1f} s beside it)',
