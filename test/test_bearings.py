@@ -1,5 +1,7 @@
 """What was seen once holds the next pose, and says nothing of how far the camera went."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -14,11 +16,12 @@ from feedforward_recon.geometry.transforms import (
     so3_exp,
     transform_points,
 )
+from feedforward_recon.mapping import tracking
 from feedforward_recon.mapping.keyframes import View
 from feedforward_recon.mapping.landmarks import LandmarkTable
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.matching import Tracks
-from feedforward_recon.mapping.tracking import Tracker
+from feedforward_recon.mapping.tracking import Tracker, fit_pose
 
 CAMERA = Camera(320, 240, 237.0, 237.0, 159.5, 119.5)
 
@@ -118,8 +121,11 @@ def test_a_landmark_is_first_seen_where_its_oldest_observation_is():
     assert xy[0].tolist() == [12.0, 10.0, 21.0]
 
 
-def tracked(seed, pending, depth=None):
-    """Errors of a pose tracked on 30 landmarks in a strip, and ``pending`` ones elsewhere."""
+def tracked(seed, pending, depth=None, others_from=None):
+    """Errors of a pose tracked on 30 landmarks in a strip, and ``pending`` ones elsewhere.
+
+    others_from: the pose from which those elsewhere are seen, as if they had moved.
+    """
     rng = np.random.default_rng(seed)
     truth = se3_exp(np.array([0.15, 0, 0, 0, 0.02, 0]))
     strip = CAMERA.unproject(rng.uniform((20, 0), (60, 240), (30, 2)), rng.uniform(3, 4, 30))
@@ -138,6 +144,8 @@ def tracked(seed, pending, depth=None):
     tracker = Tracker(MapperConfig().tracking)
     tracker.tracks = Tracks(gray, ids, px)
     now = CAMERA.project(transform_points(inverse(truth), points))
+    if others_from is not None:
+        now[30:] = CAMERA.project(transform_points(inverse(others_from), others))
     tracker.flow = lambda *args: Tracks(gray, ids, now)
     found = tracker.track(view, map_)
     assert len(found.tracks.ids) == found.fit.count + pending
@@ -147,6 +155,20 @@ def tracked(seed, pending, depth=None):
 def test_tracks_without_a_point_hold_a_tracked_camera():
     held, alone = ([tracked(seed, pending) for seed in range(10)] for pending in (100, 0))
     assert (np.median(held, 0) < 0.5 * np.median(alone, 0)).all()
+
+
+def test_what_moves_does_not_take_a_camera_away_from_its_landmarks(monkeypatch):
+    moved = se3_exp(np.array([0.15, 0, 0, 0, 0.05, 0]))  # 7 pixels beside
+    distance, angle_deg = np.subtract(tracked(0, 100, others_from=moved), tracked(0, 0))
+    assert distance < 0.005 and angle_deg < 0.1
+
+    def losing(*args, bearings=None, **options):
+        fit = fit_pose(*args, bearings=bearings, **options)
+        few = np.arange(len(fit.inliers)) < 5
+        return fit if bearings is None else replace(fit, inliers=few)
+
+    monkeypatch.setattr(tracking, 'fit_pose', losing)  # a pose that most landmarks contradict
+    assert tracked(0, 100) == tracked(0, 0)
 
 
 def test_a_few_of_them_or_a_sensor_leave_the_pose_to_the_landmarks():

@@ -12,6 +12,7 @@ from feedforward_recon.geometry.align import align_points
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import se3_exp, transform_points
 from feedforward_recon.mapping.cloud import voxel_fused
+from feedforward_recon.mapping.keyframes import EARLIER_SESSION
 from feedforward_recon.mapping.loop_closure import Loop, close_loop
 from feedforward_recon.mapping.mapper import Mapper
 from feedforward_recon.mapping.sources import GivenPoses
@@ -234,6 +235,11 @@ def test_missed_frames_are_relocalised_and_no_surer_than_their_keyframes(frames,
         assert mapper.relocalise_frame(index, frames[index]).status is status
     assert len(mapper.results.keyframes) == keyframes
     assert ate(mapper, frames, with_scale=True) < 0.02
+    for keyframe in mapper._map.keyframes:  # of those that were loaded no status is known
+        keyframe.frame = EARLIER_SESSION
+    mapper._history.record(replace(mapper.results.estimates[-1], status=Status.UNCERTAIN), 0,
+                           mapper._map.T_map_cam[0], len(frames) - 1)
+    assert mapper.relocalise_frame(12, frames[12]).status is Status.TRACKING
 
 
 def test_a_camera_found_by_a_strip_of_its_image_is_not_sure_of_its_pose(frames, encoder):

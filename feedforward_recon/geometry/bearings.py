@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-NEAREST = 1e-6  # z of what still counts as in front of the camera
+from feedforward_recon.geometry.bundle_rows import MIN_DEPTH
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Bearings:
         R, t = T_cam_map[:3, :3], T_cam_map[:3, 3:]
         offset = (R @ self.origins + t) * self.inv_depth
         p = R @ self.directions + offset
-        front = p[2] > NEAREST
+        front = p[2] > MIN_DEPTH
         p = np.where(front, p, [[0.0], [0.0], [1.0]])
         slide = (offset[:2] - p[:2] / p[2] * offset[2]) / p[2]
         return p / self.inv_depth, slide, front

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from feedforward_recon.geometry.transforms import inverse, transform_points
 from feedforward_recon.geometry.triangulate import ray_errors, triangulate
 from feedforward_recon.mapping.keyframes import MapKeyframe, View
 from feedforward_recon.mapping.map import (
@@ -158,8 +157,7 @@ def _merge(map_: GrowingMap, keyframe: MapKeyframe, ids: np.ndarray, present: np
     table = map_.landmarks
     present = table.alias[present]
     known = np.isfinite(table.point_cam[present, 2])
-    T = inverse(map_.T_map_cam[keyframe.id])
-    z = transform_points(T, table.points_map(present, map_.T_map_cam))[:, 2]
+    z = map_.depths(keyframe.id, present)
     same = ~known | (np.abs(z - depth) < SAME_DEPTH * depth)
     _join(map_, ids[same], present[same])
 

@@ -132,16 +132,16 @@ class GrowingMap:
         inside &= (ratio > 0.5) & (ratio < 2.0)
         return ids[inside], px[inside], points[inside, 2]
 
+    def depths(self, keyframe: int, ids: np.ndarray) -> np.ndarray:
+        """z-depths of landmarks ``ids`` [n] in a keyframe, map units; negative behind it."""
+        points = self.landmarks.points_map(ids, self.T_map_cam)
+        return transform_points(inverse(self.T_map_cam[keyframe]), points)[:, 2]
+
     def typical_depth(self, keyframe: int) -> float:
         """Median z-depth of the landmarks that a keyframe sees, map units (1 if none)."""
-        table = self.landmarks
-        ids = table.seen_by(keyframe)
-        ids = ids[table.has_point[ids]]
-        if not len(ids):
-            return 1.0
-        z = transform_points(inverse(self.T_map_cam[keyframe]),
-                             table.points_map(ids, self.T_map_cam))[:, 2]
-        return max(float(np.median(z)), 1e-6)
+        ids = self.landmarks.seen_by(keyframe)
+        ids = ids[self.landmarks.has_point[ids]]
+        return max(float(np.median(self.depths(keyframe, ids))), 1e-6) if len(ids) else 1.0
 
     def current(self, tracks: Tracks) -> Tracks:
         """Tracks under the present ids of their landmarks, without those that are gone."""
@@ -168,8 +168,7 @@ class GrowingMap:
         ids = table.alias[keyframe.landmark[shown]]
         good = table.has_point[ids]
         shown, ids = shown[good], ids[good]
-        z = transform_points(inverse(self.T_map_cam[id_]),
-                             table.points_map(ids, self.T_map_cam))[:, 2]
+        z = self.depths(id_, ids)
         front = z > 0
         px = keyframe.features.keypoints[shown[front]]
         points[shown[front]] = keyframe.camera.unproject(px, z[front])

@@ -31,8 +31,8 @@ ENOUGH = 2
 # Of Gauss-Newton for a pose, and for a first one that only tells which tracks agree; it converges
 # in about four from a prediction.
 STEPS, FIRST_STEPS = 10, 3
-# Tracks without a point, as a share of those that agree on a pose, from which they hold it too.
-# With fewer they add their cost only (docs/experiments.md, Hard walks).
+# Tracks without a point, as a share of those that agree on a pose, from which they hold it too:
+# with fewer nothing was gained (docs/experiments.md, When lengths are right).
 BEARINGS = 0.25
 MAX_EXTRAPOLATION = 3.0  # intervals between images: velocity does not last longer
 
@@ -161,7 +161,7 @@ class Tracker:
         fit = self._pose(view, map_, voters, views, T_guess)
         if fit is None or fit.count < least:
             return None
-        if not view.has_depth:  # a sensor's depth holds the camera better than what has none
+        if not view.has_depth:  # a sensor gives nearly every landmark its point at once
             fit = self._steadied(view, map_, voters, tracks.select(~known), fit)
         election = elected(view, map_, voters, views - 1, fit, self.config)
         fit = election.winner

@@ -81,11 +81,11 @@ class FeaturePoses:
         else:
             tracked = self._followed(view, map_)
             if tracked is None:
-                return self._while_young(self._found_again(view, map_), map_)
+                return self._unless_settled(self._found_again(view, map_), map_)
         if tracked is not None:
             self._posed, self._missed, self._lost = self._posed + 1, 0, False
             self.tracker.accept(view, tracked.tracks, tracked.fit.T_map_cam)
-        return self._while_young(tracked, map_)
+        return self._unless_settled(tracked, map_)
 
     def _followed(self, view: View, map_: GrowingMap) -> Tracked | None:
         """By optical flow; from before a loss with as many landmarks as any place needs."""
@@ -93,7 +93,7 @@ class FeaturePoses:
         least = self._config.tracking.relocalise_inliers if strict else 0
         return self.tracker.track(view, map_, least)
 
-    def _while_young(self, tracked: Tracked | None, map_: GrowingMap) -> Tracked | None:
+    def _unless_settled(self, tracked: Tracked | None, map_: GrowingMap) -> Tracked | None:
         """Not sure before the map has settled: without a sensor its lengths may be wrong."""
         if tracked is None or self._needs_depth or not self._is_own:
             return tracked
