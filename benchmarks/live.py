@@ -36,7 +36,7 @@ sys.path.insert(0, str(REPOSITORY / 'test'))  # processes in a ROS domain of the
 SECONDS, RATE_HZ, START_S = 60.0, 15.0, 60.0
 REPEATED = 150  # images of the bag that is mapped twice
 STEADY = 0.6  # share of the run after which the walk repeats: little should be new
-POLISH_S = 300.0  # saving the map takes less
+SAVE_S = 300.0  # saving the map takes less
 log = logging.getLogger(__name__)
 
 
@@ -183,7 +183,7 @@ def _watched(domain: Any, node: Any, seconds: float, watch_all: bool
             probe.spin_for(1.0)
         watch.is_over, report = True, reports[-1]  # saving leaves images out, too
         if node.name.endswith('mapping_node') and not watch_all:
-            answer = probe.call(Trigger, '/mapping_node/save_map', timeout_s=POLISH_S)
+            answer = probe.call(Trigger, '/mapping_node/save_map', timeout_s=SAVE_S)
             assert answer.success, answer.message
         return watch, report
     finally:
@@ -240,7 +240,7 @@ def repeated(source: Path, folder: Path) -> dict[str, Any]:
 
 def _bag_mapper(bag: Path, out: Path) -> dict[str, Any]:
     words = [sys.executable, '-m', 'feedforward_recon.ros.bag_mapper', '--bag', str(bag),
-             '--map', str(out), '--json', '--set', 'memory.polish_steps=0']
+             '--map', str(out), '--json']
     result = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     return json.loads(result.stdout)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.common import KITCHEN, data_root, load_frames, true_trajectory
@@ -13,12 +12,12 @@ from benchmarks.scoring import extrapolation_split, interleaved_split, localisat
 from feedforward_recon.config.schema import MapperConfig, MemoryConfig
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.io import SourceOptions, open_source
+from feedforward_recon.memory.keys import TABLES
 from feedforward_recon.memory.writer import MemoryWriter
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Frame
 
-SMALLEST_NETWORK = {'hidden_dim': 32, 'blocks': 1}
 # For at least 1000 images of other places: what the sets lack is rendered.
 OTHER_ROOMS, VIEWS = range(50, 57), 30
 ROOM_CAMERA = Camera.from_fov(65.0, (640, 480))
@@ -39,17 +38,17 @@ def run() -> Iterator[tuple[str, dict[str, Any]]]:
 def variants() -> dict[str, MapperConfig]:
     """The default memory, and the coordinate network or the slots alone at the same bytes."""
     hybrid = MapperConfig()
-    budget = nbytes(hybrid.memory)
-    wider = (dataclasses.replace(hybrid.memory, slots=0, hidden_dim=width)
-             for width in itertools.count(hybrid.memory.hidden_dim, 8))
-    network = _last_within(budget, wider)
-    more = (dataclasses.replace(hybrid.memory, slots=slots, **SMALLEST_NETWORK)
-            for slots in itertools.count(hybrid.memory.slots, 100))
-    slots = _last_within(budget, more)
+    network, slots = alone(hybrid.memory, nbytes(hybrid.memory))
     slots_only = dataclasses.replace(hybrid.localizer, network_candidates=0)
     return {'hybrid': hybrid,
             'network only': dataclasses.replace(hybrid, memory=network),
             'slots only': dataclasses.replace(hybrid, memory=slots, localizer=slots_only)}
+
+
+def alone(memory: MemoryConfig, budget: int) -> tuple[MemoryConfig, MemoryConfig]:
+    """The coordinate network alone, with all tables there are, and the slots alone."""
+    return (_most(lambda n: dataclasses.replace(memory, slots=0, tables=TABLES, cells=n), budget),
+            _most(lambda n: dataclasses.replace(memory, slots=n, cells=0), budget))
 
 
 def nbytes(memory: MemoryConfig) -> int:
@@ -57,25 +56,25 @@ def nbytes(memory: MemoryConfig) -> int:
     return MemoryWriter(memory, CompactEncoder.load().dim).snapshot().nbytes
 
 
-def _last_within(budget: int, configs: Iterator[MemoryConfig]) -> MemoryConfig:
-    return list(itertools.takewhile(lambda memory: nbytes(memory) <= budget, configs))[-1]
+def _most(memory: Callable[[int], MemoryConfig], budget: int) -> MemoryConfig:
+    """The memory with the largest number that fits into a budget of bytes."""
+    none, one = nbytes(memory(0)), nbytes(memory(1))
+    return memory((budget - none) // (one - none))
 
 
 def given_poses(known: list[Frame], unknown: list[Frame], config: MapperConfig) -> dict[str, Any]:
     """Map with the true poses, localise the rest."""
     mapped = map_frames(known, config, given_poses=True)
-    row = localisation_entry(Answerer(mapped, config), unknown, mapped.memory.nbytes,
-                             mapped.mapping)
-    return {**row, 'polish_seconds': mapped.polish.seconds}
+    return localisation_entry(Answerer(mapped, config), unknown, mapped.memory.nbytes,
+                              mapped.mapping)
 
 
 def own_poses(known: list[Frame], unknown: list[Frame]) -> dict[str, Any]:
     """Map without poses; the answers are moved to the ground truth by one rigid transform."""
     mapped = map_frames(known)
     to_truth = alignment_to(true_trajectory(known), mapped.scene.trajectory, with_scale=False)
-    row = localisation_entry(Answerer(mapped, to_truth=to_truth), unknown, mapped.memory.nbytes,
-                             mapped.mapping)
-    return {**row, 'polish_seconds': mapped.polish.seconds}
+    return localisation_entry(Answerer(mapped, to_truth=to_truth), unknown, mapped.memory.nbytes,
+                              mapped.mapping)
 
 
 def run_wrong_places() -> Iterator[tuple[str, dict[str, Any]]]:

@@ -30,19 +30,17 @@ from feedforward_recon.types import Estimate, Frame, Status, Trajectory
 class Mapped:
     """A mapped walk.
 
-    mapping: time of tracking, mapping and the last refinement. polish: time of fitting the
-    memory at the end.
+    mapping: time of tracking, mapping and the last refinement.
     """
 
     scene: SceneMap
     memory: SceneMemory
     mapping: Clock
-    polish: Clock
 
 
 def map_frames(frames: Sequence[Frame], config: MapperConfig | None = None, *,
                given_poses: bool = False) -> Mapped:
-    """Map frames one by one into a memory, then polish the memory."""
+    """Map frames one by one into a memory."""
     config = config or MapperConfig()
     encoder = CompactEncoder.load(config=config.encoder)
     writer = MemoryWriter(config.memory, encoder.dim)
@@ -54,10 +52,7 @@ def map_frames(frames: Sequence[Frame], config: MapperConfig | None = None, *,
     for frame in frames:
         mapper.process(frame)
     scene = _finished(mapper, frames)
-    mapping.stop()
-    polish = Clock()
-    writer.polish()
-    return Mapped(scene, writer.snapshot(), mapping, polish.stop())
+    return Mapped(scene, writer.snapshot(), mapping.stop())
 
 
 def map_walk(frames: Sequence[Frame], config: MapperConfig | None = None) -> Walked:

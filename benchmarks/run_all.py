@@ -24,6 +24,7 @@ ENTRIES = {
     'localisation': ('localisation', 'run'),
     'wrong_places': ('localisation', 'run_wrong_places'),
     'repeated_office': ('places', 'run'),
+    'memory': ('memory', 'run'),
     'memory_law': ('memory_law', 'run'),
     'attention_scaling': ('attention_scaling', 'run'),
     'live': ('live', 'run'),

@@ -22,7 +22,6 @@ import numpy as np
 
 from benchmarks.common import KITCHEN, backwards, load_frames, true_trajectory
 from benchmarks.ours import alignment_to
-from feedforward_recon.config.schema import MapperConfig, MemoryConfig
 from feedforward_recon.console.threads import one_thread
 from feedforward_recon.evaluation import absolute_trajectory_error
 from feedforward_recon.geometry.align import Alignment
@@ -37,7 +36,6 @@ from feedforward_recon.types import Frame, Trajectory
 SESSIONS, OVERLAP = 3, 0.15  # share of the walk by which sessions overlap
 RECALL_M = 0.05
 ROOMS, WALK = (21, 22), 240
-CONFIG = MapperConfig(memory=MemoryConfig(polish_steps=300))
 Row = dict[str, Any]
 
 
@@ -71,15 +69,15 @@ def measured(frames: Sequence[Frame], depth: bool, encoder: CompactEncoder) -> l
     """Figures of the sessions of one walk, in their order."""
     shown = [f if depth else replace(f, depth=None) for f in frames]
     mapped, held_out = shown[::2], shown[1::2]
-    one = map_frames(mapped, CONFIG, encoder).scene.trajectory
+    one = map_frames(mapped, encoder=encoder).scene.trajectory
     first, *_, last = parts(mapped)[0]
     queries = [f for f in held_out if first.stamp_ns < f.stamp_ns < last.stamp_ns][::2]
     rows, before = [], None
     with tempfile.TemporaryDirectory() as root:
         for number, part in enumerate(parts(mapped)):
-            run = map_frames(part, CONFIG, encoder, into=before)
+            run = map_frames(part, encoder=encoder, into=before)
             before = run.save(Path(root) / str(number))
-            alone = map_frames(part, CONFIG, encoder).scene.trajectory if number else \
+            alone = map_frames(part, encoder=encoder).scene.trajectory if number else \
                 run.scene.trajectory
             rows.append({**_errors(run.scene.trajectory, alone, one, part, depth),
                          **_map_figures(before, run.scene, mapped, queries, depth)})

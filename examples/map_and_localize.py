@@ -7,16 +7,13 @@ WALK is what `ffrecon map` takes: a folder of images, a video or a ROS 2 bag.
 
 import sys
 
-from feedforward_recon import MapperConfig, load_map, map_frames, open_source
-from feedforward_recon.config.schema import MemoryConfig
-
-CONFIG = MapperConfig(memory=MemoryConfig(polish_steps=50))  # a short walk is learnt soon
+from feedforward_recon import load_map, map_frames, open_source
 
 
 def main(walk: str, folder: str = 'out/example') -> None:
     """Every second image makes the map; an image between them is found in it."""
     source = open_source(walk)
-    run = map_frames(list(source.frames(step=2)), CONFIG)
+    run = map_frames(list(source.frames(step=2)))
     for estimate in run.scene.estimates:
         print(estimate.source, estimate.status.value)
     run.save(folder)

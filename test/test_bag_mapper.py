@@ -33,8 +33,8 @@ CAMERA, FPS = Camera.from_fov(70.0, (320, 240)), 10.0
 FRAME = BagTopics().camera_frame
 PITCH = so3_exp(np.array([0, np.deg2rad(20), 0]))  # the camera looks down by 20 degrees
 T_BASE_CAM = make_transform(PITCH, np.array([0.1, 0.0, 0.4])) @ T_BODY_OPTICAL
-QUICK = [word for setting in ('polish_steps=20', 'slots=8000', 'hidden_dim=64',
-                              'reservoir=20_000') for word in ('--set', f'memory.{setting}')]
+QUICK = [word for setting in ('slots=8000', 'cells=2000', 'samples=20_000')
+         for word in ('--set', f'memory.{setting}')]
 
 
 @pytest.fixture(scope='module')

@@ -24,8 +24,7 @@ from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.session.map_folder import load_map
 from feedforward_recon.session.offline import map_frames
 
-SMALL = ['memory.hidden_dim=64', 'memory.blocks=1', 'memory.slots=6000', 'memory.reservoir=5000',
-         'memory.batch=256', 'memory.steps_per_keyframe=1', 'memory.polish_steps=20',
+SMALL = ['memory.slots=6000', 'memory.cells=2000', 'memory.samples=5000',
          'encoder.max_keypoints=500']
 SET = [word for setting in SMALL for word in ('--set', setting)]
 
@@ -170,9 +169,9 @@ def test_json_has_no_infinity(capsys):
 
 def test_settings_come_from_a_file_and_then_from_set(tmp_path):
     file = tmp_path / 's.yaml'
-    file.write_text('memory: {slots: 100, batch: 128}\n')
+    file.write_text('memory: {slots: 100, cells: 128}\n')
     config = settings(MapperConfig(), file, ['memory.slots=7', 'localizer.search_px=9'])
-    assert (config.memory.slots, config.memory.batch) == (7, 128)
+    assert (config.memory.slots, config.memory.cells) == (7, 128)
     assert config.localizer.search_px == 9.0
     for bad in ('memory.slot=7', 'memory', 'memory.slots=many', 'memory.slots=-1', 'memory=3'):
         with pytest.raises(ConfigError):
@@ -262,7 +261,7 @@ def test_a_bad_map_is_one_sentence(mapped, walk_folder, tmp_path, capsys, comman
     memory.write_bytes(memory.read_bytes()[:-1])
     assert 'truncated' in refused(capsys, command, folder, *rest)
     description = folder / 'map.yaml'
-    description.write_text(description.read_text().replace('schema_version: 1',
+    description.write_text(description.read_text().replace('schema_version: 2',
                                                            'schema_version: 99'))
     assert 'update feedforward_recon' in refused(capsys, command, folder, *rest)
     assert 'expected a map folder' in refused(capsys, command, tmp_path, *rest)

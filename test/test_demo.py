@@ -16,7 +16,7 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp('demo') / 'map'
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {'CAMERA': Camera.from_fov(68.0, (320, 240)), 'FRAMES': 24,
-                            'VIEWS': 6, 'OTHER_VIEWS': 4, 'POLISH_STEPS': 20}.items():
+                            'VIEWS': 6, 'OTHER_VIEWS': 4}.items():
             patch.setattr(demo, name, value)
         kept = []
         patch.setattr(demo, 'print_json', kept.append)

@@ -20,8 +20,7 @@ from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Status
 
 BASE = MapperConfig()
-CONFIG = replace(BASE, memory=replace(BASE.memory, polish_steps=0, slots=8000, reservoir=20_000,
-                                      hidden_dim=64, steps_per_keyframe=0))
+CONFIG = replace(BASE, memory=replace(BASE.memory, slots=8000, cells=2000, samples=20_000))
 STEP_NS = 100_000_000
 
 

@@ -33,8 +33,7 @@ class StubEncoder:
 @pytest.fixture(scope='module')
 def memory():
     scene = OracleScene.generate(0)
-    writer = MemoryWriter(MemoryConfig(hidden_dim=64, blocks=2, slots=2000, reservoir=10_000,
-                                       batch=256, steps_per_keyframe=0), DIM)
+    writer = MemoryWriter(MemoryConfig(slots=2000, cells=2000, samples=10_000), DIM)
     for index, pose in enumerate(poses_around(15, seed=0)):
         writer.write(scene.keyframe(index, pose))
     return writer.snapshot()

@@ -19,8 +19,7 @@ from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.session.map_folder import BACKUPS, check_map_output, load_map, save_map
 from feedforward_recon.types import Estimate, PointCloud, Status, Trajectory
 
-CONFIG = MapperConfig(memory=MemoryConfig(hidden_dim=64, blocks=2, slots=2000, reservoir=3000,
-                                          batch=256, steps_per_keyframe=1),
+CONFIG = MapperConfig(memory=MemoryConfig(slots=2000, cells=500, samples=3000),
                       localizer=LocalizerConfig(network_candidates=50))
 SCENE = OracleScene.generate(0)
 
@@ -104,8 +103,8 @@ def test_localising_needs_only_the_description_and_the_memory(folder):
     found = answers(saved.memory)
     assert all(answer.T_map_cam is not None for answer in found)
     assert same_bits(found, answers(writer.snapshot()))
-    assert saved.verify() == ['cloud.ply', 'poses.json', 'reservoir.safetensors',
-                              'trajectory.tum']
+    assert saved.verify() == ['cloud.ply', 'poses.json', 'trajectory.tum',
+                              'writer.safetensors']
     assert sorted((f.name, f.read_bytes()) for f in folder.iterdir()) == before
 
 
@@ -116,7 +115,6 @@ def test_a_resumed_writer_writes_on_exactly(pristine):
         for index, pose in enumerate(poses_around(3, seed=9), start=6):
             writer.write(SCENE.keyframe(index, pose))
         writer.reanchor({0: poses_around(1, seed=4)[0]})
-        writer.polish(5)
     assert same_tensors(original.snapshot().tensors(), resumed.snapshot().tensors())
 
 
@@ -125,8 +123,8 @@ def test_the_memory_file_has_one_size_for_every_map(pristine, tmp_path):
     small = save_map(tmp_path / 'small', scene, writer, Encoder(), CONFIG)
     size = load_map(pristine).info.files['memory.safetensors']['bytes']
     assert small.info.files['memory.safetensors']['bytes'] == size
-    assert small.info.files['reservoir.safetensors']['bytes'] \
-        < load_map(pristine).info.files['reservoir.safetensors']['bytes']
+    assert small.info.files['writer.safetensors']['bytes'] \
+        < load_map(pristine).info.files['writer.safetensors']['bytes']
 
 
 def truncate(file):
@@ -150,7 +148,10 @@ DAMAGE = {
     'missing memory': (lambda f: (f / 'memory.safetensors').unlink(), 'found none'),
     'missing description': (lambda f: (f / 'map.yaml').unlink(), 'expected a map folder'),
     'missing folder': (shutil.rmtree, 'no such folder'),
-    'newer version': (lambda f: edit(f / 'map.yaml', schema_version=2), 'version 1 or older'),
+    'newer version': (lambda f: edit(f / 'map.yaml', schema_version=3),
+                      'version 2, found 3; update feedforward_recon'),
+    'older version': (lambda f: edit(f / 'map.yaml', schema_version=1),
+                      'version 2, found 1; map again'),
     'empty description': (lambda f: (f / 'map.yaml').write_text(''), 'damaged'),
     'broken description': (lambda f: (f / 'map.yaml').write_text('{'), 'damaged'),
     'binary description': (lambda f: (f / 'map.yaml').write_bytes(b'\xff\xfe\x80'), 'damaged'),
@@ -174,8 +175,8 @@ def test_damage_beside_the_memory_is_found_when_it_matters(folder):
     for use in (saved.verify, saved.cloud):
         with pytest.raises(MapError, match=r'cloud\.ply: expected .* bytes'):
             use()
-    (folder / 'reservoir.safetensors').unlink()
-    with pytest.raises(MapError, match='reservoir'):
+    (folder / 'writer.safetensors').unlink()
+    with pytest.raises(MapError, match='writer'):
         saved.writer()
 
 

@@ -293,7 +293,7 @@ def folder(weights, walk_folder, tmp_path_factory):
         patch.setattr(network_localizer, 'align_cameras', lambda *_: (np.eye(4), 1.0))
         assert command('map', walk_folder, '--out', out, '--model', 'tiny', '--attention', 'ttt',
                        '--weights', weights, '--window', 4, '--anchors', 1, '--no-refine',
-                       '--set', 'memory.polish_steps=5', '--step', 5) == 0
+                       '--step', 5) == 0
     return out
 
 

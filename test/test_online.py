@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from open_map import open_map
 
-from feedforward_recon.config.schema import CloudConfig, MapperConfig, MemoryConfig
+from feedforward_recon.config.schema import CloudConfig, MapperConfig
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.align import align_points
 from feedforward_recon.geometry.camera import Camera
@@ -258,10 +258,9 @@ def test_a_camera_found_by_a_strip_of_its_image_is_not_sure_of_its_pose(frames, 
 
 
 def test_offline_reconstruction_is_the_online_one_and_more(frames, encoder):
-    quick = replace(MapperConfig(), memory=MemoryConfig(polish_steps=2))
     blurred = replace(frames[20], image=np.zeros_like(frames[20].image))
     recording = Recording([*frames[:20], blurred, *frames[21:30]], [*frames[:30]])
-    scene = map_frames(recording, quick, encoder).scene
+    scene = map_frames(recording, encoder=encoder).scene
     assert len(scene.estimates) == 30 and len(scene.trajectory) == 30
     assert scene.metres_per_unit == 1.0
 

@@ -47,8 +47,7 @@ def at(number: int, pose: np.ndarray) -> np.ndarray:
 
 def localizer_of(world: OracleScene, places: int) -> Localizer:
     """A memory of views into the first places of a world."""
-    writer = MemoryWriter(MemoryConfig(hidden_dim=32, blocks=1, slots=6000, reservoir=1000,
-                                       batch=64, steps_per_keyframe=0), DIM)
+    writer = MemoryWriter(MemoryConfig(slots=6000, cells=2000, samples=20_000), DIM)
     for index in range(4 * places):
         place, pose = index // 4, poses_around(1, seed=index)[0]
         writer.write(world.keyframe(index, at(place, pose)))

@@ -264,8 +264,7 @@ def test_other_weights_are_refused(weights):
 
 
 def map_command(walk, out, *extra):
-    return main(['map', str(walk), '--out', str(out), '--set', 'memory.polish_steps=20',
-                 '--step', '5', *map(str, extra)])
+    return main(['map', str(walk), '--out', str(out), '--step', '5', *map(str, extra)])
 
 
 def test_the_command_maps_with_a_network(weights, walk_folder, tmp_path, capsys):

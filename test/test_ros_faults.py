@@ -20,8 +20,8 @@ from feedforward_recon.ros.convert import depth_msg, image_msg, info_msg, stamp_
 from feedforward_recon.ros.fields import header_msg
 
 SECOND = 1_000_000_000
-QUICK = {'memory.polish_steps': 20, 'memory.slots': 8000, 'memory.hidden_dim': 64,
-         'memory.reservoir': 20_000, 'silence_s': 4.0, 'tf_wait_s': 0.2}
+QUICK = {'memory.slots': 8000, 'memory.cells': 2000, 'memory.samples': 20_000,
+         'silence_s': 4.0, 'tf_wait_s': 0.2}
 
 
 @pytest.fixture(scope='module')

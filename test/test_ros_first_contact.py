@@ -21,8 +21,8 @@ from feedforward_recon.ros.convert import header_msg, info_msg
 from feedforward_recon.ros.doctor import main
 
 NAME = '/mapping_node'
-QUICK = {'memory.polish_steps': 20, 'memory.slots': 8000, 'memory.hidden_dim': 64,
-         'memory.reservoir': 20_000, 'tf_wait_s': 0.2, 'info_wait_s': 0.5, 'silence_s': 1.0}
+QUICK = {'memory.slots': 8000, 'memory.cells': 2000, 'memory.samples': 20_000,
+         'tf_wait_s': 0.2, 'info_wait_s': 0.5, 'silence_s': 1.0}
 
 
 @pytest.fixture(scope='module')

@@ -19,8 +19,8 @@ from feedforward_recon.ros.convert import (
 from feedforward_recon.ros.frames import R_BODY_OPTICAL
 from feedforward_recon.ros.tf_messages import TFMessage
 
-QUICK = {'memory.polish_steps': 20, 'memory.slots': 8000, 'memory.hidden_dim': 64,
-         'memory.reservoir': 20_000, 'tf_wait_s': 0.5, 'info_wait_s': 0.5}
+QUICK = {'memory.slots': 8000, 'memory.cells': 2000, 'memory.samples': 20_000,
+         'tf_wait_s': 0.5, 'info_wait_s': 0.5}
 # Where the camera sits: 30 cm ahead, 20 cm up, looking 15 degrees to the left.
 T_BASE_CAM = make_transform(so3_exp(np.array([0, 0, np.radians(15)])) @ R_BODY_OPTICAL,
                             np.array([0.3, 0, 0.2]))

@@ -22,8 +22,8 @@ from std_srvs.srv import SetBool, Trigger
 from feedforward_recon.model.configs import build
 from feedforward_recon.session.map_folder import load_map
 
-QUICK = {'memory.polish_steps': 20, 'memory.slots': 8000, 'memory.hidden_dim': 64,
-         'memory.reservoir': 20_000, 'tf_wait_s': 0.2, 'info_wait_s': 0.5,
+QUICK = {'memory.slots': 8000, 'memory.cells': 2000, 'memory.samples': 20_000,
+         'tf_wait_s': 0.2, 'info_wait_s': 0.5,
          'model': 'tiny', 'window': 6, 'anchors': 2}
 DOCTOR = '/mapping_node/doctor'
 

@@ -30,8 +30,8 @@ from feedforward_recon.ros.convert import (
 from feedforward_recon.ros.frames import R_BODY_OPTICAL
 from feedforward_recon.ros.tf_messages import TFMessage
 
-QUICK = {'memory.polish_steps': 20, 'memory.slots': 8000, 'memory.hidden_dim': 64,
-         'memory.reservoir': 20_000, 'tf_wait_s': 0.3, 'info_wait_s': 0.5}
+QUICK = {'memory.slots': 8000, 'memory.cells': 2000, 'memory.samples': 20_000,
+         'tf_wait_s': 0.3, 'info_wait_s': 0.5}
 STEP_NS = 100_000_000
 T_BASE_CAM = make_transform(so3_exp(np.array([0, 0, 0.2])) @ R_BODY_OPTICAL,
                             np.array([0.3, 0, 0.2]))

@@ -45,8 +45,8 @@ SECOND = 1_000_000_000
 STEP_NS = SECOND // 10
 START_NS = 1_700_000_000 * SECOND
 NAME = '/mapping_node'
-QUICK = {'memory.polish_steps': 20, 'memory.slots': 8000, 'memory.hidden_dim': 64,
-         'memory.reservoir': 20_000, 'info_wait_s': 0.5, 'tf_wait_s': 0.2, 'silence_s': 1.0}
+QUICK = {'memory.slots': 8000, 'memory.cells': 2000, 'memory.samples': 20_000,
+         'info_wait_s': 0.5, 'tf_wait_s': 0.2, 'silence_s': 1.0}
 
 
 @pytest.fixture(scope='module')

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from open_map import open_map
 from small_config import SMALL
 
@@ -16,6 +15,8 @@ from feedforward_recon.geometry.transforms import inverse, pose_error
 from feedforward_recon.mapping.keyframe_graph import keyframe_graph
 from feedforward_recon.mapping.mapper import Mapper
 from feedforward_recon.memory import MemoryWriter
+from feedforward_recon.memory.coordinate_network import STEPS_PER_UNIT
+from feedforward_recon.memory.network_writer import NetworkWriter
 from feedforward_recon.session.live import LiveSession
 from feedforward_recon.session.map_folder import KEYFRAMES, MEMORY, load_map
 from feedforward_recon.session.offline import map_frames
@@ -156,30 +157,34 @@ def test_a_loaded_map_is_gone_on_with_when_localization_ends(frames, encoder, fi
 
 
 def test_a_saved_map_is_the_map_that_was_running(frames, encoder):
-    mapper = Mapper(SMALL, encoder)
+    """As far as it has landmarks: features that show none are not saved."""
+    running, start = open_map(SMALL, encoder, CAMERA)
+    mapper = Mapper(SMALL, encoder, start=start)
     for frame in frames[:40]:
         mapper.process(frame)
-    scene = mapper.finish()
-    map_ = scene.graph.restored(SMALL)
-    assert len(map_) == len(scene.keyframes)
-    for id_, keyframe in enumerate(scene.keyframes):
-        np.testing.assert_array_equal(map_.T_map_cam[id_], keyframe.T_map_cam)
-        points, known = map_.points_cam(id_), keyframe.has_point
-        assert (np.isfinite(points[:, 2]) == known).mean() > 0.97
-        both = known & np.isfinite(points[:, 2])
-        np.testing.assert_allclose(points[both], keyframe.points_cam[both], atol=1e-3)
-        likeness = (map_.keyframes[id_].descriptors * keyframe.features.descriptors).sum(1)
-        assert likeness.min() > 0.99
+    map_ = mapper.finish().graph.restored(SMALL)
+    assert len(map_) == len(running)
+    for id_, (saved, keyframe) in enumerate(zip(map_.keyframes, running.keyframes, strict=True)):
+        np.testing.assert_array_equal(map_.T_map_cam[id_], running.T_map_cam[id_])
+        landmark = running.landmarks.alias[keyframe.landmark]
+        shown = np.flatnonzero((keyframe.landmark >= 0) & running.landmarks.has_point[landmark])
+        np.testing.assert_array_equal(saved.features.keypoints,
+                                      keyframe.features.keypoints[shown])
+        np.testing.assert_allclose(map_.points_cam(id_), running.points_cam(id_)[shown],
+                                   atol=1e-3)
+        described = running.landmarks.descriptor[landmark[shown]]  # as the landmark is
+        assert (saved.descriptors * described).sum(1).min() > 0.99
 
 
-def test_what_is_saved_to_go_on_is_bounded(frames, encoder):
+def test_what_is_saved_to_go_on_is_bounded(frames, encoder, monkeypatch):
     """Fewer keyframes than the walk had; their landmarks stay where they were."""
     running, start = open_map(SMALL, encoder, CAMERA)
     mapper = Mapper(SMALL, encoder, start=start)
     for frame in frames:
         mapper.process(frame)
     scene = mapper.finish()
-    whole, few = scene.graph, keyframe_graph(running, 5, 1000)
+    monkeypatch.setattr('feedforward_recon.mapping.keyframe_graph.CLOUD_POINTS', 1000)
+    whole, few = scene.graph, keyframe_graph(running, 5)
     assert len(few) == 5 and len(whole) == len(scene.keyframes) > 10
     bytes_of = [sum(a.nbytes for a in graph.arrays.values()) for graph in (few, whole)]
     assert bytes_of[0] < 0.5 * bytes_of[1]
@@ -194,7 +199,7 @@ def test_what_is_saved_to_go_on_is_bounded(frames, encoder):
 
 
 def test_forgotten_keyframes_leave_their_points_in_the_memory(frames, encoder):
-    """Landmark slots are where they were after keyframes were renumbered."""
+    """Slots and samples are where they were after keyframes were renumbered."""
     writer = MemoryWriter(SMALL.memory, encoder.dim)
     mapper = Mapper(SMALL, encoder, writer)
     for frame in frames[:50]:
@@ -202,13 +207,19 @@ def test_forgotten_keyframes_leave_their_points_in_the_memory(frames, encoder):
     kept = mapper.finish().graph.ids[::3]
     used = writer.slots.counts > 0
     before = writer.slots.map_points(writer.poses)[used]
+    network = writer.network
+    count, means = network.sums.count.copy(), network.sums.means()[0]
     writer.renumber(kept)
     assert len(writer.poses) == len(kept)
     np.testing.assert_allclose(writer.slots.map_points(writer.poses)[used], before, atol=1e-6)
-    assert writer.reservoir.points_cam[:writer.filled, 2].min() > 0
-    assert set(writer.reservoir.keyframe_ids[:writer.filled]) <= set(range(len(kept)))
-    writer.fit(5, 1e-3)
-    assert all(torch.isfinite(p).all() for p in writer.network.parameters())
+    assert set(network.samples) == set(range(len(kept)))
+    assert min(samples.points_cam[:, 2].min() for samples in network.samples.values()) > 0
+    np.testing.assert_array_equal(network.sums.count, count)
+    np.testing.assert_allclose(network.sums.means()[0], means, atol=1 / STEPS_PER_UNIT)
+    fresh = NetworkWriter(network.cells, network.capacity, network.keys)
+    fresh.restore(network.state())
+    for name in ('count', 'points', 'squares', 'depths'):
+        np.testing.assert_array_equal(getattr(fresh.sums, name), getattr(network.sums, name))
 
 
 def test_a_map_that_cannot_be_extended_is_an_error(encoder, copied):
@@ -219,7 +230,7 @@ def test_a_map_that_cannot_be_extended_is_an_error(encoder, copied):
     other = replace(saved, info=replace(saved.info, encoder_sha256='0' * 64))
     with pytest.raises(MapError, match='expected the encoder with SHA-256 000000000000'):
         map_frames([], SMALL, encoder, into=other)
-    with pytest.raises(MapError, match='older version'):
+    with pytest.raises(MapError, match='saved without'):
         replace(saved, info=info).start(SMALL, encoder)
     (saved.path / KEYFRAMES).write_bytes((saved.path / KEYFRAMES).read_bytes()[:-100])
     with pytest.raises(MapError, match='truncated'):

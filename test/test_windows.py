@@ -245,10 +245,9 @@ def test_windows_without_anchors_or_news_are_refused(size, anchors):
 
 def test_views_are_found_in_a_windowed_map_as_in_any_other(frames, encoder, tmp_path):
     """Every other frame maps, the others are looked for in what was saved."""
-    config = replace(MapperConfig(), memory=replace(MapperConfig().memory, polish_steps=300))
+    config = MapperConfig()
     writer = MemoryWriter(config.memory, encoder.dim)
     scene = mapped(frames[::2], encoder, Oracle(frames), memory=writer)
-    writer.polish()
     saved = save_map(tmp_path / 'map', scene, writer, encoder, config)
     assert saved.info.metres_per_unit is None
     localizer = saved.localizer(encoder)

@@ -11,7 +11,7 @@ import typer
 from numpy.typing import NDArray
 
 from feedforward_recon.cli.mapping import summarise, summary_rows
-from feedforward_recon.config.schema import MapperConfig, MemoryConfig
+from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.console.options import Json
 from feedforward_recon.console.terminal import (
     DONE,
@@ -35,7 +35,6 @@ from feedforward_recon.types import Estimate, FloatArray
 ROOM_SEED, OTHER_ROOM_SEED, WALK_SEED = 7, 8, 0
 CAMERA = Camera.from_fov(68.0, (480, 360))
 FRAMES, FPS, VIEWS, OTHER_VIEWS = 170, 7.0, 40, 20  # one slow turn around the room
-POLISH_STEPS = 300  # a short walk is learnt sooner than the default expects
 MAX_ATE_M, MIN_RECALL_5CM = 0.03, 0.90
 OVERVIEW = 'overview.png'
 
@@ -71,7 +70,7 @@ def demo_command(out: Out = Path('out/demo'), json_: Json = False) -> int:
     from feedforward_recon.model.compact import CompactEncoder
 
     check_map_output(out)
-    config = MapperConfig(memory=MemoryConfig(polish_steps=POLISH_STEPS))
+    config = MapperConfig()
     encoder = CompactEncoder.load(config=config.encoder)
     room = Room.generate(ROOM_SEED)
     walk = room.walk(FRAMES, WALK_SEED, FPS)

@@ -39,7 +39,7 @@ from feedforward_recon.model import Encoder
 from feedforward_recon.session.map_folder import (
     KEYFRAMES,
     MEMORY,
-    RESERVOIR,
+    WRITER,
     SavedMap,
     check_map_output,
     load_map,
@@ -199,7 +199,7 @@ def summarise(run: Run, saved: SavedMap) -> dict[str, Any]:
         'mapping_s': run.mapping_s, 'reading_s': run.reading_s, 'polish_s': run.polish_s,
         'sessions': info.sessions, 'memory_bytes': info.files[MEMORY]['bytes'],
         'keyframes_bytes': info.files[KEYFRAMES]['bytes'],
-        'reservoir_bytes': info.files[RESERVOIR]['bytes'],
+        'writer_bytes': info.files[WRITER]['bytes'],
         'metres_per_unit': info.metres_per_unit, 'scale_source': info.scale_source,
         'camera_source': info.camera_source, 'fx': info.camera.fx, 'error': None}
     if len(run.truth):
@@ -226,9 +226,9 @@ def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
         'keyframes': f'{summary["keyframes"]}, {summary["loops"]} loops closed',
         'tracking and mapping': f'{summary["mapping_s"]:.1f} s '
                                 f'(reading {summary["reading_s"]:.1f} s beside it)',
-        'polish of the memory': f'{summary["polish_s"]:.1f} s',
+        'memory made ready': f'{summary["polish_s"]:.2f} s',
         'memory': f'{bytes_text(summary["memory_bytes"])}, all that localising needs',
-        'to go on': f'{bytes_text(summary["reservoir_bytes"])} and '
+        'to go on': f'{bytes_text(summary["writer_bytes"])} and '
                     f'{bytes_text(summary["keyframes_bytes"])} of keyframes',
         'scale': _scale_text(summary),
         'camera': f'{summary["camera_source"]}, fx {summary["fx"]:.1f} px'}

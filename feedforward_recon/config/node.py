@@ -26,7 +26,7 @@ class NodeConfig(ModelOptions, MapperConfig):
     fresh: bool = option(False, 'in mapping mode: start a new map also where the folder map holds '
                          'one; else mapping goes on with it', fixed=True)
     autosave_s: float = option(60.0, 'a growing map is saved to the folder map this often, '
-                               'unrefined and unpolished; 0: never', low=0.0, high=86_400.0,
+                               'unrefined; 0: never', low=0.0, high=86_400.0,
                                unit='s', live=True)
     mode: Literal['mapping', 'localization'] = option(
         'mapping', 'what the node does when it starts', choices=('mapping', 'localization'))

@@ -43,19 +43,16 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """Size and training budget of the scene memory."""
+    """Size of the scene memory."""
 
-    hidden_dim: int = option(256, 'width of the coordinate network', low=32, high=1024)
-    blocks: int = option(3, 'residual blocks of the coordinate network', low=1, high=8)
-    slots: int = option(28_000, 'landmark slots; 0 keeps the coordinate network alone', low=0,
+    slots: int = option(27_000, 'landmark slots; 0 keeps the coordinate network alone', low=0,
                         high=200_000)
-    reservoir: int = option(150_000, 'training samples kept for fitting', low=1000,
-                            high=2_000_000)
-    batch: int = option(1024, 'samples per optimisation step', low=64, high=65_536)
-    steps_per_keyframe: int = option(1, 'optimisation steps after each keyframe', low=0,
-                                     high=200)
-    polish_steps: int = option(3200, 'optimisation steps when mapping ends', low=0, high=50_000)
-    seed: int = option(0, 'seed of every random choice', low=0)
+    tables: int = option(4, 'tables of the coordinate network: more of them know fewer things '
+                         'better', low=1, high=8)
+    cells: int = option(40_000, 'cells in each table of the coordinate network; 0 keeps the '
+                        'landmark slots alone', low=0, high=1_000_000)
+    samples: int = option(100_000, 'written into the coordinate network at most; kept to be '
+                          'moved with their keyframes', low=1000, high=2_000_000)
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class LocalizerConfig:
 
     slot_queries: int = option(400, 'most confident features that are matched to all slots',
                                low=50, high=4000)
-    network_candidates: int = option(500, 'best answers of the coordinate network that are '
+    network_candidates: int = option(400, 'best answers of the coordinate network that are '
                                      'used', low=0, high=4000)
     min_similarity: float = option(0.6, 'lowest cosine of two descriptors that may match',
                                    low=0.0, high=1.0)

@@ -7,6 +7,7 @@ of what should be seen from there look like the image?
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,8 @@ RARE = 0.85  # share above which no rival has to be looked for: it is reached in
 # rival was found and where none was. Below LOW_SCORE the rest must not disagree either.
 SURE_SCORE, NEEDED_IF_SURE, NEEDED, NEEDED_ALONE = 0.6, 0.3, 0.6, 0.5
 LOW_SCORE, MIN_LIKENESS = 0.3, 0.3
+# Points of the network that a witness needs, and how many more than the best other place has.
+VOUCHERS, VOUCHER_LEAD, VOUCHER_ITERATIONS = 10, 2.0, 300
 CONFIRMED = 3  # slots seen less often may be wrong
 SAME_PLACE_PX = 4.0  # between a feature and a slot that may be the same point
 NEIGHBOURS = 8  # slots near a feature that are compared with it
@@ -50,10 +53,11 @@ class Answer:
 
 
 def holds(answer: Answer, features: Features, memory: SceneMemory, camera: Camera,
-          near_px: float, seed: int) -> bool:
+          near_px: float, seed: int, witness: Callable[[], bool]) -> bool:
     """Whether the answer is the only one.
 
-    near_px: slots projected nearer to a feature than that are of the same place.
+    near_px: slots projected nearer to a feature than that are of the same place. witness: whether
+    the coordinate network vouches for the answer; asked where the rest of the slots does not.
     """
     sure = answer.score >= SURE_SCORE
     share, rivals = own_share(answer, features, memory, camera, near_px, seed,
@@ -62,7 +66,7 @@ def holds(answer: Answer, features: Features, memory: SceneMemory, camera: Camer
     if share < needed:
         return False
     return answer.score >= LOW_SCORE \
-        or likeness(answer.T_map_cam, features, memory, camera) >= MIN_LIKENESS
+        or likeness(answer.T_map_cam, features, memory, camera) >= MIN_LIKENESS or witness()
 
 
 def own_share(answer: Answer, features: Features, memory: SceneMemory, camera: Camera,
@@ -102,6 +106,21 @@ def own_share(answer: Answer, features: Features, memory: SceneMemory, camera: C
     return 1.0 - float(explained.mean()), rivals
 
 
+def vouched(T_map_cam: np.ndarray, points: np.ndarray, pixels: np.ndarray, camera: Camera,
+            near_px: float, seed: int) -> bool:
+    """Whether the coordinate network is a witness for a pose, and for no other.
+
+    points [N, 3], pixels [N, 2]: what it says about the features. It knows many more points than
+    there are slots, and is silent about what the map has more than once: that answers lie together
+    by chance is rare, and where they do, they speak for several places.
+    """
+    agree = within(T_map_cam, points, pixels, camera, near_px)
+    if agree.sum() < VOUCHERS:
+        return False
+    rival = pnp_ransac(points[~agree], pixels[~agree], camera, near_px, seed, VOUCHER_ITERATIONS)
+    return rival is None or agree.sum() > VOUCHER_LEAD * rival.count
+
+
 def within(T_map_cam: np.ndarray, points: np.ndarray, pixels: np.ndarray, camera: Camera,
            limit_px: float) -> np.ndarray:
     """Mask [N] of points [N, 3] that a camera sees within ``limit_px`` of pixels [N, 2]."""
@@ -110,12 +129,17 @@ def within(T_map_cam: np.ndarray, points: np.ndarray, pixels: np.ndarray, camera
         return np.linalg.norm(seen - pixels, axis=1) < limit_px
 
 
-def in_view(T_map_cam: np.ndarray, points: np.ndarray, camera: Camera
-            ) -> tuple[np.ndarray, np.ndarray]:
-    """Points [N, 3] that project into the image: index [M] and pixels [M, 2]."""
-    pixels = camera.project(transform_points(inverse(T_map_cam), points))
+def in_view(T_map_cam: np.ndarray, points: np.ndarray, camera: Camera,
+            horizon: float = np.inf) -> tuple[np.ndarray, np.ndarray]:
+    """Points [N, 3] that project into the image: index [M] and pixels [M, 2].
+
+    horizon: only those nearer than that, in map units.
+    """
+    in_cam = transform_points(inverse(T_map_cam), points)
+    pixels = camera.project(in_cam)
     with np.errstate(invalid='ignore'):
         inside = np.all((pixels > 0) & (pixels < np.array(camera.size_wh)), axis=1)
+    inside &= in_cam[:, 2] < horizon
     return np.flatnonzero(inside), pixels[inside]
 
 
@@ -143,7 +167,7 @@ def likeness(T_map_cam: np.ndarray, features: Features, memory: SceneMemory, cam
 
     Where the camera is, much of what the map has shows in the image, even from a new side. In
     another place with the same chairs all but the chairs is unrelated. Hidden slots count as
-    unrelated too, so a low value alone refuses nothing.
+    unrelated too: behind a wall there may be many, so a low value alone refuses nothing.
     """
     confirmed = np.flatnonzero(memory.slot_counts.numpy()[memory.occupied] >= CONFIRMED)
     shown, pixels = in_view(T_map_cam, memory.points[confirmed], camera)

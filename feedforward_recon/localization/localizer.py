@@ -1,7 +1,8 @@
 """``Localizer``: one image, one frozen memory -> a pose, or the reason why there is none.
 
     features -> nearest slots -> robust PnP; if few agree, the network's points as well
-             -> slots matched again around the pose, refinement -> accept or refuse
+             -> slots matched again around the pose, refinement -> accept or refuse;
+                where slots cannot tell, the network is heard as a witness
 
 The global candidates only have to be right often enough for the robust search; the accuracy
 comes from projecting all slots with the first pose and matching again in the neighbourhood.
@@ -19,7 +20,8 @@ from feedforward_recon.config.schema import LocalizerConfig
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.pnp import PoseFit, pnp_ransac, refine_pose
-from feedforward_recon.localization.evidence import Answer, holds, in_view, within
+from feedforward_recon.geometry.transforms import inverse, transform_points
+from feedforward_recon.localization.evidence import Answer, holds, in_view, vouched, within
 from feedforward_recon.localization.slot_search import Similarities, SlotSearch
 from feedforward_recon.memory.scene_memory import SceneMemory
 from feedforward_recon.model import Encoder
@@ -28,11 +30,16 @@ from feedforward_recon.types import Estimate, Features, Frame, Status
 # Features near a projected slot that are compared; more are farther than the radius.
 NEIGHBOURS = 6
 ELSEWHERE = 4.0  # times search_px, 32 px: a pose that moves the view by more is another place
-MIN_SIGMA_PX = 1.5  # of the coordinate network: it is never surer than a keypoint is accurate
+# Expected error of a point of the coordinate network: NETWORK_PX over the root of its votes, no
+# less than MIN_NETWORK_PX. Below MIN_VOTES hardly any is right (docs/memory.md, Calibration).
+NETWORK_PX, MIN_NETWORK_PX, MIN_VOTES = 6.0, 1.5, 0.5
 OUTLIER_SIGMAS = 3.0  # expected errors; 99.7 % of normal errors are smaller
 # A refinement that moves the view by less finds the same matches again: a quarter of the time of a
 # query, as accurate (docs/experiments.md, Speed of the online loop and of a query).
 CONVERGED_PX = 2.0
+# Times the depth within which so many percent of the matches without a pose are: beyond it are
+# other rooms, whose walls the map does not know (docs/memory.md, Other rooms).
+HORIZON, FARTHEST_PERCENT = 2.0, 90
 SHIFT_STEP = 10  # one slot in so many is projected: hundreds are enough for a median
 # Expected error of a slot match: SLOT_PX, that of a corner, and up to SLOT_PX_UNLIKE more the less
 # similar the descriptors are; chosen by hand.
@@ -139,32 +146,47 @@ class Localizer:
         poses += [] if T_map_cam_hint is None else [T_map_cam_hint]
         if not poses:
             return _refused(_refusal('NO_CONSISTENT_POSE'))
-        fits = [(pose, self._refined(pose, features, network, camera)) for pose in poses]
+        known = slots if len(self._values) else network
+        fits = [(pose, self._refined(pose, features, known, camera)) for pose in poses]
         start, (final, matches) = max(fits, key=lambda fit: fit[1][0].count)
         if self.shift_px(start, final.T_map_cam, camera) > CONVERGED_PX:
-            final, matches = self._refined(final.T_map_cam, features, network, camera)
+            final, matches = self._refined(final.T_map_cam, features, known, camera)
         matches = matches.select(np.flatnonzero(final.inliers))
-        estimate = self._judged(final, slots if len(self._values) else network, camera)
+        estimate = self._judged(final, known, camera)
         if self.config.refuse_lookalikes and estimate.T_map_cam is not None \
                 and (T_map_cam_hint is None
                      or not self.same_place(T_map_cam_hint, final.T_map_cam, camera)):
             answer = Answer(final.T_map_cam, estimate.score, matches.feature, matches.pixels,
                             similar)
-            if len(self._values) and not holds(answer, features, self.memory, camera,
-                                               ELSEWHERE * self.config.search_px,
-                                               self.config.seed):
+            if len(self._values) and not self._is_only(answer, features, network, camera):
                 return _refused(replace(estimate, status=Status.NOT_LOCALISED, T_map_cam=None,
                                         covariance=None, reason='AMBIGUOUS'))
         if estimate.T_map_cam is None:
             return _refused(estimate)
         return MatchedEstimate(estimate, matches)
 
+    def _is_only(self, answer: Answer, features: Features, network: Matches, camera: Camera
+                 ) -> bool:
+        """Whether no other place fits as well; network: its answers, if it was asked already."""
+        config = self.config
+
+        def witness() -> bool:
+            told = network if len(network) else self._from_network(features)
+            return vouched(answer.T_map_cam, told.points, told.pixels, camera, config.search_px,
+                           config.seed)
+
+        return holds(answer, features, self.memory, camera, ELSEWHERE * config.search_px,
+                     config.seed, witness)
+
     def _from_network(self, features: Features) -> Matches:
-        """The answers of the coordinate network that expect the smallest errors."""
-        points, sigma_px = self.memory.predict(features.descriptors)
-        best = np.argsort(sigma_px, kind='stable')[:self.config.network_candidates]
+        """The answers of the coordinate network with the most votes."""
+        if not self.config.network_candidates:
+            return _no_matches()
+        points, votes = self.memory.network.read(features.descriptors)
+        best = np.argsort(-votes, kind='stable')[:self.config.network_candidates]
+        best = best[votes[best] > MIN_VOTES]
         return Matches(points[best], features.keypoints[best], best,
-                       np.maximum(sigma_px[best], MIN_SIGMA_PX))
+                       np.maximum(NETWORK_PX / np.sqrt(votes[best]), MIN_NETWORK_PX))
 
     def _from_slots(self, features: Features, similar: Similarities) -> Matches:
         """Mutual nearest neighbours between the most confident features and all slots."""
@@ -190,20 +212,29 @@ class Localizer:
                          config.search_iterations)
         return [] if fit is None or fit.count < config.min_votes else [fit]
 
-    def _refined(self, T_map_cam: np.ndarray, features: Features, network: Matches,
+    def _refined(self, T_map_cam: np.ndarray, features: Features, known: Matches,
                  camera: Camera) -> tuple[PoseFit, Matches]:
-        """Refine a pose on slots matched again around it; on the network if there are none."""
-        matches = self._rematch(features, camera, T_map_cam) if len(self._values) else network
+        """Refine a pose on slots matched again around it; on the network if there are none.
+
+        known: candidates that were found without a pose.
+        """
+        matches = known
+        if len(self._values):
+            agree = known.agreeing(T_map_cam, camera, self.config.search_px)
+            horizon = _horizon(T_map_cam, known.points[agree])
+            matches = self._rematch(features, camera, T_map_cam, horizon)
         return refine_pose(T_map_cam, matches.points, matches.pixels, camera,
                            sigma_px=matches.sigma_px, outlier_px=OUTLIER_SIGMAS), matches
 
-    def _rematch(self, features: Features, camera: Camera, T_map_cam: np.ndarray) -> Matches:
+    def _rematch(self, features: Features, camera: Camera, T_map_cam: np.ndarray,
+                 horizon: float) -> Matches:
         """Slots seen from a pose and features near them that choose each other.
 
         The radius is wide on purpose: matches confined to a few pixels would confirm whatever
-        pose they were predicted from.
+        pose they were predicted from. horizon: depth beyond which slots are of other rooms; a
+        few of them that fit by chance turn a pose by their distance.
         """
-        visible, pixels = in_view(T_map_cam, self.memory.points, camera)
+        visible, pixels = in_view(T_map_cam, self.memory.points, camera, horizon)
         if not len(visible):
             return _no_matches()
         radius_px = self.config.rematch_radius * camera.width
@@ -264,6 +295,14 @@ class Localizer:
 def _slot_sigma_px(similarity: np.ndarray) -> np.ndarray:
     """Expected reprojection errors [M] of slot matches with these cosines [M], pixels."""
     return SLOT_PX + SLOT_PX_UNLIKE * (1.0 - similarity)
+
+
+def _horizon(T_map_cam: np.ndarray, points: np.ndarray) -> float:
+    """How far away something may be that a camera sees which sees points [N, 3]."""
+    if not len(points):
+        return np.inf
+    depths = transform_points(inverse(T_map_cam), points)[:, 2]
+    return HORIZON * float(np.percentile(depths, FARTHEST_PERCENT))
 
 
 def _no_matches() -> Matches:

@@ -1,8 +1,9 @@
 """``KeyframeGraph``: what a later session needs to go on with a map, of bounded size.
 
-Keyframes with their features, landmarks, and observations. Of a long walk the keyframes that span
-it best stay; landmarks that none of them saw are dropped. Descriptors are kept in eight bits and
-points in single precision, as in the packed keyframes of a running map.
+Keyframes with the features that show landmarks, landmarks, and observations. Of a long walk the
+keyframes that span it best stay; landmarks that none of them saw are dropped. A feature is
+described as its landmark is: one descriptor of eight bits for all its views takes a tenth of the
+bytes of one for each.
 """
 
 from __future__ import annotations
@@ -16,21 +17,24 @@ import numpy as np
 
 from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.geometry.eight_bits import quantised, unit_length
 from feedforward_recon.geometry.transforms import inverse, spanning_poses
 from feedforward_recon.mapping.adjustment import calibrate_depth
 from feedforward_recon.mapping.keyframes import (
     EARLIER_SESSION,
     MapKeyframe,
-    quantised,
-    unit_length,
 )
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.types import Features
 
 Arrays = dict[str, np.ndarray]
-FEATURES = ('keypoints', 'descriptors', 'confidence', 'landmark', 'rgb', 'points_cam')
+# Columns of observations; ``seen_xy`` follows from the pixel and the camera.
+_STORED = ('seen_landmark', 'seen_keyframe', 'seen_px', 'seen_inv_depth', 'seen_sigma')
+FEATURES = ('keypoints', 'confidence', 'landmark', 'rgb', 'points_cam')
 CLOUD = ('cloud_cam', 'cloud_rgb')
 LANDMARKS = ('anchor', 'point_cam', 'descriptor', 'rgb')
+# Kept of the clouds of all keyframes together: 9 bytes each.
+CLOUD_POINTS = 150_000
 
 
 @dataclass(frozen=True)
@@ -65,14 +69,24 @@ class KeyframeGraph:
         table.add(0, arrays['landmarks.point_cam'].astype(float),
                   unit_length(arrays['landmarks.descriptor']), arrays['landmarks.rgb'])
         table.anchor[:] = arrays['landmarks.anchor']
-        for name in table.OBSERVATION_COLUMNS:
+        for name in _STORED:
             setattr(table, name, arrays[name].astype(getattr(table, name).dtype))
+        table.seen_xy = _normalised(map_, table.seen_keyframe, table.seen_px)
         calibrate_depth(map_)
         return map_
 
 
-def keyframe_graph(map_: GrowingMap, most: int, cloud_points: int) -> KeyframeGraph:
-    """The graph of a map, with at most ``most`` keyframes and ``cloud_points`` of their clouds.
+def _normalised(map_: GrowingMap, keyframe: np.ndarray, px: np.ndarray) -> np.ndarray:
+    """Image points [O, 2] at focal length 1 of pixels [O, 2] in keyframes [O]."""
+    xy = np.zeros((len(px), 2))
+    for id_ in np.unique(keyframe):
+        rows = np.flatnonzero(keyframe == id_)
+        xy[rows] = map_.keyframes[id_].camera.normalise(px[rows])
+    return xy
+
+
+def keyframe_graph(map_: GrowingMap, most: int) -> KeyframeGraph:
+    """The graph of a map, with at most ``most`` keyframes and ``CLOUD_POINTS`` of their clouds.
 
     Keyframes by farthest-point sampling of poses (Gonzalez 1985). Copies what mapping may change
     meanwhile.
@@ -82,14 +96,15 @@ def keyframe_graph(map_: GrowingMap, most: int, cloud_points: int) -> KeyframeGr
         ids = np.sort(spanning_poses(map_.T_map_cam, most, map_.typical_depth(len(map_) - 1)))
     landmarks, number = _landmarks(map_, ids)
     keyframes = [map_.keyframes[id_] for id_ in ids]
-    share = max(1, cloud_points // max(len(ids), 1))
+    share = max(1, CLOUD_POINTS // max(len(ids), 1))
     features = [_features(keyframe, map_.landmarks.alias, number) for keyframe in keyframes]
     clouds = [_cloud(keyframe, share) for keyframe in keyframes]
     arrays: Arrays = {
         'ids': ids, 'T_map_cam': map_.T_map_cam[ids],
         'stamps_ns': np.array([k.stamp_ns for k in keyframes], np.int64),
-        'global_descriptor': np.stack([k.features.global_descriptor for k in keyframes]),
-        'first': np.cumsum([0, *(len(k.landmark) for k in keyframes)]),
+        'global_descriptor': quantised(np.stack([k.features.global_descriptor
+                                                 for k in keyframes])),
+        'first': np.cumsum([0, *(len(one['landmark']) for one in features)]),
         'cloud_first': np.cumsum([0, *(len(cloud['cloud_cam']) for cloud in clouds)]),
         **{name: np.concatenate([one[name] for one in features]) for name in FEATURES},
         **{name: np.concatenate([one[name] for one in clouds]) for name in CLOUD}, **landmarks}
@@ -102,15 +117,13 @@ def _about(keyframe: MapKeyframe) -> dict[str, Any]:
 
 
 def _features(keyframe: MapKeyframe, alias: np.ndarray, number: np.ndarray) -> Arrays:
-    """Columns of the features; number: new number of each landmark, -1 for those dropped."""
-    shown = keyframe.landmark >= 0
-    landmark = np.full(len(keyframe.landmark), -1, np.int32)
-    landmark[shown] = number[alias[keyframe.landmark[shown]]]
-    return {'keypoints': keyframe.features.keypoints.astype(np.float32),
-            'descriptors': quantised(keyframe.features.descriptors),
-            'confidence': keyframe.features.confidence.astype(np.float32),
-            'landmark': landmark, 'rgb': keyframe.rgb,
-            'points_cam': keyframe.points_cam.astype(np.float32)}
+    """Columns of the features that show kept landmarks; number: new number of each, or -1."""
+    landmark = np.where(keyframe.landmark >= 0, number[alias[keyframe.landmark]], -1)
+    shown = landmark >= 0
+    return {'keypoints': keyframe.features.keypoints[shown].astype(np.float32),
+            'confidence': keyframe.features.confidence[shown].astype(np.float16),
+            'landmark': landmark[shown].astype(np.int32), 'rgb': keyframe.rgb[shown],
+            'points_cam': keyframe.points_cam[shown].astype(np.float32)}
 
 
 def _cloud(keyframe: MapKeyframe, most: int) -> Arrays:
@@ -137,11 +150,11 @@ def _landmarks(map_: GrowingMap, ids: np.ndarray) -> tuple[Arrays, np.ndarray]:
     point_cam = np.matmul(T[:, :3, :3], in_map[..., None])[..., 0] + T[:, :3, 3]
     values = (anchor.astype(np.int32), point_cam.astype(np.float32),
               quantised(table.descriptor[kept]), table.rgb[kept])
-    seen = {name: getattr(table, name)[rows] for name in table.OBSERVATION_COLUMNS}
+    seen = {name: getattr(table, name)[rows] for name in _STORED}
     seen['seen_landmark'] = number[seen['seen_landmark']].astype(np.int32)
-    seen['seen_keyframe'] = local[seen['seen_keyframe']].astype(np.int32)
-    for name in ('seen_xy', 'seen_inv_depth', 'seen_sigma'):
-        seen[name] = seen[name].astype(np.float32)
+    seen['seen_keyframe'] = local[seen['seen_keyframe']].astype(np.uint16)
+    seen['seen_inv_depth'] = seen['seen_inv_depth'].astype(np.float32)
+    seen['seen_sigma'] = seen['seen_sigma'].astype(np.float16)
     named = {f'landmarks.{name}': value for name, value in zip(LANDMARKS, values, strict=True)}
     return {**named, **seen}, number
 
@@ -151,10 +164,12 @@ def _keyframe(graph: KeyframeGraph, k: int, about: Mapping[str, Any]) -> MapKeyf
     own = slice(*arrays['first'][k:k + 2])
     cloud = slice(*arrays['cloud_first'][k:k + 2])
     camera = {**about['camera'], 'distortion': tuple(about['camera']['distortion'])}
-    features = Features(arrays['keypoints'][own], arrays['descriptors'][own],
-                        arrays['confidence'][own], arrays['global_descriptor'][k])
+    landmark = arrays['landmark'][own]
+    features = Features(arrays['keypoints'][own], arrays['landmarks.descriptor'][landmark],
+                        arrays['confidence'][own].astype(np.float32),
+                        unit_length(arrays['global_descriptor'][k:k + 1])[0])
     return MapKeyframe(
         k, EARLIER_SESSION, int(arrays['stamps_ns'][k]), Camera(**camera), features,
-        arrays['points_cam'][own].copy(), arrays['landmark'][own].copy(), arrays['rgb'][own],
+        arrays['points_cam'][own].copy(), landmark.copy(), arrays['rgb'][own],
         about['source'], arrays['cloud_cam'][cloud].copy(), arrays['cloud_rgb'][cloud].copy(),
-        about.get('inv_depth_noise'))  # older maps knew no stereo
+        about['inv_depth_noise'])

@@ -11,6 +11,7 @@ import numpy as np
 
 from feedforward_recon.config.schema import CloudConfig, KeyframeConfig
 from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.geometry.eight_bits import quantised, unit_length
 from feedforward_recon.mapping.matching import Tracks
 from feedforward_recon.mapping.stereo import StereoPair
 from feedforward_recon.types import Features, Keyframe
@@ -181,22 +182,6 @@ class MapKeyframe:
         return Keyframe(self.id, self.stamp_ns, self.camera, T_map_cam.copy(),
                         replace(self.features, descriptors=self.descriptors),
                         points_cam.astype(np.float32), self.source)
-
-
-def quantised(descriptors: np.ndarray) -> np.ndarray:
-    """Descriptors [N, D] as int8, each scaled by its largest value; int8 stays as it is."""
-    if descriptors.dtype == np.int8:
-        return descriptors
-    largest = np.abs(descriptors).max(1, keepdims=True, initial=1e-9)
-    return np.rint(descriptors * (127 / largest)).astype(np.int8)
-
-
-def unit_length(descriptors: np.ndarray) -> np.ndarray:
-    """Descriptors float32 [N, D] of length one, from ``quantised`` ones or as they are."""
-    if descriptors.dtype != np.int8:
-        return descriptors
-    values = descriptors.astype(np.float32)
-    return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1)
 
 
 class KeyframePacker:

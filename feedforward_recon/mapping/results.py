@@ -40,7 +40,7 @@ class MapResults:
         gauge, camera_source = self.gauge, self.camera_source
         config, graph, sessions = self._map.config, None, self.sessions
         if len(self._map):
-            graph = keyframe_graph(self._map, config.keyframes.saved, config.cloud.max_points)
+            graph = keyframe_graph(self._map, config.keyframes.saved)
         return Draft(lambda: SceneMap(
             tuple(k.exported(T, k.points_cam)
                   for k, T in zip(keyframes, T_map_cam, strict=True)),

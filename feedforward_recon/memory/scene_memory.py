@@ -1,14 +1,15 @@
 """``SceneMemory``: everything localising needs, frozen, of a size fixed at construction.
 
-Two readings of one scene. The *coordinate network* is global and smooth: any descriptor gets
-a point, in constant time. The *landmark slots* are local and exact: a bounded table of fused
-descriptors with their points, read by nearest neighbour. Both are stored quantised (fp16, int8,
-uint16), and queries run on exactly these bytes, so what is saved is what was measured.
+Two readings of one scene. The *landmark slots* are exact: a bounded table of fused descriptors
+with their points, read by nearest neighbour. The *coordinate network* knows more of the scene than
+fits into slots, and what of it exists only once: descriptors go in, points and votes come out.
+Both are stored quantised (int8, uint16, uint8), and queries run on exactly these bytes, so what
+is saved is what was measured.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -18,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from feedforward_recon.errors import MapError
-from feedforward_recon.memory.coordinate_mlp import CoordinateNetwork, network_from
+from feedforward_recon.memory.coordinate_network import CoordinateNetwork
+from feedforward_recon.memory.keys import keys_for
 
-DESCRIPTOR_SCALE = 127.0  # largest int8
 POINT_LEVELS = 65535  # largest uint16: 0.15 mm in a box of 10 m
 
 
@@ -28,19 +29,22 @@ POINT_LEVELS = 65535  # largest uint16: 0.15 mm in a box of 10 m
 class SceneMemory:
     """Quantised, immutable memory of one scene.
 
-    network: fp16 tensors of the coordinate network, by name.
     slot_descriptors: int8 [S, D]; slot_points: uint16 [S, 3] inside the box;
     slot_counts: uint8 [S], how often a slot was observed, 0 for an empty slot.
+    cell_points: uint16 [T, C, 3] inside the box; cell_weights: uint8 [T, C], what the cells of the
+    coordinate network weigh, 0 for those that say nothing.
     box: float32 [2, 3], lowest corner and size of the box around the points, map units.
-    normaliser: float32 [4], centre (x, y, z) and scale of the network's output, map units.
+    typical_depth: float32 [1], map units. keys: uint8 [32], SHA-256 of the keys of the network.
     """
 
-    network: dict[str, torch.Tensor]
     slot_descriptors: torch.Tensor
     slot_points: torch.Tensor
     slot_counts: torch.Tensor
+    cell_points: torch.Tensor
+    cell_weights: torch.Tensor
     box: torch.Tensor
-    normaliser: torch.Tensor
+    typical_depth: torch.Tensor
+    keys: torch.Tensor
 
     @property
     def nbytes(self) -> int:
@@ -71,22 +75,22 @@ class SceneMemory:
         return torch.nn.functional.normalize(raw, dim=-1)
 
     @cached_property
-    def _network(self) -> CoordinateNetwork:
-        return network_from(self.network)
+    def network(self) -> CoordinateNetwork:
+        """The coordinate network, for reading.
 
-    @torch.inference_mode()
-    def predict(self, descriptors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Points float64 [N, 3] (map units) and expected error [N] (px) of descriptors [N, D]."""
-        out, log_sigma = self._network(torch.from_numpy(descriptors))
-        centre, scale = self.normaliser[:3].double(), float(self.normaliser[3])
-        return (centre + scale * out.double()).numpy(), log_sigma.exp().numpy()
+        Raises MapError when it was written with other keys than those of this version.
+        """
+        keys = keys_for(self.dim, len(self.cell_weights))
+        written = bytes(self.keys.numpy()).hex()
+        if written != keys.sha256:
+            raise MapError(f'expected a coordinate network with keys {keys.sha256[:12]}, found '
+                           f'one with {written[:12]}; map again, or use the version that made it')
+        return CoordinateNetwork(keys, self.cell_points, self.cell_weights,
+                                 self.box.numpy().astype(np.float64), float(self.typical_depth))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors by the names they are saved under."""
-        named = {f'network.{k}': v for k, v in self.network.items()}
-        named |= {name: getattr(self, name) for name in
-                  ('slot_descriptors', 'slot_points', 'slot_counts', 'box', 'normaliser')}
-        return named
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def save(self, path: str | Path) -> None:
         """Write the memory as safetensors."""
@@ -101,27 +105,23 @@ class SceneMemory:
         try:
             with safe_open(str(path), 'pt') as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
-            network = {k.removeprefix('network.'): tensors.pop(k)
-                       for k in list(tensors) if k.startswith('network.')}
-            return SceneMemory(network=network, **tensors)
+            return SceneMemory(**tensors)
         except (SafetensorError, OSError, TypeError) as error:
             raise MapError(f'expected a complete scene memory in {path}, found a damaged file '
                            f'({error}); save the map again') from error
 
 
-def quantise_descriptors(descriptors: np.ndarray) -> torch.Tensor:
-    """int8 [S, D] of L2-normalised float descriptors, scaled so that each row fills the range."""
-    peak = np.abs(descriptors).max(1, keepdims=True)
-    scaled = descriptors / np.maximum(peak, 1e-9) * DESCRIPTOR_SCALE
-    return torch.from_numpy(np.rint(scaled).astype(np.int8))
-
-
-def quantise_points(points: np.ndarray, used: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint16 levels [S, 3] and the box [2, 3] of points [S, 3]; unused rows become zero."""
-    inside = points[used] if used.any() else np.zeros((1, 3))
+def box_around(*points: np.ndarray) -> np.ndarray:
+    """Lowest corner and size [2, 3] of the box around sets of points [N, 3]."""
+    inside = np.concatenate([np.zeros((0, 3)), *points])
+    if not len(inside):
+        inside = np.zeros((1, 3))
     low = inside.min(0)
-    size = np.maximum(inside.max(0) - low, 1e-6)
+    return np.stack([low, np.maximum(inside.max(0) - low, 1e-6)]).astype(np.float32)
+
+
+def quantise_points(points: np.ndarray, used: np.ndarray, box: np.ndarray) -> torch.Tensor:
+    """uint16 levels [..., 3] of points [..., 3] in a box [2, 3]; unused ones become zero."""
+    low, size = box.astype(np.float64)
     levels = np.rint((points - low) / size * POINT_LEVELS).clip(0, POINT_LEVELS)
-    levels[~used] = 0
-    box = torch.from_numpy(np.stack([low, size]).astype(np.float32))
-    return torch.from_numpy(levels.astype(np.uint16)), box
+    return torch.from_numpy(np.where(used[..., None], levels, 0).astype(np.uint16))

@@ -2,7 +2,7 @@
 
 A slot keeps the camera-frame point of the keyframe that first saw it, so that a corrected
 pose moves it; observations from other keyframes are averaged into both point and descriptor.
-When the table is full the least useful slot gives way.
+When the table is full, slots seen once give way, then those of the keyframes that have most.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from scipy.spatial import cKDTree
 
+from feedforward_recon.geometry.eight_bits import quantised, unit_length
 from feedforward_recon.geometry.transforms import inverse, transform_points
 from feedforward_recon.types import Keyframe
 
@@ -24,6 +25,7 @@ SAME_DEPTH = 0.03
 NEIGHBOURS = 4  # slots near a feature that are compared: few are within SEARCH_PX
 # A new slot has so many keyframes to be seen again before it may give way; chosen by hand.
 PROTECTED_KEYFRAMES = 3
+YOUNG = 1.5  # keyframes that it counts as seen more until then; chosen by hand
 # Observations after which new ones no longer weigh less, so that a slot follows what changes; the
 # mean of the last 3 instead of 20 was worse (docs/experiments.md, Slots).
 LONGEST_MEAN = 20
@@ -44,7 +46,7 @@ def same_features(keyframe: Keyframe, points_cam: np.ndarray, descriptors: np.nd
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     distance, near = cKDTree(keyframe.features.keypoints[known]).query(pixels[shown])
     feature = known[near]
-    alike = np.einsum('nd,nd->n', descriptors[shown].astype(np.float32),
+    alike = np.einsum('nd,nd->n', descriptors[shown],
                       keyframe.features.descriptors[feature]) > SAME_DESCRIPTOR
     good = alike & (distance < SEARCH_PX)
     return shown[good], feature[good]
@@ -53,16 +55,14 @@ def same_features(keyframe: Keyframe, points_cam: np.ndarray, descriptors: np.nd
 class SlotTable:
     """Mutable landmark slots of fixed capacity.
 
-    descriptors float32 [S, D] (running means, normalised), points_cam float64 [S, 3] in the
+    descriptors int8 [S, D] (running means, see ``quantised``), points_cam float32 [S, 3] in the
     frame of keyframe ``anchor`` [S], counts [S] (0 = empty), born [S] (write number).
     """
 
     def __init__(self, capacity: int, dim: int) -> None:
-        self.descriptors = np.zeros((capacity, dim), np.float32)
-        self.points_cam = np.zeros((capacity, 3))
-        self.anchor = np.zeros(capacity, np.int64)
-        self.counts = np.zeros(capacity, np.int64)
-        self.born = np.zeros(capacity, np.int64)
+        self.descriptors = np.zeros((capacity, dim), np.int8)
+        self.points_cam = np.zeros((capacity, 3), np.float32)
+        self.anchor, self.counts, self.born = (np.zeros(capacity, np.int32) for _ in range(3))
         self.writes = 0
 
     def map_points(self, poses: np.ndarray) -> np.ndarray:
@@ -93,7 +93,8 @@ class SlotTable:
         keyframes said when they were written.
         """
         own = np.flatnonzero((self.counts > 0) & (self.anchor == keyframe.id))
-        row, feature = same_features(keyframe, self.points_cam[own], self.descriptors[own])
+        row, feature = same_features(keyframe, self.points_cam[own],
+                                     unit_length(self.descriptors[own]))
         self.points_cam[own[row]] = keyframe.points_cam[feature]
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -135,7 +136,7 @@ class SlotTable:
         found = near < len(used)
         near = np.where(found, near, 0)
         similarity = np.einsum('nd,nkd->nk', keyframe.features.descriptors[known],
-                               self.descriptors[used[near]])
+                               unit_length(self.descriptors[used])[near])
         depth = keyframe.points_cam[known, 2]
         close = np.abs(points[near, 2] - depth[:, None]) < SAME_DEPTH * depth[:, None]
         similarity = np.where(found & close, similarity, -1.0)
@@ -149,9 +150,9 @@ class SlotTable:
     def _fuse(self, keyframe: Keyframe, feature: np.ndarray, slot: np.ndarray,
               poses: np.ndarray) -> None:
         weight = 1.0 / (np.minimum(self.counts[slot], LONGEST_MEAN) + 1)[:, None]
-        mean = (1 - weight) * self.descriptors[slot] \
+        mean = (1 - weight) * unit_length(self.descriptors[slot]) \
             + weight * keyframe.features.descriptors[feature]
-        self.descriptors[slot] = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+        self.descriptors[slot] = quantised(mean)
         in_map = transform_points(keyframe.T_map_cam, keyframe.points_cam[feature])
         T = poses[self.anchor[slot]]
         in_anchor = np.einsum('sji,sj->si', T[:, :3, :3], in_map - T[:, :3, 3])
@@ -160,19 +161,43 @@ class SlotTable:
 
     def _add(self, keyframe: Keyframe, fresh: np.ndarray) -> None:
         order = fresh[np.argsort(-keyframe.features.confidence[fresh], kind='stable')]
-        slots = self._least_useful(len(order))
+        slots = self._room_for(len(order))
         order = order[:len(slots)]
-        self.descriptors[slots] = keyframe.features.descriptors[order]
+        self.descriptors[slots] = quantised(keyframe.features.descriptors[order])
         self.points_cam[slots] = keyframe.points_cam[order]
         self.anchor[slots] = keyframe.id
         self.counts[slots] = 1
         self.born[slots] = self.writes
 
-    def _least_useful(self, wanted: int) -> np.ndarray:
-        """Slots to overwrite: empty ones, then old ones that were seen least."""
-        age = self.writes - self.born
-        usefulness = self.counts + np.where(age < PROTECTED_KEYFRAMES, 1.5, 0.0) \
-            - age / (age + 1e6)
-        usefulness[self.counts == 0] = -np.inf
-        replaceable = np.argsort(usefulness, kind='stable')[:wanted]
-        return replaceable[usefulness[replaceable] < 2.0]
+    def _room_for(self, wanted: int) -> np.ndarray:
+        """Slots for new landmarks: empty ones, then those seen once, then those of rich keyframes.
+
+        A full table goes on taking in new places: the keyframe that has most slots loses its least
+        useful one, as long as it has more than the new keyframe by then.
+        """
+        empty = np.flatnonzero(self.counts == 0)
+        missing = wanted - len(empty)
+        if missing <= 0:
+            return empty[:wanted]
+        old = self.writes - self.born >= PROTECTED_KEYFRAMES
+        passing = np.flatnonzero((self.counts == 1) & old)
+        passing = passing[np.argsort(self.born[passing], kind='stable')][:missing]
+        free = np.concatenate([empty, passing])
+        if len(free) >= wanted:
+            return free
+        used = np.flatnonzero((self.counts > 1) | (self.counts == 1) & ~old)
+        rank = self._rank(used)
+        richest = np.argsort(-rank, kind='stable')[:wanted - len(free)]
+        poorer = len(free) + 1 + np.arange(len(richest)) <= rank[richest]
+        return np.concatenate([free, used[richest[poorer]]])
+
+    def _rank(self, used: np.ndarray) -> np.ndarray:
+        """How many more useful slots of the same keyframe each of ``used`` [U] has."""
+        young = self.writes - self.born[used] < PROTECTED_KEYFRAMES
+        usefulness = self.counts[used] + np.where(young, YOUNG, 0.0)
+        anchor = self.anchor[used]
+        order = np.lexsort((-usefulness, anchor))
+        first = np.searchsorted(anchor[order], anchor[order])
+        rank = np.empty(len(used), np.int64)
+        rank[order] = np.arange(len(used)) - first
+        return rank

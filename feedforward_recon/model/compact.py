@@ -174,6 +174,13 @@ class CompactEncoder:
         return Features(keypoints.astype(np.float32), chosen.numpy(), confidence.numpy(),
                         self._global(chosen, confidence).numpy())
 
+    @torch.inference_mode()
+    def describe(self, image: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+        """Descriptors float32 [N, D] at pixels [N, 2] of an RGB image uint8 [H, W, 3]."""
+        small, scale = self._resized(image)
+        at = ((pixels + 0.5) * scale - 0.5).astype(np.float32)
+        return self._describe(small, at)[0].numpy()
+
     def _resized(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The image with at most ``max_pixels`` pixels, and its scale (x, y)."""
         height, width = image.shape[:2]

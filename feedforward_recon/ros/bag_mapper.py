@@ -132,7 +132,7 @@ class Surroundings:
 class BagMap:
     """A mapped bag.
 
-    up_source: what the vertical was taken from. seconds: of reading, mapping and polishing.
+    up_source: what the vertical was taken from. seconds: of reading and mapping.
     """
 
     bag: BagSource

@@ -34,7 +34,6 @@ from feedforward_recon.types import Trajectory
 
 ROOM, OTHER_ROOM = 7, 8
 VIEWS, OTHER_VIEWS = 30, 6
-POLISH_STEPS = 300
 MAX_ATE_M, MIN_RECALL_5CM = 0.03, 0.90
 DOMAIN_ID = 77
 START_S, ANSWER_S, MAP_S = 60.0, 120.0, 180.0
@@ -145,8 +144,7 @@ def _trajectory(poses: dict[int, np.ndarray]) -> Trajectory:
 
 def map_room(observer: Observer, folder: Path, log: Path) -> dict[str, Any]:
     """Part one: map the room, save the map; figures and the alignment of the map with the room."""
-    with running('mapping_node', log, map=folder, fresh=True,
-                 memory__polish_steps=POLISH_STEPS), \
+    with running('mapping_node', log, map=folder, fresh=True), \
             running('player_node', log, source=f'synthetic:{ROOM}', stamps='now') as player:
         observer.watch(lambda: player.poll() is not None, MAP_S)
         observer.watch(lambda: False, 1.0)

@@ -2,8 +2,8 @@
 
     configure -> announce          what the folder holds, and what this run will do to it
     timer     -> tick              saves a map that grew, every autosave_s
-    ~/save_map -> save             refined and polished
-    the end   -> save_at_the_end   what is not saved yet; a save under way ends, without polishing
+    ~/save_map -> save             refined
+    the end   -> save_at_the_end   what is not saved yet; a save under way goes on to its end
 
 Jobs take the state of the session on its worker and write it on another one, so that images
 never wait for a disk.
@@ -71,7 +71,7 @@ class MapSaver:
         self._log.info(f'{_about_folder(path, fresh=fresh)}, {how}')
 
     def save(self, runner: SessionRunner, folder: str, done: Done) -> None:
-        """Save refined and polished; ``done`` gets the sentence for the caller, or the error."""
+        """Save refined; ``done`` gets the sentence for the caller, or the error."""
         self._begin(runner, lambda: runner.session.save(folder), done)
 
     def tick(self, folder: str, autosave_s: float) -> None:
@@ -81,11 +81,10 @@ class MapSaver:
             self._autosave(folder)
 
     def save_at_the_end(self, folder: str, autosave_s: float) -> None:
-        """Save what is not saved yet; a save under way is ended without polishing."""
+        """Save what is not saved yet."""
         if self._runner is None:
             return
         session = self._runner.session
-        session.skip_polish.set()
         if folder and autosave_s:
             self._autosave(folder, at_the_end=True)
         elif session.info.unsaved_keyframes and not self.is_busy:

@@ -43,7 +43,7 @@ def _stopped_by_signals() -> threading.Event:
 
 
 def _save(node: CameraNode, executor: SingleThreadedExecutor) -> None:
-    """End the save that is under way, or save what nobody saved; answer who waits for it."""
+    """Wait for saves under way, or save what nobody saved; answer who waits for it."""
     node.save_at_the_end()
     end_s = time.monotonic() + END_S
     while node.saver.is_busy and time.monotonic() < end_s:

@@ -5,14 +5,13 @@
               locate                   one image against the memory; never writes
               save, load, reset, set_localization
 
-One thread calls it. Work that may take seconds and needs no part of the live state (polishing
-a copy of the memory, writing a folder, fusing a cloud) comes back as a job for another thread.
+One thread calls it. Work that may take seconds and needs no part of the live state (writing a
+folder, fusing a cloud) comes back as a job for another thread.
 A call that fails leaves the session as it was.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -92,8 +91,7 @@ class LiveSession:
     """A map that is being made, or one that was loaded, and the mode it is used in.
 
     load_network: brings the feed-forward network that maps, once mapping begins; None maps with
-    the encoder alone. skip_polish: once set, the memory is saved without being polished.
-    on_ready: called on another thread when ``work`` has something to do.
+    the encoder alone. on_ready: called on another thread when ``work`` has something to do.
     Raises what load_network raises.
     """
 
@@ -104,7 +102,6 @@ class LiveSession:
         self.encoder = encoder
         self.mode: Mode = mode
         self.on_ready = on_ready
-        self.skip_polish = threading.Event()
         self._load_network = load_network
         self._network = load_network() if load_network and mode == 'mapping' else None
         self._memory_bytes = MemoryWriter(config.memory, encoder.dim).snapshot().nbytes
@@ -155,8 +152,7 @@ class LiveSession:
                                     hint=lambda: self._stream.hint)
         source = _pose_source(self.config, self.encoder, self._network, self._newest,
                               on_ready=lambda: self.on_ready())
-        return MapInProgress(self.config, self.encoder, writer, source, self.skip_polish, start,
-                             sha256)
+        return MapInProgress(self.config, self.encoder, writer, source, start, sha256)
 
     def work(self) -> bool:
         """One piece of the backlog that ``process`` left; False when nothing is left."""
@@ -194,7 +190,7 @@ class LiveSession:
     # -- the map ---------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> SaveJob:
-        """Finish the map; the job polishes a copy of the memory and writes the folder.
+        """Finish the map; the job writes the folder, with a copy of the memory.
 
         The job raises InputError or MapError when the folder cannot be written. Raises MapError
         when there is no map of our own to save, InputError for an impossible path.

@@ -7,7 +7,7 @@
 Localising needs map.yaml and memory.safetensors alone; with the fast weights of a network,
 network.safetensors as well. The other files are for people and other tools (poses.json,
 trajectory.tum, cloud.ply) and for going on with the map (keyframes.safetensors,
-reservoir.safetensors).
+writer.safetensors).
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ from feedforward_recon.types import PointCloud, Trajectory
 from feedforward_recon.version import __version__
 
 log = logging.getLogger(__name__)
-SCHEMA_VERSION = 1  # of map.yaml: a newer one is refused (docs/map_format.md)
+SCHEMA_VERSION = 2  # of map.yaml: any other one is refused (docs/map_format.md)
 # Other maps kept beside a new one of the same folder, each up to about 100 MB; chosen by hand.
 BACKUPS = 5
-MEMORY, RESERVOIR = 'memory.safetensors', 'reservoir.safetensors'
+MEMORY, WRITER = 'memory.safetensors', 'writer.safetensors'
 NETWORK = 'network.safetensors'
 KEYFRAMES = 'keyframes.safetensors'
 POSES, TRAJECTORY, CLOUD = 'poses.json', 'trajectory.tum', 'cloud.ply'
@@ -156,17 +156,17 @@ class SavedMap:
         return read_ply(self._verified(CLOUD))
 
     def writer(self) -> MemoryWriter:
-        """The memory's training state, to go on writing exactly where mapping stopped.
+        """The memory as it was written, to go on writing exactly where mapping stopped.
 
         Raises MapError for a damaged or missing file.
         """
         try:
-            with safe_open(str(self._verified(RESERVOIR)), 'pt') as file:
+            with safe_open(str(self._verified(WRITER)), 'pt') as file:
                 state = {key: file.get_tensor(key) for key in file.keys()}
             return MemoryWriter.from_state(self.info.config.memory, state)
         except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            raise MapError(f'{self.path / RESERVOIR}: expected the training state of this map, '
-                           f'found another ({error}); map again') from error
+            raise MapError(f'{self.path / WRITER}: expected what was written into the memory of '
+                           f'this map, found something else ({error}); map again') from error
 
     def start(self, config: MapperConfig, encoder: Encoder) -> tuple[StartingMap, MemoryWriter]:
         """What a mapper with these settings and this encoder needs to go on with this map.
@@ -180,7 +180,7 @@ class SavedMap:
                            f'{encoder.sha256[:12]}; use SavedMap.load_encoder')
         if KEYFRAMES not in self.info.files:
             raise MapError(f'{self.path}: expected {KEYFRAMES} to go on with this map, found '
-                           'a map of an older version; map again, or start a new one')
+                           'a map saved without; map again, or start a new one')
         file = self._verified(KEYFRAMES)
         try:
             with safe_open(str(file), 'np') as stored:
@@ -238,8 +238,9 @@ def save_map(path: str | Path, scene: SceneMap, writer: MemoryWriter, encoder: E
     """
     if not scene.keyframes or not writer.filled:
         raise MapError(f'{path}: expected a map that views can be found in, found '
-                       f'{len(scene.keyframes)} keyframes and {writer.filled} points; give sharp '
-                       'images of a textured place, from a camera that moves sideways')
+                       f'{len(scene.keyframes)} keyframes'
+                       f'{"" if writer.filled else " and an empty memory"}; give sharp images of '
+                       'a textured place, from a camera that moves sideways')
     memory = writer.snapshot()
     before = backups(path)
 
@@ -249,7 +250,7 @@ def save_map(path: str | Path, scene: SceneMap, writer: MemoryWriter, encoder: E
     with atomic_folder(path, keeps=is_another) as folder:
         try:
             memory.save(folder / MEMORY)
-            save_file(writer.state(), folder / RESERVOIR)
+            save_file(writer.state(), folder / WRITER)
             if scene.graph is not None:
                 save_arrays(scene.graph.arrays, folder / KEYFRAMES, {'about': scene.graph.about})
             write_poses(folder / POSES, scene.estimates)
@@ -319,7 +320,7 @@ def _check_written(folder: Path, memory: SceneMemory) -> None:
 def load_map(path: str | Path) -> SavedMap:
     """Read map.yaml and memory.safetensors of a map folder and check them against each other.
 
-    Raises MapError for what is missing, damaged, or written by a newer version.
+    Raises MapError for what is missing, damaged, or of another schema version.
     """
     folder = Path(path).expanduser()
     if recover(folder):
@@ -363,9 +364,10 @@ def _read_description(folder: Path) -> MapInfo:
 
 
 def _check_version(file: Path, version: Any) -> None:
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
-        raise MapError(f'{file}: expected a map of schema version {SCHEMA_VERSION} or older, '
-                       f'found {version}; update feedforward_recon')
+    if version != SCHEMA_VERSION:
+        older = isinstance(version, int) and version < SCHEMA_VERSION
+        raise MapError(f'{file}: expected a map of schema version {SCHEMA_VERSION}, found '
+                       f'{version}; {"map again" if older else "update feedforward_recon"}')
 
 
 def _parsed(values: dict[str, Any]) -> MapInfo:
@@ -377,8 +379,7 @@ def _parsed(values: dict[str, Any]) -> MapInfo:
                    camera_source, values['scale']['metres_per_unit'], values['scale']['source'],
                    **values['counts'], files=values['files'],
                    config=from_dict(MapperConfig, values['config']),
-                   frame=values.get('frame', 'first camera'),
-                   sessions=values.get('sessions', 1))
+                   frame=values['frame'], sessions=values['sessions'])
 
 
 def _verified(file: Path, expected: dict[str, Any] | None) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +23,6 @@ from feedforward_recon.session.map_folder import (
 SaveJob = Callable[[], SavedMap]
 
 
-class _PolishSkippedError(Exception):
-    """The polish is to be left out."""
-
-
 class LastSave:
     """The last save of one map: SHA-256 of its map.yaml, and how far the map was."""
 
@@ -38,18 +33,16 @@ class LastSave:
 class MapInProgress:
     """A mapper, the memory it writes, and the folder jobs that save both.
 
-    skip_polish: once set, the memory is saved without being polished. metres_per_unit: what
-    odometry says of a map without a scale of its own. start: the saved map to go on with; sha256:
-    of its map.yaml.
+    metres_per_unit: what odometry says of a map without a scale of its own. start: the saved map
+    to go on with; sha256: of its map.yaml.
     """
 
     def __init__(self, config: MapperConfig, encoder: Encoder, writer: MemoryWriter,
-                 source: PoseSource, skip_polish: threading.Event,
-                 start: StartingMap | None = None, sha256: str = '') -> None:
+                 source: PoseSource, start: StartingMap | None = None, sha256: str = ''
+                 ) -> None:
         self.mapper = Mapper(config, encoder, writer, source=source, start=start)
         self.metres_per_unit: float | None = None
         self._config, self._encoder, self._writer = config, encoder, writer
-        self._skip_polish = skip_polish
         self._last_save = LastSave(sha256, self._progress)
 
     @property
@@ -83,7 +76,7 @@ class MapInProgress:
         return scene
 
     def save(self, path: str | Path) -> SaveJob:
-        """Finish the map; the job polishes a copy of the memory and writes the folder.
+        """Finish the map; the job writes the folder, with a copy of the memory.
 
         Raises MapError when there is no map yet, or when no frame was found in the map to go on
         with, InputError for an impossible path.
@@ -92,10 +85,10 @@ class MapInProgress:
         scene = self.finished()
         if scene.sessions > 1 and not len(scene.trajectory):
             raise nothing_found(Path(path), len(scene.estimates))
-        return self._job(path, Draft(lambda: scene, []), polished=True)
+        return self._job(path, Draft(lambda: scene, []))
 
     def autosave(self, path: str | Path) -> SaveJob | None:
-        """A job that writes the map as it stands, neither refined nor polished.
+        """A job that writes the map as it stands, without the last refinement.
 
         Taking it is quick. None while there is nothing that was not saved before.
         Raises InputError for an impossible path.
@@ -103,9 +96,9 @@ class MapInProgress:
         if not self.unsaved_keyframes:
             return None
         check_map_output(path)
-        return self._job(path, self.mapper.results.draft(), polished=False)
+        return self._job(path, self.mapper.results.draft())
 
-    def _job(self, path: str | Path, draft: Draft, *, polished: bool) -> SaveJob:
+    def _job(self, path: str | Path, draft: Draft) -> SaveJob:
         state, progress, last = self._writer.state(), self._progress, self._last_save
         metres, config, encoder = self.metres_per_unit, self._config, self._encoder
 
@@ -114,8 +107,6 @@ class MapInProgress:
             if metres is not None and made.metres_per_unit is None:
                 made = replace(made, metres_per_unit=metres, scale_source='odometry')
             copy = MemoryWriter.from_state(config.memory, state)
-            if polished and not self._polish(copy):
-                copy = MemoryWriter.from_state(config.memory, state)
             for keyframe in draft.pending:
                 copy.write(keyframe)
             saved = save_map(path, made, copy, encoder, config, replaces=last.sha256)
@@ -123,18 +114,6 @@ class MapInProgress:
             return saved
 
         return job
-
-    def _polish(self, writer: MemoryWriter) -> bool:
-        """Polish a copy of the memory; False when it was stopped before its end."""
-        def check(_: int) -> None:
-            if self._skip_polish.is_set():
-                raise _PolishSkippedError
-
-        try:
-            writer.polish(progress=check)
-        except _PolishSkippedError:
-            return False
-        return True
 
 
 def no_map_yet() -> MapError:

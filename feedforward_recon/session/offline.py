@@ -63,8 +63,8 @@ class Run:
     """A finished mapping run.
 
     truth: poses that came with the frames, empty without. mapping_s: tracking and mapping,
-    including the last refinement; reading_s: waiting for frames; polish_s: fitting the memory
-    after the walk.
+    including the last refinement; reading_s: waiting for frames; polish_s: making the memory
+    ready to be read after the walk: nothing is trained.
     """
 
     scene: SceneMap
@@ -103,7 +103,7 @@ class Run:
 def map_frames(frames: Iterable[Frame], config: MapperConfig | None = None,
                encoder: Encoder | None = None, *, source: SourceOf | None = None,
                into: SavedMap | None = None, total: int = 0, progress: Progress = quiet) -> Run:
-    """Map frames, refine, look for missed frames in the finished map, and polish the memory.
+    """Map frames, refine, and look for missed frames in the finished map.
 
     source: makes the pose source; default: features of the images, and the memory for a lost
     camera. Relocalising missed frames needs frames that can be read twice (not an iterator).
@@ -141,9 +141,11 @@ def map_frames(frames: Iterable[Frame], config: MapperConfig | None = None,
         scene = mapper.results.scene_map()
     if into is not None and not len(scene.trajectory):
         raise nothing_found(into.path, len(scene.estimates))
-    mapping_s += time.perf_counter() - before
+    done = time.perf_counter()
+    mapping_s += done - before
+    writer.snapshot()  # for the clock: whoever reads the memory takes one of its own
     return Run(scene, writer, mapper.stats, _trajectory(truth), mapping_s, reading_s,
-               _polish(writer, progress), encoder, config)
+               time.perf_counter() - done, encoder, config)
 
 
 def relocalise_frames(mapper: Mapper, frames: Iterable[Frame]) -> int:
@@ -158,13 +160,6 @@ def relocalise_frames(mapper: Mapper, frames: Iterable[Frame]) -> int:
         if index in wanted:
             mapper.relocalise_frame(index, frame)
     return len(wanted)
-
-
-def _polish(writer: MemoryWriter, progress: Progress) -> float:
-    started = time.perf_counter()
-    with progress('polishing', writer.config.polish_steps) as bar:
-        writer.polish(progress=lambda _: bar.advance())
-    return time.perf_counter() - started
 
 
 def _trajectory(poses: list[tuple[int, np.ndarray]]) -> Trajectory:

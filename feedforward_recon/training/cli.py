@@ -12,6 +12,7 @@ import typer
 from feedforward_recon.console.options import Flag, takes
 from feedforward_recon.console.terminal import progress_bar, run, taught
 from feedforward_recon.training.encoder import EncoderTrainer, EncoderTraining
+from feedforward_recon.training.memory import MemoryTrainer, MemoryTraining
 from feedforward_recon.training.rooms import render_rooms
 from feedforward_recon.training.transformer import TransformerTrainer, TransformerTraining
 from feedforward_recon.training.transformer_data import HELD_OUT, TRAIN, render_views
@@ -59,6 +60,18 @@ TRANSFORMER_FLAGS = {
     'seed': Flag('--seed', 'Seed of every random choice.'),
     'save_every': Flag('--save-every', 'Steps between saves.'),
     'validate_every': Flag('--validate-every', 'Steps between looks at rooms never trained on.')}
+MEMORY_FLAGS = {
+    'out': Flag('--out', 'Folder of the run: keys, log, state and scenes; an interrupted run goes '
+                'on.', metavar='DIR'),
+    'photos': Flag('--photos', 'Folder of posed photos with tracks: real scenes as well.',
+                   metavar='DIR'),
+    'rooms': Flag('--rooms', 'Number of synthetic rooms to render.'),
+    'steps': Flag('--steps', 'Optimisation steps of the whole schedule.'),
+    'samples': Flag('--samples', 'Written features per step.'),
+    'queries': Flag('--queries', 'Features per step that are looked for in them.'),
+    'learning_rate': Flag('--learning-rate', 'Highest learning rate.'),
+    'seed': Flag('--seed', 'Seed of every random choice.'),
+    'save_every': Flag('--save-every', 'Steps between saves.')}
 Out = Annotated[Path, typer.Option('--out', help='Folder for the *.npz files.', metavar='DIR',
                                    show_default=False)]
 Count = Annotated[int, typer.Option('--count', min=1, help='Number of rooms.')]
@@ -106,6 +119,22 @@ def transformer_command(training: TransformerTraining) -> None:
             pass
 
 
+@takes(MemoryTraining, 'training', MEMORY_FLAGS)
+def memory_command(training: MemoryTraining) -> None:
+    """Train the keys of the scene memory, resumable at any step.
+
+    The result is OUT/keys.safetensors.
+
+    Example:
+      ffrecon-train memory --out runs/keys --photos posed/
+    """
+    logging.getLogger('feedforward_recon.training').setLevel(logging.INFO)
+    trainer = MemoryTrainer(training)
+    with progress_bar('training', training.steps - trainer.step) as bar:
+        for _ in bar.over(trainer.run()):
+            pass
+
+
 def views_command(out: Out, count: Count = 150, held_out: HeldOut = 16) -> None:
     """Render small views of rooms to train the transformer on, and of others to test it on.
 
@@ -120,6 +149,7 @@ def views_command(out: Out, count: Count = 150, held_out: HeldOut = 16) -> None:
 
 app.command('encoder', help=taught(encoder_command))(encoder_command)
 app.command('transformer', help=taught(transformer_command))(transformer_command)
+app.command('memory', help=taught(memory_command))(memory_command)
 app.command('views', help=taught(views_command))(views_command)
 app.command('rooms', help=taught(rooms_command))(rooms_command)
 
