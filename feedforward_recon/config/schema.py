@@ -61,8 +61,9 @@ class LocalizerConfig:
 
     slot_queries: int = option(400, 'most confident features that are matched to all slots',
                                low=50, high=4000)
-    network_candidates: int = option(400, 'best answers of the coordinate network that are '
-                                     'used', low=0, high=4000)
+    network_candidates: int = option(200, 'surest answers of the coordinate network in which a '
+                                     'pose is looked for; 0 does not ask it at all', low=0,
+                                     high=4000)
     min_similarity: float = option(0.6, 'lowest cosine of two descriptors that may match',
                                    low=0.0, high=1.0)
     search_px: float = option(8.0, 'agreement threshold of the robust search', low=0.5,

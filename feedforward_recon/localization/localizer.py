@@ -32,7 +32,7 @@ NEIGHBOURS = 6
 ELSEWHERE = 4.0  # times search_px, 32 px: a pose that moves the view by more is another place
 # Expected error of a point of the coordinate network: NETWORK_PX over the root of its votes, no
 # less than MIN_NETWORK_PX. Below MIN_VOTES hardly any is right (docs/memory.md, Calibration).
-NETWORK_PX, MIN_NETWORK_PX, MIN_VOTES = 6.0, 1.5, 0.5
+NETWORK_PX, MIN_NETWORK_PX, MIN_VOTES = 4.0, 1.5, 0.5
 OUTLIER_SIGMAS = 3.0  # expected errors; 99.7 % of normal errors are smaller
 # A refinement that moves the view by less finds the same matches again: a quarter of the time of a
 # query, as accurate (docs/experiments.md, Speed of the online loop and of a query).
@@ -138,15 +138,17 @@ class Localizer:
             return _refused(_refusal('TOO_FEW_FEATURES'))
         similar = self._search.compare(features.descriptors[:self.config.slot_queries])
         slots, network = self._from_slots(features, similar), _no_matches()
+        surest = network
         first = self._first_poses(slots, camera)
         if not any(fit.count > self.config.sure_share * len(slots) for fit in first):
             network = self._from_network(features)
-            first += self._first_poses(network, camera)
+            surest = network.select(np.arange(len(network))[:self.config.network_candidates])
+            first += self._first_poses(surest, camera)
         poses = [fit.T_map_cam for fit in first]
         poses += [] if T_map_cam_hint is None else [T_map_cam_hint]
         if not poses:
             return _refused(_refusal('NO_CONSISTENT_POSE'))
-        known = slots if len(self._values) else network
+        known = slots if len(self._values) else surest
         fits = [(pose, self._refined(pose, features, known, camera)) for pose in poses]
         start, (final, matches) = max(fits, key=lambda fit: fit[1][0].count)
         if self.shift_px(start, final.T_map_cam, camera) > CONVERGED_PX:
@@ -179,11 +181,11 @@ class Localizer:
                      config.seed, witness)
 
     def _from_network(self, features: Features) -> Matches:
-        """The answers of the coordinate network with the most votes."""
+        """The answers of the coordinate network, those with the most votes first."""
         if not self.config.network_candidates:
             return _no_matches()
         points, votes = self.memory.network.read(features.descriptors)
-        best = np.argsort(-votes, kind='stable')[:self.config.network_candidates]
+        best = np.argsort(-votes, kind='stable')
         best = best[votes[best] > MIN_VOTES]
         return Matches(points[best], features.keypoints[best], best,
                        np.maximum(NETWORK_PX / np.sqrt(votes[best]), MIN_NETWORK_PX))

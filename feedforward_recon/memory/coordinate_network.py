@@ -29,7 +29,7 @@ FARTHEST = 2**24
 PROBES = 4  # cells of each table that are read
 # In typical depths: cells that spread farther say nothing; what agrees with each other is nearer;
 # spread within which a cell is as good as exact. Measured: docs/memory.md.
-MOST_SPREAD, AGREEMENT, EXACT = 0.06, 0.02, 0.008
+MOST_SPREAD, AGREEMENT, EXACT = 0.06, 0.03, 0.015
 ENOUGH = 5  # observations after which a cell is not trusted more
 WEIGHT_LEVELS = 255 / ENOUGH
 
