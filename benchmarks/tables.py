@@ -146,6 +146,12 @@ ATTENTION: dict[str, Callable[[Row], str]] = {
     'state MB': number('state_mb', 2), 'exponent': number('exponent', 2),
     'of the last doubling': number('last_exponent', 2),
     'faster than softmax': number('speed_up', 1)}
+MEMORY: dict[str, Callable[[Row], str]] = {
+    'queries': number('queries', 0), 'median cm': number('median_m', 2, 100),
+    '1 cm, 1 deg': lambda row: f'{100 * row["recall"][0]:.0f} %',
+    'found': lambda row: f'{100 * row["recall"][2]:.0f} %', 'wrong': number('wrong', 0),
+    'MB': number('nbytes', 2, 1e-6), 'write ms': number('write_ms', 1),
+    'search ms': number('search_ms', 0)}
 SECTIONS = (
     ('Mapping', ('mapping', 'peers_mapping'), MAPPING,
      'Means over walks; ± is the standard deviation between them. The kitchen is walked in four '
@@ -196,6 +202,12 @@ SECTIONS = (
      'Medians and recalls are over all queries; one without an answer counts as wrong. Mapping '
      'images have their true poses unless the row says otherwise. Interleaved: every fourth '
      'block of 25 frames is query; extrapolation: the first 70 % are mapped.'),
+    ('Scene memories at equal bytes', ('memory',), MEMORY,
+     'The default (hybrid: landmark slots and coordinate network), and each half alone, written '
+     'once from the same keyframes with given poses. Found: within 5 cm and 5 degrees. Wrong: an '
+     'answer more than 20 cm or 10 degrees off. Building: rendered rooms that share one memory; '
+     'the first room is asked for after the last one was written. Write: CPU of a keyframe; '
+     'search: of a query, after its image was encoded.'),
     ('Wrong places', ('wrong_places',), {'images': number('images', 0),
                                          'accepted': number('accepted', 0)},
      'Images of other scenes, photos and rendered rooms against the memory of the kitchen; each '

@@ -53,15 +53,13 @@ class CellSums:
         sign: 1 or -1. Taking away what was added leaves exactly what was there.
         """
         steps = _steps(points)
-        columns = np.column_stack([np.ones(len(steps), np.int64), steps,
-                                   np.square(steps).sum(1)])
+        squares = np.square(steps).sum(1)
         for table in range(len(self.count)):
-            place, inverse = np.unique(cells[:, table], return_inverse=True)
-            sums = np.zeros((len(place), 5), np.int64)
-            np.add.at(sums, inverse, columns)
-            self.count[table, place] += sign * sums[:, 0]
-            self.points[table, place] += sign * sums[:, 1:4]
-            self.squares[table, place] += sign * sums[:, 4]
+            place = cells[:, table]
+            np.add.at(self.count[table], place, sign)
+            np.add.at(self.squares[table], place, sign * squares)
+            for axis in range(3):
+                np.add.at(self.points[table, :, axis], place, sign * steps[:, axis])
         self.depths += sign * np.array([_steps(depths).sum(), len(steps)])
 
     def merge(self, other: CellSums) -> None:

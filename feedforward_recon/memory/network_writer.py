@@ -98,15 +98,16 @@ class NetworkWriter:
         """Take away what a keyframe wrote; nothing happens if it wrote nothing."""
         samples = self.samples.pop(keyframe_id, None)
         if samples is not None:
-            self._sum(samples, -1)
+            self._sum([samples], -1)
 
     def move(self, T_map_cam: Mapping[int, NDArray[np.floating]]) -> None:
         """Keyframes have other poses [4, 4]: take them away and add them there."""
-        for keyframe_id, pose in T_map_cam.items():
-            samples = self.samples.get(keyframe_id)
-            if samples is not None and not np.array_equal(samples.T_map_cam, pose):
-                self.remove(keyframe_id)
-                self._add(keyframe_id, replace(samples, T_map_cam=np.array(pose, float)))
+        moved = {id_: replace(self.samples[id_], T_map_cam=np.array(pose, np.float64))
+                 for id_, pose in T_map_cam.items() if id_ in self.samples
+                 and not np.array_equal(self.samples[id_].T_map_cam, pose)}
+        self._sum([self.samples[id_] for id_ in moved], -1)
+        self._sum(list(moved.values()), 1)
+        self.samples |= moved
 
     def renumber(self, poses: NDArray[np.floating], anchor: NDArray[np.integer],
                  T_anchor_old: NDArray[np.floating]) -> None:
@@ -162,11 +163,14 @@ class NetworkWriter:
 
     def _add(self, keyframe_id: int, samples: KeyframeSamples) -> None:
         self.samples[keyframe_id] = samples
-        self._sum(samples, 1)
+        self._sum([samples], 1)
 
-    def _sum(self, samples: KeyframeSamples, sign: int) -> None:
-        points = transform_points(samples.T_map_cam, samples.points_cam.astype(np.float64))
-        self.sums.add(samples.cells, points, samples.points_cam[:, 2], sign)
+    def _sum(self, several: list[KeyframeSamples], sign: int) -> None:
+        if several:
+            points = np.concatenate([transform_points(s.T_map_cam, s.points_cam.astype(np.float64))
+                                     for s in several])
+            self.sums.add(np.concatenate([s.cells for s in several]), points,
+                          np.concatenate([s.points_cam[:, 2] for s in several]), sign)
 
     def _make_room(self) -> None:
         """Take the least sure samples of the keyframes that have most, until some room is free."""
@@ -174,7 +178,7 @@ class NetworkWriter:
         most = fair_share(lengths, int(KEPT * self.capacity))
         for keyframe_id, samples in self.samples.items():
             if len(samples) > most:
-                self._sum(samples.part(slice(most, None)), -1)
+                self._sum([samples.part(slice(most, None))], -1)
                 self.samples[keyframe_id] = samples.part(slice(most))
 
 
