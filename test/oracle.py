@@ -61,3 +61,8 @@ def poses_around(count: int, seed: int, spread: float = 0.3) -> list[np.ndarray]
     rng = np.random.default_rng(seed)
     return [se3_exp(np.r_[rng.normal(0, spread, 3), rng.normal(0, 0.15, 3)])
             for _ in range(count)]
+
+
+def shifted(scene: OracleScene, offset: np.ndarray) -> OracleScene:
+    """The scene at another place."""
+    return OracleScene(scene.points + offset, scene.descriptors)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from feedforward_recon.memory.keys import Keys
 
 STEPS_PER_UNIT = 1024  # of points: a millimetre
-# Points beyond 16 km of the origin are written there, so that no sum of squares overflows.
+# Points beyond 16 km of the origin are written there: sums of the squares of ten thousand fit.
 FARTHEST = 2**24
 PROBES = 4  # cells of each table that are read
 # In typical depths: cells that spread farther say nothing; what agrees with each other is nearer;
@@ -80,7 +80,7 @@ class CellSums:
         spread = np.maximum(self.squares / count - np.square(mean).sum(-1), 0)
         unit = (self.typical_depth * STEPS_PER_UNIT)**2
         weight = np.minimum(self.count, ENOUGH) / (1 + spread / (EXACT**2 * unit))
-        useful = (self.count > 0) & (spread < MOST_SPREAD**2 * unit)
+        useful = spread < MOST_SPREAD**2 * unit
         return mean / STEPS_PER_UNIT, np.where(useful, weight, 0).astype(np.float32)
 
 

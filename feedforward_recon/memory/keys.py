@@ -63,7 +63,7 @@ class Keys:
     def places(self, descriptors: NDArray[np.floating], probes: int, cells: int
                ) -> NDArray[np.int64]:
         """Cells [N, T, probes], 0 <= cell < ``cells``, of descriptors [N, D], best first."""
-        given = torch.from_numpy(np.asarray(descriptors, np.float32))
+        given = torch.from_numpy(np.ascontiguousarray(descriptors, np.float32))
         flat = self.weight.reshape(-1, self.dim)
         scores = torch.addmm(self.bias.reshape(-1), given, flat.T)
         scores = scores.view(-1, self.tables, HALVES, CODES)

@@ -91,7 +91,7 @@ class NetworkWriter:
 
         Those of earlier sessions stay: a saved map no longer has all features that they wrote.
         """
-        if keyframe.id in self._open:
+        if keyframe.id in self._open and keyframe.has_point.any():
             self.write(keyframe)
 
     def remove(self, keyframe_id: int) -> None:
@@ -175,11 +175,13 @@ class NetworkWriter:
     def _make_room(self) -> None:
         """Take the least sure samples of the keyframes that have most, until some room is free."""
         lengths = np.array([len(samples) for samples in self.samples.values()])
-        most = fair_share(lengths, int(KEPT * self.capacity))
+        most = max(fair_share(lengths, int(KEPT * self.capacity)), 1)
         for keyframe_id, samples in self.samples.items():
             if len(samples) > most:
                 self._sum([samples.part(slice(most, None))], -1)
                 self.samples[keyframe_id] = samples.part(slice(most))
+        for keyframe_id in sorted(self.samples)[:max(0, self.filled - self.capacity)]:
+            self.remove(keyframe_id)  # with one sample each there are still too many
 
 
 def fair_share(lengths: NDArray[np.integer], total: int) -> int:
