@@ -146,7 +146,7 @@ def test_command_line_reads_the_shipped_files(name):
     '/**:\n  ros__parameters: {use_sim_time: true, map_frame: m, memory: {slots: 7}}',
     '/**:\n  ros__parameters: {qos_overrides./tf.publisher.depth: 5, memory: {slots: 7}}',
     'robot1:\n  mapping_node:\n    ros__parameters: {memory: {slots: 7}}',
-    'memory.slots: 7\nmemory: {batch: 1024}',
+    'memory.slots: 7\nmemory: {tables: 4}',
 ])
 def test_the_head_of_a_parameter_file_is_optional(file, text):
     assert mapper_settings(file(text))['memory']['slots'] == 7
