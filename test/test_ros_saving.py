@@ -120,8 +120,7 @@ def test_saves_under_way_are_done_and_answered(start_node, probe, frames, tmp_pa
     mapped = Mapped(start_node, probe, frames[:15], tmp_path / 'map')
     answers = [mapped.start_saving() for _ in range(3)]
     assert mapped.probe.spin_until(answers[0].done), mapped.node.output
-    assert not answers[-1].done()
-    mapped.node.interrupt()
+    mapped.node.interrupt()  # the others are under way, unless the machine is quick
     assert mapped.probe.spin_until(lambda: all(answer.done() for answer in answers)), \
         mapped.node.output
     assert all(answer.result().success and 'keyframes' in answer.result().message
