@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks.common import KITCHEN, load_frames
 from benchmarks.localisation import alone, nbytes
+from benchmarks.ours import map_frames
 from benchmarks.places import CAMERA, WRONG
 from benchmarks.scoring import extrapolation_split, interleaved_split
 from feedforward_recon.config.schema import LocalizerConfig, MapperConfig, MemoryConfig
@@ -25,8 +26,6 @@ from feedforward_recon.evaluation import localisation_score
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import make_transform, pose_error
 from feedforward_recon.localization.localizer import Localizer
-from feedforward_recon.mapping.mapper import Mapper
-from feedforward_recon.mapping.sources import GivenPoses
 from feedforward_recon.memory.scene_memory import SceneMemory
 from feedforward_recon.memory.writer import MemoryWriter
 from feedforward_recon.model.compact import CompactEncoder
@@ -60,12 +59,12 @@ def run() -> Iterator[tuple[str, dict[str, Any]]]:
     """All worlds; rows are 'world, budget: queries | memory'."""
     encoder = CompactEncoder.load()
     for name, world in kitchen(encoder):
-        yield from _measured(name, world, 4, encoder)
+        yield from _measured(name, [world], 4, encoder)
     yield from _buildings(encoder)
     for same in (True, False):
         worlds = [_office(seed, encoder, same_things=same) for seed in OFFICES]
         for budget in BUDGETS_MB:
-            yield from _together(f'office, {"all" if same else "furniture"} alike', worlds, budget,
+            yield from _measured(f'office, {"all" if same else "furniture"} alike', worlds, budget,
                                  encoder)
 
 
@@ -79,7 +78,8 @@ def _buildings(encoder: CompactEncoder) -> Iterator[tuple[str, dict[str, Any]]]:
         queries['all rooms'] = [query for _, asked in rooms[:count]
                                 for query in asked[NEW][:EACH]]
         for budget in BUDGETS_MB:
-            yield from _measured(f'building of {count}', (keyframes, queries), budget, encoder)
+            yield from _measured(f'building of {count}', [(keyframes, queries)], budget,
+                                 encoder)
 
 
 def memories(budget_mb: float) -> dict[str, tuple[MemoryConfig, LocalizerConfig]]:
@@ -94,12 +94,7 @@ def memories(budget_mb: float) -> dict[str, tuple[MemoryConfig, LocalizerConfig]
             'slots only': (slots, mute)}
 
 
-def _measured(name: str, world: World, budget: int, encoder: CompactEncoder
-              ) -> Iterator[tuple[str, dict[str, Any]]]:
-    yield from _together(name, [world], budget, encoder)
-
-
-def _together(name: str, worlds: Sequence[World], budget: int, encoder: CompactEncoder
+def _measured(name: str, worlds: Sequence[World], budget: int, encoder: CompactEncoder
               ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows over several worlds of one kind, each with a memory of its own."""
     for system, (memory, settings) in memories(budget).items():
@@ -152,7 +147,7 @@ def kitchen(encoder: CompactEncoder) -> Iterator[tuple[str, World]]:
     for split, (mapped, asked) in {'interleaved': interleaved_split(len(frames)),
                                    'extrapolation': extrapolation_split(len(frames))}.items():
         known, unknown = [frames[i] for i in mapped], [frames[i] for i in asked]
-        keyframes = recorded(known, encoder)
+        keyframes = recorded(known)
         kinds = {} if split == 'interleaved' else HARDSHIPS
         yield f'kitchen {split}', (keyframes, asked_of(unknown, kinds, encoder,
                                                        keyframes[-1].camera))
@@ -167,7 +162,7 @@ def _room(number: int, encoder: CompactEncoder, *, everything: bool) -> World:
     known = _moved(render_walk(room, CAMERA, walk, noise=2.0, exposure_drift=0.1), T)
     views = room.held_out_views(walk, QUERIES if everything else EACH, seed=3)
     unknown = _moved(render_walk(room, CAMERA, views, noise=2.0), T)
-    return recorded(known, encoder), asked_of(unknown, HARDSHIPS if everything else {}, encoder)
+    return recorded(known), asked_of(unknown, HARDSHIPS if everything else {}, encoder)
 
 
 def _office(seed: int, encoder: CompactEncoder, *, same_things: bool) -> World:
@@ -175,7 +170,7 @@ def _office(seed: int, encoder: CompactEncoder, *, same_things: bool) -> World:
     walk = aisle_walk(room, OFFICE_WALK, seed=0)
     known = list(render_walk(room, CAMERA, walk, noise=2.0, exposure_drift=0.1))
     views = room.held_out_views(walk, OFFICE_QUERIES, seed=3)
-    return recorded(known, encoder), asked_of(list(render_walk(room, CAMERA, views, noise=2.0)),
+    return recorded(known), asked_of(list(render_walk(room, CAMERA, views, noise=2.0)),
                                               {}, encoder)
 
 
@@ -183,13 +178,9 @@ def _moved(frames: Iterator[Frame], T: np.ndarray) -> list[Frame]:
     return [dataclasses.replace(frame, T_map_cam=T @ frame.T_map_cam) for frame in frames]
 
 
-def recorded(frames: Sequence[Frame], encoder: CompactEncoder) -> list[Keyframe]:
+def recorded(frames: Sequence[Frame]) -> list[Keyframe]:
     """Keyframes of a walk with given poses, as they are when mapping has ended."""
-    config = MapperConfig()
-    mapper = Mapper(config, encoder, source=GivenPoses(config, encoder))
-    for frame in frames:
-        mapper.process(frame)
-    return list(mapper.finish().keyframes)
+    return list(map_frames(frames, given_poses=True).scene.keyframes)
 
 
 def asked_of(frames: Sequence[Frame], hardships: dict[str, Any], encoder: CompactEncoder,

@@ -93,11 +93,11 @@ def test_another_view_is_as_the_room_renders_it(room, frame, name, seed):
 
 @pytest.mark.parametrize('seed', [0, 1])
 def test_roll_turns_the_pose_about_the_optical_axis_alone(frame, seed):
-    hard = hardships.rolled(frame, seed, angle_deg=20.0)
+    hard = hardships.rolled(frame, seed)
     turn = inverse(frame.T_map_cam) @ hard.T_map_cam
     np.testing.assert_allclose(turn[:3, 3], 0, atol=1e-12)
     np.testing.assert_allclose(turn[:3, 2], (0, 0, 1), atol=1e-12)
-    assert np.degrees(np.arccos(turn[0, 0])) == pytest.approx(20.0)
+    assert np.degrees(np.arccos(turn[0, 0])) == pytest.approx(hardships.ROLL_DEG)
     assert hard.camera == frame.camera and hard.image.shape == frame.image.shape
 
 
@@ -132,7 +132,7 @@ def test_blur_is_a_line_as_long_as_it_says(frame):
     point = np.zeros((61, 61, 3), np.uint8)
     point[30, 30] = 255
     for seed in range(4):
-        path = hardships.blurred(replace(frame, image=point), seed, 15).image[..., 0].astype(float)
+        path = hardships.blurred(replace(frame, image=point), seed).image[..., 0].astype(float)
         y, x = np.mgrid[:61, :61] - 30.0
         weight = path / path.sum()
         covariance = np.cov(np.stack([x.ravel(), y.ravel()]), aweights=weight.ravel())
@@ -148,8 +148,6 @@ def test_darkness_leaves_its_share_of_the_light(frame):
     lit = bright > 60  # where noise does not end at black
     noise = (hard - hardships.DARK * bright)[lit]
     assert noise.std() == pytest.approx(hardships.DARK_NOISE, rel=0.1)
-    half = hardships.dark(frame, light=0.5).image.astype(float)
-    assert half.mean() == pytest.approx(0.5 * bright.mean(), rel=0.02)
 
 
 def test_low_contrast_leaves_its_share_of_it(frame):

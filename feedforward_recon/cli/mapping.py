@@ -160,7 +160,7 @@ def _map_windows(frames: FrameSource, network: NetworkOptions, poses: Poses, enc
     if unsupported_reason(predictor.network):
         note(unsupported_reason(predictor.network))
     return run, write_fast_weights(predictor, network.model, network.weights, frames, run.scene,
-                           run.writer.snapshot().points)
+                           run.memory.points)
 
 
 def _for_mapping(options: SourceOptions, mono: bool) -> SourceOptions:

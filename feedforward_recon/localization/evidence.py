@@ -30,7 +30,8 @@ RARE = 0.85  # share above which no rival has to be looked for: it is reached in
 # rival was found and where none was. Below LOW_SCORE the rest must not disagree either.
 SURE_SCORE, NEEDED_IF_SURE, NEEDED, NEEDED_ALONE = 0.6, 0.3, 0.6, 0.5
 LOW_SCORE, MIN_LIKENESS = 0.3, 0.3
-# Points of the network that a witness needs, and how many more than the best other place has.
+# Points of the network that a witness needs, and how many times those of the best other place;
+# what other numbers do: docs/experiments.md, A coordinate network that is written once.
 VOUCHERS, VOUCHER_LEAD, VOUCHER_ITERATIONS = 10, 2.0, 300
 CONFIRMED = 3  # slots seen less often may be wrong
 SAME_PLACE_PX = 4.0  # between a feature and a slot that may be the same point
@@ -41,12 +42,14 @@ NEIGHBOURS = 8  # slots near a feature that are compared with it
 class Answer:
     """A pose that a memory gave an image, and what agrees with it.
 
-    score: share of the unguided votes; feature, pixels: index [M] and pixels [M, 2] of what
-    agrees; similar: of the first features with all slots.
+    score: share of the unguided votes; horizon: depth beyond which what the map has is of other
+    rooms; feature, pixels: index [M] and pixels [M, 2] of what agrees; similar: of the first
+    features with all slots.
     """
 
     T_map_cam: np.ndarray
     score: float
+    horizon: float
     feature: np.ndarray
     pixels: np.ndarray
     similar: Similarities
@@ -66,7 +69,7 @@ def holds(answer: Answer, features: Features, memory: SceneMemory, camera: Camer
     if share < needed:
         return False
     return answer.score >= LOW_SCORE \
-        or likeness(answer.T_map_cam, features, memory, camera) >= MIN_LIKENESS or witness()
+        or likeness(answer, features, memory, camera) >= MIN_LIKENESS or witness()
 
 
 def own_share(answer: Answer, features: Features, memory: SceneMemory, camera: Camera,
@@ -161,16 +164,15 @@ def _explained(T_map_cam: np.ndarray, descriptors: np.ndarray, pixels: np.ndarra
     return row[alike], slot[alike]
 
 
-def likeness(T_map_cam: np.ndarray, features: Features, memory: SceneMemory, camera: Camera
-             ) -> float:
+def likeness(answer: Answer, features: Features, memory: SceneMemory, camera: Camera) -> float:
     """Median cosine of confirmed slots and the features they should show at; 1 without any.
 
     Where the camera is, much of what the map has shows in the image, even from a new side. In
     another place with the same chairs all but the chairs is unrelated. Hidden slots count as
-    unrelated too: behind a wall there may be many, so a low value alone refuses nothing.
+    unrelated too, so a low value alone refuses nothing; those of other rooms do not count.
     """
     confirmed = np.flatnonzero(memory.slot_counts.numpy()[memory.occupied] >= CONFIRMED)
-    shown, pixels = in_view(T_map_cam, memory.points[confirmed], camera)
+    shown, pixels = in_view(answer.T_map_cam, memory.points[confirmed], camera, answer.horizon)
     if not len(shown):
         return 1.0
     distance, near = cKDTree(features.keypoints).query(pixels,

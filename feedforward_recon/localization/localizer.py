@@ -30,8 +30,8 @@ from feedforward_recon.types import Estimate, Features, Frame, Status
 # Features near a projected slot that are compared; more are farther than the radius.
 NEIGHBOURS = 6
 ELSEWHERE = 4.0  # times search_px, 32 px: a pose that moves the view by more is another place
-# Expected error of a point of the coordinate network: NETWORK_PX over the root of its votes, no
-# less than MIN_NETWORK_PX. Below MIN_VOTES hardly any is right (docs/memory.md, Calibration).
+# Expected error of a right point of the coordinate network: NETWORK_PX over the root of its votes,
+# no less than MIN_NETWORK_PX. Below MIN_VOTES hardly any is right (docs/memory.md, Calibration).
 NETWORK_PX, MIN_NETWORK_PX, MIN_VOTES = 4.0, 1.5, 0.5
 OUTLIER_SIGMAS = 3.0  # expected errors; 99.7 % of normal errors are smaller
 # A refinement that moves the view by less finds the same matches again: a quarter of the time of a
@@ -158,8 +158,9 @@ class Localizer:
         if self.config.refuse_lookalikes and estimate.T_map_cam is not None \
                 and (T_map_cam_hint is None
                      or not self.same_place(T_map_cam_hint, final.T_map_cam, camera)):
-            answer = Answer(final.T_map_cam, estimate.score, matches.feature, matches.pixels,
-                            similar)
+            horizon = self._horizon(final.T_map_cam, known, camera)
+            answer = Answer(final.T_map_cam, estimate.score, horizon, matches.feature,
+                            matches.pixels, similar)
             if len(self._values) and not self._is_only(answer, features, network, camera):
                 return _refused(replace(estimate, status=Status.NOT_LOCALISED, T_map_cam=None,
                                         covariance=None, reason='AMBIGUOUS'))
@@ -220,13 +221,18 @@ class Localizer:
 
         known: candidates that were found without a pose.
         """
-        matches = known
-        if len(self._values):
-            agree = known.agreeing(T_map_cam, camera, self.config.search_px)
-            horizon = _horizon(T_map_cam, known.points[agree])
-            matches = self._rematch(features, camera, T_map_cam, horizon)
+        matches = known if not len(self._values) else self._rematch(
+            features, camera, T_map_cam, self._horizon(T_map_cam, known, camera))
         return refine_pose(T_map_cam, matches.points, matches.pixels, camera,
                            sigma_px=matches.sigma_px, outlier_px=OUTLIER_SIGMAS), matches
+
+    def _horizon(self, T_map_cam: np.ndarray, known: Matches, camera: Camera) -> float:
+        """How far away something may be that a camera sees, by the candidates that agree."""
+        agree = known.agreeing(T_map_cam, camera, self.config.search_px)
+        if not agree.any():
+            return np.inf
+        depths = transform_points(inverse(T_map_cam), known.points[agree])[:, 2]
+        return HORIZON * float(np.percentile(depths, FARTHEST_PERCENT))
 
     def _rematch(self, features: Features, camera: Camera, T_map_cam: np.ndarray,
                  horizon: float) -> Matches:
@@ -297,14 +303,6 @@ class Localizer:
 def _slot_sigma_px(similarity: np.ndarray) -> np.ndarray:
     """Expected reprojection errors [M] of slot matches with these cosines [M], pixels."""
     return SLOT_PX + SLOT_PX_UNLIKE * (1.0 - similarity)
-
-
-def _horizon(T_map_cam: np.ndarray, points: np.ndarray) -> float:
-    """How far away something may be that a camera sees which sees points [N, 3]."""
-    if not len(points):
-        return np.inf
-    depths = transform_points(inverse(T_map_cam), points)[:, 2]
-    return HORIZON * float(np.percentile(depths, FARTHEST_PERCENT))
 
 
 def _no_matches() -> Matches:

@@ -182,14 +182,20 @@ def calibrate_depth(map_: GrowingMap) -> None:
 
 def change_lens(map_: GrowingMap, focal_scale: float, radial: float) -> None:
     """All cameras get another lens, and what was seen through it lies where it says now."""
-    table = map_.landmarks
-    by_keyframe = np.argsort(table.seen_keyframe, kind='stable')
-    ends = np.searchsorted(table.seen_keyframe[by_keyframe], np.arange(len(map_) + 1))
-    for keyframe, start, end in zip(map_.keyframes, ends[:-1], ends[1:], strict=True):
+    for keyframe in map_.keyframes:
         keyframe.camera = keyframe.camera.with_lens(focal_scale, radial)
         keyframe.points_cam[:] = keyframe.camera.unproject(keyframe.features.keypoints,
                                                            keyframe.points_cam[:, 2])
         keyframe.cloud_cam[:, :2] = keyframe.cloud_cam[:, 2:] * straightened(
             keyframe.cloud_cam[:, :2] / (focal_scale * keyframe.cloud_cam[:, 2:]), (radial,))
+    normalise_observations(map_)
+
+
+def normalise_observations(map_: GrowingMap) -> None:
+    """Normalised image points of all observations, from their pixels and cameras."""
+    table = map_.landmarks
+    by_keyframe = np.argsort(table.seen_keyframe, kind='stable')
+    ends = np.searchsorted(table.seen_keyframe[by_keyframe], np.arange(len(map_) + 1))
+    for keyframe, start, end in zip(map_.keyframes, ends[:-1], ends[1:], strict=True):
         rows = by_keyframe[start:end]
         table.seen_xy[rows] = keyframe.camera.normalise(table.seen_px[rows])

@@ -19,11 +19,8 @@ from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.eight_bits import quantised, unit_length
 from feedforward_recon.geometry.transforms import inverse, spanning_poses
-from feedforward_recon.mapping.adjustment import calibrate_depth
-from feedforward_recon.mapping.keyframes import (
-    EARLIER_SESSION,
-    MapKeyframe,
-)
+from feedforward_recon.mapping.adjustment import calibrate_depth, normalise_observations
+from feedforward_recon.mapping.keyframes import EARLIER_SESSION, MapKeyframe
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.types import Features
 
@@ -71,18 +68,10 @@ class KeyframeGraph:
         table.anchor[:] = arrays['landmarks.anchor']
         for name in _STORED:
             setattr(table, name, arrays[name].astype(getattr(table, name).dtype))
-        table.seen_xy = _normalised(map_, table.seen_keyframe, table.seen_px)
+        table.seen_xy = np.zeros((len(table.seen_px), 2))
+        normalise_observations(map_)
         calibrate_depth(map_)
         return map_
-
-
-def _normalised(map_: GrowingMap, keyframe: np.ndarray, px: np.ndarray) -> np.ndarray:
-    """Image points [O, 2] at focal length 1 of pixels [O, 2] in keyframes [O]."""
-    xy = np.zeros((len(px), 2))
-    for id_ in np.unique(keyframe):
-        rows = np.flatnonzero(keyframe == id_)
-        xy[rows] = map_.keyframes[id_].camera.normalise(px[rows])
-    return xy
 
 
 def keyframe_graph(map_: GrowingMap, most: int) -> KeyframeGraph:

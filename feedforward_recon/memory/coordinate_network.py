@@ -28,8 +28,10 @@ STEPS_PER_UNIT = 1024  # of points: a millimetre
 FARTHEST = 2**24
 PROBES = 4  # cells of each table that are read
 # In typical depths: cells that spread farther say nothing; what agrees with each other is nearer;
-# spread within which a cell is as good as exact. Measured: docs/memory.md.
+# spread within which a cell is as good as exact. These, PROBES and others: docs/experiments.md, A
+# coordinate network that is written once.
 MOST_SPREAD, AGREEMENT, EXACT = 0.06, 0.03, 0.015
+POINT_LEVELS = 65535  # largest uint16: 0.15 mm in a box of 10 m
 ENOUGH = 5  # observations after which a cell is not trusted more
 WEIGHT_LEVELS = 255 / ENOUGH
 
@@ -128,8 +130,8 @@ class CoordinateNetwork:
         levels, weights = self._values
         weight = torch.from_numpy(weights[place].astype(np.float32) / WEIGHT_LEVELS)
         low, size = self.box
-        relative = levels[place].astype(np.float32) * (size / 65535 / self.typical_depth
-                                                       ).astype(np.float32)
+        step = size / POINT_LEVELS / self.typical_depth
+        relative = levels[place].astype(np.float32) * step.astype(np.float32)
         point, votes = agreed(torch.from_numpy(relative), weight)
         return low + self.typical_depth * point.numpy().astype(np.float64), votes.numpy()
 

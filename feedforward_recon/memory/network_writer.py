@@ -158,8 +158,8 @@ class NetworkWriter:
         for index, id_ in enumerate(arrays['ids'].tolist()):
             rows = slice(*arrays['first'][index:index + 2])
             self._add(id_, KeyframeSamples(arrays['cells'][rows].astype(np.int32),
-                                   arrays['points_cam'][rows].copy(),
-                                   arrays['T_map_cam'][index].copy()))
+                                           arrays['points_cam'][rows].copy(),
+                                           arrays['T_map_cam'][index].copy()))
 
     def _add(self, keyframe_id: int, samples: KeyframeSamples) -> None:
         self.samples[keyframe_id] = samples

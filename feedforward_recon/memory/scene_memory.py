@@ -19,10 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from feedforward_recon.errors import MapError
-from feedforward_recon.memory.coordinate_network import CoordinateNetwork
+from feedforward_recon.memory.coordinate_network import POINT_LEVELS, CoordinateNetwork
 from feedforward_recon.memory.keys import keys_for
-
-POINT_LEVELS = 65535  # largest uint16: 0.15 mm in a box of 10 m
 
 
 @dataclass(frozen=True)

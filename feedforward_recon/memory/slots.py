@@ -136,7 +136,7 @@ class SlotTable:
         found = near < len(used)
         near = np.where(found, near, 0)
         similarity = np.einsum('nd,nkd->nk', keyframe.features.descriptors[known],
-                               unit_length(self.descriptors[used])[near])
+                               unit_length(self.descriptors[used[near]]))
         depth = keyframe.points_cam[known, 2]
         close = np.abs(points[near, 2] - depth[:, None]) < SAME_DEPTH * depth[:, None]
         similarity = np.where(found & close, similarity, -1.0)

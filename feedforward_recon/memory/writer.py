@@ -19,11 +19,7 @@ from feedforward_recon.geometry.transforms import inverse, nearest_poses
 from feedforward_recon.memory.coordinate_network import quantise_weights
 from feedforward_recon.memory.keys import keys_for
 from feedforward_recon.memory.network_writer import NetworkWriter
-from feedforward_recon.memory.scene_memory import (
-    SceneMemory,
-    box_around,
-    quantise_points,
-)
+from feedforward_recon.memory.scene_memory import SceneMemory, box_around, quantise_points
 from feedforward_recon.memory.slots import SlotTable
 from feedforward_recon.types import Keyframe
 
@@ -36,8 +32,7 @@ class MemoryWriter:
     def __init__(self, config: MemoryConfig, dim: int) -> None:
         self.config = config
         self.slots = SlotTable(config.slots, dim)
-        self.network = NetworkWriter(config.cells, config.samples,
-                                     keys_for(dim, config.tables))
+        self.network = NetworkWriter(config.cells, config.samples, keys_for(dim, config.tables))
         self.poses = np.zeros((0, 4, 4))
 
     @property

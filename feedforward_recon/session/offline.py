@@ -22,7 +22,7 @@ from feedforward_recon.mapping.mapper import Mapper
 from feedforward_recon.mapping.scene_map import SceneMap, Stats
 from feedforward_recon.mapping.sources import FeaturePoses, PoseSource
 from feedforward_recon.mapping.sources.features import Relocaliser
-from feedforward_recon.memory import MemoryWriter
+from feedforward_recon.memory import MemoryWriter, SceneMemory
 from feedforward_recon.model import Encoder
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.session.map_folder import (
@@ -63,12 +63,13 @@ class Run:
     """A finished mapping run.
 
     truth: poses that came with the frames, empty without. mapping_s: tracking and mapping,
-    including the last refinement; reading_s: waiting for frames; polish_s: making the memory
-    ready to be read after the walk: nothing is trained.
+    including the last refinement; reading_s: waiting for frames; polish_s: freezing ``memory``
+    after the walk: nothing is trained.
     """
 
     scene: SceneMap
     writer: MemoryWriter
+    memory: SceneMemory
     stats: Stats
     truth: Trajectory
     mapping_s: float
@@ -143,8 +144,8 @@ def map_frames(frames: Iterable[Frame], config: MapperConfig | None = None,
         raise nothing_found(into.path, len(scene.estimates))
     done = time.perf_counter()
     mapping_s += done - before
-    writer.snapshot()  # for the clock: whoever reads the memory takes one of its own
-    return Run(scene, writer, mapper.stats, _trajectory(truth), mapping_s, reading_s,
+    memory = writer.snapshot()
+    return Run(scene, writer, memory, mapper.stats, _trajectory(truth), mapping_s, reading_s,
                time.perf_counter() - done, encoder, config)
 
 

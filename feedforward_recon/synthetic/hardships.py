@@ -17,33 +17,32 @@ from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import make_transform, so3_exp
 from feedforward_recon.types import Frame
 
-BLUR_PX = 15  # length of the path of a point while the shutter is open
+BLUR_PX = 15  # length of the path of a point while the shutter is open; odd
 DARK, DARK_NOISE = 0.12, 3.0  # share of the light, and noise in grey levels
 FLAT, FLAT_NOISE = 0.15, 2.0  # share of the contrast, and noise in grey levels
 ROLL_DEG = 30.0
 GREY = 128.0
 
 
-def blurred(frame: Frame, seed: int = 0, length_px: int = BLUR_PX) -> Frame:
+def blurred(frame: Frame, seed: int = 0) -> Frame:
     """The camera moved while the shutter was open, in a random direction."""
     angle = np.random.default_rng(seed).uniform(0, 180)
-    kernel = np.zeros((length_px, length_px), np.float32)
-    kernel[length_px // 2] = 1
-    middle = ((length_px - 1) / 2,) * 2
-    turn = cv2.getRotationMatrix2D(middle, angle, 1)
-    turned = np.asarray(cv2.warpAffine(kernel, turn, (length_px, length_px)), np.float32)
+    kernel = np.zeros((BLUR_PX, BLUR_PX), np.float32)
+    kernel[BLUR_PX // 2] = 1
+    turn = cv2.getRotationMatrix2D(((BLUR_PX - 1) / 2,) * 2, angle, 1)
+    turned = np.asarray(cv2.warpAffine(kernel, turn, kernel.shape), np.float32)
     path = np.divide(turned, float(turned.sum()))
     return _seen(frame, np.asarray(cv2.filter2D(frame.image, -1, path), np.uint8))
 
 
-def dark(frame: Frame, seed: int = 0, light: float = DARK) -> Frame:
+def dark(frame: Frame, seed: int = 0) -> Frame:
     """Little light: dark, and noisy beside that."""
-    return _seen(frame, _noisy(frame.image * light, DARK_NOISE, seed))
+    return _seen(frame, _noisy(frame.image * DARK, DARK_NOISE, seed))
 
 
-def flat(frame: Frame, seed: int = 0, contrast: float = FLAT) -> Frame:
+def flat(frame: Frame, seed: int = 0) -> Frame:
     """Little texture is left: haze, or a wall in even light."""
-    return _seen(frame, _noisy(GREY + contrast * (frame.image - GREY), FLAT_NOISE, seed))
+    return _seen(frame, _noisy(GREY + FLAT * (frame.image - GREY), FLAT_NOISE, seed))
 
 
 def farther(frame: Frame, seed: int = 0) -> Frame:
@@ -57,13 +56,13 @@ def farther(frame: Frame, seed: int = 0) -> Frame:
     return replace(_seen(frame, np.asarray(image)), camera=half)
 
 
-def rolled(frame: Frame, seed: int = 0, angle_deg: float = ROLL_DEG) -> Frame:
+def rolled(frame: Frame, seed: int = 0) -> Frame:
     """The camera turned about its axis; what the image did not show is black.
 
     The seed decides to which side. Distortion is taken as radial.
     """
     camera = _camera(frame)
-    angle = np.deg2rad(angle_deg) * np.random.default_rng(seed).choice([-1, 1])
+    angle = np.deg2rad(ROLL_DEG) * np.random.default_rng(seed).choice([-1, 1])
     R = so3_exp(np.array([0.0, 0.0, angle]))
     K = camera.K
     image = cv2.warpPerspective(frame.image, K @ R.T @ np.linalg.inv(K), camera.size_wh)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.cluster.vq import kmeans2
 
 from feedforward_recon.errors import InputError
 from feedforward_recon.memory.keys import CODES, HALVES, TABLES, Keys
@@ -37,10 +38,10 @@ class MemoryTraining:
     out: str
     photos: str = ''
     rooms: int = 40
-    steps: int = 1500
+    steps: int = 2000
     samples: int = 4096
     queries: int = 768
-    learning_rate: float = 3e-3
+    learning_rate: float = 2.5e-2
     seed: int = 0
     save_every: int = 100
 
@@ -189,22 +190,12 @@ def first_keys(descriptors: np.ndarray, seed: int) -> Keys:
         turn = np.linalg.qr(rng.standard_normal((dim, dim)))[0].astype(np.float32)
         for half in range(HALVES):
             part = torch.from_numpy(turn[:, half * dim // HALVES:(half + 1) * dim // HALVES])
-            centres = _k_means(given @ part, rng)
+            points = (given @ part).numpy()[rng.permutation(len(given))[:100 * CODES]]
+            centres = torch.from_numpy(kmeans2(points, points[:CODES], iter=ROUNDS,
+                                               minit='matrix')[0])
             weight[table, half] = 2 * SHARPNESS * centres @ part.T
             bias[table, half] = -SHARPNESS * centres.square().sum(1)
     return Keys(weight, bias)
-
-
-def _k_means(points: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Centres [CODES, P] of points [N, P]."""
-    points = points[torch.from_numpy(rng.permutation(len(points))[:100 * CODES])]
-    centres = points[:CODES].clone()
-    for _ in range(ROUNDS):
-        nearest = torch.cdist(points, centres).argmin(1)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
-        count = torch.bincount(nearest, minlength=len(centres))[:, None]
-        centres = torch.where(count > 0, sums / count.clamp(min=1), centres)
-    return centres
 
 
 def _hit_share(keys: Keys, scene: MemoryScene, rng: np.random.Generator,
