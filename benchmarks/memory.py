@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import KITCHEN, load_frames
-from benchmarks.localisation import alone, nbytes
+from benchmarks.localisation import memories
 from benchmarks.ours import map_frames
 from benchmarks.places import CAMERA, WRONG
 from benchmarks.scoring import extrapolation_split, interleaved_split
-from feedforward_recon.config.schema import LocalizerConfig, MapperConfig, MemoryConfig
+from feedforward_recon.config.schema import MemoryConfig
 from feedforward_recon.console.threads import one_thread
 from feedforward_recon.evaluation import localisation_score
 from feedforward_recon.geometry.camera import Camera
@@ -82,24 +82,12 @@ def _buildings(encoder: CompactEncoder) -> Iterator[tuple[str, dict[str, Any]]]:
                                  encoder)
 
 
-def memories(budget_mb: float) -> dict[str, tuple[MemoryConfig, LocalizerConfig]]:
-    """The default's split of bytes, and each half alone, in a budget of 10^6 bytes."""
-    default, budget = MapperConfig(), int(budget_mb * 1e6)
-    share = budget / nbytes(default.memory)
-    hybrid = dataclasses.replace(default.memory, slots=int(share * default.memory.slots),
-                                 cells=int(share * default.memory.cells))
-    network, slots = alone(default.memory, budget)
-    mute = dataclasses.replace(default.localizer, network_candidates=0)
-    return {'hybrid': (hybrid, default.localizer), 'network only': (network, default.localizer),
-            'slots only': (slots, mute)}
-
-
 def _measured(name: str, worlds: Sequence[World], budget: int, encoder: CompactEncoder
               ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows over several worlds of one kind, each with a memory of its own."""
-    for system, (memory, settings) in memories(budget).items():
+    for system, memory in memories(budget * 10**6).items():
         written = [write(keyframes, memory, encoder.dim) for keyframes, _ in worlds]
-        finders = [Localizer(frozen, encoder, settings, keyframes[-1].camera)
+        finders = [Localizer(frozen, encoder, camera=keyframes[-1].camera)
                    for (frozen, _), (keyframes, _) in zip(written, worlds, strict=True)]
         cost = {'nbytes': written[0][0].nbytes,
                 'write_ms': float(np.mean([seconds for _, seconds in written])) * 1e3}

@@ -203,10 +203,11 @@ SECTIONS = (
      'images have their true poses unless the row says otherwise. Interleaved: every fourth '
      'block of 25 frames is query; extrapolation: the first 70 % are mapped.'),
     ('Scene memories at equal bytes', ('memory',), MEMORY,
-     'The default (hybrid: landmark slots and coordinate network), and each half alone, written '
-     'once from the same keyframes with given poses. Found: within 5 cm and 5 degrees. Wrong: an '
-     'answer more than 20 cm or 10 degrees off. Building: rendered rooms that share one memory; '
-     'the first room is asked for after the last one was written. Write: CPU of a keyframe; '
+     'Landmark slots alone (the default), slots and coordinate network (hybrid), and the network '
+     'alone, written once from the same keyframes with given poses. Found: within 5 cm and 5 '
+     'degrees. Wrong: an answer more than 20 cm or 10 degrees off. Building: rendered rooms that '
+     'share one memory; the first room is asked for after the last one was written. Write: CPU of '
+     'a keyframe; '
      'search: of a query, after its image was encoded.'),
     ('Wrong places', ('wrong_places',), {'images': number('images', 0),
                                          'accepted': number('accepted', 0)},
@@ -312,7 +313,7 @@ def _mapping(label: str, case: str) -> Headline:
 
 
 def _localisation(label: str, split: str) -> Headline:
-    return Headline(label, 'localisation', f'{KITCHEN} {split} | hybrid', _localisation_sentence,
+    return Headline(label, 'localisation', f'{KITCHEN} {split} | default', _localisation_sentence,
                     ('peers_localisation', f'{KITCHEN} {split} | SIFT + VLAD + PnP, every 5th '
                      'mapping image'), (('error', 'median_m'), ('rotation', 'median_deg'),
                                         ('size', 'nbytes'), ('time', 'query_cpu_ms')))

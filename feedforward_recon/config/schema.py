@@ -45,11 +45,11 @@ class EncoderConfig:
 class MemoryConfig:
     """Size of the scene memory."""
 
-    slots: int = option(27_000, 'landmark slots; 0 keeps the coordinate network alone', low=0,
+    slots: int = option(38_000, 'landmark slots; 0 keeps the coordinate network alone', low=0,
                         high=200_000)
     tables: int = option(4, 'tables of the coordinate network: more of them know fewer things '
                          'better', low=1, high=8)
-    cells: int = option(40_000, 'cells in each table of the coordinate network; 0 keeps the '
+    cells: int = option(0, 'cells in each table of the coordinate network; 0 keeps the '
                         'landmark slots alone', low=0, high=1_000_000)
     samples: int = option(100_000, 'written into the coordinate network at most; kept to be '
                           'moved with their keyframes', low=1000, high=2_000_000)

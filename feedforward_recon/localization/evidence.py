@@ -7,7 +7,6 @@ of what should be seen from there look like the image?
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,9 +29,6 @@ RARE = 0.85  # share above which no rival has to be looked for: it is reached in
 # rival was found and where none was. Below LOW_SCORE the rest must not disagree either.
 SURE_SCORE, NEEDED_IF_SURE, NEEDED, NEEDED_ALONE = 0.6, 0.3, 0.6, 0.5
 LOW_SCORE, MIN_LIKENESS = 0.3, 0.3
-# Points of the network that a witness needs, and how many times those of the best other place;
-# what other numbers do: docs/experiments.md, A coordinate network that is written once.
-VOUCHERS, VOUCHER_LEAD, VOUCHER_ITERATIONS = 10, 2.0, 300
 CONFIRMED = 3  # slots seen less often may be wrong
 SAME_PLACE_PX = 4.0  # between a feature and a slot that may be the same point
 NEIGHBOURS = 8  # slots near a feature that are compared with it
@@ -56,11 +52,10 @@ class Answer:
 
 
 def holds(answer: Answer, features: Features, memory: SceneMemory, camera: Camera,
-          near_px: float, seed: int, witness: Callable[[], bool]) -> bool:
+          near_px: float, seed: int) -> bool:
     """Whether the answer is the only one.
 
-    near_px: slots projected nearer to a feature than that are of the same place. witness: whether
-    the coordinate network vouches for the answer; asked where the rest of the slots does not.
+    near_px: slots projected nearer to a feature than that are of the same place.
     """
     sure = answer.score >= SURE_SCORE
     share, rivals = own_share(answer, features, memory, camera, near_px, seed,
@@ -69,7 +64,7 @@ def holds(answer: Answer, features: Features, memory: SceneMemory, camera: Camer
     if share < needed:
         return False
     return answer.score >= LOW_SCORE \
-        or likeness(answer, features, memory, camera) >= MIN_LIKENESS or witness()
+        or likeness(answer, features, memory, camera) >= MIN_LIKENESS
 
 
 def own_share(answer: Answer, features: Features, memory: SceneMemory, camera: Camera,
@@ -107,21 +102,6 @@ def own_share(answer: Answer, features: Features, memory: SceneMemory, camera: C
         explained[found[other]] = True
         row, slot = row[~rival.inliers], slot[~rival.inliers]
     return 1.0 - float(explained.mean()), rivals
-
-
-def vouched(T_map_cam: np.ndarray, points: np.ndarray, pixels: np.ndarray, camera: Camera,
-            near_px: float, seed: int) -> bool:
-    """Whether the coordinate network is a witness for a pose, and for no other.
-
-    points [N, 3], pixels [N, 2]: what it says about the features. It knows many more points than
-    there are slots, and is silent about what the map has more than once: that answers lie together
-    by chance is rare, and where they do, they speak for several places.
-    """
-    agree = within(T_map_cam, points, pixels, camera, near_px)
-    if agree.sum() < VOUCHERS:
-        return False
-    rival = pnp_ransac(points[~agree], pixels[~agree], camera, near_px, seed, VOUCHER_ITERATIONS)
-    return rival is None or agree.sum() > VOUCHER_LEAD * rival.count
 
 
 def within(T_map_cam: np.ndarray, points: np.ndarray, pixels: np.ndarray, camera: Camera,

@@ -1,8 +1,7 @@
 """``Localizer``: one image, one frozen memory -> a pose, or the reason why there is none.
 
     features -> nearest slots -> robust PnP; if few agree, the network's points as well
-             -> slots matched again around the pose, refinement -> accept or refuse;
-                where slots cannot tell, the network is heard as a witness
+             -> slots matched again around the pose, refinement -> accept or refuse
 
 The global candidates only have to be right often enough for the robust search; the accuracy
 comes from projecting all slots with the first pose and matching again in the neighbourhood.
@@ -21,7 +20,7 @@ from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.pnp import PoseFit, pnp_ransac, refine_pose
 from feedforward_recon.geometry.transforms import inverse, transform_points
-from feedforward_recon.localization.evidence import Answer, holds, in_view, vouched, within
+from feedforward_recon.localization.evidence import Answer, holds, in_view, within
 from feedforward_recon.localization.slot_search import Similarities, SlotSearch
 from feedforward_recon.memory.scene_memory import SceneMemory
 from feedforward_recon.model import Encoder
@@ -138,17 +137,15 @@ class Localizer:
             return _refused(_refusal('TOO_FEW_FEATURES'))
         similar = self._search.compare(features.descriptors[:self.config.slot_queries])
         slots, network = self._from_slots(features, similar), _no_matches()
-        surest = network
         first = self._first_poses(slots, camera)
         if not any(fit.count > self.config.sure_share * len(slots) for fit in first):
             network = self._from_network(features)
-            surest = network.select(np.arange(len(network))[:self.config.network_candidates])
-            first += self._first_poses(surest, camera)
+            first += self._first_poses(network, camera)
         poses = [fit.T_map_cam for fit in first]
         poses += [] if T_map_cam_hint is None else [T_map_cam_hint]
         if not poses:
             return _refused(_refusal('NO_CONSISTENT_POSE'))
-        known = slots if len(self._values) else surest
+        known = slots if len(self._values) else network
         fits = [(pose, self._refined(pose, features, known, camera)) for pose in poses]
         start, (final, matches) = max(fits, key=lambda fit: fit[1][0].count)
         if self.shift_px(start, final.T_map_cam, camera) > CONVERGED_PX:
@@ -161,32 +158,21 @@ class Localizer:
             horizon = self._horizon(final.T_map_cam, known, camera)
             answer = Answer(final.T_map_cam, estimate.score, horizon, matches.feature,
                             matches.pixels, similar)
-            if len(self._values) and not self._is_only(answer, features, network, camera):
+            if len(self._values) and not holds(answer, features, self.memory, camera,
+                                               ELSEWHERE * self.config.search_px,
+                                               self.config.seed):
                 return _refused(replace(estimate, status=Status.NOT_LOCALISED, T_map_cam=None,
                                         covariance=None, reason='AMBIGUOUS'))
         if estimate.T_map_cam is None:
             return _refused(estimate)
         return MatchedEstimate(estimate, matches)
 
-    def _is_only(self, answer: Answer, features: Features, network: Matches, camera: Camera
-                 ) -> bool:
-        """Whether no other place fits as well; network: its answers, if it was asked already."""
-        config = self.config
-
-        def witness() -> bool:
-            told = network if len(network) else self._from_network(features)
-            return vouched(answer.T_map_cam, told.points, told.pixels, camera, config.search_px,
-                           config.seed)
-
-        return holds(answer, features, self.memory, camera, ELSEWHERE * config.search_px,
-                     config.seed, witness)
-
     def _from_network(self, features: Features) -> Matches:
-        """The answers of the coordinate network, those with the most votes first."""
+        """The answers of the coordinate network with the most votes."""
         if not self.config.network_candidates:
             return _no_matches()
         points, votes = self.memory.network.read(features.descriptors)
-        best = np.argsort(-votes, kind='stable')
+        best = np.argsort(-votes, kind='stable')[:self.config.network_candidates]
         best = best[votes[best] > MIN_VOTES]
         return Matches(points[best], features.keypoints[best], best,
                        np.maximum(NETWORK_PX / np.sqrt(votes[best]), MIN_NETWORK_PX))
