@@ -19,6 +19,7 @@ from feedforward_recon.mapping.sources.selection import ViewSelection
 from feedforward_recon.mapping.sources.window import FeedForward
 from feedforward_recon.mapping.sources.windows import FIRST_VIEWS, WindowPoses
 from feedforward_recon.session.live import LiveSession
+from feedforward_recon.session.networks import SessionNetwork
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Status, Trajectory
 
@@ -51,8 +52,8 @@ def shown(frame, depth=False):
 
 
 def session_of(encoder, oracle, size=16, anchors=4, **options):
-    return LiveSession(SMALL, encoder, load_network=lambda: FeedForward(
-        oracle, WindowConfig(size, anchors)), **options)
+    return LiveSession(SMALL, encoder, load_network=lambda: SessionNetwork(FeedForward(
+        oracle, WindowConfig(size, anchors))), **options)
 
 
 class Stream:

@@ -31,7 +31,7 @@ from feedforward_recon.localization.network_localizer import (
 )
 from feedforward_recon.localization.scene_network import (
     VggtSceneNetwork,
-    load_scene_network,
+    load_network_memory,
     unsupported_reason,
 )
 from feedforward_recon.model.configs import CONFIGS, build
@@ -297,7 +297,8 @@ def folder(weights, walk_folder, tmp_path_factory):
     return out
 
 
-def test_a_map_is_asked_as_it_was_written(folder, weights, walk_folder, tmp_path, capsys):
+def test_a_map_is_asked_as_it_was_written(folder, weights, walk_folder, points, tmp_path,
+                                          capsys):
     memory = load_map(folder).fast_weights()
     assert (memory.model, memory.attention, memory.weights) == ('tiny', 'ttt', '')
     memory.save(tmp_path / 'again.safetensors')
@@ -306,8 +307,8 @@ def test_a_map_is_asked_as_it_was_written(folder, weights, walk_folder, tmp_path
     frames = [np.full((60, 80, 3), value, np.uint8) for value in (9, 200)]
     answers = []
     for kept in (memory, again):
-        network, state = load_scene_network(kept, 'tiny', weights=str(weights))
-        answers.append([network.query(image, state) for image in frames])
+        asked = load_network_memory(kept, 'tiny', weights=str(weights)).localizer(kept, points)
+        answers.append([asked.network.query(image, asked.state) for image in frames])
     for (a, new_a), (b, new_b) in zip(*answers, strict=True):
         assert np.array_equal(a.T_world_cam, b.T_world_cam) and np.array_equal(a.depth, b.depth)
         assert new_a == new_b
@@ -328,7 +329,7 @@ def test_another_network_is_refused_in_one_sentence(folder, weights, walk_folder
         network.camera_head.empty_pose_tokens += 1
     other = saved_weights(network, tmp_path / 'other.safetensors')
     for options, sentence in (
-            (('--model', 'vggt', '--weights', weights), 'expected --model tiny'),
+            (('--model', 'vggt', '--weights', weights), 'expected model tiny'),
             (('--model', 'tiny', '--weights', other), 'which wrote those of this map'),
             (('--no-refine',), 'add --model')):
         assert command('localize', folder, walk_folder, *options) == 2

@@ -36,7 +36,6 @@ from feedforward_recon.geometry.align import align_points_robust
 from feedforward_recon.io import SourceOptions, open_source
 from feedforward_recon.io.source import Source as FrameSource
 from feedforward_recon.io.writers import check_place, localization_entries, write_entries
-from feedforward_recon.localization.network_localizer import NetworkLocalizer
 from feedforward_recon.session.map_folder import SavedMap, load_map
 from feedforward_recon.types import Estimate, FloatArray, Frame
 
@@ -142,16 +141,16 @@ def localize_command(map_: MapFolder, source: Source, options: SourceOptions, ou
 
 def _network_localizer(saved: SavedMap, network: NetworkChoice, encoder: Path | None
                        ) -> Finder:
-    from feedforward_recon.localization.scene_network import load_scene_network
+    from feedforward_recon.localization.scene_network import load_network_memory
 
     fast_weights = saved.fast_weights()
     if fast_weights is None:
         raise MapError(f'{saved.path}: expected a map with the fast weights of a network, found '
                        'none in it; map with --model vgg-t3 (or --attention ttt or hybrid), or '
                        'leave --model out')
-    found, state = load_scene_network(fast_weights, network.model, network.device, network.weights)
+    memory = load_network_memory(fast_weights, network.model, network.device, network.weights)
     refiner = saved.localizer(saved.load_encoder(encoder)) if network.refine else None
-    return NetworkLocalizer(found, state, fast_weights.link, saved.memory.points, refiner)
+    return memory.localizer(fast_weights, saved.memory.points, refiner)
 
 
 def _localize(saved: SavedMap | None, localizer: Finder, images: FrameSource

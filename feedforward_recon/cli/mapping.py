@@ -144,7 +144,7 @@ def _folder(out: Path | None, into: Path | None, overwrite: bool, network: Netwo
 def _map_windows(frames: FrameSource, network: NetworkOptions, poses: Poses, encoder: Encoder,
                  config: MapperConfig) -> tuple[Run, SavedFastWeights | None]:
     from feedforward_recon.config.network import WindowConfig
-    from feedforward_recon.localization.scene_network import unsupported_reason, write_fast_weights
+    from feedforward_recon.localization.scene_network import NetworkMemory
     from feedforward_recon.mapping.sources.windows import WindowPoses
     from feedforward_recon.model.predictor import load_predictor
 
@@ -157,10 +157,10 @@ def _map_windows(frames: FrameSource, network: NetworkOptions, poses: Poses, enc
     run = map_frames(frames, config, encoder, total=len(frames), progress=progress_bar,
                      source=lambda _: WindowPoses(config, predictor, encoder, windows=windows,
                                                   refine=network.refine))
-    if unsupported_reason(predictor.network):
-        note(unsupported_reason(predictor.network))
-    return run, write_fast_weights(predictor, network.model, network.weights, frames, run.scene,
-                           run.memory.points)
+    memory = NetworkMemory(predictor, network.model, network.weights)
+    if memory.unsupported:
+        note(memory.unsupported)
+    return run, memory.write(run.scene, frames, run.memory.points)
 
 
 def _for_mapping(options: SourceOptions, mono: bool) -> SourceOptions:

@@ -6,11 +6,11 @@ ROS-free, so that the command line reads the parameter files of the nodes as the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from feedforward_recon.config.network import ModelOptions
+from feedforward_recon.config.network import NETWORKS, ModelOptions
 from feedforward_recon.config.schema import MapperConfig, option
 from feedforward_recon.errors import ConfigError
 
@@ -80,6 +80,10 @@ class NodeConfig(ModelOptions, MapperConfig):
                               live=True)
     cloud_period_s: float = option(2.0, 'least time between two point clouds', low=0.1,
                                    high=600.0, unit='s', live=True)
+    localize_with: str = option('auto', 'what localize and query_image ask: landmarks; network, '
+                                'the fast weights that the network model wrote of the map; auto: '
+                                'both where the map holds those, and the landmarks decide',
+                                choices=('auto', 'landmarks', 'network'))
     localize_timeout_s: float = option(10.0, 'the service localize answers within this time',
                                        low=0.1, high=300.0, unit='s', live=True)
     silence_s: float = option(3.0, 'no image for this long is reported', low=0.1, high=3600.0,
@@ -103,6 +107,14 @@ class NodeConfig(ModelOptions, MapperConfig):
         if len({getattr(self, name) for name in FRAMES}) < len(FRAMES):
             found = ', '.join(f'{name}={getattr(self, name)!r}' for name in FRAMES)
             raise ConfigError(f'expected three different TF frames, found {found}')
+
+    def check(self, spelled: Mapping[str, str] | None = None) -> None:
+        """Refuse what ``compact`` would not use. Raises ConfigError."""
+        super().check(spelled)
+        if self.localize_with == 'network' and not self.feeds_forward:
+            raise ConfigError('expected a feed-forward network beside localize_with network, '
+                              f'found model compact; choose another ({", ".join(NETWORKS)}) or '
+                              'localize_with landmarks')
 
     @property
     def mapper(self) -> MapperConfig:

@@ -1,10 +1,17 @@
-"""Fast weights of a network: written from a finished map, saved, and loaded again."""
+"""``NetworkMemory``: fast weights of a network, written from a finished map and asked later.
+
+memory = NetworkMemory(load_predictor('vgg-t3'), 'vgg-t3')
+saved = memory.write(scene, frames, points)
+localizer = memory.localizer(saved, points)
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +19,10 @@ from numpy.typing import NDArray
 
 from feedforward_recon.errors import DegenerateError, MapError
 from feedforward_recon.geometry.transforms import spanning_poses
+from feedforward_recon.localization.localizer import Localizer
 from feedforward_recon.localization.network_localizer import (
     KEYFRAMES,
+    NetworkLocalizer,
     SavedFastWeights,
     write_keyframes,
 )
@@ -33,29 +42,33 @@ CAMERA_TOKENS = 32
 
 
 class VggtSceneNetwork:
-    """A network of VGGT's kind as a ``SceneNetwork``."""
+    """A network of VGGT's kind as a ``SceneNetwork``; turn: held while it is at work."""
 
-    def __init__(self, predictor: NetworkPredictor) -> None:
+    def __init__(self, predictor: NetworkPredictor,
+                 turn: AbstractContextManager[Any] | None = None) -> None:
         """Raises MapError for a network without camera tokens."""
         if not isinstance(predictor.network, Vggt):
             raise MapError(unsupported_reason(predictor.network))
         self.predictor, self.network = predictor, predictor.network
+        self._turn = nullcontext() if turn is None else turn
 
     def write(self, images: Sequence[NDArray[np.uint8]]) -> tuple[Prediction, NetworkState]:
         """One joint pass over all images; few camera tokens are kept."""
-        prediction, state = self.predictor.predict(images)
+        with self._turn:
+            prediction, state = self.predictor.predict(images)
         return prediction, state.with_few_camera_tokens(CAMERA_TOKENS)
 
     def query(self, image: NDArray[np.uint8], state: NetworkState
               ) -> tuple[Prediction, float]:
         """The pass without writing. Novelty: cosine distance to the nearest camera token kept."""
         tokens = []
-        hook = self.network.camera_head.register_forward_pre_hook(
-            lambda _, given: tokens.append(given[0][0]))
-        try:
-            prediction, _ = self.predictor.predict([image], state, write=False)
-        finally:
-            hook.remove()
+        with self._turn:
+            hook = self.network.camera_head.register_forward_pre_hook(
+                lambda _, given: tokens.append(given[0][0]))
+            try:
+                prediction, _ = self.predictor.predict([image], state, write=False)
+            finally:
+                hook.remove()
         *stored, query = tokens[0]
         similarity = torch.cosine_similarity(torch.stack(stored), query, dim=-1)
         return prediction, float(1 - similarity.max())
@@ -77,64 +90,110 @@ def unsupported_reason(network: Network) -> str:
     return ''
 
 
-def write_fast_weights(predictor: NetworkPredictor, model: str, weights: str,
-                       frames: Iterable[Frame], scene: SceneMap, points: FloatArray,
-                       ) -> SavedFastWeights | None:
-    """One joint write over keyframes of a finished map; None, and a warning, when it fails.
+class NetworkMemory:
+    """The own memory of one network.
 
-    model, weights: as `load_predictor` was given them. frames: those of the walk, once more.
-    points: landmarks of the map [V, 3].
+    model, weights: as `load_predictor` was given them. turn: held while the network is at work,
+    where others use it too.
     """
-    network = predictor.network
-    if unsupported_reason(network) or not scene.keyframes:
-        return None
-    name = weights or ALIASES.get(model, model)
-    unit = _typical_depth(scene.keyframes)
-    keyframes, others = _frames_of(scene, frames, unit)
-    try:
-        state, link = write_keyframes(VggtSceneNetwork(predictor), keyframes, others, points, unit)
-    except (DegenerateError, MemoryError) as problem:
-        log.warning('the map goes without fast weights of the network: %s', problem)
-        return None
-    if not link.recognised:
-        log.warning('the network does not find images of this walk again (%.2f units and %.0f '
-                    'degrees off, its depth confirms %.0f %% of the landmarks): it will refuse '
-                    'queries', link.position, np.rad2deg(link.angle), 100 * link.agreement)
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.tensors().items()}
-    return SavedFastWeights(ALIASES.get(model, model), network.config.attention,
-                            '' if is_path(name) else name, file_sha256(find_weights(name)), link,
-                            tensors)
+
+    def __init__(self, predictor: NetworkPredictor, model: str, weights: str = '',
+                 turn: AbstractContextManager[Any] | None = None) -> None:
+        self._predictor, self._weights, self._turn = predictor, weights, turn
+        self._model = ALIASES.get(model, model)
+
+    @property
+    def unsupported(self) -> str:
+        """Why the network cannot write a state of a fixed size, in a sentence; '' if it can."""
+        return unsupported_reason(self._predictor.network)
+
+    def write(self, scene: SceneMap, frames: Iterable[Frame], points: FloatArray,
+              kept: Collection[int] | None = None) -> SavedFastWeights | None:
+        """One joint write over keyframes of a finished map; None, and a warning, when it fails.
+
+        frames: those of the walk, once more. points: landmarks of the map [V, 3]. kept: stamps of
+        the frames, where there are not all of the walk any more.
+        """
+        if self.unsupported or not scene.keyframes:
+            return None
+        unit = _typical_depth(scene.keyframes)
+        try:
+            keyframes, others = _frames_of(scene, frames, unit, kept)
+            state, link = write_keyframes(self._scene_network(), keyframes, others, points, unit)
+        except (DegenerateError, MemoryError) as problem:
+            log.warning('the map goes without fast weights of the network: %s', problem)
+            return None
+        if not link.recognised:
+            log.warning('the network does not find images of this walk again (%.2f units and '
+                        '%.0f degrees off, its depth confirms %.0f %% of the landmarks): it will '
+                        'refuse queries', link.position, np.rad2deg(link.angle),
+                        100 * link.agreement)
+        name = self._weights or self._model
+        tensors = {key: t.detach().cpu().contiguous() for key, t in state.tensors().items()}
+        return SavedFastWeights(self._model, self._attention, '' if is_path(name) else name,
+                                file_sha256(find_weights(name)), link, tensors)
+
+    def localizer(self, saved: SavedFastWeights, points: FloatArray,
+                  refiner: Localizer | None = None) -> NetworkLocalizer:
+        """What asks this network about images; see ``NetworkLocalizer``.
+
+        Raises MapError for fast weights that another network wrote.
+        """
+        _check_model(saved, self._model)
+        file = find_weights(self._weights or self._model)
+        sha256 = file_sha256(file)
+        if sha256 != saved.sha256:
+            raise MapError(f'expected weights of {saved.model} with SHA-256 {saved.sha256[:12]}, '
+                           f'which wrote those of this map, found {sha256[:12]} in {file}; give '
+                           'those as weights, or map again')
+        if self._attention != saved.attention:
+            raise MapError(f'expected {saved.attention} attention, which wrote the fast weights '
+                           f'of this map, found {self._attention}; choose that, or map again')
+        network = self._scene_network()
+        return NetworkLocalizer(network, network.state_from(saved.tensors), saved.link, points,
+                                refiner)
+
+    @property
+    def _attention(self) -> str:
+        return self._predictor.network.config.attention
+
+    def _scene_network(self) -> VggtSceneNetwork:
+        return VggtSceneNetwork(self._predictor, self._turn)
 
 
-def load_scene_network(saved: SavedFastWeights, model: str, device: str = 'cpu', weights: str = ''
-                       ) -> tuple[VggtSceneNetwork, NetworkState]:
-    """The network that wrote fast weights, and these as it reads them.
+def load_network_memory(saved: SavedFastWeights, model: str, device: str = 'cpu',
+                        weights: str = '') -> NetworkMemory:
+    """The network that wrote fast weights.
 
-    weights: file or name; '' takes the name that wrote it.
-    Raises MapError for another network, CheckpointError and ConfigError as `load_predictor`.
+    weights: file or name; '' takes the name that wrote them.
+    Raises MapError for another model, CheckpointError and ConfigError as `load_predictor`.
     """
-    name = ALIASES.get(model, model)
-    if name != saved.model:
-        raise MapError(f'expected --model {saved.model}, whose fast weights this map holds, found '
+    _check_model(saved, model)
+    file = str(find_weights(weights or saved.weights or saved.model))
+    return NetworkMemory(load_predictor(saved.model, saved.attention, device, file), model, file)
+
+
+def _check_model(saved: SavedFastWeights, model: str) -> None:
+    if ALIASES.get(model, model) != saved.model:
+        raise MapError(f'expected model {saved.model}, whose fast weights this map holds, found '
                        f'{model}; use that, or map again')
-    file = find_weights(weights or saved.weights or name)
-    sha256 = file_sha256(file)
-    if sha256 != saved.sha256:
-        raise MapError(f'expected weights of {saved.model} with SHA-256 {saved.sha256[:12]}, '
-                       f'which wrote those of this map, found {sha256[:12]} in {file}; give '
-                       'those with --weights, or map again')
-    network = VggtSceneNetwork(load_predictor(saved.model, saved.attention, device, file))
-    return network, network.state_from(saved.tensors)
 
 
-def _frames_of(scene: SceneMap, frames: Iterable[Frame], unit: float
-               ) -> tuple[list[Frame], list[Frame]]:
-    """Keyframes to write, and other images with a pose, with the poses that the map gave them."""
-    poses = np.stack([keyframe.T_map_cam for keyframe in scene.keyframes])
-    chosen = np.sort(spanning_poses(poses, KEYFRAMES, unit))
-    wanted = {scene.keyframes[i].stamp_ns: poses[i] for i in chosen}
-    others = {e.stamp_ns: e.T_map_cam for e in scene.estimates
-              if e.T_map_cam is not None and e.stamp_ns not in wanted}
+def _frames_of(scene: SceneMap, frames: Iterable[Frame], unit: float,
+               kept: Collection[int] | None) -> tuple[list[Frame], list[Frame]]:
+    """Keyframes to write, and other images with a pose, with the poses that the map gave them.
+
+    Of few images a quarter is not written, so that there are others to ask for.
+    """
+    posed = {e.stamp_ns: e.T_map_cam for e in scene.estimates
+             if e.T_map_cam is not None and (kept is None or e.stamp_ns in kept)}
+    keyframes = [k for k in scene.keyframes if kept is None or k.stamp_ns in kept]
+    if not keyframes:
+        raise DegenerateError('no image of a keyframe is left')
+    poses = np.stack([keyframe.T_map_cam for keyframe in keyframes])
+    count = min(KEYFRAMES, max(1, len(posed) - len(posed) // 4))
+    wanted = {keyframes[i].stamp_ns: poses[i] for i in spanning_poses(poses, count, unit)}
+    others = {stamp_ns: T for stamp_ns, T in posed.items() if stamp_ns not in wanted}
     step = max(1, len(others) // KEYFRAMES)
     known = {**wanted, **dict(list(others.items())[::step])}
     read = [replace(frame, T_map_cam=known[frame.stamp_ns], depth=None) for frame in frames

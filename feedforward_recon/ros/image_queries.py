@@ -114,7 +114,8 @@ def _as_json(estimate: Estimate, body: BodyPose | None, info: SessionInfo,
         'stamp_ns': estimate.stamp_ns, 'status': estimate.status.value,
         'reason': estimate.reason, 'inliers': estimate.inliers, 'score': estimate.score,
         'runner_up': estimate.runner_up, 'ms': estimate.latency_ms, 'age_s': round(age_s, 3),
-        'frame_id': map_frame, 'scale_source': info.scale_source, 'pose': None}
+        'asked': info.asked, 'frame_id': map_frame, 'scale_source': info.scale_source,
+        'pose': None}
     if body is not None:
         reply['pose'] = {'position': body.T_map_body[:3, 3].tolist(),
                          'orientation_xyzw': np.asarray(

@@ -25,17 +25,17 @@ from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.errors import InputError, MapError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.localization.localizer import Localizer
+from feedforward_recon.localization.network_localizer import NetworkLocalizer
 from feedforward_recon.mapping.cloud import CloudSource
 from feedforward_recon.mapping.scene_map import StartingMap
 from feedforward_recon.mapping.sources import FeaturePoses, PoseSource
-from feedforward_recon.mapping.sources.window import FeedForward
 from feedforward_recon.mapping.sources.windows import WindowPoses
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.model import Encoder
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.session.map_folder import SavedMap, is_map, load_map, settings_to_go_on
 from feedforward_recon.session.map_in_progress import MapInProgress, SaveJob, no_map_yet
-from feedforward_recon.session.networks import load_network
+from feedforward_recon.session.networks import NetworkInUse, SessionNetwork, load_network
 from feedforward_recon.session.newest_memory import NO_MAP, NewestMemory, no_map
 from feedforward_recon.session.stream import LocalizedStream, with_camera
 from feedforward_recon.types import Estimate, Frame, Trajectory
@@ -55,7 +55,8 @@ class SessionInfo:
     metres_per_unit: None while the scale is unknown. frame, scale_source and camera_source as in
     ``SceneMap``. window: what the window of a feed-forward network waits for, '' without.
     unsaved_keyframes: of a map that changed since it was saved, 0 when nothing would be lost.
-    is_busy: a network is at work on a thread of its own.
+    is_busy: a network is at work on a thread of its own. asked: what single images are looked for
+    with: 'landmarks', 'network', or 'network, landmarks decide'.
     """
 
     mode: Mode
@@ -69,6 +70,7 @@ class SessionInfo:
     window: str = ''
     unsaved_keyframes: int = 0
     is_busy: bool = False
+    asked: str = 'landmarks'
 
 
 def session_of(config: NodeConfig, on_ready: Callable[[], None] = lambda: None) -> LiveSession:
@@ -79,7 +81,7 @@ def session_of(config: NodeConfig, on_ready: Callable[[], None] = lambda: None) 
     config.check()
     session = LiveSession(config.mapper, CompactEncoder.load(config=config.encoder), config.mode,
                           load_network=partial(load_network, config) if config.feeds_forward
-                          else None, on_ready=on_ready)
+                          else None, localize_with=config.localize_with, on_ready=on_ready)
     if config.mode == 'localization' and config.map:
         session.load(config.map)
     elif config.map and not config.fresh and is_map(config.map):
@@ -90,24 +92,28 @@ def session_of(config: NodeConfig, on_ready: Callable[[], None] = lambda: None) 
 class LiveSession:
     """A map that is being made, or one that was loaded, and the mode it is used in.
 
-    load_network: brings the feed-forward network that maps, once mapping begins; None maps with
-    the encoder alone. on_ready: called on another thread when ``work`` has something to do.
+    load_network: brings the feed-forward network that maps, once it is needed; None maps with the
+    encoder alone. localize_with: what single images are looked for with (see ``NetworkInUse``).
+    on_ready: called on another thread when ``work`` has something to do.
     Raises what load_network raises.
     """
 
     def __init__(self, config: MapperConfig, encoder: Encoder, mode: Mode = 'mapping', *,
-                 load_network: Callable[[], FeedForward] | None = None,
-                 on_ready: Callable[[], None] = lambda: None) -> None:
+                 load_network: Callable[[], SessionNetwork] | None = None,
+                 localize_with: str = 'auto', on_ready: Callable[[], None] = lambda: None
+                 ) -> None:
         self.config = config
         self.encoder = encoder
         self.mode: Mode = mode
         self.on_ready = on_ready
-        self._load_network = load_network
-        self._network = load_network() if load_network and mode == 'mapping' else None
+        self._network = NetworkInUse(load_network, localize_with)
+        if mode == 'mapping':
+            self._network.loaded()
         self._memory_bytes = MemoryWriter(config.memory, encoder.dim).snapshot().nbytes
         self._map: MapInProgress | None = None
         self._newest: NewestMemory | None = None  # of the map that is being made
         self._loaded: tuple[SavedMap, Localizer] | None = None
+        self._asked: NetworkLocalizer | None = None  # of a frozen map
         self._stream = LocalizedStream(config.tracking)
 
     def configure(self, config: MapperConfig) -> None:
@@ -119,6 +125,8 @@ class LiveSession:
             saved, old = self._loaded
             self._loaded = saved, Localizer(old.memory, self.encoder, config.localizer,
                                             old.camera)
+        if self._asked is not None and self._asked.refiner is not None:
+            self._asked.refiner = self._localizer()
 
     # -- images ----------------------------------------------------------------------------
 
@@ -150,9 +158,11 @@ class LiveSession:
         """A new map, or one that goes on from ``start``; sha256: of the map.yaml of that one."""
         self._newest = NewestMemory(writer, self.encoder, self.config.localizer,
                                     hint=lambda: self._stream.hint)
-        source = _pose_source(self.config, self.encoder, self._network, self._newest,
+        network = self._network.loaded()
+        source = _pose_source(self.config, self.encoder, network, self._newest,
                               on_ready=lambda: self.on_ready())
-        return MapInProgress(self.config, self.encoder, writer, source, start, sha256)
+        return MapInProgress(self.config, self.encoder, writer, source, start=start, sha256=sha256,
+                             network=None if network is None else network.memory)
 
     def work(self) -> bool:
         """One piece of the backlog that ``process`` left; False when nothing is left."""
@@ -164,7 +174,7 @@ class LiveSession:
         """Poses of earlier frames that ``process``, ``work`` or ``save`` brought meanwhile."""
         return [] if self._map is None else self._map.mapper.source.late()
 
-    def locate(self, frame: Frame, T_map_cam_hint: np.ndarray | None = None) -> Estimate:
+    def locate(self, frame: Frame) -> Estimate:
         """Find one image in the memory; nothing is written.
 
         Raises InputError when the image comes without a camera and the map knows none for it.
@@ -172,7 +182,9 @@ class LiveSession:
         localizer = self._localizer()
         if localizer is None:
             return no_map(frame)
-        return localizer.localize(with_camera(frame, localizer.camera), T_map_cam_hint)
+        if self._asked is not None:
+            return self._asked.localize(frame)
+        return localizer.localize(with_camera(frame, localizer.camera))
 
     def hint(self, T_map_cam: np.ndarray) -> None:
         """A prior pose T_map_cam [4, 4], map units: tried first, and checked like any other."""
@@ -224,10 +236,12 @@ class LiveSession:
         encoder = saved.load_encoder()
         if not extend:
             localizer = Localizer(saved.memory, encoder, self.config.localizer, saved.info.camera)
+            asked = self._network.localizer(saved.fast_weights(), localizer, str(saved.path))
             self._clear()
             self.mode, self.encoder, self._loaded = 'localization', encoder, (saved, localizer)
+            self._asked = asked
             return saved
-        if self._load_network is not None:
+        if self._network.maps:
             raise MapError(f'{saved.path}: expected model compact to go on with a map, found a '
                            'feed-forward network; choose model compact, or start a new map')
         config = settings_to_go_on(saved, self.config)
@@ -257,15 +271,24 @@ class LiveSession:
         if on and self.mode == 'mapping':
             if self._map is None:
                 raise no_map_yet()
-            self._map.finished()
+            self._asked = self._frozen(self._map)
         if not on and self._loaded is not None:
             self.load(self._loaded[0].path, extend=True)
             return f'mode is {self.mode}'
-        if not on and self._network is None and self._load_network is not None:
-            self._network = self._load_network()
+        if not on:
+            self._network.loaded()
+            self._asked = None
         self.mode = 'localization' if on else 'mapping'
         self._stream.forget()
         return f'mode is {self.mode}'
+
+    def _frozen(self, made: MapInProgress) -> NetworkLocalizer | None:
+        """Finish the map; what the network wrote of it can be asked from now on."""
+        scene, localizer = made.finished(), self._localizer()
+        if localizer is None or not self._network.asks:
+            return None
+        written = made.network_job(scene)(localizer.memory.points)
+        return self._network.localizer(written, localizer, 'the map made here')
 
     def set_camera(self, camera: Camera) -> str:
         """A calibration arrived after mapping began without; '' if that changes nothing."""
@@ -283,7 +306,7 @@ class LiveSession:
             self._map.metres_per_unit = metres_per_unit
 
     def _clear(self) -> None:
-        self._map = self._newest = self._loaded = None
+        self._map = self._newest = self._loaded = self._asked = None
         self._stream = LocalizedStream(self.config.tracking)
 
     # -- what others see -------------------------------------------------------------------
@@ -295,7 +318,8 @@ class LiveSession:
             saved, localizer = self._loaded
             return SessionInfo(self.mode, True, saved.info.keyframes, localizer.memory.nbytes,
                                saved.info.metres_per_unit, saved.info.scale_source,
-                               saved.info.camera_source, saved.info.frame)
+                               saved.info.camera_source, saved.info.frame,
+                               asked=_asked(self._asked))
         if self._map is None:
             return SessionInfo(self.mode, False, 0, self._memory_bytes, None, 'unknown', 'given',
                                'first camera')
@@ -303,7 +327,7 @@ class LiveSession:
         return SessionInfo(self.mode, made.keyframes > 0, made.keyframes, self._memory_bytes,
                            metres, scale_source, mapper.results.camera_source,
                            mapper.results.gauge.frame, mapper.source.progress,
-                           made.unsaved_keyframes, mapper.source.is_busy)
+                           made.unsaved_keyframes, mapper.source.is_busy, _asked(self._asked))
 
     def keyframe_poses(self) -> Trajectory:
         """Keyframes of the map that is being made, as it knows them now."""
@@ -321,10 +345,17 @@ class LiveSession:
         return None if self._map is None else self._map.mapper.results.cloud_source(newest_only)
 
 
-def _pose_source(config: MapperConfig, encoder: Encoder, network: FeedForward | None,
+def _asked(network: NetworkLocalizer | None) -> str:
+    """What single images are looked for with, in words."""
+    if network is None:
+        return 'landmarks'
+    return 'network' if network.refiner is None else 'network, landmarks decide'
+
+
+def _pose_source(config: MapperConfig, encoder: Encoder, network: SessionNetwork | None,
                  newest: NewestMemory, on_ready: Callable[[], None]) -> PoseSource:
     """Windows of a network if there is one, else features; the memory relocalises lost cameras."""
     if network is None:
         return FeaturePoses(config, encoder, relocalise=newest.relocalise)
-    return WindowPoses(config, network, encoder, windows=network.windows, selects=True,
-                       relocalise=newest.relocalise, on_ready=on_ready)
+    return WindowPoses(config, network.windows, encoder, windows=network.windows.windows,
+                       selects=True, relocalise=newest.relocalise, on_ready=on_ready)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.errors import MapError
+from feedforward_recon.localization.network_localizer import SavedFastWeights
+from feedforward_recon.localization.scene_network import NetworkMemory
 from feedforward_recon.mapping.mapper import Mapper
 from feedforward_recon.mapping.scene_map import Draft, SceneMap, StartingMap
 from feedforward_recon.mapping.sources import PoseSource
@@ -19,8 +21,11 @@ from feedforward_recon.session.map_folder import (
     nothing_found,
     save_map,
 )
+from feedforward_recon.types import FloatArray, Frame
 
 SaveJob = Callable[[], SavedMap]
+# Given the landmarks of the map [V, 3]; takes as long as a window of the network.
+NetworkJob = Callable[[FloatArray], SavedFastWeights | None]
 
 
 class LastSave:
@@ -33,16 +38,17 @@ class LastSave:
 class MapInProgress:
     """A mapper, the memory it writes, and the folder jobs that save both.
 
-    metres_per_unit: what odometry says of a map without a scale of its own. start: the saved map
-    to go on with; sha256: of its map.yaml.
+    metres_per_unit: what odometry says of a map without a scale of its own. network: the own
+    memory of the network that maps. start: the saved map to go on with; sha256: of its map.yaml.
     """
 
     def __init__(self, config: MapperConfig, encoder: Encoder, writer: MemoryWriter,
-                 source: PoseSource, start: StartingMap | None = None, sha256: str = ''
-                 ) -> None:
+                 source: PoseSource, *, network: NetworkMemory | None = None,
+                 start: StartingMap | None = None, sha256: str = '') -> None:
         self.mapper = Mapper(config, encoder, writer, source=source, start=start)
         self.metres_per_unit: float | None = None
         self._config, self._encoder, self._writer = config, encoder, writer
+        self._network = network
         self._last_save = LastSave(sha256, self._progress)
 
     @property
@@ -76,7 +82,7 @@ class MapInProgress:
         return scene
 
     def save(self, path: str | Path) -> SaveJob:
-        """Finish the map; the job writes the folder, with a copy of the memory.
+        """Finish the map; the job writes the folder, with copies of the memories.
 
         Raises MapError when there is no map yet, or when no frame was found in the map to go on
         with, InputError for an impossible path.
@@ -85,11 +91,21 @@ class MapInProgress:
         scene = self.finished()
         if scene.sessions > 1 and not len(scene.trajectory):
             raise nothing_found(Path(path), len(scene.estimates))
-        return self._job(path, Draft(lambda: scene, []))
+        return self._job(path, Draft(lambda: scene, []), self.network_job(scene))
+
+    def network_job(self, scene: SceneMap) -> NetworkJob:
+        """A job in which the network writes this map, from the images that are kept."""
+        network, camera = self._network, scene.keyframes[-1].camera
+        if network is None:
+            return lambda _: None
+        frames = [Frame(scene.estimates[number].stamp_ns, image, camera=camera)
+                  for number, image in self.mapper.source.kept_images()]
+        return lambda points: network.write(scene, frames, points, {f.stamp_ns for f in frames})
 
     def autosave(self, path: str | Path) -> SaveJob | None:
         """A job that writes the map as it stands, without the last refinement.
 
+        It leaves out what the network would write, which may take longer than there is time.
         Taking it is quick. None while there is nothing that was not saved before.
         Raises InputError for an impossible path.
         """
@@ -98,7 +114,8 @@ class MapInProgress:
         check_map_output(path)
         return self._job(path, self.mapper.results.draft())
 
-    def _job(self, path: str | Path, draft: Draft) -> SaveJob:
+    def _job(self, path: str | Path, draft: Draft, network: NetworkJob = lambda _: None
+             ) -> SaveJob:
         state, progress, last = self._writer.state(), self._progress, self._last_save
         metres, config, encoder = self.metres_per_unit, self._config, self._encoder
 
@@ -109,7 +126,8 @@ class MapInProgress:
             copy = MemoryWriter.from_state(config.memory, state)
             for keyframe in draft.pending:
                 copy.write(keyframe)
-            saved = save_map(path, made, copy, encoder, config, replaces=last.sha256)
+            written = network(copy.snapshot().points)
+            saved = save_map(path, made, copy, encoder, config, written, replaces=last.sha256)
             last.sha256, last.progress = saved.sha256, progress
             return saved
 

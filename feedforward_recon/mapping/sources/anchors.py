@@ -91,6 +91,12 @@ class AnchorImages:
     def __len__(self) -> int:
         return len(self._recent)
 
+    @property
+    def images(self) -> list[tuple[int, np.ndarray]]:
+        """The pixels of all, with the numbers of their frames, in the order of these."""
+        kept = {item.frame: item.image for item in (*self._old, *self._recent)}
+        return sorted(kept.items(), key=lambda item: item[0])
+
     def begin(self, anchors: Anchors | None) -> None:
         """A new window was placed; its images follow. anchors: those that it was aligned with."""
         self._window += 1

@@ -108,6 +108,10 @@ class PoseSource(Protocol):
         """Poses of earlier frames that became known since the last call."""
         ...
 
+    def kept_images(self) -> list[tuple[int, np.ndarray]]:
+        """Mapped images [H, W, 3] that a network is shown again, with the numbers of frames."""
+        ...
+
     def waiting_for(self, map_: GrowingMap) -> str:
         """What is missing before there is a map with depth, in words; '' once there is one."""
         ...

@@ -163,6 +163,10 @@ class FeaturePoses:
         """No pose comes late."""
         return []
 
+    def kept_images(self) -> list[tuple[int, np.ndarray]]:
+        """None is shown again."""
+        return []
+
     def waiting_for(self, map_: GrowingMap) -> str:
         """Texture, depth or parallax; '' once there is a map."""
         if not len(map_):

@@ -63,6 +63,10 @@ class GivenPoses:
         """No pose comes late."""
         return []
 
+    def kept_images(self) -> list[tuple[int, np.ndarray]]:
+        """None is shown again."""
+        return []
+
     def waiting_for(self, map_: GrowingMap) -> str:
         """Texture, or texture with depth; '' once there is a map."""
         return '' if len(map_) else missing_for_start(needs_depth=self._needs_depth)

@@ -17,16 +17,19 @@ from feedforward_recon.types import Prediction
 
 
 class FeedForward:
-    """A predictor and the windows it is given; one thread at a time uses the device."""
+    """A predictor and the windows it is given.
+
+    turn: held while the predictor is at work: one thread at a time uses the device.
+    """
 
     def __init__(self, predictor: Predictor, windows: WindowConfig) -> None:
         self.predictor, self.windows = predictor, windows
-        self._turn = threading.Lock()
+        self.turn = threading.Lock()
 
     def predict(self, images: Sequence[np.ndarray], memory: Any = None, *,
                 write: bool = True) -> tuple[Prediction, Any]:
         """What images show together (see ``model.Predictor``)."""
-        with self._turn:
+        with self.turn:
             return self.predictor.predict(images, memory, write=write)
 
 

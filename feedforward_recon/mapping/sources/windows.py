@@ -226,6 +226,10 @@ class WindowPoses:
         """Poses of earlier frames that became known since the last call."""
         return self._late.take()
 
+    def kept_images(self) -> list[tuple[int, np.ndarray]]:
+        """Those that may be anchors, with the numbers of their frames: a bounded number."""
+        return self._placement.anchors.images
+
     # -- windows ---------------------------------------------------------------------------
 
     @property
