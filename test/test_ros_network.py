@@ -1,10 +1,14 @@
-"""mapping_node with a feed-forward network, over real DDS.
+"""Nodes with a feed-forward network, over real DDS.
 
-The weights are random, so poses mean nothing; parameters, windows, services and errors do.
+Where the weights are random, poses mean nothing; parameters, windows, services and errors do.
 """
 
+import hashlib
 import json
+import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from ros_support.harness import missing_ros
 
@@ -12,6 +16,7 @@ if missing_ros():
     pytest.skip(missing_ros(), allow_module_level=True)
 
 import torch
+import yaml
 from geometry_msgs.msg import PoseWithCovarianceStamped
 from rcl_interfaces.srv import SetParameters
 from rclpy.parameter import Parameter
@@ -19,8 +24,10 @@ from ros_support.camera import FakeCamera, stamps, walk
 from safetensors.torch import save_file
 from std_srvs.srv import SetBool, Trigger
 
+from feedforward_recon.geometry.transforms import inverse
 from feedforward_recon.model.configs import build
-from feedforward_recon.session.map_folder import load_map
+from feedforward_recon.ros.frames import T_BODY_OPTICAL
+from feedforward_recon.session.map_folder import MAP_MARKER, NETWORK, load_map
 
 QUICK = {'memory.slots': 8000, 'memory.cells': 2000, 'memory.samples': 20_000,
          'tf_wait_s': 0.2, 'info_wait_s': 0.5,
@@ -119,3 +126,53 @@ def test_what_cannot_be_configured_is_one_sentence(start_node, probe, weights, t
     # Nothing of this was lasting.
     assert all(r.successful for r in set_parameters(probe, model='tiny', anchors=2))
     assert probe.change_state('/mapping_node', 'configure', 60), node.output
+
+
+def with_empty_memory(folder, out):
+    """A copy of a map whose network has written nothing: all zero, and signed anew."""
+    shutil.copytree(folder, out)
+    written = load_map(folder).fast_weights()
+    replace(written, tensors={k: torch.zeros_like(t) for k, t in written.tensors.items()}
+            ).save(out / NETWORK)
+    described, data = yaml.safe_load((out / MAP_MARKER).read_text()), (out / NETWORK).read_bytes()
+    described['files'][NETWORK] = {'bytes': len(data), 'sha256': hashlib.sha256(data).hexdigest()}
+    (out / MAP_MARKER).write_text(yaml.safe_dump(described))
+    return out
+
+
+def test_localize_asks_what_the_network_wrote(start_node, probe, tmp_path):
+    """Mapped and saved by one process; another asks the fast weights alone, not the landmarks."""
+    frames = walk(7, 60)
+    shipped = {**QUICK, 'model': 'tiny-ttt', 'window': 8, 'map': tmp_path / 'map',
+               'queue': 'offline', 'queue_size': 100}
+    node = start_node('mapping_node', parameters=shipped)
+    camera = FakeCamera(probe)
+    assert camera.heard(), node.output
+    for frame in frames:
+        camera.send(frame)
+        probe.spin_for(0.1)
+    saved = probe.call(Trigger, '/mapping_node/save_map', timeout_s=60)
+    assert saved.success and NETWORK in load_map(tmp_path / 'map').info.files, saved.message
+    node.interrupt()
+    assert node.wait(10) == 0, node.output
+    asked = frames[20]
+    true = T_BODY_OPTICAL @ inverse(frames[0].T_map_cam) @ asked.T_map_cam
+    maps = {'map': True, with_empty_memory(tmp_path / 'map', tmp_path / 'empty').name: False}
+    for folder, is_found in maps.items():
+        node = start_node('localization_node', parameters={
+            **shipped, 'map': tmp_path / folder, 'localize_with': 'network'})
+        assert camera.heard(), node.output
+        camera.send(asked)
+        probe.spin_for(1.0)
+        reply = probe.call(Trigger, '/localize', timeout_s=30)
+        answer = json.loads(reply.message)
+        assert reply.success is is_found, answer
+        assert answer['asked'] == 'network'
+        if is_found:
+            assert answer['status'] == 'UNCERTAIN'
+            found = np.array(answer['pose']['position'])
+            assert np.linalg.norm(found - true[:3, 3]) < 0.7
+        else:
+            assert answer['reason'] == 'UNKNOWN_PLACE'
+        node.interrupt()
+        assert node.wait(10) == 0, node.output

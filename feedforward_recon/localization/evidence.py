@@ -15,7 +15,7 @@ from scipy.spatial import cKDTree
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.pnp import pnp_ransac
 from feedforward_recon.geometry.transforms import inverse, transform_points
-from feedforward_recon.localization.slot_search import Similarities
+from feedforward_recon.localization.slot_search import Similarities, paired_cosines
 from feedforward_recon.memory.scene_memory import SceneMemory
 from feedforward_recon.types import Features
 
@@ -139,8 +139,7 @@ def _explained(T_map_cam: np.ndarray, descriptors: np.ndarray, pixels: np.ndarra
                                           distance_upper_bound=2 * SAME_PLACE_PX)
     row, column = np.nonzero(np.isfinite(distance))
     slot = slot[near[row, column]]
-    alike = np.einsum('nd,nd->n', memory.descriptors.numpy()[slot],
-                      descriptors[row]) > ALIKE_AT_RIVAL
+    alike = paired_cosines(memory.descriptors.numpy(), slot, descriptors, row) > ALIKE_AT_RIVAL
     return row[alike], slot[alike]
 
 

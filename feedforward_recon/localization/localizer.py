@@ -1,6 +1,6 @@
 """``Localizer``: one image, one frozen memory -> a pose, or the reason why there is none.
 
-    features -> nearest slots -> robust PnP; if few agree, the network's points as well
+    features -> nearest slots -> robust PnP; if few agree, of all features, and of the network
              -> slots matched again around the pose, refinement -> accept or refuse
 
 The global candidates only have to be right often enough for the robust search; the accuracy
@@ -21,7 +21,7 @@ from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.pnp import PoseFit, pnp_ransac, refine_pose
 from feedforward_recon.geometry.transforms import inverse, transform_points
 from feedforward_recon.localization.evidence import Answer, holds, in_view, within
-from feedforward_recon.localization.slot_search import Similarities, SlotSearch
+from feedforward_recon.localization.slot_search import Similarities, SlotSearch, paired_cosines
 from feedforward_recon.memory.scene_memory import SceneMemory
 from feedforward_recon.model import Encoder
 from feedforward_recon.types import Estimate, Features, Frame, Status
@@ -139,6 +139,8 @@ class Localizer:
         slots, network = self._from_slots(features, similar), _no_matches()
         first = self._first_poses(slots, camera)
         if not any(fit.count > self.config.sure_share * len(slots) for fit in first):
+            first += self._first_poses(self._from_slots(
+                features, self._search.compare(features.descriptors)), camera)
             network = self._from_network(features)
             first += self._first_poses(network, camera)
         poses = [fit.T_map_cam for fit in first]
@@ -236,7 +238,7 @@ class Localizer:
         _, near = tree.query(pixels, NEIGHBOURS, distance_upper_bound=radius_px)
         row, column = np.nonzero(near < len(features))
         slot, feature = visible[row], near[row, column]
-        similarity = np.einsum('nd,nd->n', self._values[slot], features.descriptors[feature])
+        similarity = paired_cosines(self._values, slot, features.descriptors, feature)
         similar = similarity > self.config.rematch_similarity
         slot, feature, similarity = slot[similar], feature[similar], similarity[similar]
         best_of_feature, best_of_slot = np.zeros(len(features)), np.zeros(len(self._values))

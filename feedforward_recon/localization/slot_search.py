@@ -15,6 +15,7 @@ import torch
 # Slots of a region. Fewer make more maxima to compare, more make the regions that are looked into
 # larger: 128 to 512 cost the same within 1 ms of a query.
 REGION = 256
+GATHERED = 1024  # pairs of vectors that are compared at a time: 0.4 MB each side
 
 
 class SlotSearch:
@@ -31,7 +32,9 @@ class SlotSearch:
         # Slots as rows: twice as fast as the other way round, here and in the maxima.
         cosines = self._keys @ torch.from_numpy(queries).to(torch.bfloat16).T
         blocks = cosines.reshape(-1, REGION, len(queries))
-        return Similarities(self._slots, blocks, blocks.amax(1))
+        # Positive bfloat16 are ordered as their bits: as integers, maxima take a quarter.
+        best = blocks.view(torch.int16).amax(1).view(torch.bfloat16)
+        return Similarities(self._slots, blocks, best)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Similarities:
     """Cosines of Q features with the slots of R regions, exact to 0.004.
 
     slots: index [R * REGION] of the slot at each place; blocks: bfloat16 [R, REGION, Q]; best:
-    largest value of each region, bfloat16 [R, Q].
+    largest value of each region, bfloat16 [R, Q]; where none is positive, any of them.
     """
 
     slots: np.ndarray
@@ -65,6 +68,19 @@ class Similarities:
         inside = self.blocks[region, :, column[row]] >= limit[row, None]
         pair, place = torch.nonzero(inside, as_tuple=True)
         return row[pair].numpy(), self.slots[(region[pair] * REGION + place).numpy()]
+
+
+def paired_cosines(a: np.ndarray, rows: np.ndarray, b: np.ndarray, columns: np.ndarray
+                   ) -> np.ndarray:
+    """Cosines [N] of unit vectors a[rows[i]] and b[columns[i]].
+
+    A few at a time, so that what is gathered stays in the cache: a third of the time.
+    """
+    cosines = np.empty(len(rows), np.float32)
+    for start in range(0, len(rows), GATHERED):
+        part = slice(start, start + GATHERED)
+        np.einsum('nd,nd->n', a[rows[part]], b[columns[part]], out=cosines[part])
+    return cosines
 
 
 def by_region(points: np.ndarray, size: int) -> np.ndarray:

@@ -20,6 +20,9 @@ from feedforward_recon.types import Keyframe
 # The first three, and other values of them: docs/experiments.md, Slots.
 SEARCH_PX = 4.0  # around where a slot should be seen
 SAME_DESCRIPTOR = 0.75  # cosine, as tracking.match_similarity
+# While there is room, a landmark that looks this different gets another slot: a mean of what it
+# looks like from several sides is like none of them (docs/experiments.md, Views of a landmark).
+SAME_VIEW = 0.82
 # Share by which two depths of one point differ: twice the noise of a depth camera at 4 m.
 SAME_DEPTH = 0.03
 NEIGHBOURS = 4  # slots near a feature that are compared: few are within SEARCH_PX
@@ -142,7 +145,8 @@ class SlotTable:
         similarity = np.where(found & close, similarity, -1.0)
         best = similarity.argmax(1)
         rows = np.arange(len(known))
-        good = np.flatnonzero(similarity[rows, best] > SAME_DESCRIPTOR)
+        same = SAME_DESCRIPTOR if self.counts.all() else SAME_VIEW
+        good = np.flatnonzero(similarity[rows, best] > same)
         good = good[np.argsort(-similarity[good, best[good]], kind='stable')]
         slot, first = np.unique(near[good, best[good]], return_index=True)
         return known[good[first]], used[slot]

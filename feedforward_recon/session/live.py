@@ -271,7 +271,10 @@ class LiveSession:
         if on and self.mode == 'mapping':
             if self._map is None:
                 raise no_map_yet()
-            self._asked = self._frozen(self._map)
+            scene, landmarks = self._map.finished(), self._localizer()
+            if landmarks is not None and self._network.asks:
+                written = self._map.network_job(scene)(landmarks.memory.points)
+                self._asked = self._network.localizer(written, landmarks, 'the map made here')
         if not on and self._loaded is not None:
             self.load(self._loaded[0].path, extend=True)
             return f'mode is {self.mode}'
@@ -281,14 +284,6 @@ class LiveSession:
         self.mode = 'localization' if on else 'mapping'
         self._stream.forget()
         return f'mode is {self.mode}'
-
-    def _frozen(self, made: MapInProgress) -> NetworkLocalizer | None:
-        """Finish the map; what the network wrote of it can be asked from now on."""
-        scene, localizer = made.finished(), self._localizer()
-        if localizer is None or not self._network.asks:
-            return None
-        written = made.network_job(scene)(localizer.memory.points)
-        return self._network.localizer(written, localizer, 'the map made here')
 
     def set_camera(self, camera: Camera) -> str:
         """A calibration arrived after mapping began without; '' if that changes nothing."""

@@ -90,6 +90,13 @@ class WindowQueue:
         room = self.room(len(placement.anchors))
         return min(room, FIRST_VIEWS) if self.early and not placement.started else room
 
+    def is_due(self, placement: WindowPlacement, *, leaving: bool, final: bool) -> bool:
+        """Enough views wait. leaving: the camera leaves what is mapped; final: no view follows."""
+        fewest = self.wanted(placement)
+        if self.early and placement.started and leaving:
+            fewest = min(fewest, FEWEST_VIEWS)
+        return len(self.views) >= (1 if final else fewest)
+
     @property
     def window(self) -> Window | None:
         """What the network looks at."""
@@ -249,13 +256,6 @@ class WindowPoses:
         """The first window; '' once it is in the map."""
         return '' if len(map_) else self.progress
 
-    def _is_due(self, *, final: bool) -> bool:
-        fewest = self._queue.wanted(self._placement)
-        if self._queue.early and self._placement.started and self._follower.is_leaving \
-                and self._overlaps:
-            fewest = min(fewest, FEWEST_VIEWS)
-        return len(self._queue.views) >= (1 if final else fewest)
-
     def work(self, mapper: MapExtension, map_: GrowingMap, *, wait: bool, final: bool) -> bool:
         """One piece of what is due; False when nothing is, or when only waiting would help.
 
@@ -270,7 +270,8 @@ class WindowPoses:
             self._insert(mapper, map_, self._arrived.popleft())
             if not self._arrived:
                 self._end_window(mapper, map_)
-        elif self._is_due(final=final):
+        elif self._queue.is_due(self._placement, final=final,
+                                leaving=self._follower.is_leaving and self._overlaps):
             self._queue.send(self._next_window(mapper))
         else:
             return False
