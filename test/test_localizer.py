@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from feedforward_recon.config.schema import LocalizerConfig, MemoryConfig
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.transforms import pose_error, se3_exp
 from feedforward_recon.localization.localizer import Localizer
+from feedforward_recon.localization.slot_search import SlotSearch
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.types import Features, Frame, Status
 
@@ -70,6 +73,23 @@ def test_half_wrong_matches_do_not_move_the_pose(localizer):
     distance, angle_deg = pose_error(estimate.T_map_cam, pose)
     assert distance < 0.02
     assert angle_deg < 0.4
+
+
+def test_where_few_of_the_surest_features_agree_all_are_asked(memory, monkeypatch):
+    """And nowhere else: it costs as much as all the rest."""
+    scene, pose = OracleScene.generate(0), poses_around(1, seed=50)[0]
+    features, _ = scene.features(pose, seed=1000)
+    asked, compare = [], SlotSearch.compare
+    monkeypatch.setattr(SlotSearch, 'compare', lambda self, queries: (
+        asked.append(len(queries)), compare(self, queries))[1])
+    localizer = Localizer(memory, StubEncoder(), replace(CONFIG, slot_queries=100))
+    for wrong, expected in ((0, [100]), (92, [100, len(features)])):
+        descriptors = features.descriptors.copy()
+        descriptors[:wrong] = unit(np.random.default_rng(0).normal(size=(wrong, DIM)))
+        asked.clear()
+        found = localizer.localize_features(replace(features, descriptors=descriptors), CAMERA)
+        assert asked == expected
+        assert pose_error(found.estimate.T_map_cam, pose)[0] < 0.02
 
 
 @pytest.mark.parametrize('seed', range(5))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from oracle import DIM, OracleScene, poses_around, shifted
+from oracle import DIM, OracleScene, poses_around, shifted, unit
 from safetensors.torch import save_file
 
 from feedforward_recon.config.schema import MemoryConfig
@@ -15,6 +15,7 @@ from feedforward_recon.errors import MapError
 from feedforward_recon.geometry.transforms import se3_exp, transform_points
 from feedforward_recon.memory import MemoryWriter, SceneMemory
 from feedforward_recon.memory.coordinate_network import ENOUGH
+from feedforward_recon.memory.slots import SAME_DESCRIPTOR, SAME_VIEW
 
 SMALL = MemoryConfig(slots=1000, cells=20_000, samples=10_000)
 FEW_SLOTS = replace(SMALL, slots=300)
@@ -129,6 +130,21 @@ def test_repeated_views_fuse_instead_of_filling_the_table():
         writer.write(scene.keyframe(index, np.eye(4)))
     counts = writer.slots.counts
     assert (counts == 6).sum() > 0.9 * (counts > 0).sum()
+
+
+@pytest.mark.parametrize('has_room', [True, False])
+def test_a_landmark_that_looks_different_gets_another_slot_while_there_is_room(has_room):
+    first = OracleScene.generate(0).keyframe(0, np.eye(4))
+    before, count = first.features.descriptors, len(first.features)
+    other = np.roll(before, 1, axis=0)
+    other = unit(other - np.sum(other * before, 1, keepdims=True) * before)
+    cosine = (SAME_DESCRIPTOR + SAME_VIEW) / 2
+    turned = unit(cosine * before + np.sqrt(1 - cosine**2) * other)
+    writer = MemoryWriter(replace(SMALL, slots=2 * count if has_room else count), DIM)
+    writer.write(first)
+    writer.write(replace(first, id=1, features=replace(first.features, descriptors=turned)))
+    counts = writer.slots.counts
+    assert (counts == (1 if has_room else 2)).all()
 
 
 def test_a_full_table_keeps_what_was_seen_often():

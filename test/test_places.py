@@ -10,7 +10,12 @@ from oracle import CAMERA, DIM, OracleScene, poses_around, unit
 from feedforward_recon.config.schema import LocalizerConfig, MemoryConfig
 from feedforward_recon.geometry.transforms import pose_error, se3_exp
 from feedforward_recon.localization.localizer import Localizer
-from feedforward_recon.localization.slot_search import SlotSearch, by_region
+from feedforward_recon.localization.slot_search import (
+    GATHERED,
+    SlotSearch,
+    by_region,
+    paired_cosines,
+)
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.synthetic.office import aisle_walk, office
 from feedforward_recon.types import Status
@@ -152,6 +157,15 @@ def test_the_search_finds_the_nearest_slots_and_all_that_are_alike():
     limit = np.maximum(cosines[asked].max(1) - 0.4, 0.4)[:, None]
     assert set(zip(*np.nonzero(cosines[asked] > limit + 0.01), strict=True)) <= found
     assert found <= set(zip(*np.nonzero(cosines[asked] > limit - 0.01), strict=True))
+
+
+def test_cosines_of_pairs_are_those_of_the_vectors():
+    rng = np.random.default_rng(0)
+    a, b = unit(rng.normal(size=(300, DIM))), unit(rng.normal(size=(200, DIM)))
+    rows, columns = rng.integers(300, size=GATHERED + 77), rng.integers(200, size=GATHERED + 77)
+    np.testing.assert_allclose(paired_cosines(a, rows, b, columns),
+                               (a @ b.T)[rows, columns], atol=1e-6)
+    assert not len(paired_cosines(a, rows[:0], b, columns[:0]))
 
 
 @pytest.mark.parametrize('count', [0, 1, 256, 1000])
