@@ -26,7 +26,7 @@ from feedforward_recon.memory.keys import Keys
 STEPS_PER_UNIT = 1024  # of points: a millimetre
 # Points beyond 16 km of the origin are written there: sums of the squares of ten thousand fit.
 FARTHEST = 2**24
-PROBES = 4  # cells of each table that are read
+PROBES = 6  # cells of each table that are read
 # In typical depths: cells that spread farther say nothing; what agrees with each other is nearer;
 # spread within which a cell is as good as exact. These, PROBES and others: docs/experiments.md, A
 # coordinate network that is written once.
