@@ -20,7 +20,14 @@ from feedforward_recon.memory.coordinate_network import (
     agreed,
     quantise_weights,
 )
-from feedforward_recon.memory.keys import CODES, TABLES, keys_for, load_keys, random_keys
+from feedforward_recon.memory.keys import (
+    CANDIDATES,
+    CODES,
+    TABLES,
+    keys_for,
+    load_keys,
+    random_keys,
+)
 from feedforward_recon.memory.network_writer import PER_KEYFRAME, NetworkWriter, fair_share
 from feedforward_recon.memory.scene_memory import box_around, quantise_points
 from feedforward_recon.types import Keyframe
@@ -330,11 +337,12 @@ def test_the_first_probe_is_what_is_written():
                                       KEYS.places(descriptors, 1, cells)[..., 0])
 
 
-def test_probes_are_the_best_pairs_of_codes():
+def test_probes_are_the_best_pairs_of_the_best_codes():
     """Against all pairs of a table, one by one; many cells keep most pairs apart."""
     descriptors, cells = unit(np.random.default_rng(2).normal(size=(20, DIM))), 1 << 30
     weight, bias = KEYS.weight.numpy().astype(float), KEYS.bias.numpy()
     halves = np.einsum('nd,thcd->nthc', descriptors, weight) + bias
+    halves[halves < np.sort(halves, axis=-1)[..., -CANDIDATES, None]] = -np.inf
     pairs = (halves[:, :, 0, :, None] + halves[:, :, 1, None, :]).reshape(20, KEYS.tables, -1)
     best = np.argsort(-pairs, axis=-1)[..., :PROBES]
     every_pair = {int(pair): CODES * (int(pair) // CODES) + int(pair) % CODES

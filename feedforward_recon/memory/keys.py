@@ -26,7 +26,8 @@ KEYS_FILE = 'keys.safetensors'
 # Two halves of 256 codes name as many cells as 16 bits do; of the tables a memory takes as many as
 # its size is worth. Measured: docs/memory.md, Tables.
 HALVES, CODES, TABLES = 2, 256, 8
-# Codes of each half of which pairs are formed: the best `probes` pairs are hardly ever others.
+# Codes of each half of which pairs are formed. The best four pairs are hardly ever others; of the
+# best six some are, but six codes take twice the time.
 CANDIDATES = 4
 # Spreads the pairs over fewer cells as if by chance (Knuth's multiplicative hash).
 SPREAD = 2_654_435_761
