@@ -23,7 +23,7 @@ CONFIG = NodeConfig(model='tiny-ttt', window=8, anchors=2)
 @pytest.fixture(scope='module')
 def frames():
     room = Room.generate(SEED)
-    return list(render_walk(room, CAMERA, room.walk(240, seed=0, fps=FPS)[:60], fps=FPS,
+    return list(render_walk(room, CAMERA, room.walk(240, seed=0, fps=FPS)[:45], fps=FPS,
                             noise=1.0, seed=1))
 
 

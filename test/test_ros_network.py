@@ -142,7 +142,7 @@ def with_empty_memory(folder, out):
 
 def test_localize_asks_what_the_network_wrote(start_node, probe, tmp_path):
     """Mapped and saved by one process; another asks the fast weights alone, not the landmarks."""
-    frames = walk(7, 60)
+    frames = walk(7, 40)
     shipped = {**QUICK, 'model': 'tiny-ttt', 'window': 8, 'map': tmp_path / 'map',
                'queue': 'offline', 'queue_size': 100}
     node = start_node('mapping_node', parameters=shipped)
@@ -150,7 +150,7 @@ def test_localize_asks_what_the_network_wrote(start_node, probe, tmp_path):
     assert camera.heard(), node.output
     for frame in frames:
         camera.send(frame)
-        probe.spin_for(0.1)
+        probe.spin_for(0.05)
     saved = probe.call(Trigger, '/mapping_node/save_map', timeout_s=60)
     assert saved.success and NETWORK in load_map(tmp_path / 'map').info.files, saved.message
     node.interrupt()

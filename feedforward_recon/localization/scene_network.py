@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from feedforward_recon.errors import DegenerateError, MapError
+from feedforward_recon.errors import DegenerateError, InputError, MapError
 from feedforward_recon.geometry.transforms import spanning_poses
 from feedforward_recon.localization.localizer import Localizer
 from feedforward_recon.localization.network_localizer import (
@@ -120,7 +120,7 @@ class NetworkMemory:
         try:
             keyframes, others = _frames_of(scene, frames, unit, kept)
             state, link = write_keyframes(self._scene_network(), keyframes, others, points, unit)
-        except (DegenerateError, MemoryError) as problem:
+        except (DegenerateError, InputError, MemoryError) as problem:
             log.warning('the map goes without fast weights of the network: %s', problem)
             return None
         if not link.recognised:
