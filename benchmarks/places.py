@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.localisation import memories, nbytes
 from benchmarks.ours import Answerer, map_frames
+from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import pose_error
 from feedforward_recon.synthetic import Room, render_walk
@@ -22,21 +25,24 @@ CAMERA = Camera.from_fov(65.0, (640, 480))
 
 def run() -> Iterator[tuple[str, dict[str, Any]]]:
     """Offices in which all is alike, then those in which only the furniture is."""
+    default = MapperConfig()
+    network = dataclasses.replace(default, memory=memories(nbytes(default.memory))['hybrid'])
     for label, same_things in (('all alike', True), ('like furniture', False)):
-        rows = [_office(seed, same_things) for seed in SEEDS]
-        for kind in rows[0]:
-            counts = [row[kind] for row in rows]
-            yield f'office, {label} | {kind}', {
-                key: sum(count[key] for count in counts) for key in counts[0]}
+        for suffix, config in (('', default), (', with network', network)):
+            rows = [_office(seed, same_things, config) for seed in SEEDS]
+            for kind in rows[0]:
+                counts = [row[kind] for row in rows]
+                yield f'office, {label} | {kind}{suffix}', {
+                    key: sum(count[key] for count in counts) for key in counts[0]}
 
 
-def _office(seed: int, same_things: bool) -> dict[str, dict[str, int]]:
+def _office(seed: int, same_things: bool, config: MapperConfig) -> dict[str, dict[str, int]]:
     """Map the left half of an office and ask for views of both halves."""
     room = office(seed, same_things=same_things)
     walk = aisle_walk(room, MAPPED, seed=0)
     left = [pose for pose in walk if pose[0, 3] < 0]
     right = [pose for pose in walk if pose[0, 3] > BEYOND_M]
-    answer = Answerer(map_frames(_views(room, left), given_poses=True))
+    answer = Answerer(map_frames(_views(room, left), config, given_poses=True))
     return {'between mapped views': answered(answer, _views(room, room.held_out_views(
                 left, QUERIES, seed=3))),
             'cubicles not mapped': answered(answer, _views(room, room.held_out_views(

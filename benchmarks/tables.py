@@ -216,7 +216,8 @@ SECTIONS = (
     ('Repeated office', ('repeated_office',),
      {'queries': number('queries', 0), 'answered': number('answered', 0),
       'wrong': number('wrong', 0)},
-     'Two rendered offices of eight like cubicles each, of which four are mapped with true poses. '
+     'Two rendered offices of eight like cubicles each, of which four are mapped with true poses; '
+     'with the default memory, and with a network beside slots at the same bytes. '
      'Wrong: more than 20 cm or 10 degrees off. Where nothing but what the map has several times '
      'is in view, no answer is right.'),
     ('Law of fixed memory', ('memory_law',),

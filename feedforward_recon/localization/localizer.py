@@ -1,7 +1,8 @@
 """``Localizer``: one image, one frozen memory -> a pose, or the reason why there is none.
 
     features -> nearest slots -> robust PnP; if few agree, of all features, and of the network
-             -> slots matched again around the pose, refinement -> accept or refuse
+             -> slots matched again around the pose, refinement -> accept or refuse;
+                where the map has it in several places, a network that is sure may decide
 
 The global candidates only have to be right often enough for the robust search; the accuracy
 comes from projecting all slots with the first pose and matching again in the neighbourhood.
@@ -32,6 +33,9 @@ ELSEWHERE = 4.0  # times search_px, 32 px: a pose that moves the view by more is
 # Expected error of a right point of the coordinate network: NETWORK_PX over the root of its votes,
 # no less than MIN_NETWORK_PX. Below MIN_VOTES hardly any is right (docs/memory.md, Calibration).
 NETWORK_PX, MIN_NETWORK_PX, MIN_VOTES = 4.0, 1.5, 0.5
+# Answers of the network that there must be, and the share of them that must agree on a pose, for
+# it to tell places apart that slots cannot: docs/experiments.md, The network tells places apart.
+MIN_JUDGES, JUDGE_SHARE = 60, 0.6
 OUTLIER_SIGMAS = 3.0  # expected errors; 99.7 % of normal errors are smaller
 # A refinement that moves the view by less finds the same matches again: a quarter of the time of a
 # query, as accurate (docs/experiments.md, Speed of the online loop and of a query).
@@ -163,11 +167,30 @@ class Localizer:
             if len(self._values) and not holds(answer, features, self.memory, camera,
                                                ELSEWHERE * self.config.search_px,
                                                self.config.seed):
-                return _refused(replace(estimate, status=Status.NOT_LOCALISED, T_map_cam=None,
-                                        covariance=None, reason='AMBIGUOUS'))
+                estimate = replace(estimate, status=Status.NOT_LOCALISED, T_map_cam=None,
+                                   covariance=None, reason='AMBIGUOUS')
+        if estimate.reason == 'AMBIGUOUS':
+            return self._told_apart(features, camera) or _refused(estimate)
         if estimate.T_map_cam is None:
             return _refused(estimate)
         return MatchedEstimate(estimate, matches)
+
+    def _told_apart(self, features: Features, camera: Camera) -> MatchedEstimate | None:
+        """The pose that the network is sure of, where slots find the same things in many places.
+
+        It is silent about what the map has more than once. So its answers rarely meet on a pose
+        where the camera was not; where most of them do, they know this place from its likes.
+        """
+        network = self._from_network(features) if len(self._values) else _no_matches()
+        fits = self._first_poses(network, camera) if len(network) >= MIN_JUDGES else []
+        if not fits or fits[0].count < JUDGE_SHARE * len(network):
+            return None
+        start = fits[0].T_map_cam
+        fit, matches = self._refined(start, features, network, camera)
+        estimate = self._judged(fit, network, camera)
+        if estimate.T_map_cam is None or not self.same_place(start, fit.T_map_cam, camera):
+            return None
+        return MatchedEstimate(estimate, matches.select(np.flatnonzero(fit.inliers)))
 
     def _from_network(self, features: Features) -> Matches:
         """The answers of the coordinate network with the most votes."""
