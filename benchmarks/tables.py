@@ -207,8 +207,7 @@ SECTIONS = (
      'alone, written once from the same keyframes with given poses. Found: within 5 cm and 5 '
      'degrees. Wrong: an answer more than 20 cm or 10 degrees off. Building: rendered rooms that '
      'share one memory; the first room is asked for after the last one was written. Write: CPU of '
-     'a keyframe; '
-     'search: of a query, after its image was encoded.'),
+     'a keyframe; search: of a query, after its image was encoded.'),
     ('Wrong places', ('wrong_places',), {'images': number('images', 0),
                                          'accepted': number('accepted', 0)},
      'Images of other scenes, photos and rendered rooms against the memory of the kitchen; each '

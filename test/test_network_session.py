@@ -1,5 +1,6 @@
 """A session that maps with a network and asks its own memory: the shipped ``tiny-ttt``."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from feedforward_recon.localization.scene_network import NetworkMemory
 from feedforward_recon.session.live import session_of
 from feedforward_recon.session.map_folder import NETWORK
 from feedforward_recon.synthetic import Room, render_walk
-from feedforward_recon.types import Status
+from feedforward_recon.types import Estimate, Status
 
 # A room that this small network finds its way in, roughly (docs/experiments.md).
 SEED, NEAR_M, NEAR_DEG = 7, 0.7, 15.0
@@ -88,11 +89,21 @@ def test_what_is_asked_follows_the_settings(frames, saved, monkeypatch):
     assert asked['landmarks'].locate(shown(frames[20])).status is Status.TRACKING
     # The landmarks decide, with the pose of the network as their hint.
     hints = []
+    refused = Estimate(0, Status.NOT_LOCALISED, reason='TOO_FEW_INLIERS')
     monkeypatch.setattr('feedforward_recon.localization.localizer.Localizer.localize',
-                        lambda _, frame, hint=None: hints.append(hint))
-    with pytest.raises(TypeError):
-        asked['auto'].locate(shown(frames[20]))
+                        lambda _, frame, hint=None: (hints.append(hint), refused)[1])
+    assert asked['auto'].locate(shown(frames[20])).reason == refused.reason
     assert_near(hints[0], frames[20])
+
+
+def test_landmarks_alone_need_nothing_of_what_the_network_wrote(frames, saved, tmp_path):
+    folder = shutil.copytree(saved.path, tmp_path / 'map')
+    (folder / NETWORK).unlink()
+    for config in (NodeConfig(), replace(CONFIG, localize_with='landmarks')):
+        session = session_of(replace(config, mode='localization', map=str(folder)))
+        assert session.locate(shown(frames[20])).status is Status.TRACKING
+    with pytest.raises(MapError, match=NETWORK):
+        session_of(replace(CONFIG, mode='localization', map=str(folder)))
 
 
 def test_settings_of_the_localizer_reach_the_landmarks_that_decide(saved):

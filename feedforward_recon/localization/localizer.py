@@ -65,11 +65,6 @@ class Matches:
     def __len__(self) -> int:
         return len(self.feature)
 
-    def joined(self, other: Matches) -> Matches:
-        """Both sets of candidates."""
-        return Matches(*(np.concatenate([getattr(self, name), getattr(other, name)])
-                         for name in ('points', 'pixels', 'feature', 'sigma_px')))
-
     def select(self, index: np.ndarray) -> Matches:
         """Candidates at ``index``."""
         return Matches(self.points[index], self.pixels[index], self.feature[index],
@@ -143,8 +138,9 @@ class Localizer:
         slots, network = self._from_slots(features, similar), _no_matches()
         first = self._first_poses(slots, camera)
         if not any(fit.count > self.config.sure_share * len(slots) for fit in first):
-            first += self._first_poses(self._from_slots(
-                features, self._search.compare(features.descriptors)), camera)
+            if len(features) > self.config.slot_queries:
+                first += self._first_poses(self._from_slots(
+                    features, self._search.compare(features.descriptors)), camera)
             network = self._from_network(features)
             first += self._first_poses(network, camera)
         poses = [fit.T_map_cam for fit in first]
@@ -170,18 +166,22 @@ class Localizer:
                 estimate = replace(estimate, status=Status.NOT_LOCALISED, T_map_cam=None,
                                    covariance=None, reason='AMBIGUOUS')
         if estimate.reason == 'AMBIGUOUS':
-            return self._told_apart(features, camera) or _refused(estimate)
+            return self._told_apart(features, network, camera) or _refused(estimate)
         if estimate.T_map_cam is None:
             return _refused(estimate)
         return MatchedEstimate(estimate, matches)
 
-    def _told_apart(self, features: Features, camera: Camera) -> MatchedEstimate | None:
+    def _told_apart(self, features: Features, network: Matches, camera: Camera
+                    ) -> MatchedEstimate | None:
         """The pose that the network is sure of, where slots find the same things in many places.
 
+        network: its answers, if it was asked already.
         It is silent about what the map has more than once. So its answers rarely meet on a pose
         where the camera was not; where most of them do, they know this place from its likes.
         """
-        network = self._from_network(features) if len(self._values) else _no_matches()
+        if not len(self._values):
+            return None
+        network = network if len(network) else self._from_network(features)
         fits = self._first_poses(network, camera) if len(network) >= MIN_JUDGES else []
         if not fits or fits[0].count < JUDGE_SHARE * len(network):
             return None
@@ -280,8 +280,8 @@ class Localizer:
         """Accept the pose, or refuse it with a reason: inlier ratio, and that of a second pose.
 
         The score counts the *unguided* candidates that agree: guided matches lie near the
-        pose by construction and would flatter it. Beside slots the network does not count: it
-        answers everywhere, and its errors are correlated.
+        pose by construction and would flatter it. Beside slots the network does not count, unless
+        it tells places apart: it answers everywhere, and its errors are correlated.
         """
         config = self.config
         if not len(candidates):

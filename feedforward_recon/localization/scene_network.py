@@ -11,6 +11,7 @@ import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -99,8 +100,9 @@ class NetworkMemory:
 
     def __init__(self, predictor: NetworkPredictor, model: str, weights: str = '',
                  turn: AbstractContextManager[Any] | None = None) -> None:
-        self._predictor, self._weights, self._turn = predictor, weights, turn
+        self._predictor, self._turn = predictor, turn
         self._model = ALIASES.get(model, model)
+        self._name = weights or self._model
 
     @property
     def unsupported(self) -> str:
@@ -128,10 +130,9 @@ class NetworkMemory:
                         '%.0f degrees off, its depth confirms %.0f %% of the landmarks): it will '
                         'refuse queries', link.position, np.rad2deg(link.angle),
                         100 * link.agreement)
-        name = self._weights or self._model
+        name = '' if is_path(self._name) else self._name
         tensors = {key: t.detach().cpu().contiguous() for key, t in state.tensors().items()}
-        return SavedFastWeights(self._model, self._attention, '' if is_path(name) else name,
-                                file_sha256(find_weights(name)), link, tensors)
+        return SavedFastWeights(self._model, self._attention, name, self._sha256, link, tensors)
 
     def localizer(self, saved: SavedFastWeights, points: FloatArray,
                   refiner: Localizer | None = None) -> NetworkLocalizer:
@@ -140,18 +141,21 @@ class NetworkMemory:
         Raises MapError for fast weights that another network wrote.
         """
         _check_model(saved, self._model)
-        file = find_weights(self._weights or self._model)
-        sha256 = file_sha256(file)
-        if sha256 != saved.sha256:
+        if self._sha256 != saved.sha256:
             raise MapError(f'expected weights of {saved.model} with SHA-256 {saved.sha256[:12]}, '
-                           f'which wrote those of this map, found {sha256[:12]} in {file}; give '
-                           'those as weights, or map again')
+                           f'which wrote those of this map, found {self._sha256[:12]} in '
+                           f'{find_weights(self._name)}; give those as weights, or map again')
         if self._attention != saved.attention:
             raise MapError(f'expected {saved.attention} attention, which wrote the fast weights '
                            f'of this map, found {self._attention}; choose that, or map again')
         network = self._scene_network()
         return NetworkLocalizer(network, network.state_from(saved.tensors), saved.link, points,
                                 refiner)
+
+    @cached_property
+    def _sha256(self) -> str:
+        """Of the weights; reading gigabytes once is enough."""
+        return file_sha256(find_weights(self._name))
 
     @property
     def _attention(self) -> str:

@@ -236,7 +236,8 @@ class LiveSession:
         encoder = saved.load_encoder()
         if not extend:
             localizer = Localizer(saved.memory, encoder, self.config.localizer, saved.info.camera)
-            asked = self._network.localizer(saved.fast_weights(), localizer, str(saved.path))
+            written = saved.fast_weights() if self._network.asks else None
+            asked = self._network.localizer(written, localizer, str(saved.path))
             self._clear()
             self.mode, self.encoder, self._loaded = 'localization', encoder, (saved, localizer)
             self._asked = asked
