@@ -108,8 +108,7 @@ class Answerer:
 
     def __call__(self, frame: Frame) -> np.ndarray | None:
         """T_map_cam [4, 4], or None when the localizer refuses."""
-        with one_thread():  # as in the nodes and the command
-            T_map_cam = self._localizer.localize(frame).T_map_cam
+        T_map_cam = self._localizer.localize(frame).T_map_cam
         if T_map_cam is None or self._to_truth is None:
             return T_map_cam
         return self._to_truth.apply_to_poses(T_map_cam)

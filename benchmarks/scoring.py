@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import Clock
+from feedforward_recon.console.threads import one_thread
 from feedforward_recon.errors import DegenerateError, InputError
 from feedforward_recon.evaluation import absolute_trajectory_error, localisation_score
 from feedforward_recon.types import Frame, Trajectory
@@ -122,10 +123,11 @@ def localisation_entry(localise: Callable[[Frame], np.ndarray | None], queries: 
                        nbytes: int, mapping: Clock) -> dict[str, Any]:
     """Score and median time of a query on frames with true poses."""
     clocks, answers = [], []
-    for frame in queries:
-        clock = Clock()
-        answers.append(localise(frame))
-        clocks.append(clock.stop())
+    with one_thread():  # as in the nodes and the command
+        for frame in queries:
+            clock = Clock()
+            answers.append(localise(frame))
+            clocks.append(clock.stop())
     truth = np.stack([f.T_map_cam for f in queries if f.T_map_cam is not None])
     return {**dataclasses.asdict(localisation_score(answers, truth)), 'nbytes': nbytes,
             'query_ms': 1e3 * float(np.median([clock.seconds for clock in clocks])),

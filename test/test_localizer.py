@@ -59,6 +59,19 @@ def test_held_out_views_are_found(localizer):
         assert estimate.score > 0.5 > estimate.runner_up
 
 
+def test_what_was_seen_once_is_found_where_what_was_confirmed_is_not(memory):
+    pose = poses_around(1, seed=77)[0]
+    features, _ = OracleScene.generate(0).features(pose, seed=5)
+    localizer = Localizer(memory, StubEncoder(), CONFIG)
+    expected = localizer.localize_features(features, CAMERA).estimate.T_map_cam
+    shown = localizer._searches[-1].compare(features.descriptors).nearest()
+    counts = torch.full_like(memory.slot_counts, 2) * (memory.slot_counts > 0)
+    counts[memory.occupied[shown]] = 1
+    localizer = Localizer(replace(memory, slot_counts=counts), StubEncoder(), CONFIG)
+    assert np.array_equal(localizer.localize_features(features, CAMERA).estimate.T_map_cam,
+                          expected)
+
+
 def test_half_wrong_matches_do_not_move_the_pose(localizer):
     scene = OracleScene.generate(0)
     pose = poses_around(1, seed=77)[0]

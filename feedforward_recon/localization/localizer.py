@@ -37,7 +37,7 @@ NETWORK_PX, MIN_NETWORK_PX, MIN_VOTES = 4.0, 1.5, 0.5
 # it to tell places apart that slots cannot: docs/experiments.md, The network tells places apart.
 MIN_JUDGES, JUDGE_SHARE = 60, 0.6
 OUTLIER_SIGMAS = 3.0  # expected errors; 99.7 % of normal errors are smaller
-# A refinement that moves the view by less finds the same matches again: a quarter of the time of a
+# A pose that moves the view by less finds the same matches again: a quarter of the time of a
 # query, as accurate (docs/experiments.md, Speed of the online loop and of a query).
 CONVERGED_PX = 2.0
 # Times the depth within which so many percent of the matches without a pose are: beyond it are
@@ -91,7 +91,8 @@ class Localizer:
         self.memory, self.encoder, self.camera = memory, encoder, camera
         self.config = config or LocalizerConfig()
         # Half precision finds the nearest slots; what is decided from them is exact.
-        self._search = SlotSearch(memory.descriptors, memory.points)
+        self._searches = [SlotSearch(memory.descriptors, memory.points, among)
+                          for among in _stages(memory)]
         self._values = memory.descriptors.numpy()
 
     def localize(self, frame: Frame, T_map_cam_hint: np.ndarray | None = None) -> Estimate:
@@ -134,17 +135,9 @@ class Localizer:
         """``localize_matched`` of an encoded image (stamp, source and latency are left empty)."""
         if len(features) < self.config.min_inliers:
             return _refused(_refusal('TOO_FEW_FEATURES'))
-        similar = self._search.compare(features.descriptors[:self.config.slot_queries])
-        slots, network = self._from_slots(features, similar), _no_matches()
-        first = self._first_poses(slots, camera)
-        if not any(fit.count > self.config.sure_share * len(slots) for fit in first):
-            if len(features) > self.config.slot_queries:
-                first += self._first_poses(self._from_slots(
-                    features, self._search.compare(features.descriptors)), camera)
-            network = self._from_network(features)
-            first += self._first_poses(network, camera)
-        poses = [fit.T_map_cam for fit in first]
+        similar, slots, network, poses = self._candidates(features, camera)
         poses += [] if T_map_cam_hint is None else [T_map_cam_hint]
+        poses = self._distinct(poses, camera)
         if not poses:
             return _refused(_refusal('NO_CONSISTENT_POSE'))
         known = slots if len(self._values) else network
@@ -170,6 +163,35 @@ class Localizer:
         if estimate.T_map_cam is None:
             return _refused(estimate)
         return MatchedEstimate(estimate, matches)
+
+    def _candidates(self, features: Features, camera: Camera
+                    ) -> tuple[Similarities, Matches, Matches, list[np.ndarray]]:
+        """What is like the features, of slots and of the network, and the poses that it gives.
+
+        The confirmed slots first, then all, then all features and the network, until enough
+        agree: most images need a third of the work.
+        """
+        first: list[PoseFit] = []
+        for search in self._searches:
+            similar = search.compare(features.descriptors[:self.config.slot_queries])
+            slots = self._from_slots(features, similar)
+            first += self._first_poses(slots, camera)
+            if any(fit.count > self.config.sure_share * len(slots) for fit in first):
+                return similar, slots, _no_matches(), [fit.T_map_cam for fit in first]
+        if len(features) > self.config.slot_queries:
+            first += self._first_poses(self._from_slots(
+                features, self._searches[-1].compare(features.descriptors)), camera)
+        network = self._from_network(features)
+        first += self._first_poses(network, camera)
+        return similar, slots, network, [fit.T_map_cam for fit in first]
+
+    def _distinct(self, poses: list[np.ndarray], camera: Camera) -> list[np.ndarray]:
+        """The poses without those that are refined to the same as one before them."""
+        distinct: list[np.ndarray] = []
+        for pose in poses:
+            if all(self.shift_px(other, pose, camera) > CONVERGED_PX for other in distinct):
+                distinct.append(pose)
+        return distinct
 
     def _told_apart(self, features: Features, network: Matches, camera: Camera
                     ) -> MatchedEstimate | None:
@@ -309,6 +331,16 @@ class Localizer:
         other = pnp_ransac(rest.points, rest.pixels, camera, config.search_px, config.seed,
                            config.search_iterations // 4)
         return 0 if other is None else other.count
+
+
+def _stages(memory: SceneMemory) -> list[np.ndarray]:
+    """Slots [N] that are searched first and, where those do not suffice, next.
+
+    Slots seen more than once answer most images, with half of the work, once they are the most.
+    """
+    every = np.arange(len(memory.points))
+    confirmed = np.flatnonzero(memory.slot_counts.numpy()[memory.occupied] > 1)
+    return [confirmed, every] if len(every) / 2 < len(confirmed) < len(every) else [every]
 
 
 def _slot_sigma_px(similarity: np.ndarray) -> np.ndarray:

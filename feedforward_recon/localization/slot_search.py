@@ -19,16 +19,19 @@ GATHERED = 1024  # pairs of vectors that are compared at a time: 0.4 MB each sid
 
 
 class SlotSearch:
-    """Descriptors of all slots [V, D] in half precision, ordered by region of the map."""
+    """Descriptors of slots in half precision, ordered by region of the map.
 
-    def __init__(self, descriptors: torch.Tensor, points: np.ndarray) -> None:
-        ordered = by_region(points, REGION)
+    descriptors [V, D] and points [V, 3] of all slots; among: index [N] of those that are searched.
+    """
+
+    def __init__(self, descriptors: torch.Tensor, points: np.ndarray, among: np.ndarray) -> None:
+        ordered = among[by_region(points[among], REGION)]
         # The last region is filled up with its last slot.
         self._slots = np.concatenate([ordered, ordered[-1:].repeat(-len(ordered) % REGION)])
         self._keys = descriptors[torch.from_numpy(self._slots)].to(torch.bfloat16)
 
     def compare(self, queries: np.ndarray) -> Similarities:
-        """Cosines of descriptors [Q, D] with all slots."""
+        """Cosines of descriptors [Q, D] with the slots."""
         # Slots as rows: twice as fast as the other way round, here and in the maxima.
         cosines = self._keys @ torch.from_numpy(queries).to(torch.bfloat16).T
         blocks = cosines.reshape(-1, REGION, len(queries))
