@@ -69,8 +69,9 @@ class LocalizerConfig:
     search_px: float = option(8.0, 'agreement threshold of the robust search', low=0.5,
                               high=50.0, unit='px')
     search_iterations: int = option(500, 'samples of the robust search', low=10, high=100_000)
-    sure_share: float = option(0.15, 'all features are compared, and the network is asked, unless '
-                               'this share of the slot matches agrees with one pose', low=0.0,
+    sure_share: float = option(0.15, 'landmarks seen once, then all features are compared, and the '
+                               'network is asked, unless this share of the matches agrees '
+                               'with one pose', low=0.0,
                                high=1.0)
     rematch_radius: float = option(0.03, 'radius of the guided re-matching, as a share of the '
                                    'image width', low=0.005, high=0.5)

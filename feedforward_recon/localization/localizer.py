@@ -1,6 +1,7 @@
 """``Localizer``: one image, one frozen memory -> a pose, or the reason why there is none.
 
-    features -> nearest slots -> robust PnP; if few agree, of all features, and of the network
+    features -> nearest confirmed slots -> robust PnP; if few agree, of all slots and features,
+                                          and of the network
              -> slots matched again around the pose, refinement -> accept or refuse;
                 where the map has it in several places, a network that is sure may decide
 
