@@ -18,9 +18,9 @@ ENTRY_POINTS = {'main'}
 # Names of libraries that begin with an underscore and are documented all the same.
 LIBRARY_PRIVATE = {'_exit', '_asdict', '_buffers', '_parameters'}
 # From the top: a room may know those below it.
-FLOORS = ['ros', 'cli', 'training', 'console', 'synthetic', 'session', 'localization', 'mapping',
-          'memory', 'model', 'io', 'config', 'evaluation', 'types', 'geometry', 'errors',
-          'version']
+FLOORS = ['ros', 'cli', 'training', 'console', 'synthetic', 'session', 'localization',
+          'reconstruction', 'mapping', 'memory', 'model', 'io', 'config', 'evaluation', 'types',
+          'geometry', 'errors', 'version']
 ROS = {'rclpy', 'rcl_interfaces', 'tf2_ros', 'tf2_py', 'cv_bridge', 'sensor_msgs_py',
        'tf_transformations', 'message_filters', 'launch', 'launch_ros'}
 

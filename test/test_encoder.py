@@ -102,7 +102,7 @@ def test_keypoints_are_in_pixels_of_the_given_image():
 def test_corner_of_a_square_is_found_to_a_third_of_a_pixel():
     image = np.full((120, 160), 20, np.uint8)
     image[40:80, 50:100] = 220
-    corners = detect_corners(cv2.GaussianBlur(image, (0, 0), 1.0), 10)
+    corners = detect_corners(cv2.GaussianBlur(image, (0, 0), 1.0), 10, 5)
     for expected in ((49.5, 39.5), (99.5, 39.5), (49.5, 79.5), (99.5, 79.5)):
         assert np.linalg.norm(corners - expected, axis=1).min() < 0.33
 

@@ -13,6 +13,7 @@ from feedforward_recon.cli.evaluate import bench_command, eval_command
 from feedforward_recon.cli.localize import localize_command
 from feedforward_recon.cli.mapping import map_command
 from feedforward_recon.cli.maps import export_command, info_command
+from feedforward_recon.cli.reconstruct import reconstruct_command
 from feedforward_recon.console.terminal import taught
 from feedforward_recon.version import __version__
 
@@ -29,6 +30,7 @@ def root(context: typer.Context,
       ffrecon demo                     maps a rendered room, localises in it
       ffrecon map WALK --out MAP       maps a walk: folder, video or bag
       ffrecon map LATER --into MAP     goes on with the map
+      ffrecon reconstruct PHOTOS --out MAP   maps photos in any order
       ffrecon localize MAP IMAGES      finds images in the map
     """
     if version:
@@ -41,7 +43,8 @@ app.callback(invoke_without_command=True, help=taught(root))(root)
 
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
-    'demo': demo_command, 'map': map_command, 'localize': localize_command, 'info': info_command,
+    'demo': demo_command, 'map': map_command, 'reconstruct': reconstruct_command,
+    'localize': localize_command, 'info': info_command,
     'eval': eval_command, 'export': export_command, 'bench': bench_command}
 weights_app = typer.Typer()
 weights_app.callback(invoke_without_command=True,

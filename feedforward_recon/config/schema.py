@@ -39,6 +39,7 @@ class EncoderConfig:
     max_pixels: int = option(307_200, 'larger images are scaled down to this many pixels',
                              low=10_000, high=4_000_000, unit='px')
     max_keypoints: int = option(1000, 'keypoints described per image', low=50, high=4000)
+    spacing_px: int = option(5, 'least distance of two keypoints', low=1, high=100, unit='px')
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class LocalizerConfig:
     search_px: float = option(8.0, 'agreement threshold of the robust search', low=0.5,
                               high=50.0, unit='px')
     search_iterations: int = option(500, 'samples of the robust search', low=10, high=100_000)
-    sure_share: float = option(0.15, 'landmarks seen once, then all features are compared, and the '
-                               'network is asked, unless this share of the matches agrees '
+    sure_share: float = option(0.15, 'landmarks seen once, then all features are compared, and '
+                               'the network is asked, unless this share of the matches agrees '
                                'with one pose', low=0.0,
                                high=1.0)
     rematch_radius: float = option(0.03, 'radius of the guided re-matching, as a share of the '

@@ -121,7 +121,7 @@ def _sample(feature_map: torch.Tensor, pixels: torch.Tensor, stride: int) -> tor
     return values[:, :, 0].transpose(1, 2)
 
 
-def detect_corners(gray: np.ndarray, count: int, spacing_px: int = 5) -> np.ndarray:
+def detect_corners(gray: np.ndarray, count: int, spacing_px: int) -> np.ndarray:
     """Sub-pixel Shi-Tomasi corners float32 [N <= count, 2] of a gray uint8 image."""
     corners = cv2.goodFeaturesToTrack(gray, count, 0.002, spacing_px, blockSize=5)
     if corners is None:
@@ -163,7 +163,7 @@ class CompactEncoder:
         small, scale = self._resized(image)
         count = max_keypoints or self.config.max_keypoints
         gray = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
-        corners = detect_corners(gray, 3 * count // 2)
+        corners = detect_corners(gray, 3 * count // 2, self.config.spacing_px)
         if not len(corners):
             return self._nothing()
         descriptors, logits = self._describe(small, corners)

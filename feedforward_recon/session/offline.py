@@ -145,7 +145,7 @@ def map_frames(frames: Iterable[Frame], config: MapperConfig | None = None,
     done = time.perf_counter()
     mapping_s += done - before
     memory = writer.snapshot()
-    return Run(scene, writer, memory, mapper.stats, _trajectory(truth), mapping_s, reading_s,
+    return Run(scene, writer, memory, mapper.stats, trajectory_of(truth), mapping_s, reading_s,
                time.perf_counter() - done, encoder, config)
 
 
@@ -163,7 +163,8 @@ def relocalise_frames(mapper: Mapper, frames: Iterable[Frame]) -> int:
     return len(wanted)
 
 
-def _trajectory(poses: list[tuple[int, np.ndarray]]) -> Trajectory:
+def trajectory_of(poses: list[tuple[int, np.ndarray]]) -> Trajectory:
+    """Stamped poses [4, 4] as a trajectory."""
     if not poses:
         return Trajectory()
     return Trajectory(np.array([stamp_ns for stamp_ns, _ in poses], np.int64),

@@ -1,0 +1,81 @@
+"""``ffrecon reconstruct``: makes a map folder of photos in any order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from feedforward_recon.cli.mapping import summarise, summary_rows
+from feedforward_recon.config.photos import PhotoConfig
+from feedforward_recon.console.options import (
+    Config,
+    Json,
+    Overwrite,
+    Set,
+    Source,
+    Weights,
+    check_out,
+    settings,
+    takes_source_options,
+)
+from feedforward_recon.console.terminal import note, print_json, print_table, progress_bar
+from feedforward_recon.console.threads import one_thread
+from feedforward_recon.io import SourceOptions, open_source
+from feedforward_recon.session.offline import Run
+
+Out = Annotated[Path, typer.Option('--out', '-o', help='Map folder to write.',
+                                   show_default=False)]
+Workers = Annotated[int, typer.Option('--workers', min=0, help='Images and pairs worked on at '
+                                      'once; 0: as many as there are cores.')]
+
+
+@takes_source_options
+def reconstruct_command(source: Source, options: SourceOptions, out: Out, workers: Workers = 0,
+                        overwrite: Overwrite = False, json_: Json = False, config: Config = None,
+                        set_: Set = None, encoder: Weights = None) -> None:
+    """Reconstruct photos in any order, or a video; the map is like that of `ffrecon map`.
+
+    Images are compared with those most like them, poses are put together along a tree of pairs,
+    and refined with all that the images show in common. Without intrinsics, the focal length of
+    one camera is guessed and refined. Images that share too little with the others get no pose,
+    with the reason in poses.json.
+
+    Examples:
+      ffrecon reconstruct photos/ --out maps/church
+      ffrecon reconstruct photos/ --fov 65 --out maps/church
+      ffrecon reconstruct photos/ --set reconstruction.neighbours=30 --out maps/church
+      ffrecon export maps/church --format colmap --out colmap/church
+    """
+    from dataclasses import replace
+
+    from feedforward_recon.model.compact import CompactEncoder
+    from feedforward_recon.session.photos import reconstruct_frames
+
+    chosen = settings(PhotoConfig(), config, set_)
+    check_out(out, overwrite)
+    frames = open_source(source, replace(options, mixed_sizes=True, use_depth=False,
+                                         use_stereo=False))
+    describing = CompactEncoder.load(encoder, chosen.encoder)
+    with one_thread():
+        run = reconstruct_frames(frames, chosen, describing, workers=workers, total=len(frames),
+                                 progress=progress_bar)
+    saved = run.save(out)
+    summary = {**summarise(run, saved), 'unregistered': _unregistered(run)}
+    if json_:
+        print_json(summary)
+        return
+    print_table(f'map in {saved.path}', summary_rows(summary))
+    for reason, files in summary['unregistered'].items():
+        note(f'no pose ({reason}): {", ".join(files)}')
+    note(f'find new images in it: ffrecon localize {saved.path} IMAGES')
+
+
+def _unregistered(run: Run) -> dict[str, list[str]]:
+    """Images without a pose, by the reason."""
+    found: dict[str, list[Any]] = {}
+    for estimate in run.scene.estimates:
+        if estimate.T_map_cam is None:
+            found.setdefault(estimate.reason, []).append(estimate.source)
+    return found

@@ -1,0 +1,36 @@
+"""Which images may show the same: similarities of their global descriptors."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def similarities(descriptors: np.ndarray) -> np.ndarray:
+    """Cosines float32 [N, N] of unit vectors [N, G]; that of an image with itself is -1."""
+    S = (descriptors @ descriptors.T).astype(np.float32)
+    np.fill_diagonal(S, -1.0)
+    return S
+
+
+def likely_pairs(S: np.ndarray, neighbours: int) -> np.ndarray:
+    """Pairs i < j [P, 2] of which one is among the ``neighbours`` most similar of the other."""
+    count = min(neighbours, len(S) - 1)
+    if count < 1:
+        return np.zeros((0, 2), int)
+    near = np.argpartition(-S, count - 1, axis=1)[:, :count]
+    pairs = np.stack([np.repeat(np.arange(len(S)), count), near.ravel()], 1)
+    return np.unique(np.sort(pairs, 1), axis=0)
+
+
+def bridging_pairs(S: np.ndarray, parts: list[np.ndarray], neighbours: int) -> np.ndarray:
+    """Pairs i < j [P, 2] across parts [n] of the images: the most similar of each two parts."""
+    found = []
+    for number, a in enumerate(parts):
+        for b in parts[number + 1:]:
+            between = S[np.ix_(a, b)]
+            best = np.argsort(-between, axis=None, kind='stable')[:neighbours]
+            row, column = np.unravel_index(best, between.shape)
+            found.append(np.stack([a[row], b[column]], 1))
+    if not found:
+        return np.zeros((0, 2), int)
+    return np.unique(np.sort(np.concatenate(found), 1), axis=0)

@@ -1,0 +1,43 @@
+"""``Shot``: one image, encoded, as pairs and tracks need it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.model import Encoder
+from feedforward_recon.types import Features, Frame
+
+
+@dataclass(frozen=True)
+class Shot:
+    """An encoded image.
+
+    xy: normalised coordinates [N, 2] of the features; rgb: their colours uint8 [N, 3]; gray: the
+    image uint8 [H, W]. is_guessed: nobody said what the camera is.
+    """
+
+    features: Features
+    camera: Camera
+    xy: np.ndarray
+    rgb: np.ndarray
+    gray: np.ndarray
+    stamp_ns: int = 0
+    source: str = ''
+    is_guessed: bool = False
+
+
+def shot_of(frame: Frame, camera: Camera, encoder: Encoder, *, is_guessed: bool = False) -> Shot:
+    """Encode a frame.
+
+    Raises InputError for an image that is not RGB.
+    """
+    features = encoder.encode(frame.image)
+    height, width = frame.image.shape[:2]
+    column, row = np.clip(np.rint(features.keypoints), 0, (width - 1, height - 1)).astype(int).T
+    return Shot(features, camera, camera.normalise(features.keypoints), frame.image[row, column],
+                cv2.cvtColor(frame.image, cv2.COLOR_RGB2GRAY), frame.stamp_ns, frame.source,
+                is_guessed)

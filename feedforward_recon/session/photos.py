@@ -1,0 +1,114 @@
+"""``reconstruct_frames``: unordered photos become a map, as ``map_frames`` makes it of a walk.
+
+run = reconstruct_frames(open_source('photos/', SourceOptions(mixed_sizes=True)))
+saved = run.save('maps/church')
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+from feedforward_recon.config.photos import PhotoConfig
+from feedforward_recon.errors import InputError, MapError
+from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.mapping.scene_map import Stats
+from feedforward_recon.memory import MemoryWriter
+from feedforward_recon.model import Encoder
+from feedforward_recon.model.compact import CompactEncoder
+from feedforward_recon.reconstruction.pairs import CompactPairs
+from feedforward_recon.reconstruction.pipeline import reconstruct
+from feedforward_recon.reconstruction.scene import growing_map, scene_map
+from feedforward_recon.reconstruction.shots import Shot, shot_of
+from feedforward_recon.session.offline import Progress, ProgressBar, Run, quiet, trajectory_of
+from feedforward_recon.types import Frame
+
+AT_ONCE = 64  # images that are in memory with their colours
+
+
+def reconstruct_frames(frames: Iterable[Frame], config: PhotoConfig | None = None,
+                       encoder: Encoder | None = None, *, workers: int = 0, total: int = 0,
+                       progress: Progress = quiet) -> Run:
+    """Reconstruct images in any order, and write the scene memory.
+
+    workers: images and pairs that are worked on at once; 0: as many as there are cores. total: how
+    many images there are, for the progress.
+    Raises InputError for an image that cannot be used, MapError where no images show the same.
+    """
+    config = config or PhotoConfig()
+    encoder = encoder or CompactEncoder.load(config=config.encoder)
+    started = time.perf_counter()
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        with progress('features', total) as bar:
+            shots, truth = _encoded(frames, config, encoder, pool, bar)
+        encoded = time.perf_counter()
+        if len(shots) < 2:
+            raise InputError(f'expected at least two images, found {len(shots)}; one alone has no '
+                             'depth: give more views of the same place')
+        with progress('pairs', 0) as bar:
+            done = reconstruct(shots, CompactPairs(shots, config.reconstruction.seed),
+                               config.reconstruction, open_calibration(shots),
+                               _counting(pool.map, bar))
+    if done.registered.sum() < 2 or not len(done.structure.tracks):
+        raise MapError('expected images that show the same place from different sides, found none '
+                       f'among {len(shots)}; take them closer together')
+    map_ = growing_map(done, shots, config.mapper)
+    camera_source = 'refined' if shots[0].is_guessed else 'given'
+    scene = scene_map(map_, done, shots, camera_source)
+    writer = MemoryWriter(config.memory, encoder.dim)
+    for keyframe in scene.keyframes:
+        writer.write(keyframe)
+    mapped = time.perf_counter()
+    memory = writer.snapshot()
+    return Run(scene, writer, memory, Stats(len(shots), len(scene.keyframes)),
+               trajectory_of(truth), mapped - encoded, encoded - started,
+               time.perf_counter() - mapped, encoder, config.mapper)
+
+
+def open_calibration(shots: Sequence[Shot]) -> tuple[str, ...]:
+    """What of the cameras may be refined, as in ``geometry.refine``: of one that took all images.
+
+    The focal length and radial distortion of a guessed one; else radial distortion, of one that
+    is said to have none.
+    """
+    cameras = {shot.camera for shot in shots}
+    if len(cameras) > 1 or shots[0].camera.is_distorted:
+        return ()
+    return ('focal', 'radial') if shots[0].is_guessed else ('radial',)
+
+
+def _encoded(frames: Iterable[Frame], config: PhotoConfig, encoder: Encoder,
+             pool: ThreadPoolExecutor, bar: ProgressBar
+             ) -> tuple[list[Shot], list[tuple[int, Any]]]:
+    """All frames as shots, and the stamped poses that came with them."""
+    def shot(frame: Frame) -> Shot:
+        height, width = frame.image.shape[:2]
+        guess = Camera.from_fov(config.tracking.guessed_fov_deg, (width, height))
+        return shot_of(frame, frame.camera or guess, encoder, is_guessed=frame.camera is None)
+
+    shots, truth = [], []
+    for batch in _batches(frames, AT_ONCE):
+        truth += [(f.stamp_ns, f.T_map_cam) for f in batch if f.T_map_cam is not None]
+        for made in pool.map(shot, batch):
+            shots.append(made)
+            bar.advance()
+    return shots, truth
+
+
+def _batches(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:
+    remaining = iter(frames)
+    while batch := list(islice(remaining, size)):
+        yield batch
+
+
+def _counting(mapped: Callable, bar: ProgressBar) -> Callable:
+    def counted(function: Callable, items: Iterable) -> Iterator:
+        for result in mapped(function, items):
+            bar.advance()
+            yield result
+
+    return counted
