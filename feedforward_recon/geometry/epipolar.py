@@ -86,6 +86,10 @@ def checked(T_a_b: np.ndarray, xy_a: np.ndarray, xy_b: np.ndarray, tolerance: fl
     """A motion with its points, half way between their rays, and the matches that agree."""
     R, t = T_a_b[:3, :3], T_a_b[:3, 3]
     rays_a, rays_b = _rays(xy_a), _rays(xy_b) @ R.T
+    if not t.any():
+        front = rays_b[:, 2] > MIN_DEPTH
+        inliers = front & (_distance(rays_b, xy_a, front) < tolerance)
+        return PairMotion(T_a_b, inliers, np.full((len(xy_a), 3), np.nan), np.zeros(len(xy_a)))
     aa, bb, ab = ((x * y).sum(1) for x, y in ((rays_a, rays_a), (rays_b, rays_b),
                                               (rays_a, rays_b)))
     at, bt = rays_a @ t, rays_b @ t
@@ -108,11 +112,7 @@ def _turn(xy_a: np.ndarray, xy_b: np.ndarray, tolerance: float) -> PairMotion:
         U, _, Vt = np.linalg.svd((weight[:, None] * rays_a).T @ rays_b)
         R = U @ np.diag([1, 1, np.sign(np.linalg.det(U @ Vt))]) @ Vt  # Kabsch 1976
         weight = 1 / (1 + (np.linalg.norm(rays_b @ R.T - rays_a, axis=1) / tolerance)**2)
-    in_a = rays_b @ R.T
-    front = in_a[:, 2] > MIN_DEPTH
-    inliers = front & (_distance(in_a, xy_a, front) < tolerance)
-    nothing = np.full((len(xy_a), 3), np.nan)
-    return PairMotion(make_transform(R, np.zeros(3)), inliers, nothing, np.zeros(len(xy_a)))
+    return checked(make_transform(R, np.zeros(3)), xy_a, xy_b, tolerance)
 
 
 def _essential(xy_a: np.ndarray, xy_b: np.ndarray, tolerance: float, seed: int

@@ -9,14 +9,16 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from feedforward_recon.geometry.epipolar import PairMotion, motion_between, moved_along
+from feedforward_recon.geometry.epipolar import PairMotion, checked, motion_between, moved_along
 from feedforward_recon.geometry.transforms import inverse, transform_points
 from feedforward_recon.reconstruction.shots import Shot
 
 # All measured: docs/experiments.md, Pairs of photos.
 MIN_SIMILARITY = 0.7  # cosine of two descriptors that may match
 THRESHOLD_PX = 2.0  # of an inlier
-MIN_INLIERS, MIN_SHARE = 30, 0.25  # of a pair, and of its matches
+MARGIN = 0.05  # by which a distinct match is more similar than the next best
+MIN_INLIERS = 30  # matches that agree with a pair
+MIN_DISTINCT, MIN_SHARE = 20, 0.25  # of them distinct ones, and of all distinct ones
 PIXEL_NOISE = 0.7  # standard deviation of a corner, px
 
 
@@ -55,11 +57,29 @@ class PairGeometry:
                             transform_points(T, self.points), self.confidence)
 
 
+@dataclass(frozen=True)
+class Matches:
+    """Features of two images that may show the same: index [M] each.
+
+    distinct: bool [M], whether no other feature of j is nearly as similar.
+    """
+
+    feature_i: np.ndarray
+    feature_j: np.ndarray
+    distinct: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.feature_i)
+
+
 class PairDecoder(Protocol):
     """What turns two images into geometry."""
 
-    def decode(self, i: int, j: int) -> PairGeometry | None:
-        """Images i and j; None where they do not show the same."""
+    def match(self, i: int, j: int) -> Matches:
+        """Features of images i and j that may show the same."""
+
+    def decode(self, i: int, j: int, matches: Matches) -> PairGeometry | None:
+        """The motion that matches agree with; None where the images do not show the same."""
 
 
 class CompactPairs:
@@ -71,27 +91,35 @@ class CompactPairs:
         self._keys = [torch.from_numpy(shot.features.descriptors).to(torch.bfloat16)
                       for shot in shots]
 
-    def decode(self, i: int, j: int) -> PairGeometry | None:
-        """Images i and j; None where they do not show the same."""
+    def match(self, i: int, j: int) -> Matches:
+        """Features of images i and j that are the most similar of each other."""
+        return mutual(self._keys[i], self._keys[j])
+
+    def decode(self, i: int, j: int, matches: Matches) -> PairGeometry | None:
+        """The motion that matches agree with; None where the images do not show the same."""
         a, b = self._shots[i], self._shots[j]
-        row, column = mutual(self._keys[i], self._keys[j])
-        if len(row) < MIN_INLIERS:
+        chosen = matches.distinct
+        if chosen.sum() < MIN_DISTINCT:
             return None
-        motion = motion_between(a.xy[row], b.xy[column], _tolerance(a, b), self._seed)
-        if motion is None or motion.inliers.sum() < max(MIN_INLIERS, MIN_SHARE * len(row)):
+        xy_a, xy_b, tolerance = a.xy[matches.feature_i], b.xy[matches.feature_j], _tolerance(a, b)
+        motion = motion_between(xy_a[chosen], xy_b[chosen], tolerance, self._seed)
+        if motion is None or motion.inliers.sum() < max(MIN_DISTINCT, MIN_SHARE * chosen.sum()):
             return None
-        return _pair(i, j, row, column, motion, _tolerance(a, b))
+        return with_motion((i, j), matches, self._shots, motion.T_a_b)
 
 
-def mutual(a: torch.Tensor, b: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def mutual(a: torch.Tensor, b: torch.Tensor) -> Matches:
     """Rows of unit vectors a [N, D], b [M, D] that are the most similar of each other."""
     if not len(a) or not len(b):
-        return np.zeros(0, int), np.zeros(0, int)
-    cosines = a @ b.T
+        return Matches(np.zeros(0, int), np.zeros(0, int), np.zeros(0, bool))
+    cosines, row = a @ b.T, torch.arange(len(a))
     best, to_b = cosines.max(1)
     to_a = cosines.max(0).indices
-    good = (to_a[to_b] == torch.arange(len(a))) & (best > MIN_SIMILARITY)
-    return torch.nonzero(good)[:, 0].numpy(), to_b[good].numpy()
+    good = torch.nonzero((to_a[to_b] == row) & (best > MIN_SIMILARITY))[:, 0]
+    others = cosines[good]
+    others[torch.arange(len(good)), to_b[good]] = -1
+    distinct = best[good] - others.amax(1) > MARGIN
+    return Matches(good.numpy(), to_b[good].numpy(), distinct.numpy())
 
 
 def with_rotation(pair: PairGeometry, shots: Sequence[Shot], R_i_j: np.ndarray
@@ -110,6 +138,17 @@ def with_rotation(pair: PairGeometry, shots: Sequence[Shot], R_i_j: np.ndarray
     if motion.inliers.sum() < MIN_INLIERS:
         return None
     return _pair(pair.i, pair.j, pair.feature_i, pair.feature_j, motion, _tolerance(a, b))
+
+
+def with_motion(edge: tuple[int, int], matches: Matches, shots: Sequence[Shot],
+                T_i_j: np.ndarray) -> PairGeometry | None:
+    """The matches of images i, j that agree with a motion [4, 4]; None where few do."""
+    (i, j), row, column = edge, matches.feature_i, matches.feature_j
+    a, b = shots[i], shots[j]
+    motion = checked(T_i_j, a.xy[row], b.xy[column], _tolerance(a, b))
+    if motion.inliers.sum() < MIN_INLIERS:
+        return None
+    return _pair(i, j, row, column, motion, _tolerance(a, b))
 
 
 def _pair(i: int, j: int, row: np.ndarray, column: np.ndarray, motion: PairMotion, tolerance: float

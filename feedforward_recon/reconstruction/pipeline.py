@@ -11,14 +11,19 @@ refinement at tight thresholds.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from feedforward_recon.config.photos import ReconstructionConfig
 from feedforward_recon.geometry.rotation_averaging import averaged_rotations, turns_left
-from feedforward_recon.reconstruction.accumulation import Accumulation, Pairs, accumulate
-from feedforward_recon.reconstruction.pairs import PairDecoder, PairGeometry, with_rotation
+from feedforward_recon.reconstruction.accumulation import Pairs, accumulate
+from feedforward_recon.reconstruction.pairs import (
+    Matches,
+    PairDecoder,
+    PairGeometry,
+    with_rotation,
+)
 from feedforward_recon.reconstruction.refinement import (
     FINE,
     ROUGH,
@@ -27,9 +32,14 @@ from feedforward_recon.reconstruction.refinement import (
     sharpened,
     triangulated,
 )
+from feedforward_recon.reconstruction.registration import (
+    agreeing_with,
+    placed_by_points,
+)
 from feedforward_recon.reconstruction.retrieval import (
     bridging_pairs,
     likely_pairs,
+    pairs_with,
     similarities,
 )
 from feedforward_recon.reconstruction.scene_graph import (
@@ -45,6 +55,8 @@ from feedforward_recon.reconstruction.tracks import tracks_of
 # A pair whose rotation is this far from what the others say together is wrong, or of another place
 # that looks the same.
 MAX_TURN = np.deg2rad(5.0)
+# An image of whose observations fewer agree with its pose is placed anew, by the points of others.
+WEAK_SHARE = 0.4
 ENOUGH_MATCHES = 300  # a pair with more is not surer of its rotation
 
 Mapped = Callable[[Callable, Iterable], Iterable]  # like the built-in ``map``, on several cores
@@ -74,36 +86,86 @@ def reconstruct(shots: Sequence[Shot], decoder: PairDecoder, config: Reconstruct
     calibration: what of the cameras is refined, as in ``geometry.refine``.
     """
     S = similarities(np.stack([shot.features.global_descriptor for shot in shots]))
-    pairs = _verified(decoder, S, config, mapped)
-    part = _largest_part(len(shots), pairs)
-    pairs = _agreeing(shots, {edge: pair for edge, pair in pairs.items() if edge[0] in part})
+    compared = _compared(decoder, S, config, mapped)
+    part = _largest_part(len(shots), compared.pairs)
+    pairs = _agreeing(shots, {edge: pair for edge, pair in compared.pairs.items()
+                              if edge[0] in part})
     part = _largest_part(len(shots), pairs)
     tree = _tree(S, pairs, sorted(part), config)
     placed = accumulate(shots, pairs, int(tree.order[0]), tree.edges)
-    structure = _structure(shots, placed, pairs)
+    structure, registered = _structure(shots, placed.T_map_cam, placed.registered, pairs), \
+        placed.registered
     if config.refine and len(structure.tracks):
+        before = np.bincount(structure.tracks.image, minlength=len(shots))
         structure = refined(structure, ROUGH, calibration)
+        agree = np.bincount(structure.tracks.image, minlength=len(shots))
+        registered = registered & (agree > WEAK_SHARE * before)
+        structure, registered = _completed(structure, shots, registered, compared, calibration,
+                                           config)
         structure = refined(sharpened(structure, [shot.gray for shot in shots]), FINE,
                             calibration)
-    return Reconstructed(placed.registered, _reasons(placed, part), structure, pairs, tree,
-                          placed.T_map_cam)
+    return Reconstructed(registered, _reasons(registered, part), structure, pairs, tree,
+                         placed.T_map_cam)
 
 
-def _verified(decoder: PairDecoder, S: np.ndarray, config: ReconstructionConfig, mapped: Mapped
-              ) -> dict[tuple[int, int], PairGeometry]:
-    """Pairs of similar images that show the same, and pairs that join what falls apart."""
-    pairs: dict[tuple[int, int], PairGeometry] = {}
+def _completed(structure: Structure, shots: Sequence[Shot], registered: np.ndarray,
+               compared: Comparisons, calibration: tuple[str, ...], config: ReconstructionConfig
+               ) -> tuple[Structure, np.ndarray]:
+    """The structure with images that only its points can place, a few at a time.
 
-    def decode(wanted: np.ndarray) -> None:
-        new = [edge for edge in map(tuple, wanted.tolist()) if edge not in pairs]
-        found = mapped(lambda edge: decoder.decode(*edge), new)
-        pairs.update({(pair.i, pair.j): pair for pair in found if pair is not None})
+    Those that are not found are compared with more of the registered ones.
+    """
+    while not registered.all():
+        found = placed_by_points(structure, shots, registered, compared.matches, config.seed)
+        if not found:
+            missing, there = np.flatnonzero(~registered), np.flatnonzero(registered)
+            if compared.match(pairs_with(compared.S, missing, there, config.bridges)):
+                continue
+            break
+        registered, T_map_cam = registered.copy(), structure.T_map_cam.copy()
+        registered[list(found)] = True
+        T_map_cam[list(found)] = np.stack(list(found.values()))
+        pairs = agreeing_with(T_map_cam, shots, registered, compared.matches)
+        more = _structure(shots, T_map_cam, registered, pairs)
+        structure = refined(replace(more, cameras=structure.cameras), ROUGH[1:], calibration)
+    return structure, registered
 
-    decode(likely_pairs(S, config.neighbours))
-    parts = components(len(S), _edges(pairs))
+
+class Comparisons:
+    """Which images were compared, and what came of it.
+
+    S: similarities [N, N]; matches and pairs by i < j.
+    """
+
+    def __init__(self, decoder: PairDecoder, S: np.ndarray, mapped: Mapped) -> None:
+        self.S = S
+        self.matches: dict[tuple[int, int], Matches] = {}
+        self.pairs: dict[tuple[int, int], PairGeometry] = {}
+        self._decoder, self._mapped = decoder, mapped
+
+    def match(self, wanted: np.ndarray) -> int:
+        """Compare pairs i < j [P, 2]; returns how many are new."""
+        new = [edge for edge in map(tuple, wanted.tolist()) if edge not in self.matches]
+        for edge, (matches, pair) in zip(new, self._mapped(self._compared, new), strict=True):
+            self.matches[edge] = matches
+            if pair is not None:
+                self.pairs[edge] = pair
+        return len(new)
+
+    def _compared(self, edge: tuple[int, int]) -> tuple[Matches, PairGeometry | None]:
+        matches = self._decoder.match(*edge)
+        return matches, self._decoder.decode(*edge, matches)
+
+
+def _compared(decoder: PairDecoder, S: np.ndarray, config: ReconstructionConfig, mapped: Mapped
+              ) -> Comparisons:
+    """Similar images, and the most similar ones of parts that fall apart."""
+    compared = Comparisons(decoder, S, mapped)
+    compared.match(likely_pairs(S, config.neighbours))
+    parts = components(len(S), _edges(compared.pairs))
     if len(parts) > 1:
-        decode(bridging_pairs(S, parts, config.bridges))
-    return pairs
+        compared.match(bridging_pairs(S, parts, config.bridges))
+    return compared
 
 
 def _largest_part(count: int, pairs: Pairs) -> set[int]:
@@ -142,13 +204,14 @@ def _tree(S: np.ndarray, pairs: Pairs, part: list[int], config: ReconstructionCo
                               root)
 
 
-def _structure(shots: Sequence[Shot], placed: Accumulation, pairs: Pairs) -> Structure:
+def _structure(shots: Sequence[Shot], T_map_cam: np.ndarray, registered: np.ndarray, pairs: Pairs
+               ) -> Structure:
     tracks = tracks_of(shots, pairs.values())
-    tracks = tracks.select(placed.registered[tracks.image])
-    return triangulated(Structure(placed.T_map_cam, [shot.camera for shot in shots], tracks,
+    tracks = tracks.select(registered[tracks.image])
+    return triangulated(Structure(T_map_cam, [shot.camera for shot in shots], tracks,
                                   np.zeros((tracks.count, 3)), np.zeros(0)))
 
 
-def _reasons(placed: Accumulation, part: set[int]) -> list[str]:
+def _reasons(registered: np.ndarray, part: set[int]) -> list[str]:
     return ['' if done else 'TOO_FEW_SHARED' if image in part else 'NO_OVERLAP'
-            for image, done in enumerate(placed.registered)]
+            for image, done in enumerate(registered)]

@@ -22,6 +22,14 @@ def likely_pairs(S: np.ndarray, neighbours: int) -> np.ndarray:
     return np.unique(np.sort(pairs, 1), axis=0)
 
 
+def pairs_with(S: np.ndarray, images: np.ndarray, others: np.ndarray, neighbours: int
+               ) -> np.ndarray:
+    """Pairs i < j [P, 2] of each of ``images`` [n] and the ``others`` most like it."""
+    near = np.argsort(-S[np.ix_(images, others)], axis=1, kind='stable')[:, :neighbours]
+    pairs = np.stack([np.repeat(images, near.shape[1]), others[near].ravel()], 1)
+    return np.unique(np.sort(pairs, 1), axis=0)
+
+
 def bridging_pairs(S: np.ndarray, parts: list[np.ndarray], neighbours: int) -> np.ndarray:
     """Pairs i < j [P, 2] across parts [n] of the images: the most similar of each two parts."""
     found = []
