@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,9 +41,65 @@ def map_with_colmap(frames: list[Frame], mapper: str, matching: str) -> tuple[Tr
         match = {'exhaustive': pycolmap.match_exhaustive,
                  'sequential': pycolmap.match_sequential}[matching]
         match(database)
-        models = _run_mapper(mapper, database, root)
+        models = _run_mapper(mapper, database, root, root)
         clock.stop()
         return _trajectory(models, dict(zip(names, frames, strict=True))), clock
+
+
+class PhotoPeer:
+    """COLMAP on unordered photos, each with its own known intrinsics.
+
+    Features are extracted once, and matched once in each way; every map counts the time of both.
+    """
+
+    def __init__(self, frames: list[Frame], root: Path) -> None:
+        import pycolmap
+
+        self.frames, self.root = frames, root
+        # Sequential matching follows the names, so they follow the stamps.
+        in_order = sorted(frames, key=lambda frame: frame.stamp_ns)
+        self._frame_of = dict(zip(_write_images(in_order, root / 'images'), in_order,
+                                  strict=True))
+        self.features = Clock()
+        pycolmap.set_random_seed(SEED)
+        pycolmap.extract_features(
+            root / 'features.db', root / 'images', camera_mode=pycolmap.CameraMode.PER_IMAGE,
+            reader_options=pycolmap.ImageReaderOptions(camera_model='OPENCV'))
+        with pycolmap.Database.open(str(root / 'features.db')) as database:
+            for image in database.read_all_images():
+                camera = self._frame_of[image.name].camera
+                assert camera is not None
+                stored = database.read_camera(image.camera_id)
+                stored.params = [camera.fx, camera.fy, camera.cx + 0.5, camera.cy + 0.5,
+                                 *(*camera.distortion, 0, 0, 0, 0)[:4]]
+                stored.has_prior_focal_length = True
+                database.update_camera(stored)
+        self.features.stop()
+        self._matching: dict[str, Clock] = {}
+
+    def map(self, mapper: str, matching: str) -> tuple[Trajectory, list[Clock]]:
+        """Poses of the largest model, and the times of features, matching and mapping.
+
+        mapper and matching as in ``map_with_colmap``.
+        """
+        matched = self._matched(matching)
+        output = self.root / f'{mapper}_{matching}'
+        output.mkdir()
+        mapping = Clock()
+        models = _run_mapper(mapper, self.root / f'{matching}.db', self.root, output)
+        return _trajectory(models, self._frame_of), [self.features, matched, mapping.stop()]
+
+    def _matched(self, matching: str) -> Clock:
+        import pycolmap
+
+        if matching not in self._matching:
+            database = self.root / f'{matching}.db'
+            shutil.copy(self.root / 'features.db', database)
+            clock = Clock()
+            {'exhaustive': pycolmap.match_exhaustive,
+             'sequential': pycolmap.match_sequential}[matching](database)
+            self._matching[matching] = clock.stop()
+        return self._matching[matching]
 
 
 def _write_images(frames: list[Frame], folder: Path) -> list[str]:
@@ -59,17 +116,17 @@ def _params(camera: Camera) -> str:
     return f'{camera.fx},{camera.fy},{camera.cx + 0.5},{camera.cy + 0.5}'
 
 
-def _run_mapper(mapper: str, database: Path, root: Path) -> dict[int, Any]:
+def _run_mapper(mapper: str, database: Path, root: Path, output: Path) -> dict[int, Any]:
     import pycolmap
 
     if mapper == 'incremental':
         options = pycolmap.IncrementalPipelineOptions(
             random_seed=SEED, ba_refine_focal_length=False, ba_refine_extra_params=False)
-        return pycolmap.incremental_mapping(database, root / 'images', root, options)
+        return pycolmap.incremental_mapping(database, root / 'images', output, options)
     options = pycolmap.GlobalPipelineOptions(random_seed=SEED)
     options.mapper.bundle_adjustment.refine_focal_length = False
     options.mapper.bundle_adjustment.refine_extra_params = False
-    return pycolmap.global_mapping(database, root / 'images', root, options)
+    return pycolmap.global_mapping(database, root / 'images', output, options)
 
 
 def _trajectory(models: dict[int, Any], frame_of: dict[str, Frame]) -> Trajectory:

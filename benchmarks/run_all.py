@@ -26,6 +26,8 @@ ENTRIES = {
     'repeated_office': ('places', 'run'),
     'memory': ('memory', 'run'),
     'memory_law': ('memory_law', 'run'),
+    'offline': ('offline', 'run'),
+    'trees': ('offline', 'run_trees'),
     'attention_scaling': ('attention_scaling', 'run'),
     'live': ('live', 'run'),
     'peers_mapping': ('colmap_peer', 'run'),

@@ -85,13 +85,29 @@ def reconstruct(shots: Sequence[Shot], decoder: PairDecoder, config: Reconstruct
 
     calibration: what of the cameras is refined, as in ``geometry.refine``.
     """
+    return assembled(shots, compared(shots, decoder, config, mapped), config, calibration)
+
+
+def compared(shots: Sequence[Shot], decoder: PairDecoder, config: ReconstructionConfig,
+             mapped: Mapped = map) -> Comparisons:
+    """Similar images compared, and the most similar ones of parts that fall apart."""
     S = similarities(np.stack([shot.features.global_descriptor for shot in shots]))
-    compared = _compared(decoder, S, config, mapped)
-    part = _largest_part(len(shots), compared.pairs)
-    pairs = _agreeing(shots, {edge: pair for edge, pair in compared.pairs.items()
+    done = Comparisons(decoder, S, mapped)
+    done.match(likely_pairs(S, config.neighbours))
+    parts = components(len(S), _edges(done.pairs))
+    if len(parts) > 1:
+        done.match(bridging_pairs(S, parts, config.bridges))
+    return done
+
+
+def assembled(shots: Sequence[Shot], comparisons: Comparisons, config: ReconstructionConfig,
+              calibration: tuple[str, ...] = ()) -> Reconstructed:
+    """The largest part of the images that pairs connect."""
+    part = _largest_part(len(shots), comparisons.pairs)
+    pairs = _agreeing(shots, {edge: pair for edge, pair in comparisons.pairs.items()
                               if edge[0] in part})
     part = _largest_part(len(shots), pairs)
-    tree = _tree(S, pairs, sorted(part), config)
+    tree = _tree(comparisons.S, pairs, sorted(part), config)
     placed = accumulate(shots, pairs, int(tree.order[0]), tree.edges)
     structure, registered = _structure(shots, placed.T_map_cam, placed.registered, pairs), \
         placed.registered
@@ -100,7 +116,7 @@ def reconstruct(shots: Sequence[Shot], decoder: PairDecoder, config: Reconstruct
         structure = refined(structure, ROUGH, calibration)
         agree = np.bincount(structure.tracks.image, minlength=len(shots))
         registered = registered & (agree > WEAK_SHARE * before)
-        structure, registered = _completed(structure, shots, registered, compared, calibration,
+        structure, registered = _completed(structure, shots, registered, comparisons, calibration,
                                            config)
         structure = refined(sharpened(structure, [shot.gray for shot in shots]), FINE,
                             calibration)
@@ -109,23 +125,23 @@ def reconstruct(shots: Sequence[Shot], decoder: PairDecoder, config: Reconstruct
 
 
 def _completed(structure: Structure, shots: Sequence[Shot], registered: np.ndarray,
-               compared: Comparisons, calibration: tuple[str, ...], config: ReconstructionConfig
+               comparisons: Comparisons, calibration: tuple[str, ...], config: ReconstructionConfig
                ) -> tuple[Structure, np.ndarray]:
     """The structure with images that only its points can place, a few at a time.
 
     Those that are not found are compared with more of the registered ones.
     """
     while not registered.all():
-        found = placed_by_points(structure, shots, registered, compared.matches, config.seed)
+        found = placed_by_points(structure, shots, registered, comparisons.matches, config.seed)
         if not found:
             missing, there = np.flatnonzero(~registered), np.flatnonzero(registered)
-            if compared.match(pairs_with(compared.S, missing, there, config.bridges)):
+            if comparisons.match(pairs_with(comparisons.S, missing, there, config.bridges)):
                 continue
             break
         registered, T_map_cam = registered.copy(), structure.T_map_cam.copy()
         registered[list(found)] = True
         T_map_cam[list(found)] = np.stack(list(found.values()))
-        pairs = agreeing_with(T_map_cam, shots, registered, compared.matches)
+        pairs = agreeing_with(T_map_cam, shots, registered, comparisons.matches)
         more = _structure(shots, T_map_cam, registered, pairs)
         structure = refined(replace(more, cameras=structure.cameras), ROUGH[1:], calibration)
     return structure, registered
@@ -155,17 +171,6 @@ class Comparisons:
     def _compared(self, edge: tuple[int, int]) -> tuple[Matches, PairGeometry | None]:
         matches = self._decoder.match(*edge)
         return matches, self._decoder.decode(*edge, matches)
-
-
-def _compared(decoder: PairDecoder, S: np.ndarray, config: ReconstructionConfig, mapped: Mapped
-              ) -> Comparisons:
-    """Similar images, and the most similar ones of parts that fall apart."""
-    compared = Comparisons(decoder, S, mapped)
-    compared.match(likely_pairs(S, config.neighbours))
-    parts = components(len(S), _edges(compared.pairs))
-    if len(parts) > 1:
-        compared.match(bridging_pairs(S, parts, config.bridges))
-    return compared
 
 
 def _largest_part(count: int, pairs: Pairs) -> set[int]:

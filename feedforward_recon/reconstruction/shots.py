@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -28,6 +28,10 @@ class Shot:
     stamp_ns: int = 0
     source: str = ''
     is_guessed: bool = False
+
+    def seen_by(self, camera: Camera) -> Shot:
+        """The same image, taken by another camera."""
+        return replace(self, camera=camera, xy=camera.normalise(self.features.keypoints))
 
 
 def shot_of(frame: Frame, camera: Camera, encoder: Encoder, *, is_guessed: bool = False) -> Shot:

@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from feedforward_recon.config.photos import PhotoConfig
 from feedforward_recon.errors import InputError, MapError
 from feedforward_recon.geometry.camera import Camera
@@ -21,13 +23,16 @@ from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.model import Encoder
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.reconstruction.pairs import CompactPairs
-from feedforward_recon.reconstruction.pipeline import reconstruct
+from feedforward_recon.reconstruction.pipeline import Mapped, Reconstructed, reconstruct
 from feedforward_recon.reconstruction.scene import growing_map, scene_map
 from feedforward_recon.reconstruction.shots import Shot, shot_of
 from feedforward_recon.session.offline import Progress, ProgressBar, Run, quiet, trajectory_of
 from feedforward_recon.types import Frame
 
 AT_ONCE = 64  # images that are in memory with their colours
+# A guessed focal length that changes by less (its logarithm) was good enough; times that all is
+# done, at most.
+CLOSE, ATTEMPTS = 0.05, 3
 
 
 def reconstruct_frames(frames: Iterable[Frame], config: PhotoConfig | None = None,
@@ -44,15 +49,13 @@ def reconstruct_frames(frames: Iterable[Frame], config: PhotoConfig | None = Non
     started = time.perf_counter()
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         with progress('features', total) as bar:
-            shots, truth = _encoded(frames, config, encoder, pool, bar)
+            shots, truth = _encoded(frames, encoder, pool, bar)
         encoded = time.perf_counter()
         if len(shots) < 2:
             raise InputError(f'expected at least two images, found {len(shots)}; one alone has no '
                              'depth: give more views of the same place')
         with progress('pairs', 0) as bar:
-            done = reconstruct(shots, CompactPairs(shots, config.reconstruction.seed),
-                               config.reconstruction, open_calibration(shots),
-                               _counting(pool.map, bar))
+            shots, done = _reconstructed(shots, config, _counting(pool.map, bar))
     if done.registered.sum() < 2 or not len(done.structure.tracks):
         raise MapError('expected images that show the same place from different sides, found none '
                        f'among {len(shots)}; take them closer together')
@@ -69,6 +72,30 @@ def reconstruct_frames(frames: Iterable[Frame], config: PhotoConfig | None = Non
                time.perf_counter() - mapped, encoder, config.mapper)
 
 
+def _reconstructed(shots: list[Shot], config: PhotoConfig, mapped: Mapped
+                   ) -> tuple[list[Shot], Reconstructed]:
+    """The reconstruction, and the images as they were seen in it.
+
+    Where the focal length was guessed far off, all is done again with the one that was found:
+    motions of pairs are as wrong as it was.
+    """
+    for attempt in range(ATTEMPTS):
+        calibration = open_calibration(shots)
+        done = reconstruct(shots, CompactPairs(shots, config.reconstruction.seed),
+                           config.reconstruction, calibration, mapped)
+        scale = done.structure.cameras[0].fx / shots[0].camera.fx
+        if 'focal' not in calibration or abs(np.log(scale)) < CLOSE or attempt + 1 == ATTEMPTS:
+            break
+        shots = [shot.seen_by(shot.camera.with_lens(scale, 0.0)) for shot in shots]
+    return shots, done
+
+
+def guessed_camera(size_wh: tuple[int, int]) -> Camera:
+    """The camera that is assumed of a photo: a focal length as long as its longer side."""
+    width, _ = size_wh
+    return Camera.from_fov(float(np.rad2deg(2 * np.arctan(0.5 * width / max(size_wh)))), size_wh)
+
+
 def open_calibration(shots: Sequence[Shot]) -> tuple[str, ...]:
     """What of the cameras may be refined, as in ``geometry.refine``: of one that took all images.
 
@@ -81,14 +108,13 @@ def open_calibration(shots: Sequence[Shot]) -> tuple[str, ...]:
     return ('focal', 'radial') if shots[0].is_guessed else ('radial',)
 
 
-def _encoded(frames: Iterable[Frame], config: PhotoConfig, encoder: Encoder,
-             pool: ThreadPoolExecutor, bar: ProgressBar
-             ) -> tuple[list[Shot], list[tuple[int, Any]]]:
+def _encoded(frames: Iterable[Frame], encoder: Encoder, pool: ThreadPoolExecutor,
+             bar: ProgressBar) -> tuple[list[Shot], list[tuple[int, Any]]]:
     """All frames as shots, and the stamped poses that came with them."""
     def shot(frame: Frame) -> Shot:
         height, width = frame.image.shape[:2]
-        guess = Camera.from_fov(config.tracking.guessed_fov_deg, (width, height))
-        return shot_of(frame, frame.camera or guess, encoder, is_guessed=frame.camera is None)
+        return shot_of(frame, frame.camera or guessed_camera((width, height)), encoder,
+                       is_guessed=frame.camera is None)
 
     shots, truth = [], []
     for batch in _batches(frames, AT_ONCE):

@@ -1,0 +1,115 @@
+"""Photos in any order: ours beside COLMAP, trees of pairs, refinement, intrinsics withheld."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.colmap_peer import PhotoPeer
+from benchmarks.common import KITCHEN, Clock, data_root, load_frames
+from benchmarks.scoring import trajectory_error
+from feedforward_recon.config.photos import PhotoConfig, ReconstructionConfig
+from feedforward_recon.console.threads import one_thread
+from feedforward_recon.errors import ReconError
+from feedforward_recon.io import SourceOptions, open_source
+from feedforward_recon.model.compact import CompactEncoder
+from feedforward_recon.reconstruction.pairs import CompactPairs
+from feedforward_recon.reconstruction.pipeline import assembled, compared
+from feedforward_recon.reconstruction.shots import shot_of
+from feedforward_recon.session.offline import trajectory_of
+from feedforward_recon.session.photos import reconstruct_frames
+from feedforward_recon.types import Frame, Trajectory
+
+SETS = ('strecha_Herz-Jesus-P8', 'lund_door', 'strecha_Herz-Jesus-P25', 'llff_flower',
+        'llff_room', 'llff_fortress', 'ngp_fox', 'tabletop_cup', KITCHEN)
+STEP = {KITCHEN: 5}  # every so many images of a walk
+PEERS = (('incremental', 'exhaustive'), ('global', 'exhaustive'), ('incremental', 'sequential'))
+SEED = 0  # of the order of the images
+
+
+def photos(name: str) -> list[Frame]:
+    """The images of a set with a camera and a true pose, in an order that says nothing.
+
+    Stamps are those of the order in the set.
+    """
+    step = STEP.get(name, 1)
+    frames = load_frames(name, step=step, use_depth=False) if name == KITCHEN else list(
+        open_source(data_root() / name, SourceOptions(mixed_sizes=True, step=step)))
+    frames = [dataclasses.replace(frame, stamp_ns=index) for index, frame in enumerate(frames)
+              if frame.camera is not None and frame.T_map_cam is not None]
+    return [frames[index] for index in np.random.default_rng(SEED).permutation(len(frames))]
+
+
+def run() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each set: ours with and without refinement, without intrinsics, and the peer."""
+    for name in SETS:
+        frames = photos(name)
+        yield f'{name} | ours', ours(frames)
+        yield f'{name} | ours, not refined', ours(frames, ReconstructionConfig(refine=False))
+        yield f'{name} | ours, without intrinsics', without_intrinsics(frames)
+        with tempfile.TemporaryDirectory() as folder:
+            peer = PhotoPeer(frames, Path(folder))
+            for mapper, matching in PEERS:
+                estimated, clocks = peer.map(mapper, matching)
+                yield (f'{name} | pycolmap {mapper}, {matching} matching',
+                       entry(frames, estimated, clocks))
+
+
+def run_trees() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Trees and costs of pairs: how deep, and how good what is accumulated along them."""
+    for name in SETS:
+        frames, config = photos(name), PhotoConfig()
+        encoder = CompactEncoder.load(config=config.encoder)
+        shots = [shot_of(frame, frame.camera, encoder) for frame in frames if frame.camera]
+        pairs = compared(shots, CompactPairs(shots), config.reconstruction)
+        for tree in ('shortest', 'spanning'):
+            for cost in ('linear', 'square', 'angle'):
+                chosen = ReconstructionConfig(tree=tree, cost=cost, refine=False)
+                done = assembled(shots, pairs, chosen)
+                posed = [(shot.stamp_ns, T) for shot, T, registered in
+                         zip(shots, done.unrefined, done.registered, strict=True) if registered]
+                yield f'{name} | {tree}, {cost}', {
+                    **entry(frames, trajectory_of(posed), []), 'depth': int(done.tree.depth.max()),
+                    'mean_depth': float(done.tree.depth[done.tree.order].mean())}
+
+
+def ours(frames: list[Frame], config: ReconstructionConfig | None = None) -> dict[str, Any]:
+    """From decoded images to a map with its memory."""
+    chosen = PhotoConfig(reconstruction=config or ReconstructionConfig())
+    clock = Clock()
+    with one_thread():
+        try:
+            run = reconstruct_frames(frames, chosen)
+        except ReconError as error:
+            return {'images': len(frames), 'registered': 0, 'failed': str(error)}
+    clock.stop()
+    row = entry(frames, run.scene.trajectory, [clock])
+    return {**row, 'fx': run.scene.keyframes[0].camera.fx}
+
+
+def without_intrinsics(frames: list[Frame]) -> dict[str, Any]:
+    """The same images, and how far the focal length that was found is from the given one."""
+    camera = frames[0].camera
+    assert camera is not None
+    row = ours([dataclasses.replace(frame, camera=None) for frame in frames])
+    return {**row, 'focal_error': abs(row['fx'] / camera.fx - 1) if 'fx' in row else None}
+
+
+def entry(frames: list[Frame], estimated: Trajectory, clocks: list[Clock]) -> dict[str, Any]:
+    """Errors after a similarity, also as a share of the extent of the true positions."""
+    known = sorted(frames, key=lambda frame: frame.stamp_ns)
+    truth = Trajectory(np.array([frame.stamp_ns for frame in known], np.int64),
+                       np.stack([frame.T_map_cam for frame in known]))
+    order = np.argsort(estimated.stamps_ns)
+    error = trajectory_error(Trajectory(estimated.stamps_ns[order], estimated.T_map_cam[order]),
+                             truth, 'sim3')
+    extent = float(np.linalg.norm(np.ptp(truth.positions, axis=0)))
+    return {'images': len(frames), 'registered': len(estimated), 'error': error,
+            'seconds': sum(clock.seconds for clock in clocks),
+            'cpu_seconds': sum(clock.cpu_seconds for clock in clocks),
+            'ate_of_extent': None if error is None else error['rmse'] / extent}
