@@ -68,11 +68,12 @@ def moved_along(R_a_b: np.ndarray, direction: np.ndarray, xy_a: np.ndarray, xy_b
     rays_a, rays_b = _rays(xy_a), _rays(xy_b) @ R_a_b.T
     normal = np.cross(rays_a, rays_b)
     t = direction / np.linalg.norm(direction)
-    for _ in range(STEPS):
+    for step in range(STEPS):
         line = np.cross(t, rays_b)[:, :2]
         size = np.maximum(np.linalg.norm(line, axis=1), MIN_DEPTH)
         error = normal @ t / (size * tolerance)
-        weight = 1 / ((1 + 4 * error**2) * size**2)
+        # At first all count: the direction to start from may be far off.
+        weight = 1 / ((1 + 4 * error**2) * size**2) if step else np.ones(len(size))
         before, t = t, np.linalg.eigh((normal * weight[:, None]).T @ normal)[1][:, 0]
         t = t if t @ before > 0 else -t
         if np.linalg.norm(t - before) < CONVERGED:

@@ -1,0 +1,269 @@
+"""Pairs, accumulation, tracks and patches: parts of a reconstruction, on scenes that are known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+from oracle import CAMERA, OracleScene
+
+from feedforward_recon.evaluation import absolute_trajectory_error
+from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.geometry.transforms import inverse, se3_exp, transform_points
+from feedforward_recon.reconstruction.accumulation import accumulate
+from feedforward_recon.reconstruction.pairs import CompactPairs, PairGeometry, with_rotation
+from feedforward_recon.reconstruction.refinement import (
+    FINE,
+    ROUGH,
+    Structure,
+    refined,
+    triangulated,
+)
+from feedforward_recon.reconstruction.registration import agreeing_with, placed_by_points
+from feedforward_recon.reconstruction.shots import Shot
+from feedforward_recon.reconstruction.subpixel import patches_aligned
+from feedforward_recon.reconstruction.tracks import PointTracks, tracks_of
+from feedforward_recon.types import Trajectory
+
+CIRCLE = 10  # cameras half a metre apart on an arc, looking at the scene
+
+
+def arc(count=CIRCLE):
+    """Poses on an arc around the middle of the oracle's scene."""
+    middle = np.array([0, 0, 3.5])
+    poses = []
+    for angle in np.linspace(-0.5, 0.5, count):
+        turn = se3_exp(np.r_[0, 0, 0, 0, angle, 0.05 * np.sin(7 * angle)])
+        around = np.eye(4)
+        around[:3, 3] = middle
+        poses.append(around @ turn @ inverse(around))
+    return np.stack(poses)
+
+
+def shot(features, camera=CAMERA, gray=None):
+    colours = np.zeros((len(features), 3), np.uint8)
+    gray = np.zeros(camera.size_wh[::-1], np.uint8) if gray is None else gray
+    return Shot(features, camera, camera.normalise(features.keypoints), colours, gray)
+
+
+@pytest.fixture(scope='module')
+def scene():
+    """Shots of the oracle's scene from an arc, true poses, and all pairs that are decoded."""
+    world, poses = OracleScene.generate(0, count=900), arc()
+    shots = [shot(world.features(pose, seed)[0]) for seed, pose in enumerate(poses)]
+    decoder = CompactPairs(shots)
+    edges = [(i, j) for i in range(CIRCLE) for j in range(i + 1, CIRCLE)]
+    matches = {edge: decoder.match(*edge) for edge in edges}
+    pairs = {edge: decoder.decode(*edge, matches[edge]) for edge in edges}
+    return shots, poses, matches, {edge: pair for edge, pair in pairs.items() if pair is not None}
+
+
+def error_of(T_map_cam, poses, images):
+    """ATE of some images after a similarity, metres; and the median turn, degrees."""
+    error = absolute_trajectory_error(Trajectory(images, T_map_cam[images]),
+                                      Trajectory(images, poses[images]), 'sim3')
+    return error.rmse, error.rotation_median_deg
+
+
+def chain(count=CIRCLE):
+    return [(k, k + 1) for k in range(count - 1)]
+
+
+def test_pairs_are_those_of_the_scene(scene):
+    shots, poses, _, pairs = scene
+    assert len(pairs) > 30
+    for (i, j), pair in pairs.items():
+        T_i_j = inverse(poses[i]) @ poses[j]
+        better = with_rotation(pair, shots, T_i_j[:3, :3])
+        unit = T_i_j[:3, 3] / np.linalg.norm(T_i_j[:3, 3])
+        assert better.T_i_j[:3, 3] @ unit > np.cos(np.deg2rad(3))
+        assert np.allclose(np.linalg.norm(better.T_i_j[:3, 3]), 1)
+
+
+def test_a_pair_from_its_other_image_is_the_same_pair(scene):
+    pair = next(iter(scene[3].values()))
+    other = pair.seen_from(pair.j)
+    assert (other.i, other.j) == (pair.j, pair.i)
+    np.testing.assert_allclose(other.T_i_j @ pair.T_i_j, np.eye(4), atol=1e-9)
+    np.testing.assert_allclose(transform_points(pair.T_i_j, other.points), pair.points, atol=1e-9)
+    assert other.seen_from(pair.j) is other
+
+
+def exact(scene):
+    """Pairs with true motions, each in a unit of its own."""
+    _, poses, _, pairs = scene
+    rng = np.random.default_rng(0)
+    out = {}
+    for (i, j), pair in pairs.items():
+        T_i_j, unit = inverse(poses[i]) @ poses[j], rng.uniform(0.2, 5.0)
+        length = np.linalg.norm(T_i_j[:3, 3])
+        T_i_j[:3, 3] *= unit
+        out[i, j] = replace(pair, T_i_j=T_i_j, points=pair.points * length * unit)
+    return out
+
+
+def test_units_of_pairs_are_brought_together_along_a_tree(scene):
+    shots, poses, _, _ = scene
+    done = accumulate(shots, exact(scene), 0, chain())
+    assert done.registered.all()
+    rmse, turn_deg = error_of(done.T_map_cam, poses, np.arange(CIRCLE))
+    assert rmse < 0.02 and turn_deg < 1e-6
+
+
+def test_an_image_without_a_parent_is_placed_beside_another(scene):
+    shots, poses, _, _ = scene
+    done = accumulate(shots, exact(scene), 0, chain()[:3])  # the tree ends after four images
+    assert done.registered.all()
+    assert error_of(done.T_map_cam, poses, np.arange(CIRCLE))[0] < 0.02
+
+
+def test_an_image_that_shares_too_little_stays_out(scene):
+    shots = scene[0]
+    pairs = {edge: pair for edge, pair in exact(scene).items() if max(edge) < 9}
+    # The only pair of the last image shows features that nobody else has seen.
+    nothing = np.full(40, np.nan)
+    T = np.eye(4) + 0.1 * np.eye(4, k=3)
+    pairs[8, 9] = PairGeometry(8, 9, np.arange(40), np.arange(40), T, np.stack([nothing] * 3, 1),
+                               np.zeros(40))
+    done = accumulate(shots, pairs, 0, chain())
+    assert done.registered.tolist() == [True] * 9 + [False]
+
+
+def test_a_turn_on_the_spot_keeps_the_place_and_hands_on_what_is_known(scene):
+    shots, poses, _, _ = scene
+    pairs = exact(scene)
+    turn = se3_exp(np.r_[0, 0, 0, 0, 0.1, 0])
+    world = OracleScene.generate(0, count=900)
+    shots = [*shots, shot(world.features(poses[4] @ turn, 99)[0])]
+    decoder = CompactPairs(shots)
+    for i in (4, 6):
+        pairs[i, CIRCLE] = decoder.decode(i, CIRCLE, decoder.match(i, CIRCLE))
+    assert pairs[4, CIRCLE].is_turn and not pairs[6, CIRCLE].is_turn
+    edges = [(0, 1), (1, 2), (2, 3), (3, 4), (4, CIRCLE), (CIRCLE, 6)]
+    done = accumulate(shots, pairs, 0, edges)
+    assert done.registered.all()
+    np.testing.assert_array_equal(done.T_map_cam[CIRCLE, :3, 3], done.T_map_cam[4, :3, 3])
+    assert error_of(done.T_map_cam, poses, np.arange(CIRCLE))[0] < 0.05
+
+
+def pair_of(i, j, matches):
+    """A pair with nothing but its matches [(feature of i, feature of j)]."""
+    a, b = np.array(matches).T
+    return PairGeometry(i, j, a, b, np.eye(4), np.zeros((len(a), 3)), np.ones(len(a)))
+
+
+def test_tracks_join_what_pairs_match_and_see_an_image_once():
+    features = OracleScene.generate(0, count=300).features(np.eye(4), 0)[0].select(np.arange(9))
+    shots = [shot(features)] * 3
+    tracks = tracks_of(shots, [pair_of(0, 1, [(0, 0), (1, 1), (2, 2)]),
+                               pair_of(1, 2, [(0, 0), (1, 5)]),
+                               # 0 and 3 of the first image are not one point.
+                               pair_of(0, 2, [(3, 0)])])
+    found = sorted(tuple(sorted(zip(tracks.image[tracks.point == p].tolist(),
+                                    tracks.feature[tracks.point == p].tolist(), strict=True)))
+                   for p in range(tracks.count))
+    assert found == [((0, 0), (1, 0), (2, 0)), ((0, 1), (1, 1), (2, 5)), ((0, 2), (1, 2))]
+    np.testing.assert_array_equal(tracks.px, features.keypoints[tracks.feature])
+    assert tracks_of(shots, []).count == 0
+
+
+def test_selected_tracks_have_two_views_and_are_numbered_anew():
+    tracks = PointTracks(np.array([0, 1, 2, 0, 1]), np.arange(5), np.array([0, 0, 0, 1, 1]),
+                         np.zeros((5, 2)), 2)
+    kept = tracks.select(np.array([False, False, True, True, True]))
+    assert (kept.count, kept.point.tolist(), kept.image.tolist()) == (1, [0, 0], [0, 1])
+
+
+def structure_of(scene, T_map_cam, cameras=None):
+    shots, _, _, pairs = scene
+    tracks = tracks_of(shots, pairs.values())
+    cameras = cameras or [s.camera for s in shots]
+    return triangulated(Structure(T_map_cam, cameras, tracks, np.zeros((tracks.count, 3)),
+                                  np.zeros(0)))
+
+
+def test_refinement_brings_disturbed_poses_back(scene):
+    _, poses, _, _ = scene
+    rng = np.random.default_rng(0)
+    disturbed = poses @ se3_exp(rng.normal(0, 0.02, (CIRCLE, 6)))
+    before = error_of(disturbed, poses, np.arange(CIRCLE))[0]
+    structure = refined(structure_of(scene, disturbed), (*ROUGH, *FINE))
+    after, turn_deg = error_of(structure.T_map_cam, poses, np.arange(CIRCLE))
+    assert after < 0.1 * before and turn_deg < 0.05
+    assert structure.error_px.max() < 2 * FINE[-1].limit_px
+    assert (np.bincount(structure.tracks.point) >= 2).all()
+
+
+def test_refinement_finds_the_focal_length(scene):
+    shots, poses, _, _ = scene
+    wrong = CAMERA.with_lens(1.1, 0.0)
+    structure = structure_of(scene, poses, [wrong] * len(shots))
+    structure = refined(structure, (*ROUGH, *FINE), ('focal',))
+    assert structure.cameras[0].fx == pytest.approx(CAMERA.fx, rel=0.01)
+
+
+def test_an_image_is_placed_by_the_points_that_it_sees(scene):
+    shots, poses, matches, _ = scene
+    registered = np.arange(CIRCLE) != 5
+    structure = structure_of(scene, poses)
+    seen = structure.tracks.image != 5
+    structure = replace(structure, tracks=structure.tracks.select(seen))
+    structure = triangulated(replace(structure,
+                                     points=np.zeros((structure.tracks.count, 3))))
+    found = placed_by_points(structure, shots, registered, matches, seed=0)
+    assert list(found) == [5]
+    T = inverse(poses[5]) @ found[5]
+    assert np.linalg.norm(T[:3, 3]) < 0.03
+    pairs = agreeing_with(poses, shots, registered, matches)
+    assert pairs and all(5 not in edge for edge in pairs)
+    wrong = poses.copy()
+    wrong[3] = wrong[3] @ se3_exp(np.r_[0, 0, 0, 0.3, 0, 0.2])
+    assert not any(3 in edge for edge in agreeing_with(wrong, shots, registered, matches))
+
+
+def test_patches_are_found_to_a_tenth_of_a_pixel():
+    """A textured wall, seen from several sides; corners are half a pixel and more off."""
+    rng = np.random.default_rng(0)
+    camera = Camera.from_fov(60.0, (400, 300))
+    wall = cv2.GaussianBlur(rng.uniform(0, 255, (900, 1200)).astype(np.float32), (0, 0), 3.0)
+    wall = ((wall - wall.min()) / np.ptp(wall) * 255)
+    texel = 4.0 / 1200  # metres; the wall is 4 m wide and 4 m away
+    T = np.stack([se3_exp(np.r_[x, 0.1 * x, 0, 0, -0.1 * x, 0.05 * x])
+                  for x in (-0.8, -0.3, 0.2, 0.7)])
+    to_wall = np.array([[texel, 0, -2.0], [0, texel, -1.5], [0, 0, 0], [0, 0, 1]])
+    to_wall[2, 2] = 4.0
+    grays = [cv2.warpPerspective(wall, camera.K @ inverse(pose)[:3] @ to_wall, camera.size_wh)
+             for pose in T]
+    points = np.column_stack([rng.uniform((-1.0, -0.7), (1.0, 0.7), (60, 2)), np.full(60, 4.0)])
+    image, point = (v.ravel() for v in np.meshgrid(np.arange(4), np.arange(60)))
+    true = np.concatenate([camera.project(transform_points(inverse(T[i]), points[None, p]))
+                           for i, p in zip(image, point, strict=True)])
+    off = rng.normal(0, 0.6, true.shape)
+    tracks = PointTracks(image, np.arange(240), point, true + off, 60)
+    aligned = patches_aligned([g.astype(np.uint8) for g in grays], [camera] * 4, T, tracks, points)
+    rows = aligned.feature  # observations that are left, by their number
+    assert len(rows) > 0.9 * 240
+    # The reference keeps its own error: what the others must share with it.
+    for number in range(60):
+        own = rows[point[rows] == number]
+        left = aligned.px[point[rows] == number] - true[own]
+        spread = np.linalg.norm(left - left.mean(0), axis=1)
+        assert spread.max() < 0.35
+    before = np.linalg.norm(off - np.repeat(off.reshape(60, 4, 2).mean(1), 4, 0), axis=1)
+    assert before.max() > 1.0
+
+
+def test_what_does_not_look_like_the_reference_is_not_kept():
+    rng = np.random.default_rng(0)
+    camera = Camera.from_fov(60.0, (200, 150))
+    grays = [cv2.GaussianBlur(rng.integers(0, 255, (150, 200)).astype(np.uint8), (0, 0), 2)
+             for _ in range(2)]
+    T = np.stack([np.eye(4), se3_exp(np.r_[0.2, 0, 0, 0, 0, 0])])
+    points = np.column_stack([rng.uniform(-0.5, 0.5, (30, 2)), np.full(30, 4.0)])
+    image, point = (v.ravel() for v in np.meshgrid(np.arange(2), np.arange(30)))
+    px = np.concatenate([camera.project(transform_points(inverse(T[i]), points[None, p]))
+                         for i, p in zip(image, point, strict=True)])
+    tracks = PointTracks(image, np.arange(60), point, px, 30)
+    assert len(patches_aligned(grays, [camera] * 2, T, tracks, points)) < 6
