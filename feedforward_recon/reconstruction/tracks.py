@@ -36,7 +36,8 @@ class PointTracks:
         """Each image and its observations [n]."""
         order = np.argsort(self.image, kind='stable')
         images, first = np.unique(self.image[order], return_index=True)
-        return list(zip(images.tolist(), np.split(order, first[1:]), strict=True))
+        parts = np.split(order, first[1:])[:len(images)]  # one empty part, where there are none
+        return list(zip(images.tolist(), parts, strict=True))
 
 
 def tracks_of(shots: Sequence[Shot], pairs: Iterable[PairGeometry]) -> PointTracks:

@@ -1,0 +1,188 @@
+"""Photos in any order become a map, and each bad input is a result or one sentence."""
+
+from __future__ import annotations
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from feedforward_recon.cli import main
+from feedforward_recon.config.photos import PhotoConfig, ReconstructionConfig
+from feedforward_recon.config.schema import EncoderConfig, MemoryConfig
+from feedforward_recon.errors import InputError, MapError
+from feedforward_recon.evaluation import absolute_trajectory_error
+from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.geometry.transforms import pose_error
+from feedforward_recon.session.map_folder import load_map
+from feedforward_recon.session.photos import guessed_camera, reconstruct_frames
+from feedforward_recon.synthetic import Room, render_walk
+from feedforward_recon.types import Frame, Trajectory
+
+CAMERA = Camera.from_fov(70.0, (320, 240))
+CONFIG = PhotoConfig(encoder=EncoderConfig(max_keypoints=800, spacing_px=5),
+                     memory=MemoryConfig(slots=8000))
+
+
+def views(seed, count=14, camera=CAMERA):
+    """Views of a room, in an order that says nothing; without depth."""
+    room = Room.generate(seed)
+    frames = [Frame(frame.stamp_ns, frame.image, camera=camera, T_map_cam=frame.T_map_cam,
+                    source=f'{seed}_{index:02d}.png')
+              for index, frame in enumerate(render_walk(room, camera, room.walk(
+                  count, seed=0, fps=4.0), fps=4.0))]
+    return [frames[k] for k in np.random.default_rng(0).permutation(count)]
+
+
+@pytest.fixture(scope='module')
+def photos():
+    return views(5)
+
+
+@pytest.fixture(scope='module')
+def run(photos):
+    return reconstruct_frames(photos, CONFIG)
+
+
+def error_of(run, frames):
+    """ATE after a similarity, metres, and the median turn, degrees."""
+    by_stamp = {frame.stamp_ns: frame.T_map_cam for frame in frames}
+    trajectory = run.scene.trajectory
+    truth = Trajectory(trajectory.stamps_ns, np.stack([by_stamp[s] for s in
+                                                       trajectory.stamps_ns.tolist()]))
+    order = np.argsort(trajectory.stamps_ns)
+    error = absolute_trajectory_error(*(Trajectory(t.stamps_ns[order], t.T_map_cam[order])
+                                        for t in (trajectory, truth)), 'sim3')
+    return error.rmse, error.rotation_median_deg
+
+
+def test_views_in_any_order_become_a_map(run, photos):
+    assert len(run.scene.trajectory) == len(photos)
+    rmse, turn_deg = error_of(run, photos)
+    assert rmse < 0.01 and turn_deg < 0.15
+    assert run.scene.metres_per_unit is None and run.scene.camera_source == 'given'
+    np.testing.assert_allclose(run.scene.trajectory.T_map_cam[0], np.eye(4), atol=1e-12)
+    assert [e.source for e in run.scene.estimates] == [f.source for f in photos]
+    assert len(run.scene.cloud) > 100
+    depth = [k.points_cam[k.has_point, 2] for k in run.scene.keyframes]
+    assert 0.7 < np.median(np.concatenate(depth)) < 1.4  # the unit is the typical depth
+
+
+def test_refinement_is_worth_its_time(run, photos):
+    rough = reconstruct_frames(photos, PhotoConfig(
+        encoder=CONFIG.encoder, memory=CONFIG.memory,
+        reconstruction=ReconstructionConfig(refine=False)))
+    assert len(rough.scene.trajectory) == len(photos)
+    assert error_of(run, photos)[0] < 0.3 * error_of(rough, photos)[0]
+
+
+def test_the_result_does_not_depend_on_the_order_or_the_workers(run, photos):
+    again = reconstruct_frames(photos, CONFIG, workers=1)
+    assert np.array_equal(again.scene.trajectory.T_map_cam, run.scene.trajectory.T_map_cam)
+    turned = reconstruct_frames(photos[::-1], CONFIG)
+    assert len(turned.scene.trajectory) == len(photos)
+    assert error_of(turned, photos)[0] < 0.01
+
+
+def test_what_does_not_belong_has_no_pose_and_a_reason(run, photos):
+    black = Frame(10**12, np.zeros((240, 320, 3), np.uint8), camera=CAMERA, source='black.png')
+    strangers = [Frame(10**12 + 1 + k, f.image, camera=CAMERA, source=f.source)
+                 for k, f in enumerate(views(77, 3))]
+    mixed = reconstruct_frames([black, *photos[:7], *strangers, *photos[7:]], CONFIG)
+    without = {e.source: e.reason for e in mixed.scene.estimates if e.T_map_cam is None}
+    assert without == dict.fromkeys(['black.png', *(f.source for f in strangers)], 'NO_OVERLAP')
+    assert error_of(mixed, photos)[0] < 0.01
+
+
+def test_the_same_photo_twice_stands_in_one_place(photos):
+    copies = [Frame(10**12 + k, f.image, camera=CAMERA, source=f'copy {f.source}')
+              for k, f in enumerate(photos[:4])]
+    scene = reconstruct_frames([*photos, *copies], CONFIG).scene
+    T = {e.source: e.T_map_cam for e in scene.estimates}
+    assert all(pose is not None for pose in T.values())
+    for copy, frame in zip(copies, photos, strict=False):
+        distance, turn_deg = pose_error(T[copy.source], T[frame.source])
+        assert distance < 2e-3 and turn_deg < 0.1
+
+
+def test_photos_of_several_sizes_and_cameras_are_one_map(photos):
+    small = Camera.from_fov(70.0, (240, 180))
+    mixed = [Frame(f.stamp_ns, cv2.resize(f.image, small.size_wh, interpolation=cv2.INTER_AREA),
+                   camera=small, source=f.source) if k % 3 == 0 else f
+             for k, f in enumerate(photos)]
+    run = reconstruct_frames(mixed, CONFIG)
+    assert len(run.scene.trajectory) == len(photos)
+    assert error_of(run, photos)[0] < 0.02
+
+
+def test_a_focal_length_that_nobody_gave_is_found(photos):
+    bare = [Frame(f.stamp_ns, f.image, source=f.source) for f in photos]
+    run = reconstruct_frames(bare, CONFIG)
+    assert len(run.scene.trajectory) == len(photos)
+    assert run.scene.camera_source == 'refined'
+    assert run.scene.keyframes[0].camera.fx == pytest.approx(CAMERA.fx, rel=0.02)
+    assert abs(np.log(guessed_camera((320, 240)).fx / CAMERA.fx)) > 0.2  # the guess was far off
+
+
+def test_one_photo_is_refused(photos):
+    with pytest.raises(InputError, match='at least two images, found 1'):
+        reconstruct_frames(photos[:1], CONFIG)
+
+
+def test_photos_that_share_nothing_are_refused(photos):
+    with pytest.raises(MapError, match='found none among 2'):
+        reconstruct_frames([photos[0], views(77, 3)[0]], CONFIG)
+
+
+def test_two_photos_of_one_place_are_a_map():
+    frames = sorted(views(5), key=lambda frame: frame.stamp_ns)[:2]
+    scene = reconstruct_frames(frames, CONFIG).scene
+    assert len(scene.trajectory) == 2
+
+
+@pytest.fixture(scope='module')
+def folder(photos, tmp_path_factory):
+    """The photos as files, without intrinsics."""
+    folder = tmp_path_factory.mktemp('photos')
+    for frame in photos:
+        cv2.imwrite(str(folder / frame.source), frame.image[..., ::-1])
+    return folder
+
+
+SETTINGS = ['--fov', '70', '--set', 'encoder.max_keypoints=800', '--set', 'encoder.spacing_px=5',
+            '--set', 'memory.slots=8000']
+
+
+def test_the_command_writes_a_map_that_images_are_found_in(folder, photos, tmp_path, capsys):
+    assert main(['reconstruct', str(folder), *SETTINGS, '--out', str(tmp_path / 'map'),
+                 '--json']) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary['frames'], summary['tracked'], summary['unregistered']) == (14, 14, {})
+    assert summary['memory_bytes'] == load_map(tmp_path / 'map').info.files[
+        'memory.safetensors']['bytes']
+    localizer = load_map(tmp_path / 'map').localizer()
+    poses = {entry['file']: np.array(entry['T_map_cam'])
+             for entry in load_map(tmp_path / 'map').poses()}
+    for frame in photos[::4]:
+        estimate = localizer.localize(Frame(0, frame.image, source=frame.source))
+        distance, turn_deg = pose_error(estimate.T_map_cam, poses[frame.source])
+        assert distance < 0.02 and turn_deg < 0.5
+
+
+def test_another_walk_goes_on_with_a_map_of_photos(folder, tmp_path):
+    out = str(tmp_path / 'map')
+    assert main(['reconstruct', str(folder), *SETTINGS, '--out', out, '--json']) == 0
+    assert main(['map', str(folder), '--into', out, '--json']) == 0
+    assert load_map(out).info.sessions == 2
+
+
+@pytest.mark.parametrize(('arguments', 'sentence'), [
+    (['--set', 'reconstruction.tree=oak'], 'shortest'),
+    (['--set', 'reconstruction.neighbors=3'], 'did you mean reconstruction.neighbours'),
+    (['--workers', '-1'], 'workers'),
+])
+def test_bad_options_are_one_sentence(folder, tmp_path, capsys, arguments, sentence):
+    assert main(['reconstruct', str(folder), '--out', str(tmp_path / 'map'), *arguments]) != 0
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / 'map').exists()
