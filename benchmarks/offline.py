@@ -18,8 +18,9 @@ from feedforward_recon.console.threads import one_thread
 from feedforward_recon.errors import ReconError
 from feedforward_recon.io import SourceOptions, open_source
 from feedforward_recon.model.compact import CompactEncoder
+from feedforward_recon.reconstruction.comparisons import compared
 from feedforward_recon.reconstruction.pairs import CompactPairs
-from feedforward_recon.reconstruction.pipeline import assembled, compared
+from feedforward_recon.reconstruction.pipeline import assembled
 from feedforward_recon.reconstruction.shots import shot_of
 from feedforward_recon.session.offline import trajectory_of
 from feedforward_recon.session.photos import reconstruct_frames

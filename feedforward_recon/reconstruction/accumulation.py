@@ -8,18 +8,16 @@ which wrong points do not move.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from feedforward_recon.geometry.transforms import inverse, transform_points
-from feedforward_recon.reconstruction.pairs import PairGeometry
+from feedforward_recon.reconstruction.pairs import Edge, PairGeometry, Pairs
 from feedforward_recon.reconstruction.shots import Shot
 
 MIN_SHARED = 8  # points of an image that a pair must share with what is known of it
 MIN_CONFIDENCE = 3.0  # of a point that says something about scale: its depth is good to a third
-
-Pairs = Mapping[tuple[int, int], PairGeometry]  # by i < j
 
 
 class Accumulation:
@@ -76,7 +74,7 @@ class Accumulation:
         self._confidence[image][feature[better]] = confidence[better]
 
 
-def accumulate(shots: Sequence[Shot], pairs: Pairs, root: int, edges: Iterable[tuple[int, int]]
+def accumulate(shots: Sequence[Shot], pairs: Pairs, root: int, edges: Iterable[Edge]
                ) -> Accumulation:
     """Register images along the edges (parent, child) of a tree, then those that were left.
 

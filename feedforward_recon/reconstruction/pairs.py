@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from feedforward_recon.geometry.epipolar import PairMotion, checked, motion_betw
 from feedforward_recon.geometry.transforms import inverse, transform_points
 from feedforward_recon.reconstruction.shots import Shot
 
-# All measured: docs/experiments.md, Pairs of photos.
+# Margin: docs/experiments.md, Photos; the others are chosen by hand.
 MIN_SIMILARITY = 0.7  # cosine of two descriptors that may match
 THRESHOLD_PX = 2.0  # of an inlier
 MARGIN = 0.05  # by which a distinct match is more similar than the next best
@@ -70,6 +70,10 @@ class Matches:
 
     def __len__(self) -> int:
         return len(self.feature_i)
+
+
+Edge = tuple[int, int]  # images i < j
+Pairs = Mapping[Edge, PairGeometry]
 
 
 class PairDecoder(Protocol):
@@ -140,7 +144,7 @@ def with_rotation(pair: PairGeometry, shots: Sequence[Shot], R_i_j: np.ndarray
     return _pair(pair.i, pair.j, pair.feature_i, pair.feature_j, motion, _tolerance(a, b))
 
 
-def with_motion(edge: tuple[int, int], matches: Matches, shots: Sequence[Shot],
+def with_motion(edge: Edge, matches: Matches, shots: Sequence[Shot],
                 T_i_j: np.ndarray) -> PairGeometry | None:
     """The matches of images i, j that agree with a motion [4, 4]; None where few do."""
     (i, j), row, column = edge, matches.feature_i, matches.feature_j

@@ -8,11 +8,11 @@ import numpy as np
 
 from feedforward_recon.geometry.pnp import pnp_ransac
 from feedforward_recon.geometry.transforms import inverse
-from feedforward_recon.reconstruction.pairs import Matches, PairGeometry, with_motion
+from feedforward_recon.reconstruction.pairs import Edge, Matches, PairGeometry, with_motion
 from feedforward_recon.reconstruction.refinement import Structure
 from feedforward_recon.reconstruction.shots import Shot
 
-MatchesOf = Mapping[tuple[int, int], Matches]  # by i < j
+MatchesOf = Mapping[Edge, Matches]
 
 MIN_INLIERS, MIN_SHARE = 30, 0.15  # points that agree with a pose, and of those that were matched
 THRESHOLD_PX = 4.0
@@ -45,7 +45,7 @@ def placed_by_points(structure: Structure, shots: Sequence[Shot], registered: np
 
 
 def agreeing_with(T_map_cam: np.ndarray, shots: Sequence[Shot], registered: np.ndarray,
-                  matches: MatchesOf) -> dict[tuple[int, int], PairGeometry]:
+                  matches: MatchesOf) -> dict[Edge, PairGeometry]:
     """Pairs of registered images, with the matches that agree with their poses."""
     pairs = {edge: with_motion(edge, both, shots, inverse(T_map_cam[edge[0]]) @ T_map_cam[edge[1]])
              for edge, both in matches.items() if registered[list(edge)].all()}

@@ -3,7 +3,7 @@
 A pair costs the less the more similar its images are. In a shortest-path tree (Dijkstra) each
 image is reached from the most central one at the lowest total cost; a minimum spanning tree has
 the cheapest edges, and long ways. The cost decides between few long hops and many short ones:
-docs/experiments.md, Trees of pairs.
+docs/benchmarks.md, Trees of pairs.
 """
 
 from __future__ import annotations

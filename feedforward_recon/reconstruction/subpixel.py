@@ -18,7 +18,7 @@ from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, transform_points
 from feedforward_recon.reconstruction.tracks import PointTracks
 
-# All measured: docs/experiments.md, Sub-pixel tracks.
+# What patches are worth: docs/experiments.md, Photos. These numbers are chosen by hand.
 RADIUS = 6  # of a patch, px of the reference image
 STEPS, MAX_STEP_PX, CONVERGED_PX = 6, 1.0, 0.1
 MAX_SHIFT_PX = 3.0  # from where the corner was found

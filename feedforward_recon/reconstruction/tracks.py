@@ -32,6 +32,10 @@ class PointTracks:
         return PointTracks(self.image[rows], self.feature[rows], number[self.point[rows]],
                            self.px[rows], int(enough.sum()))
 
+    def views(self, count: int) -> np.ndarray:
+        """Number of observations [N] in each of ``count`` images."""
+        return np.bincount(self.image, minlength=count)
+
     def by_image(self) -> list[tuple[int, np.ndarray]]:
         """Each image and its observations [n]."""
         order = np.argsort(self.image, kind='stable')

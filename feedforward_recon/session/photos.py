@@ -22,8 +22,9 @@ from feedforward_recon.mapping.scene_map import Stats
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.model import Encoder
 from feedforward_recon.model.compact import CompactEncoder
+from feedforward_recon.reconstruction.comparisons import Mapped
 from feedforward_recon.reconstruction.pairs import CompactPairs
-from feedforward_recon.reconstruction.pipeline import Mapped, Reconstructed, reconstruct
+from feedforward_recon.reconstruction.pipeline import Reconstructed, reconstruct
 from feedforward_recon.reconstruction.scene import growing_map, scene_map
 from feedforward_recon.reconstruction.shots import Shot, shot_of
 from feedforward_recon.session.offline import Progress, ProgressBar, Run, quiet, trajectory_of
