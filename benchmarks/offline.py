@@ -11,18 +11,22 @@ from typing import Any
 import numpy as np
 
 from benchmarks.colmap_peer import PhotoPeer
-from benchmarks.common import KITCHEN, Clock, data_root, load_frames
-from benchmarks.scoring import trajectory_error
+from benchmarks.common import KITCHEN, Clock, data_root, load_frames, true_trajectory
+from benchmarks.scoring import interleaved_split, trajectory_error
 from feedforward_recon.config.photos import PhotoConfig, ReconstructionConfig
 from feedforward_recon.console.threads import one_thread
 from feedforward_recon.errors import ReconError
+from feedforward_recon.evaluation import associate, localisation_score
+from feedforward_recon.geometry.align import align_points
 from feedforward_recon.io import SourceOptions, open_source
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.reconstruction.comparisons import compared
 from feedforward_recon.reconstruction.pairs import CompactPairs
 from feedforward_recon.reconstruction.pipeline import assembled
 from feedforward_recon.reconstruction.shots import shot_of
-from feedforward_recon.session.offline import trajectory_of
+from feedforward_recon.session.map_folder import SavedMap, save_map
+from feedforward_recon.session.merging import merge_maps
+from feedforward_recon.session.offline import map_frames, trajectory_of
 from feedforward_recon.session.photos import reconstruct_frames
 from feedforward_recon.types import Frame, Trajectory
 
@@ -30,6 +34,7 @@ SETS = ('strecha_Herz-Jesus-P8', 'lund_door', 'strecha_Herz-Jesus-P25', 'llff_fl
         'llff_room', 'llff_fortress', 'ngp_fox', 'tabletop_cup', KITCHEN)
 STEP = {KITCHEN: 5}  # every so many images of a walk
 PEERS = (('incremental', 'exhaustive'), ('global', 'exhaustive'), ('incremental', 'sequential'))
+SHARED = 50  # images of both halves
 SEED = 0  # of the order of the images
 
 
@@ -77,6 +82,47 @@ def run_trees() -> Iterator[tuple[str, dict[str, Any]]]:
                 yield f'{name} | {tree}, {cost}', {
                     **entry(frames, trajectory_of(posed), []), 'depth': int(done.tree.depth.max()),
                     'mean_depth': float(done.tree.depth[done.tree.order].mean())}
+
+
+def run_merge() -> Iterator[tuple[str, dict[str, Any]]]:
+    """The kitchen as two halves that share 50 images, merged, beside a map made at once."""
+    frames = load_frames(KITCHEN)
+    mapped, query = interleaved_split(len(frames))
+    known, unknown = [frames[i] for i in mapped], [frames[i] for i in query]
+    middle = len(known) // 2
+    for sensor in ('RGB-D', 'monocular'):
+        walk = known if sensor == 'RGB-D' else [dataclasses.replace(f, depth=None) for f in known]
+        with tempfile.TemporaryDirectory() as folder, one_thread():
+            whole = map_frames(walk).save(Path(folder) / 'whole')
+            halves = [map_frames(part).save(Path(folder) / name) for name, part in
+                      (('first', walk[:middle + SHARED // 2]),
+                       ('second', walk[middle - SHARED // 2:]))]
+            clock = Clock()
+            merged = merge_maps(*halves)
+            both = save_map(Path(folder) / 'both', merged.scene, merged.writer, merged.encoder,
+                            merged.config)
+            clock.stop()
+            yield f'{KITCHEN} {sensor} | at once', merge_entry(whole, walk, unknown)
+            yield f'{KITCHEN} {sensor} | two halves merged', {
+                **merge_entry(both, walk, unknown), 'seconds': clock.seconds}
+
+
+def merge_entry(saved: SavedMap, walk: list[Frame], unknown: list[Frame]) -> dict[str, Any]:
+    """Error of the walk in a saved map, and how many other images are found in it."""
+    metric = saved.info.metres_per_unit is not None
+    stamps, first = np.unique(saved.trajectory().stamps_ns, return_index=True)
+    estimated = Trajectory(stamps, saved.trajectory().T_map_cam[first])
+    ours, theirs = associate(estimated, true_trajectory(walk))
+    alignment = align_points(ours.positions, theirs.positions, with_scale=not metric)
+    localizer = saved.localizer()
+    answers = [localizer.localize(frame).T_map_cam for frame in unknown]
+    placed = [None if T is None else alignment.apply_to_poses(T) for T in answers]
+    truth = np.stack([f.T_map_cam for f in unknown if f.T_map_cam is not None])
+    score = localisation_score(placed, truth)
+    return {'images': len(walk), 'registered': len(ours), 'memory_bytes': saved.memory.nbytes,
+            'error': trajectory_error(estimated, true_trajectory(walk),
+                                      'se3' if metric else 'sim3'),
+            'queries': len(unknown), 'median_m': score.median_m, 'recall': score.recall}
 
 
 def ours(frames: list[Frame], config: ReconstructionConfig | None = None) -> dict[str, Any]:

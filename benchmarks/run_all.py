@@ -28,6 +28,7 @@ ENTRIES = {
     'memory_law': ('memory_law', 'run'),
     'offline': ('offline', 'run'),
     'trees': ('offline', 'run_trees'),
+    'merge': ('offline', 'run_merge'),
     'attention_scaling': ('attention_scaling', 'run'),
     'live': ('live', 'run'),
     'peers_mapping': ('colmap_peer', 'run'),

@@ -95,8 +95,14 @@ def test_what_does_not_belong_has_no_pose_and_a_reason(run, photos):
     assert error_of(mixed, photos)[0] < 0.01
 
 
-def test_the_same_photo_twice_stands_in_one_place(photos):
-    copies = [Frame(10**12 + k, f.image, camera=CAMERA, source=f'copy {f.source}')
+def brighter(image):
+    """As if another program had saved it: nearly the same bytes, but not quite."""
+    return np.clip(image.astype(int) + 1, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize('saved', [np.copy, brighter])
+def test_the_same_photo_twice_stands_in_one_place(photos, saved):
+    copies = [Frame(10**12 + k, saved(f.image), camera=CAMERA, source=f'copy {f.source}')
               for k, f in enumerate(photos[:4])]
     scene = reconstruct_frames([*photos, *copies], CONFIG).scene
     T = {e.source: e.T_map_cam for e in scene.estimates}
@@ -126,8 +132,14 @@ def test_a_focal_length_that_nobody_gave_is_found(photos):
 
 
 def test_one_photo_is_refused(photos):
-    with pytest.raises(InputError, match='at least two images, found 1'):
+    with pytest.raises(InputError, match='at least two different images, found 1;'):
         reconstruct_frames(photos[:1], CONFIG)
+
+
+def test_copies_of_one_photo_are_refused(photos):
+    copies = [Frame(k, photos[0].image, camera=CAMERA, source=f'{k}.png') for k in range(200)]
+    with pytest.raises(InputError, match='found 200 copies of one'):
+        reconstruct_frames(copies, CONFIG)
 
 
 def test_photos_that_share_nothing_are_refused(photos):

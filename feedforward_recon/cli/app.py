@@ -12,7 +12,7 @@ from feedforward_recon.cli.demo import demo_command
 from feedforward_recon.cli.evaluate import bench_command, eval_command
 from feedforward_recon.cli.localize import localize_command
 from feedforward_recon.cli.mapping import map_command
-from feedforward_recon.cli.maps import export_command, info_command
+from feedforward_recon.cli.maps import export_command, info_command, merge_command
 from feedforward_recon.cli.reconstruct import reconstruct_command
 from feedforward_recon.console.terminal import taught
 from feedforward_recon.version import __version__
@@ -45,7 +45,8 @@ app.callback(invoke_without_command=True, help=taught(root))(root)
 COMMANDS: dict[str, Callable[..., int | None]] = {
     'demo': demo_command, 'map': map_command, 'reconstruct': reconstruct_command,
     'localize': localize_command, 'info': info_command,
-    'eval': eval_command, 'export': export_command, 'bench': bench_command}
+    'eval': eval_command, 'export': export_command,
+    'merge': merge_command, 'bench': bench_command}
 weights_app = typer.Typer()
 weights_app.callback(invoke_without_command=True,
                      help=taught(weights.weights_root))(weights.weights_root)

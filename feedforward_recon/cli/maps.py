@@ -1,4 +1,4 @@
-"""``ffrecon info`` and ``ffrecon export``: what a saved map holds, and its files for others."""
+"""``ffrecon info``, ``export`` and ``merge``: what maps hold, files for others, two into one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from feedforward_recon.console.options import Json, MapFolder
+from feedforward_recon.console.options import Json, MapFolder, Overwrite, check_out
 from feedforward_recon.console.terminal import bytes_text, print_json, print_table
 from feedforward_recon.errors import InputError
 from feedforward_recon.io.writers import (
@@ -22,8 +22,11 @@ from feedforward_recon.io.writers import (
     write_ply,
     write_tum,
 )
-from feedforward_recon.session.map_folder import NETWORK, SavedMap, load_map
+from feedforward_recon.session.map_folder import MEMORY, NETWORK, SavedMap, load_map, save_map
+from feedforward_recon.session.merging import merge_maps
 
+MergedOut = Annotated[Path, typer.Option('--out', '-o', help='Map folder to write.',
+                                         show_default=False)]
 COLMAP_MARKER = 'cameras.txt'
 
 
@@ -128,6 +131,33 @@ def export_command(map_: MapFolder, format_: FormatOption, out: Out) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         FILES[format_](saved, out)
     print(out)
+
+
+def merge_command(first: MapFolder, second: MapFolder, out: MergedOut,
+                  overwrite: Overwrite = False, json_: Json = False) -> None:
+    """Make one map of two that show the same place; its memory has the size of one.
+
+    The second map is brought into the frame and the unit of the first, landmarks that both have
+    become one, and both are refined together.
+
+    Example:
+      ffrecon merge maps/monday maps/tuesday --out maps/both
+    """
+    check_out(out, overwrite)
+    merged = merge_maps(load_map(first), load_map(second))
+    saved = save_map(out, merged.scene, merged.writer, merged.encoder, merged.config)
+    info = saved.info
+    summary = {'map': str(saved.path), 'sessions': info.sessions, 'keyframes': info.keyframes,
+               'images': info.images, 'joined_landmarks': merged.joined,
+               'scale': merged.alignment.scale, 'memory_bytes': info.files[MEMORY]['bytes']}
+    if json_:
+        print_json(summary)
+        return
+    print_table(f'map in {saved.path}', {
+        'sessions': f'{info.sessions}, {info.keyframes} keyframes, {info.images} images',
+        'joined by': f'{merged.joined} landmarks, lengths of the second times '
+                     f'{merged.alignment.scale:.4g}',
+        'memory': bytes_text(summary['memory_bytes'])})
 
 
 def _posed_images(saved: SavedMap) -> list[PosedImage]:

@@ -70,6 +70,19 @@ class LandmarkTable:
             column = getattr(self, name)
             setattr(self, name, np.concatenate([column, np.asarray(values, column.dtype)]))
 
+    def append(self, other: LandmarkTable, first_keyframe: int) -> None:
+        """Take over the landmarks of another map, whose keyframes count from that number."""
+        first = len(self)
+        self.anchor = np.append(self.anchor, other.anchor + np.int32(first_keyframe))
+        self.alias = np.append(self.alias, other.alias + first)
+        for name in ('point_cam', 'descriptor', 'rgb', 'alive'):
+            setattr(self, name, np.concatenate([getattr(self, name), getattr(other, name)]))
+        moved = {'seen_landmark': first, 'seen_keyframe': first_keyframe}
+        for name in self.OBSERVATION_COLUMNS:
+            column = getattr(other, name)
+            setattr(self, name, np.concatenate([getattr(self, name), column + column.dtype.type(
+                moved[name])] if name in moved else [getattr(self, name), column]))
+
     def forget(self, rows: np.ndarray) -> None:
         """Drop observations [n], given by their places in the columns."""
         if len(rows):

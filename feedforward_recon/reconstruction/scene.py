@@ -16,7 +16,7 @@ from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.scene_map import SceneMap
 from feedforward_recon.reconstruction.pipeline import Reconstructed
 from feedforward_recon.reconstruction.refinement import Structure
-from feedforward_recon.reconstruction.shots import Shot
+from feedforward_recon.reconstruction.shots import Photo, Shot
 from feedforward_recon.types import Estimate, Status, Trajectory
 
 
@@ -37,20 +37,25 @@ def growing_map(done: Reconstructed, shots: Sequence[Shot], config: MapperConfig
     return map_
 
 
-def scene_map(map_: GrowingMap, done: Reconstructed, shots: Sequence[Shot], camera_source: str
+def scene_map(map_: GrowingMap, done: Reconstructed, photos: Sequence[Photo], camera_source: str
               ) -> SceneMap:
-    """The finished map; images that have no pose say why."""
-    number = np.cumsum(done.registered) - 1
-    seen = np.bincount(done.structure.tracks.image, minlength=len(shots))
-    estimates = tuple(
-        Estimate(shot.stamp_ns, Status.TRACKING if registered else Status.NOT_LOCALISED,
-                 map_.T_map_cam[number[image]] if registered else None, inliers=int(seen[image]),
-                 reason=done.reasons[image], is_keyframe=bool(registered), source=shot.source)
-        for image, (shot, registered) in enumerate(zip(shots, done.registered, strict=True)))
-    stamps = np.array([shot.stamp_ns for shot in shots], np.int64)[done.registered]
+    """The finished map; photos that have no pose say why, copies have that of the first."""
+    keyframe = np.cumsum(done.registered) - 1
+    seen = done.structure.tracks.views(len(done.registered))
+    known, estimates = set(), []
+    for photo in photos:
+        registered = bool(done.registered[photo.shot])
+        estimates.append(Estimate(
+            photo.stamp_ns, Status.TRACKING if registered else Status.NOT_LOCALISED,
+            map_.T_map_cam[keyframe[photo.shot]] if registered else None,
+            inliers=int(seen[photo.shot]), reason=done.reasons[photo.shot],
+            is_keyframe=registered and photo.shot not in known, source=photo.source))
+        known.add(photo.shot)
+    posed = [e for e in estimates if e.T_map_cam is not None]
     return SceneMap(
         tuple(map_.exported(id_) for id_ in range(len(map_))),
-        Trajectory(stamps, map_.T_map_cam.copy()), estimates,
+        Trajectory(np.array([e.stamp_ns for e in posed], np.int64),
+                   np.array([e.T_map_cam for e in posed])), tuple(estimates),
         cloud_source(map_, map_.config.cloud).fused(), camera_source=camera_source,
         graph=keyframe_graph(map_, map_.config.keyframes.saved))
 

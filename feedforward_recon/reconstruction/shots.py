@@ -13,6 +13,18 @@ from feedforward_recon.types import Features, Frame
 
 
 @dataclass(frozen=True)
+class Photo:
+    """A photo as it came: its stamp and name, and the number of the shot that shows it.
+
+    Copies of one photo are one shot.
+    """
+
+    stamp_ns: int
+    source: str
+    shot: int
+
+
+@dataclass(frozen=True)
 class Shot:
     """An encoded image.
 

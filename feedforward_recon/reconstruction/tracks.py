@@ -50,11 +50,30 @@ def tracks_of(shots: Sequence[Shot], pairs: Iterable[PairGeometry]) -> PointTrac
     The pairs with most matches come first. A match that would put two features of one image into
     a track is left out: one of them is wrong, and later ones are more often.
     """
-    sizes = [len(shot.features) for shot in shots]
-    start = np.concatenate([[0], np.cumsum(sizes)])
-    image_of = np.repeat(np.arange(len(sizes)), sizes)
-    parent = list(range(int(start[-1])))
-    images = [1 << image for image in image_of.tolist()]  # of the track of a root, as bits
+    start = np.concatenate([[0], np.cumsum([len(shot.features) for shot in shots])])
+    ordered = sorted(pairs, key=lambda pair: -len(pair))
+    a = np.concatenate([np.zeros(0, int), *(start[p.i] + p.feature_i for p in ordered)])
+    b = np.concatenate([np.zeros(0, int), *(start[p.j] + p.feature_j for p in ordered)])
+    used, numbers = np.unique(np.concatenate([a, b]), return_inverse=True)
+    image = np.searchsorted(start, used, side='right') - 1
+    root = _joined(numbers[:len(a)].tolist(), numbers[len(a):].tolist(), image.tolist())
+    rows = np.flatnonzero(np.bincount(root, minlength=len(used))[root] > 1)
+    _, point = np.unique(root[rows], return_inverse=True)
+    image, feature = image[rows], used[rows] - start[image[rows]]
+    px = np.zeros((len(rows), 2))
+    tracks = PointTracks(image, feature, point, px, int(point.max(initial=-1)) + 1)
+    for number, seen in tracks.by_image():
+        px[seen] = shots[number].features.keypoints[feature[seen]]
+    return tracks
+
+
+def _joined(a: list[int], b: list[int], image: list[int]) -> np.ndarray:
+    """The track [N] of each feature, after joining a[k] and b[k] one by one (union-find).
+
+    image: of each feature; a track sees an image once.
+    """
+    parent = list(range(len(image)))
+    images: dict[int, set[int]] = {}  # of tracks with more than one feature, by their root
 
     def root(node: int) -> int:
         while parent[node] != node:
@@ -62,17 +81,13 @@ def tracks_of(shots: Sequence[Shot], pairs: Iterable[PairGeometry]) -> PointTrac
             node = parent[node]
         return node
 
-    for pair in sorted(pairs, key=lambda pair: -len(pair)):
-        for a, b in zip((start[pair.i] + pair.feature_i).tolist(),
-                        (start[pair.j] + pair.feature_j).tolist(), strict=True):
-            a, b = root(a), root(b)
-            if a != b and not images[a] & images[b]:
-                parent[b] = a
-                images[a] |= images[b]
-    roots = np.array([root(node) for node in range(len(parent))], int)
-    rows = np.flatnonzero(np.bincount(roots, minlength=len(parent))[roots] > 1)
-    _, point = np.unique(roots[rows], return_inverse=True)
-    image, feature = image_of[rows], rows - start[image_of[rows]]
-    px = np.concatenate([np.zeros((0, 2)), *(shot.features.keypoints for shot in shots)])
-    return PointTracks(image, feature, point, px[rows].astype(float),
-                       int(point.max(initial=-1)) + 1)
+    for one, other in zip(a, b, strict=True):
+        one, other = root(one), root(other)
+        if one == other:
+            continue
+        sees, others = images.get(one) or {image[one]}, images.get(other) or {image[other]}
+        if sees.isdisjoint(others):
+            parent[other] = one
+            images[one] = sees | others
+            images.pop(other, None)
+    return np.array([root(node) for node in range(len(parent))], int)

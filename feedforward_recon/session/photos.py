@@ -6,6 +6,7 @@ saved = run.save('maps/church')
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +27,7 @@ from feedforward_recon.reconstruction.comparisons import Mapped
 from feedforward_recon.reconstruction.pairs import CompactPairs
 from feedforward_recon.reconstruction.pipeline import Reconstructed, reconstruct
 from feedforward_recon.reconstruction.scene import growing_map, scene_map
-from feedforward_recon.reconstruction.shots import Shot, shot_of
+from feedforward_recon.reconstruction.shots import Photo, Shot, shot_of
 from feedforward_recon.session.offline import Progress, ProgressBar, Run, quiet, trajectory_of
 from feedforward_recon.types import Frame
 
@@ -50,11 +51,12 @@ def reconstruct_frames(frames: Iterable[Frame], config: PhotoConfig | None = Non
     started = time.perf_counter()
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         with progress('features', total) as bar:
-            shots, truth = _encoded(frames, encoder, pool, bar)
+            shots, photos, truth = _encoded(frames, encoder, pool, bar)
         encoded = time.perf_counter()
         if len(shots) < 2:
-            raise InputError(f'expected at least two images, found {len(shots)}; one alone has no '
-                             'depth: give more views of the same place')
+            found = f'{len(photos)}' if len(photos) < 2 else f'{len(photos)} copies of one'
+            raise InputError(f'expected at least two different images, found {found}; one alone '
+                             'has no depth: give more views of the same place')
         with progress('pairs', 0) as bar:
             shots, done = _reconstructed(shots, config, _counting(pool.map, bar))
     if done.registered.sum() < 2 or not len(done.structure.tracks):
@@ -62,13 +64,13 @@ def reconstruct_frames(frames: Iterable[Frame], config: PhotoConfig | None = Non
                        f'among {len(shots)}; take them closer together')
     map_ = growing_map(done, shots, config.mapper)
     camera_source = 'refined' if shots[0].is_guessed else 'given'
-    scene = scene_map(map_, done, shots, camera_source)
+    scene = scene_map(map_, done, photos, camera_source)
     writer = MemoryWriter(config.memory, encoder.dim)
     for keyframe in scene.keyframes:
         writer.write(keyframe)
     mapped = time.perf_counter()
     memory = writer.snapshot()
-    return Run(scene, writer, memory, Stats(len(shots), len(scene.keyframes)),
+    return Run(scene, writer, memory, Stats(len(photos), len(scene.keyframes)),
                trajectory_of(truth), mapped - encoded, encoded - started,
                time.perf_counter() - mapped, encoder, config.mapper)
 
@@ -110,20 +112,28 @@ def open_calibration(shots: Sequence[Shot]) -> tuple[str, ...]:
 
 
 def _encoded(frames: Iterable[Frame], encoder: Encoder, pool: ThreadPoolExecutor,
-             bar: ProgressBar) -> tuple[list[Shot], list[tuple[int, Any]]]:
-    """All frames as shots, and the stamped poses that came with them."""
+             bar: ProgressBar) -> tuple[list[Shot], list[Photo], list[tuple[int, Any]]]:
+    """Different frames as shots, all frames, and the stamped poses that came with them."""
     def shot(frame: Frame) -> Shot:
         height, width = frame.image.shape[:2]
         return shot_of(frame, frame.camera or guessed_camera((width, height)), encoder,
                        is_guessed=frame.camera is None)
 
-    shots, truth = [], []
+    shots, photos, truth = [], [], []
+    known: dict[bytes, int] = {}
     for batch in _batches(frames, AT_ONCE):
         truth += [(f.stamp_ns, f.T_map_cam) for f in batch if f.T_map_cam is not None]
-        for made in pool.map(shot, batch):
-            shots.append(made)
+        new = []
+        for frame in batch:
+            content = hashlib.sha256(frame.image.tobytes()).digest()
+            if content not in known:
+                known[content] = len(known)
+                new.append(frame)
+            photos.append(Photo(frame.stamp_ns, frame.source, known[content]))
+        shots += list(pool.map(shot, new))
+        for _ in batch:
             bar.advance()
-    return shots, truth
+    return shots, photos, truth
 
 
 def _batches(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:

@@ -1,0 +1,103 @@
+"""``merge_maps``: two saved maps of one place become one, with one memory of the same size."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+
+from feedforward_recon.config.schema import MapperConfig
+from feedforward_recon.errors import MapError
+from feedforward_recon.geometry.align import Alignment
+from feedforward_recon.geometry.transforms import inverse, nearest_poses
+from feedforward_recon.mapping.adjustment import refine_all
+from feedforward_recon.mapping.cloud import cloud_source
+from feedforward_recon.mapping.joining import find_joint, join
+from feedforward_recon.mapping.keyframe_graph import keyframe_graph
+from feedforward_recon.mapping.map import GrowingMap
+from feedforward_recon.mapping.scene_map import SceneMap
+from feedforward_recon.memory import MemoryWriter
+from feedforward_recon.model import Encoder
+from feedforward_recon.session.map_folder import SavedMap
+from feedforward_recon.session.offline import trajectory_of
+from feedforward_recon.types import Estimate, Status
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What two maps became; save it with ``session.map_folder.save_map``.
+
+    alignment: of the second map with the first one; joined: landmarks that both had.
+    """
+
+    scene: SceneMap
+    writer: MemoryWriter
+    encoder: Encoder
+    config: MapperConfig
+    alignment: Alignment
+    joined: int
+
+
+def merge_maps(first: SavedMap, second: SavedMap) -> Merged:
+    """Bring the second map into the frame and the unit of the first, and refine both together.
+
+    Where only the second is in metres, it is the one whose frame and unit stay.
+    Raises MapError for maps of different encoders, for maps that were saved without their
+    keyframes, and where they do not show the same place.
+    """
+    if first.info.metres_per_unit is None and second.info.metres_per_unit is not None:
+        first, second = second, first
+        log.warning('%s is in metres: its frame and unit stay', first.path)
+    if first.info.encoder_sha256 != second.info.encoder_sha256:
+        raise MapError(f'{second.path}: expected the encoder '
+                       f'{first.info.encoder_sha256[:12]} that '
+                       f'made {first.path}, found {second.info.encoder_sha256[:12]}; map one of '
+                       'them again')
+    encoder, config = first.load_encoder(), first.info.config
+    a, b = (saved.start(config, encoder)[0].map for saved in (first, second))
+    metric = first.info.metres_per_unit is not None and second.info.metres_per_unit is not None
+    joint = find_joint(a, b, with_scale=not metric)
+    before, kept = b.T_map_cam.copy(), len(a)
+    join(a, b, joint)
+    moved_a = a.T_map_cam[:kept].copy()
+    refine_all(a, config)
+    estimates = _moved(first, moved_a, a.T_map_cam[:kept]) + _moved(
+        second, before, a.T_map_cam[kept:], joint.alignment.scale)
+    writer = MemoryWriter(config.memory, encoder.dim)
+    scene = _scene(a, first, second, estimates)
+    for keyframe in scene.keyframes:
+        writer.write(keyframe)
+    return Merged(scene, writer, encoder, config, joint.alignment, len(joint.landmarks_a))
+
+
+def _moved(saved: SavedMap, before: np.ndarray, after: np.ndarray, scale: float = 1.0
+           ) -> list[Estimate]:
+    """The images of a map, each moved with the nearest keyframe; scale: of its lengths."""
+    estimates = []
+    posed = [entry for entry in saved.poses() if entry['T_map_cam'] is not None]
+    T = np.array([entry['T_map_cam'] for entry in posed], float).reshape(-1, 4, 4)
+    together = np.concatenate([before, T])
+    nearest = nearest_poses(together, np.arange(len(before)), 1.0)[len(before):]
+    for entry, pose, keyframe in zip(posed, T, nearest, strict=True):
+        T_keyframe_cam = inverse(before[keyframe]) @ pose
+        T_keyframe_cam[:3, 3] *= scale
+        estimates.append(Estimate(entry['stamp_ns'], Status(entry['status']),
+                                  after[keyframe] @ T_keyframe_cam, source=entry['file']))
+    lost = [Estimate(entry['stamp_ns'], Status(entry['status']), source=entry['file'])
+            for entry in saved.poses() if entry['T_map_cam'] is None]
+    return estimates + lost
+
+
+def _scene(map_: GrowingMap, first: SavedMap, second: SavedMap, estimates: list[Estimate]
+           ) -> SceneMap:
+    info = first.info
+    posed = [(e.stamp_ns, e.T_map_cam) for e in estimates if e.T_map_cam is not None]
+    return SceneMap(
+        tuple(map_.exported(id_) for id_ in range(len(map_))),
+        trajectory_of(sorted(posed, key=lambda one: one[0])), tuple(estimates),
+        cloud_source(map_, map_.config.cloud).fused(), info.metres_per_unit, info.scale_source,
+        info.camera_source, info.frame, keyframe_graph(map_, map_.config.keyframes.saved),
+        info.sessions + second.info.sessions)

@@ -1,0 +1,129 @@
+"""Two maps of one place become one map, whatever their frames and units."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from feedforward_recon.cli import main
+from feedforward_recon.config.schema import EncoderConfig, MapperConfig, MemoryConfig
+from feedforward_recon.errors import MapError
+from feedforward_recon.evaluation import absolute_trajectory_error
+from feedforward_recon.geometry.transforms import pose_error, se3_exp
+from feedforward_recon.mapping.joining import find_joint, join
+from feedforward_recon.mapping.sources import GivenPoses
+from feedforward_recon.model.compact import CompactEncoder
+from feedforward_recon.session.map_folder import load_map, save_map
+from feedforward_recon.session.merging import merge_maps
+from feedforward_recon.session.offline import map_frames
+from feedforward_recon.synthetic import Room, render_walk
+from feedforward_recon.types import Trajectory
+
+CONFIG = MapperConfig(encoder=EncoderConfig(max_keypoints=500), memory=MemoryConfig(slots=6000))
+# How the frame of the second map lies in that of the first.
+T_A_B = se3_exp(np.array([3.0, -1.0, 0.5, 0.2, 0.9, -0.4]))
+
+
+@pytest.fixture(scope='module')
+def frames(room_camera):
+    """Frames of a walk, which the two maps share in the middle."""
+    room = Room.generate(5)
+    return list(render_walk(room, room_camera, room.walk(40, seed=1, fps=8.0), fps=8.0))
+
+
+def mapped(frames, folder, T_new_map=None, depth=True):
+    """A saved map with the true poses, in a frame of its own."""
+    moved = [replace(f, T_map_cam=f.T_map_cam if T_new_map is None else T_new_map @ f.T_map_cam,
+                     depth=f.depth if depth else None) for f in frames]
+    encoder = CompactEncoder.load(config=CONFIG.encoder)
+    run = map_frames(moved, CONFIG, encoder, source=lambda _: GivenPoses(CONFIG, encoder))
+    return run.save(folder)
+
+
+@pytest.fixture(scope='module')
+def halves(frames, tmp_path_factory):
+    """Two maps that overlap by eight frames."""
+    root = tmp_path_factory.mktemp('halves')
+    return mapped(frames[:24], root / 'a'), mapped(frames[16:], root / 'b', np.linalg.inv(T_A_B))
+
+
+def graphs(halves):
+    return tuple(saved.start(CONFIG, saved.load_encoder())[0].map for saved in halves)
+
+
+def test_how_one_map_lies_in_the_other_is_found(halves):
+    joint = find_joint(*graphs(halves), with_scale=True)
+    distance, turn_deg = pose_error(joint.alignment.T_target_source, T_A_B)
+    assert distance < 0.03 and turn_deg < 0.5
+    assert joint.alignment.scale == pytest.approx(1.0, abs=0.01)
+    assert len(joint.landmarks_a) == len(set(joint.landmarks_a.tolist())) > 30
+
+
+def test_another_unit_is_found_and_undone(halves):
+    a, b = graphs(halves)
+    b.rescale(0.4)
+    joint = find_joint(a, b, with_scale=True)
+    assert joint.alignment.scale == pytest.approx(2.5, rel=0.01)
+    count, landmarks = len(b), len(b.landmarks)
+    before = len(a), len(a.landmarks)
+    join(a, b, joint)
+    assert (len(a), len(a.landmarks)) == (before[0] + count, before[1] + landmarks)
+    distance, turn_deg = pose_error(a.T_map_cam[before[0]],
+                                    T_A_B @ graphs(halves)[1].T_map_cam[0])
+    assert distance < 0.03 and turn_deg < 0.5
+    # What both saw is one landmark now, seen by keyframes of both.
+    table = a.landmarks
+    seen = [set(table.seen_keyframe[table.seen_landmark == id_] >= before[0])
+            for id_ in joint.landmarks_a[:20]]
+    assert all(sides == {True, False} for sides in seen)
+    assert [k.id for k in a.keyframes] == list(range(len(a)))
+
+
+def test_the_merged_map_has_all_of_both(halves, frames):
+    merged = merge_maps(*halves)
+    truth = {f.stamp_ns: f.T_map_cam for f in frames}
+    trajectory = merged.scene.trajectory
+    both = np.array([truth[stamp] for stamp in trajectory.stamps_ns.tolist()])
+    assert set(trajectory.stamps_ns.tolist()) == set(truth)
+    error = absolute_trajectory_error(
+        Trajectory(np.arange(len(both)), trajectory.T_map_cam),
+        Trajectory(np.arange(len(both)), both), 'se3')
+    assert error.rmse < 0.02
+    assert merged.scene.sessions == 2 and merged.scene.metres_per_unit == 1.0
+    assert len(merged.scene.keyframes) == sum(saved.info.keyframes for saved in halves)
+
+
+def test_the_memory_keeps_its_size_and_finds_views_of_both(halves, frames, tmp_path, capsys):
+    out = tmp_path / 'both'
+    assert main(['merge', str(halves[0].path), str(halves[1].path), '--out', str(out),
+                 '--json']) == 0
+    summary = json.loads(capsys.readouterr().out)
+    sizes = {saved.info.files['memory.safetensors']['bytes'] for saved in halves}
+    assert sizes == {summary['memory_bytes']}
+    localizer = load_map(out).localizer()
+    for frame in (frames[3], frames[20], frames[37]):
+        estimate = localizer.localize(replace(frame, depth=None))
+        distance, turn_deg = pose_error(estimate.T_map_cam, frame.T_map_cam)
+        assert distance < 0.05 and turn_deg < 1.0
+    # It is a map like any other: a walk goes on with it.
+    again = map_frames(frames[:6], CONFIG, into=load_map(out))
+    assert again.scene.sessions == 3
+
+
+def test_maps_of_different_places_are_refused(halves, room_camera, tmp_path):
+    room = Room.generate(31)
+    elsewhere = list(render_walk(room, room_camera, room.walk(10, seed=2, fps=4.0), fps=4.0))
+    other = mapped(elsewhere, tmp_path / 'other')
+    with pytest.raises(MapError, match='maps that show the same place'):
+        merge_maps(halves[0], other)
+
+
+def test_a_map_without_its_keyframes_is_refused(halves, tmp_path):
+    merged = merge_maps(*halves)
+    bare = save_map(tmp_path / 'bare', replace(merged.scene, graph=None), merged.writer,
+                    merged.encoder, merged.config)
+    with pytest.raises(MapError, match='keyframes'):
+        merge_maps(halves[0], bare)
