@@ -71,12 +71,13 @@ def run_trees() -> Iterator[tuple[str, dict[str, Any]]]:
     for name in SETS:
         frames, config = photos(name), PhotoConfig()
         encoder = CompactEncoder.load(config=config.encoder)
-        shots = [shot_of(frame, frame.camera, encoder) for frame in frames if frame.camera]
-        pairs = compared(shots, CompactPairs(shots), config.reconstruction)
+        shots = [shot_of(frame, frame.camera, encoder, config.encoder.max_pixels)
+                 for frame in frames if frame.camera]
+        comparisons = compared(shots, CompactPairs(shots), config.reconstruction)
         for tree in ('shortest', 'spanning'):
             for cost in ('linear', 'square', 'angle'):
                 chosen = ReconstructionConfig(tree=tree, cost=cost, refine=False)
-                done = assembled(shots, pairs, chosen)
+                done = assembled(shots, comparisons, chosen)
                 posed = [(shot.stamp_ns, T) for shot, T, registered in
                          zip(shots, done.unrefined, done.registered, strict=True) if registered]
                 yield f'{name} | {tree}, {cost}', {

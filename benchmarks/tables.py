@@ -220,11 +220,12 @@ SECTIONS = (
      'a keyframe; search: of a query, after its image was encoded.'),
     ('Photos in any order', ('offline',), PHOTOS,
      'Images in a shuffled order, on all cores, from decoded images (COLMAP: from lossless files) '
-     'to a map; ours with its scene memory. COLMAP: defaults of pycolmap, intrinsics given and '
-     'held; sequential matching gets the order of the walk. Errors after a similarity; extent: '
-     'diagonal of the box around the true camera centres. The truth of llff, fox, door and cup is '
-     'itself that of COLMAP; that of Strecha is measured. Without intrinsics: nothing is known of '
-     'the camera; focal error: of what was found.'),
+     'to a map; ours with its scene memory, and with the radial distortion of a camera that is '
+     'said to have none refined. COLMAP: defaults of pycolmap, intrinsics given and held; '
+     'sequential matching gets the order of the walk. Errors after a similarity; extent: diagonal '
+     'of the box around the true camera centres. The truth of llff, fox, door and cup is itself '
+     'that of COLMAP; that of Strecha is measured. Without intrinsics: nothing is known of the '
+     'camera; focal error: of what was found.'),
     ('Trees of pairs', ('trees',), TREES,
      'Poses as they are accumulated along a tree, before any refinement. Shortest: shortest-path '
      'tree from the most central image; spanning: minimum spanning tree. Costs of a pair by its '

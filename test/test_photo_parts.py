@@ -45,7 +45,8 @@ def arc(count=CIRCLE):
 def shot(features, camera=CAMERA, gray=None):
     colours = np.zeros((len(features), 3), np.uint8)
     gray = np.zeros(camera.size_wh[::-1], np.uint8) if gray is None else gray
-    return Shot(features, camera, camera.normalise(features.keypoints), colours, gray)
+    return Shot(features, camera, camera.normalise(features.keypoints), colours, gray,
+                camera.size_wh)
 
 
 @pytest.fixture(scope='module')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -15,6 +16,7 @@ from feedforward_recon.errors import InputError, MapError
 from feedforward_recon.evaluation import absolute_trajectory_error
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import pose_error
+from feedforward_recon.localization.localizer import Localizer
 from feedforward_recon.session.map_folder import load_map
 from feedforward_recon.session.photos import guessed_camera, reconstruct_frames
 from feedforward_recon.synthetic import Room, render_walk
@@ -120,6 +122,40 @@ def test_photos_of_several_sizes_and_cameras_are_one_map(photos):
     run = reconstruct_frames(mixed, CONFIG)
     assert len(run.scene.trajectory) == len(photos)
     assert error_of(run, photos)[0] < 0.02
+
+
+def test_large_photos_are_seen_smaller_and_mapped_at_their_size(photos):
+    large = Camera.from_fov(70.0, (960, 720))
+    frames = [Frame(f.stamp_ns, cv2.resize(f.image, large.size_wh, interpolation=cv2.INTER_CUBIC),
+                    camera=large, source=f.source) for f in photos]
+    config = replace(CONFIG, encoder=replace(CONFIG.encoder, max_pixels=320 * 240))
+    run = reconstruct_frames(frames, config)
+    assert error_of(run, photos)[0] < 0.01
+    keyframe = run.scene.keyframes[0]
+    assert keyframe.camera.size_wh == large.size_wh
+    known = keyframe.has_point
+    shown = keyframe.camera.project(keyframe.points_cam[known])
+    assert np.linalg.norm(shown - keyframe.features.keypoints[known], axis=1).max() < 0.01
+    # Where a keyframe's landmarks of other images show: within a few pixels of its features.
+    assert keyframe.camera.fx == pytest.approx(large.fx, rel=0.01)
+    localizer = Localizer(run.memory, run.encoder, camera=keyframe.camera)
+    estimate = localizer.localize(frames[5])
+    pose = {e.source: e.T_map_cam for e in run.scene.estimates}[frames[5].source]
+    assert pose_error(estimate.T_map_cam, pose)[0] < 0.02
+
+
+def test_an_image_that_few_points_agree_with_has_no_pose_and_no_landmarks(run, photos):
+    # Half of the image is another room: too little of it is left to place it.
+    mixed = photos[5].image.copy()
+    mixed[:, 40:] = views(77, 3)[0].image[:, 40:]
+    frames = [f if k != 5 else Frame(f.stamp_ns, mixed, camera=CAMERA, source=f.source)
+              for k, f in enumerate(photos)]
+    scene = reconstruct_frames(frames, CONFIG).scene
+    without = {e.source: e.reason for e in scene.estimates if e.T_map_cam is None}
+    assert list(without) == [photos[5].source]
+    assert without[photos[5].source] in ('TOO_FEW_SHARED', 'NO_OVERLAP')
+    assert scene.graph.arrays['landmarks.anchor'].min() >= 0
+    assert error_of(reconstruct_frames(frames, CONFIG), photos)[0] < 0.01
 
 
 def test_a_focal_length_that_nobody_gave_is_found(photos):

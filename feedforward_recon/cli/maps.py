@@ -137,8 +137,9 @@ def merge_command(first: MapFolder, second: MapFolder, out: MergedOut,
                   overwrite: Overwrite = False, json_: Json = False) -> None:
     """Make one map of two that show the same place; its memory has the size of one.
 
-    The second map is brought into the frame and the unit of the first, landmarks that both have
-    become one, and both are refined together.
+    The second map is brought into the frame and the unit of the first (the other way round, where
+    only the second is in metres), landmarks that both have become one, and both are refined
+    together.
 
     Example:
       ffrecon merge maps/monday maps/tuesday --out maps/both
@@ -149,13 +150,14 @@ def merge_command(first: MapFolder, second: MapFolder, out: MergedOut,
     info = saved.info
     summary = {'map': str(saved.path), 'sessions': info.sessions, 'keyframes': info.keyframes,
                'images': info.images, 'joined_landmarks': merged.joined,
-               'scale': merged.alignment.scale, 'memory_bytes': info.files[MEMORY]['bytes']}
+               'moved': str(merged.moved), 'scale': merged.alignment.scale,
+               'memory_bytes': info.files[MEMORY]['bytes']}
     if json_:
         print_json(summary)
         return
     print_table(f'map in {saved.path}', {
         'sessions': f'{info.sessions}, {info.keyframes} keyframes, {info.images} images',
-        'joined by': f'{merged.joined} landmarks, lengths of the second times '
+        'joined by': f'{merged.joined} landmarks; lengths of {merged.moved} times '
                      f'{merged.alignment.scale:.4g}',
         'memory': bytes_text(summary['memory_bytes'])})
 

@@ -40,7 +40,7 @@ def reconstruct_command(source: Source, options: SourceOptions, out: Out, worker
     Images are compared with those most like them, poses are put together along a tree of pairs,
     and refined with all that the images show in common. Without intrinsics, the focal length of
     one camera is guessed and refined. Images that share too little with the others get no pose,
-    with the reason in poses.json.
+    and the reason is said.
 
     Examples:
       ffrecon reconstruct photos/ --out maps/church

@@ -42,5 +42,6 @@ class PhotoConfig(MapperConfig):
         """What the map is saved with."""
         shared = {spec.name: getattr(self, spec.name)
                   for spec in dataclasses.fields(MapperConfig)}
-        shared['encoder'] = replace(self.encoder, max_keypoints=self.reconstruction.map_keypoints)
+        keypoints = min(self.encoder.max_keypoints, self.reconstruction.map_keypoints)
+        shared['encoder'] = replace(self.encoder, max_keypoints=keypoints)
         return MapperConfig(**shared)

@@ -46,8 +46,8 @@ def motion_between(xy_a: np.ndarray, xy_b: np.ndarray, tolerance: float, seed: i
                    ) -> PairMotion | None:
     """The motion that most matches agree with, from normalised coordinates [M, 2].
 
-    tolerance: largest distance of an inlier, in normalised coordinates. None where no essential
-    matrix is found.
+    tolerance: largest distance of an inlier, in normalised coordinates. None where neither an
+    essential matrix nor a turn that half of them agree with is found.
     """
     turn = _turn(xy_a, xy_b, tolerance)
     E = _essential(xy_a, xy_b, tolerance, seed)
@@ -63,7 +63,8 @@ def moved_along(R_a_b: np.ndarray, direction: np.ndarray, xy_a: np.ndarray, xy_b
                 tolerance: float) -> PairMotion:
     """The motion with a known rotation [3, 3], and the direction [3] that agrees best with it.
 
-    direction: to start from. Epipolar errors are linear in it: robust least squares.
+    direction: to start from. Epipolar errors are linear in it: robust least squares. Inliers are
+    within twice the tolerance: the rotation is not of this pair alone.
     """
     rays_a, rays_b = _rays(xy_a), _rays(xy_b) @ R_a_b.T
     normal = np.cross(rays_a, rays_b)

@@ -36,7 +36,7 @@ def averaged_rotations(R: np.ndarray, i: np.ndarray, j: np.ndarray, R_i_j: np.nd
             else (SIGMA**2 / (SIGMA**2 + size**2))**2
         scaled = A * (weight * robust)[:, None]
         turn = np.zeros((len(R), 3))
-        H = (A.T @ scaled + 1e-9 * sparse.eye_array(len(free))).tocsc()
+        H = sparse.csc_array(A.T @ scaled + 1e-9 * sparse.eye(len(free)))
         turn[free] = splu(H).solve(scaled.T @ left)
         R = so3_exp(turn) @ R
         if step > L1_STEPS and np.abs(turn).max(initial=0.0) < CONVERGED:

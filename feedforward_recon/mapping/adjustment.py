@@ -133,11 +133,14 @@ def bundle_problem(map_: GrowingMap, config: MapperConfig, free: np.ndarray,
     if not len(rows):
         return None, rows, ids
     ids, point_index = np.unique(table.seen_landmark[rows], return_inverse=True)
+    # Errors count in pixels of the image that saw them, whatever its camera.
+    fx = np.array([keyframe.camera.fx for keyframe in map_.keyframes])
     problem = BundleProblem(
         map_.T_map_cam[used], table.points_map(ids, map_.T_map_cam),
         np.arange(len(used)) >= len(free), local[table.seen_keyframe[rows]], point_index,
-        table.seen_xy[rows], table.seen_inv_depth[rows], table.seen_sigma[rows],
-        map_.keyframes[-1].camera.fx, _depth_noise(map_, table.seen_keyframe[rows]),
+        table.seen_xy[rows], table.seen_inv_depth[rows],
+        table.seen_sigma[rows] * (fx[-1] / fx)[table.seen_keyframe[rows]], fx[-1],
+        _depth_noise(map_, table.seen_keyframe[rows]),
         config.refine.robust_px, calibration, from_this_pair(map_)[table.seen_keyframe[rows]])
     return problem, rows, ids
 

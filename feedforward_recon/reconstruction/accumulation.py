@@ -33,6 +33,7 @@ class Accumulation:
         self.registered[root] = True
         self._points = [np.full((len(shot.features), 3), np.nan) for shot in shots]
         self._confidence = [np.zeros(len(shot.features)) for shot in shots]
+        self._turns: list[PairGeometry] = []
 
     def register(self, pair: PairGeometry) -> bool:
         """Place image j beside image i of a pair; False where they share too little."""
@@ -44,12 +45,17 @@ class Accumulation:
         self.T_map_cam[pair.j] = self.T_map_cam[pair.i] @ T_i_j
         self.registered[pair.j] = True
         if pair.is_turn:
-            known = self._points[pair.i][pair.feature_i]
-            self._learn(pair.j, pair.feature_j, known, self._confidence[pair.i][pair.feature_i])
-            return True
-        points = transform_points(self.T_map_cam[pair.i], scale * pair.points)
-        self._learn(pair.i, pair.feature_i, points, pair.confidence)
-        self._learn(pair.j, pair.feature_j, points, pair.confidence)
+            self._turns.append(pair)
+        else:
+            points = transform_points(self.T_map_cam[pair.i], scale * pair.points)
+            self._learn(pair.i, pair.feature_i, points, pair.confidence)
+            self._learn(pair.j, pair.feature_j, points, pair.confidence)
+        # Images from one place know what the others of them know, also later.
+        for turn in self._turns:
+            self._learn(turn.j, turn.feature_j, self._points[turn.i][turn.feature_i],
+                        self._confidence[turn.i][turn.feature_i])
+            self._learn(turn.i, turn.feature_i, self._points[turn.j][turn.feature_j],
+                        self._confidence[turn.j][turn.feature_j])
         return True
 
     def _scale(self, pair: PairGeometry) -> float | None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from feedforward_recon.geometry.epipolar import PairMotion, checked, motion_between, moved_along
-from feedforward_recon.geometry.transforms import inverse, transform_points
+from feedforward_recon.geometry.transforms import inverse, make_transform, transform_points
 from feedforward_recon.reconstruction.shots import Shot
 
 # Margin: docs/experiments.md, Photos; the others are chosen by hand.
@@ -149,7 +149,10 @@ def with_motion(edge: Edge, matches: Matches, shots: Sequence[Shot],
     """The matches of images i, j that agree with a motion [4, 4]; None where few do."""
     (i, j), row, column = edge, matches.feature_i, matches.feature_j
     a, b = shots[i], shots[j]
-    motion = checked(T_i_j, a.xy[row], b.xy[column], _tolerance(a, b))
+    # Of images from nearly one place, the sign of a depth is noise.
+    turn = make_transform(T_i_j[:3, :3], np.zeros(3))
+    motion = max((checked(T, a.xy[row], b.xy[column], _tolerance(a, b)) for T in (T_i_j, turn)),
+                 key=lambda motion: int(motion.inliers.sum()))
     if motion.inliers.sum() < MIN_INLIERS:
         return None
     return _pair(i, j, row, column, motion, _tolerance(a, b))

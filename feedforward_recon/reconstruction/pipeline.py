@@ -30,6 +30,7 @@ from feedforward_recon.reconstruction.refinement import (
     FINE,
     ROUGH,
     Structure,
+    near,
     refined,
     sharpened,
     triangulated,
@@ -51,14 +52,13 @@ class Reconstructed:
     """What was made of N images.
 
     registered: bool [N]; reasons: why the others are not, '' for those that are. structure: poses,
-    cameras and points. pairs: that agree. tree: along which they were put together. unrefined:
-    poses [N, 4, 4] as accumulated.
+    cameras and points. tree: along which they were put together. unrefined: poses [N, 4, 4] as
+    accumulated.
     """
 
     registered: np.ndarray
     reasons: list[str]
     structure: Structure
-    pairs: Pairs
     tree: Tree
     unrefined: np.ndarray
 
@@ -87,12 +87,16 @@ def assembled(shots: Sequence[Shot], comparisons: Comparisons, config: Reconstru
         before = structure.tracks.views(len(shots))
         structure = refined(structure, ROUGH, calibration)
         registered = registered & (structure.tracks.views(len(shots)) > WEAK_SHARE * before)
+        structure = _seen_by(structure, registered)
         structure, registered = _completed(structure, shots, registered, comparisons, calibration,
                                            config)
         structure = refined(sharpened(structure, [shot.gray for shot in shots]), FINE,
                             calibration)
         registered = registered & (structure.tracks.views(len(shots)) >= MIN_OBSERVATIONS)
-    return Reconstructed(registered, _reasons(registered, part), structure, pairs, tree,
+        structure = _seen_by(structure, registered)
+    else:
+        structure = near(structure, ROUGH[0].limit_px)
+    return Reconstructed(registered, _reasons(registered, part), structure, tree,
                          placed.T_map_cam)
 
 
@@ -113,9 +117,11 @@ def _completed(structure: Structure, shots: Sequence[Shot], registered: np.ndarr
         registered, T_map_cam = registered.copy(), structure.T_map_cam.copy()
         registered[list(found)] = True
         T_map_cam[list(found)] = np.stack(list(found.values()))
-        pairs = agreeing_with(T_map_cam, shots, registered, comparisons.matches)
-        more = _structure(shots, T_map_cam, registered, pairs)
-        structure = refined(replace(more, cameras=structure.cameras), ROUGH[1:], calibration)
+        seen = [shot.seen_by(camera) for shot, camera in
+                zip(shots, structure.cameras, strict=True)]
+        pairs = agreeing_with(T_map_cam, seen, registered, comparisons.matches)
+        structure = refined(_structure(seen, T_map_cam, registered, pairs), ROUGH[1:],
+                            calibration)
     return structure, registered
 
 
@@ -133,6 +139,12 @@ def _structure(shots: Sequence[Shot], T_map_cam: np.ndarray, registered: np.ndar
     tracks = tracks.select(registered[tracks.image])
     return triangulated(Structure(T_map_cam, [shot.camera for shot in shots], tracks,
                                   np.zeros((tracks.count, 3)), np.zeros(0)))
+
+
+def _seen_by(structure: Structure, registered: np.ndarray) -> Structure:
+    """The structure with what registered images see of it alone."""
+    tracks = structure.tracks
+    return triangulated(replace(structure, tracks=tracks.select(registered[tracks.image])))
 
 
 def _reasons(registered: np.ndarray, part: set[int]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -53,20 +53,22 @@ def refined(structure: Structure, rounds: Sequence[Round], calibration: tuple[st
     calibration: what of the cameras is refined, as in ``geometry.refine``; the same for all.
     The first image that sees anything stays where it is.
     """
-    for turn in rounds:
-        structure = _adjusted(structure, turn, calibration)
-    kept = structure.error_px < rounds[-1].limit_px
-    tracks = structure.tracks.select(kept)
-    return triangulated(Structure(structure.T_map_cam, structure.cameras, tracks,
-                                  structure.points[:tracks.count], structure.error_px[:0]))
+    for round_ in rounds:
+        structure = _adjusted(structure, round_, calibration)
+    return near(structure, rounds[-1].limit_px)
+
+
+def near(structure: Structure, limit_px: float) -> Structure:
+    """The structure with the observations within ``limit_px`` of their points."""
+    tracks = structure.tracks.select(structure.error_px < limit_px)
+    return triangulated(replace(structure, tracks=tracks))
 
 
 def sharpened(structure: Structure, grays: Sequence[np.ndarray]) -> Structure:
     """The structure with its observations aligned in the images."""
     tracks = patches_aligned(grays, structure.cameras, structure.T_map_cam, structure.tracks,
                              structure.points)
-    return triangulated(Structure(structure.T_map_cam, structure.cameras, tracks,
-                                  structure.points[:tracks.count], structure.error_px[:0]))
+    return triangulated(replace(structure, tracks=tracks))
 
 
 def triangulated(structure: Structure) -> Structure:
@@ -74,33 +76,32 @@ def triangulated(structure: Structure) -> Structure:
     tracks, T = structure.tracks, structure.T_map_cam[structure.tracks.image]
     xy = _normalised(structure)
     points, _ = triangulate(T, xy, tracks.point, tracks.count)
-    return Structure(structure.T_map_cam, structure.cameras, tracks, points,
-                     _errors_px(structure, xy, points, tracks))
+    return replace(structure, points=points, error_px=_errors_px(structure, xy, points))
 
 
-def _adjusted(structure: Structure, turn: Round, calibration: tuple[str, ...]) -> Structure:
+def _adjusted(structure: Structure, round_: Round, calibration: tuple[str, ...]) -> Structure:
     xy, T = _normalised(structure), structure.T_map_cam
     points, angle_deg = triangulate(T[structure.tracks.image], xy, structure.tracks.point,
                                     structure.tracks.count)
-    near = _errors_px(structure, xy, points, structure.tracks) < turn.limit_px
-    good = near & (angle_deg[structure.tracks.point] > MIN_ANGLE_DEG)
+    good = _errors_px(structure, xy, points) < round_.limit_px
+    good &= angle_deg[structure.tracks.point] > MIN_ANGLE_DEG
     chosen = structure.tracks.select(good)
     if not len(chosen):
         return structure
-    part = triangulated(Structure(T, structure.cameras, chosen, points, structure.error_px[:0]))
+    part = triangulated(replace(structure, tracks=chosen))
     images, pose_index = np.unique(chosen.image, return_inverse=True)
     focal = np.array([structure.cameras[image].fx for image in images])
     problem = BundleProblem(
         T[images], np.nan_to_num(part.points), np.arange(len(images)) == 0, pose_index,
         chosen.point, _normalised(part), np.full(len(chosen), np.nan),
-        (focal[0] / focal)[pose_index], float(focal[0]), robust_px=turn.robust_px,
+        (focal[0] / focal)[pose_index], float(focal[0]), robust_px=round_.robust_px,
         calibration=calibration)
-    result = bundle_adjust(problem, turn.steps)
+    result = bundle_adjust(problem, round_.steps)
     T = T.copy()
     T[images] = result.T_map_cam
     cameras = structure.cameras if not calibration else [
         camera.with_lens(result.focal_scale, result.radial) for camera in structure.cameras]
-    return triangulated(Structure(T, cameras, structure.tracks, points, structure.error_px))
+    return triangulated(replace(structure, T_map_cam=T, cameras=cameras))
 
 
 def _normalised(structure: Structure) -> np.ndarray:
@@ -111,9 +112,9 @@ def _normalised(structure: Structure) -> np.ndarray:
     return xy
 
 
-def _errors_px(structure: Structure, xy: np.ndarray, points: np.ndarray, tracks: PointTracks
-               ) -> np.ndarray:
+def _errors_px(structure: Structure, xy: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Reprojection errors [O], pixels; infinite behind the camera and without a point."""
+    tracks = structure.tracks
     focal = np.array([camera.fx for camera in structure.cameras])
     known = np.isfinite(points[tracks.point, 0])
     shown = np.where(known[:, None], points[tracks.point], 0.0)

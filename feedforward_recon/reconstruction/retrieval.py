@@ -31,14 +31,14 @@ def pairs_with(S: np.ndarray, images: np.ndarray, others: np.ndarray, neighbours
 
 
 def bridging_pairs(S: np.ndarray, parts: list[np.ndarray], neighbours: int) -> np.ndarray:
-    """Pairs i < j [P, 2] across parts [n] of the images: the most similar of each two parts."""
-    found = []
-    for number, a in enumerate(parts):
-        for b in parts[number + 1:]:
-            between = S[np.ix_(a, b)]
-            best = np.argsort(-between, axis=None, kind='stable')[:neighbours]
-            row, column = np.unravel_index(best, between.shape)
-            found.append(np.stack([a[row], b[column]], 1))
-    if not found:
-        return np.zeros((0, 2), int)
+    """Pairs i < j [P, 2] of the first part [n] of the images and each other one, the most similar.
+
+    The first is to be the largest; pairs of all parts with each other would be too many.
+    """
+    found = [np.zeros((0, 2), int)]
+    for part in parts[1:]:
+        between = S[np.ix_(parts[0], part)]
+        best = np.argsort(-between, axis=None, kind='stable')[:neighbours]
+        row, column = np.unravel_index(best, between.shape)
+        found.append(np.stack([parts[0][row], part[column]], 1))
     return np.unique(np.sort(np.concatenate(found), 1), axis=0)

@@ -66,6 +66,7 @@ def in_first_camera(structure: Structure, first: int) -> Structure:
     tracks = structure.tracks
     from_camera = structure.points[tracks.point] - structure.T_map_cam[tracks.image, :3, 3]
     depth = (from_camera * structure.T_map_cam[tracks.image, :3, 2]).sum(1)
+    depth = depth[np.isfinite(depth) & (depth > 0)]
     scale = 1 / float(np.median(depth)) if len(depth) else 1.0
     T_map_cam = T_first_map @ structure.T_map_cam
     T_map_cam[:, :3, 3] *= scale
@@ -93,17 +94,19 @@ def _add_landmarks(map_: GrowingMap, structure: Structure, shots: Sequence[Shot]
 def _add_keyframe(map_: GrowingMap, number: int, image: int, shot: Shot, structure: Structure,
                   rows: np.ndarray, ids: np.ndarray) -> None:
     """A keyframe with the features that show landmarks, where these really are, then others."""
-    tracks, camera = structure.tracks, structure.cameras[image]
+    tracks, camera = structure.tracks, structure.cameras[image].resized(shot.size_wh)
+    larger = np.array(shot.size_wh) / structure.cameras[image].size_wh
     keypoints = shot.features.keypoints.copy()
     landmark = np.full(len(keypoints), -1)
     keypoints[tracks.feature[rows]] = tracks.px[rows]
     landmark[tracks.feature[rows]] = ids[tracks.point[rows]]
     best = np.lexsort((-shot.features.confidence, landmark < 0))
     best = best[:map_.config.encoder.max_keypoints]
-    features = replace(shot.features, keypoints=keypoints).select(best)
+    full = ((keypoints + 0.5) * larger - 0.5).astype(np.float32)
+    features = replace(shot.features, keypoints=full).select(best)
     map_.keyframes.append(MapKeyframe(
         number, image, shot.stamp_ns, camera, features, np.full((len(best), 3), np.nan),
         landmark[best], shot.rgb[best], shot.source))
-    px = tracks.px[rows]
+    px = (tracks.px[rows] + 0.5) * larger - 0.5
     map_.landmarks.observe(ids[tracks.point[rows]], number, px, camera.normalise(px),
-                           np.full(len(rows), np.nan), 1.0)
+                           np.full(len(rows), np.nan), float(larger.mean()))

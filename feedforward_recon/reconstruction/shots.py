@@ -29,7 +29,8 @@ class Shot:
     """An encoded image.
 
     xy: normalised coordinates [N, 2] of the features; rgb: their colours uint8 [N, 3]; gray: the
-    image uint8 [H, W]. is_guessed: nobody said what the camera is.
+    image uint8 [H, W]. Large images are seen at the size that the encoder sees; size_wh:
+    of the photo before. is_guessed: nobody said what the camera is.
     """
 
     features: Features
@@ -37,6 +38,7 @@ class Shot:
     xy: np.ndarray
     rgb: np.ndarray
     gray: np.ndarray
+    size_wh: tuple[int, int]
     stamp_ns: int = 0
     source: str = ''
     is_guessed: bool = False
@@ -46,14 +48,28 @@ class Shot:
         return replace(self, camera=camera, xy=camera.normalise(self.features.keypoints))
 
 
-def shot_of(frame: Frame, camera: Camera, encoder: Encoder, *, is_guessed: bool = False) -> Shot:
-    """Encode a frame.
+def shot_of(frame: Frame, camera: Camera, encoder: Encoder, max_pixels: int, *,
+            is_guessed: bool = False) -> Shot:
+    """Encode a frame, at the size of at most ``max_pixels`` that the encoder sees.
 
     Raises InputError for an image that is not RGB.
     """
-    features = encoder.encode(frame.image)
     height, width = frame.image.shape[:2]
-    column, row = np.clip(np.rint(features.keypoints), 0, (width - 1, height - 1)).astype(int).T
-    return Shot(features, camera, camera.normalise(features.keypoints), frame.image[row, column],
-                cv2.cvtColor(frame.image, cv2.COLOR_RGB2GRAY), frame.stamp_ns, frame.source,
-                is_guessed)
+    image = _at_most(frame.image, max_pixels)
+    camera = camera.resized((image.shape[1], image.shape[0]))
+    features = encoder.encode(image)
+    limits = np.array(camera.size_wh) - 1
+    column, row = np.clip(np.rint(features.keypoints), 0, limits).astype(int).T
+    return Shot(features, camera, camera.normalise(features.keypoints), image[row, column],
+                cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (width, height), frame.stamp_ns,
+                frame.source, is_guessed)
+
+
+def _at_most(image: np.ndarray, pixels: int) -> np.ndarray:
+    """The image, scaled down where it has more pixels: errors are counted in these."""
+    height, width = image.shape[:2]
+    scale = np.sqrt(pixels / (height * width))
+    if scale >= 1:
+        return image
+    size = round(width * scale), round(height * scale)
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -30,13 +31,15 @@ log = logging.getLogger(__name__)
 class Merged:
     """What two maps became; save it with ``session.map_folder.save_map``.
 
-    alignment: of the second map with the first one; joined: landmarks that both had.
+    moved: the map that was brought into the frame of the other; alignment: how; joined: landmarks
+    that both had.
     """
 
     scene: SceneMap
     writer: MemoryWriter
     encoder: Encoder
     config: MapperConfig
+    moved: Path
     alignment: Alignment
     joined: int
 
@@ -57,30 +60,43 @@ def merge_maps(first: SavedMap, second: SavedMap) -> Merged:
                        f'made {first.path}, found {second.info.encoder_sha256[:12]}; map one of '
                        'them again')
     encoder, config = first.load_encoder(), first.info.config
-    a, b = (saved.start(config, encoder)[0].map for saved in (first, second))
+    a, b = (_graph(saved, config, encoder) for saved in (first, second))
     metric = first.info.metres_per_unit is not None and second.info.metres_per_unit is not None
     joint = find_joint(a, b, with_scale=not metric)
     before, kept = b.T_map_cam.copy(), len(a)
+    depth_a, depth_b = (graph.typical_depth(len(graph) - 1) for graph in (a, b))
     join(a, b, joint)
     moved_a = a.T_map_cam[:kept].copy()
     refine_all(a, config)
-    estimates = _moved(first, moved_a, a.T_map_cam[:kept]) + _moved(
-        second, before, a.T_map_cam[kept:], joint.alignment.scale)
+    estimates = _moved(first, moved_a, a.T_map_cam[:kept], depth_a) + _moved(
+        second, before, a.T_map_cam[kept:], depth_b, joint.alignment.scale)
     writer = MemoryWriter(config.memory, encoder.dim)
     scene = _scene(a, first, second, estimates)
     for keyframe in scene.keyframes:
         writer.write(keyframe)
-    return Merged(scene, writer, encoder, config, joint.alignment, len(joint.landmarks_a))
+    return Merged(scene, writer, encoder, config, second.path, joint.alignment,
+                  len(joint.landmarks_a))
 
 
-def _moved(saved: SavedMap, before: np.ndarray, after: np.ndarray, scale: float = 1.0
-           ) -> list[Estimate]:
-    """The images of a map, each moved with the nearest keyframe; scale: of its lengths."""
+def _graph(saved: SavedMap, config: MapperConfig, encoder: Encoder) -> GrowingMap:
+    map_ = saved.start(config, encoder)[0].map
+    if len(map_) < saved.info.keyframes:
+        log.warning('%s: of %d keyframes %d were saved; the merged memory knows what these saw',
+                    saved.path, saved.info.keyframes, len(map_))
+    return map_
+
+
+def _moved(saved: SavedMap, before: np.ndarray, after: np.ndarray, depth: float,
+           scale: float = 1.0) -> list[Estimate]:
+    """The images of a map, each moved with the nearest keyframe.
+
+    depth: how far things are, in units of that map; scale: of its lengths.
+    """
     estimates = []
     posed = [entry for entry in saved.poses() if entry['T_map_cam'] is not None]
     T = np.array([entry['T_map_cam'] for entry in posed], float).reshape(-1, 4, 4)
     together = np.concatenate([before, T])
-    nearest = nearest_poses(together, np.arange(len(before)), 1.0)[len(before):]
+    nearest = nearest_poses(together, np.arange(len(before)), depth)[len(before):]
     for entry, pose, keyframe in zip(posed, T, nearest, strict=True):
         T_keyframe_cam = inverse(before[keyframe]) @ pose
         T_keyframe_cam[:3, 3] *= scale
@@ -99,5 +115,5 @@ def _scene(map_: GrowingMap, first: SavedMap, second: SavedMap, estimates: list[
         tuple(map_.exported(id_) for id_ in range(len(map_))),
         trajectory_of(sorted(posed, key=lambda one: one[0])), tuple(estimates),
         cloud_source(map_, map_.config.cloud).fused(), info.metres_per_unit, info.scale_source,
-        info.camera_source, info.frame, keyframe_graph(map_, map_.config.keyframes.saved),
+        second.info.camera_source, info.frame, keyframe_graph(map_, map_.config.keyframes.saved),
         info.sessions + second.info.sessions)

@@ -50,9 +50,10 @@ def reconstruct_frames(frames: Iterable[Frame], config: PhotoConfig | None = Non
     encoder = encoder or CompactEncoder.load(config=config.encoder)
     started = time.perf_counter()
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        reading = _Reading(frames)
         with progress('features', total) as bar:
-            shots, photos, truth = _encoded(frames, encoder, pool, bar)
-        encoded = time.perf_counter()
+            shots, photos, truth = _encoded(reading, encoder, config.encoder.max_pixels, pool,
+                                             bar)
         if len(shots) < 2:
             found = f'{len(photos)}' if len(photos) < 2 else f'{len(photos)} copies of one'
             raise InputError(f'expected at least two different images, found {found}; one alone '
@@ -63,15 +64,14 @@ def reconstruct_frames(frames: Iterable[Frame], config: PhotoConfig | None = Non
         raise MapError('expected images that show the same place from different sides, found none '
                        f'among {len(shots)}; take them closer together')
     map_ = growing_map(done, shots, config.mapper)
-    camera_source = 'refined' if shots[0].is_guessed else 'given'
-    scene = scene_map(map_, done, photos, camera_source)
+    scene = scene_map(map_, done, photos, _camera_source(shots, config))
     writer = MemoryWriter(config.memory, encoder.dim)
     for keyframe in scene.keyframes:
         writer.write(keyframe)
     mapped = time.perf_counter()
     memory = writer.snapshot()
     return Run(scene, writer, memory, Stats(len(photos), len(scene.keyframes)),
-               trajectory_of(truth), mapped - encoded, encoded - started,
+               trajectory_of(truth), mapped - started - reading.seconds, reading.seconds,
                time.perf_counter() - mapped, encoder, config.mapper)
 
 
@@ -106,18 +106,28 @@ def open_calibration(shots: Sequence[Shot]) -> tuple[str, ...]:
     is said to have none.
     """
     cameras = {shot.camera for shot in shots}
-    if len(cameras) > 1 or shots[0].camera.is_distorted:
+    camera = shots[0].camera
+    if len(cameras) > 1 or camera.is_distorted or camera.model != 'plumb_bob':
         return ()
     return ('focal', 'radial') if shots[0].is_guessed else ('radial',)
 
 
-def _encoded(frames: Iterable[Frame], encoder: Encoder, pool: ThreadPoolExecutor,
-             bar: ProgressBar) -> tuple[list[Shot], list[Photo], list[tuple[int, Any]]]:
+def _camera_source(shots: Sequence[Shot], config: PhotoConfig) -> str:
+    """As in ``SceneMap``; 'guessed' as soon as one camera is."""
+    if not any(shot.is_guessed for shot in shots):
+        return 'given'
+    found = config.reconstruction.refine and 'focal' in open_calibration(shots)
+    return 'refined' if found else 'guessed'
+
+
+def _encoded(frames: Iterable[Frame], encoder: Encoder, max_pixels: int,
+             pool: ThreadPoolExecutor, bar: ProgressBar
+             ) -> tuple[list[Shot], list[Photo], list[tuple[int, Any]]]:
     """Different frames as shots, all frames, and the stamped poses that came with them."""
     def shot(frame: Frame) -> Shot:
         height, width = frame.image.shape[:2]
         return shot_of(frame, frame.camera or guessed_camera((width, height)), encoder,
-                       is_guessed=frame.camera is None)
+                       max_pixels, is_guessed=frame.camera is None)
 
     shots, photos, truth = [], [], []
     known: dict[bytes, int] = {}
@@ -134,6 +144,23 @@ def _encoded(frames: Iterable[Frame], encoder: Encoder, pool: ThreadPoolExecutor
         for _ in batch:
             bar.advance()
     return shots, photos, truth
+
+
+class _Reading:
+    """Frames, and how long they were waited for."""
+
+    def __init__(self, frames: Iterable[Frame]) -> None:
+        self._frames, self.seconds = frames, 0.0
+
+    def __iter__(self) -> Iterator[Frame]:
+        remaining = iter(self._frames)
+        while True:
+            before = time.perf_counter()
+            frame = next(remaining, None)
+            self.seconds += time.perf_counter() - before
+            if frame is None:
+                return
+            yield frame
 
 
 def _batches(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:
