@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from feedforward_recon.cli import main
+from feedforward_recon.config.photos import PhotoConfig
 from feedforward_recon.config.schema import EncoderConfig, MapperConfig, MemoryConfig
 from feedforward_recon.errors import MapError
 from feedforward_recon.evaluation import absolute_trajectory_error
@@ -19,6 +20,7 @@ from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.session.map_folder import load_map, save_map
 from feedforward_recon.session.merging import merge_maps
 from feedforward_recon.session.offline import map_frames
+from feedforward_recon.session.photos import reconstruct_frames
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Trajectory
 
@@ -94,6 +96,20 @@ def test_the_merged_map_has_all_of_both(halves, frames):
     assert error.rmse < 0.02
     assert merged.scene.sessions == 2 and merged.scene.metres_per_unit == 1.0
     assert len(merged.scene.keyframes) == sum(saved.info.keyframes for saved in halves)
+
+
+def test_a_map_without_a_scale_takes_that_of_the_other(halves, frames, tmp_path):
+    config = PhotoConfig(encoder=replace(CONFIG.encoder, max_keypoints=800), memory=CONFIG.memory)
+    bare = [replace(f, depth=None) for f in frames[14:]]
+    photos = reconstruct_frames(bare, config).save(tmp_path / 'photos')
+    merged = merge_maps(photos, halves[0])  # only the second is in metres: it keeps its frame
+    assert merged.moved == photos.path and merged.scene.metres_per_unit == 1.0
+    assert abs(np.log(merged.alignment.scale)) > 0.2
+    found = {e.source + str(e.stamp_ns): e.T_map_cam for e in merged.scene.estimates
+             if e.T_map_cam is not None}
+    truth = np.stack([f.T_map_cam for f in bare])
+    ours = np.stack([found[f.source + str(f.stamp_ns)] for f in bare])
+    assert np.linalg.norm(ours[:, :3, 3] - truth[:, :3, 3], axis=1).max() < 0.06
 
 
 def test_the_memory_keeps_its_size_and_finds_views_of_both(halves, frames, tmp_path, capsys):
