@@ -18,7 +18,7 @@ from feedforward_recon.mapping.joining import find_joint, join
 from feedforward_recon.mapping.sources import GivenPoses
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.session.map_folder import load_map, save_map
-from feedforward_recon.session.merging import merge_maps
+from feedforward_recon.session.merging import merge_maps, moved_images
 from feedforward_recon.session.offline import map_frames
 from feedforward_recon.session.photos import reconstruct_frames
 from feedforward_recon.synthetic import Room, render_walk
@@ -67,6 +67,7 @@ def test_how_one_map_lies_in_the_other_is_found(halves):
 def test_another_unit_is_found_and_undone(halves):
     a, b = graphs(halves)
     b.rescale(0.4)
+    b.landmarks.seen_inv_depth /= 0.4
     joint = find_joint(a, b, with_scale=True)
     assert joint.alignment.scale == pytest.approx(2.5, rel=0.01)
     count, landmarks = len(b), len(b.landmarks)
@@ -76,8 +77,14 @@ def test_another_unit_is_found_and_undone(halves):
     distance, turn_deg = pose_error(a.T_map_cam[before[0]],
                                     T_A_B @ graphs(halves)[1].T_map_cam[0])
     assert distance < 0.03 and turn_deg < 0.5
-    # What both saw is one landmark now, seen by keyframes of both.
+    # What a sensor measured is in the unit of the map.
     table = a.landmarks
+    rows = np.flatnonzero((table.seen_keyframe >= before[0]) & np.isfinite(table.seen_inv_depth)
+                          & table.has_point[table.seen_landmark])
+    depth = np.concatenate([a.depths(k, table.seen_landmark[rows[table.seen_keyframe[rows] == k]])
+                            for k in np.unique(table.seen_keyframe[rows])])
+    assert np.median(1 / table.seen_inv_depth[rows]) == pytest.approx(np.median(depth), rel=0.05)
+    # What both saw is one landmark now, seen by keyframes of both.
     seen = [set(table.seen_keyframe[table.seen_landmark == id_] >= before[0])
             for id_ in joint.landmarks_a[:20]]
     assert all(sides == {True, False} for sides in seen)
@@ -110,6 +117,25 @@ def test_a_map_without_a_scale_takes_that_of_the_other(halves, frames, tmp_path)
     truth = np.stack([f.T_map_cam for f in bare])
     ours = np.stack([found[f.source + str(f.stamp_ns)] for f in bare])
     assert np.linalg.norm(ours[:, :3, 3] - truth[:, :3, 3], axis=1).max() < 0.06
+
+
+def test_images_move_with_the_nearest_keyframe():
+    before = np.stack([se3_exp(np.r_[k, 0, 0, 0, 0.1 * k, 0]) for k in range(3)])
+    move, scale = se3_exp(np.r_[5.0, 1, 2, 0.3, 0.2, 0.1]), 2.5
+    after = before.copy()
+    after[:, :3, 3] *= scale
+    after = move @ after
+    image = se3_exp(np.r_[1.2, 0.1, 0, 0, 0.1, 0])
+    entries = [{'file': 'a.png', 'stamp_ns': 7, 'status': 'TRACKING', 'T_map_cam': image.tolist()},
+               {'file': 'b.png', 'stamp_ns': 8, 'status': 'LOST', 'T_map_cam': None}]
+    found, lost = moved_images(entries, before, after, 1.0, scale)
+    image[:3, 3] *= scale
+    np.testing.assert_allclose(found.T_map_cam, move @ image, atol=1e-12)
+    assert (found.source, found.stamp_ns, lost.T_map_cam) == ('a.png', 7, None)
+    # When keyframes move apart, an image stays with the nearest one.
+    after[0] = np.eye(4)
+    np.testing.assert_allclose(moved_images(entries, before, after, 1.0, scale)[0].T_map_cam,
+                               found.T_map_cam, atol=1e-12)
 
 
 def test_the_memory_keeps_its_size_and_finds_views_of_both(halves, frames, tmp_path, capsys):

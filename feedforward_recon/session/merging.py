@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,8 +69,8 @@ def merge_maps(first: SavedMap, second: SavedMap) -> Merged:
     join(a, b, joint)
     moved_a = a.T_map_cam[:kept].copy()
     refine_all(a, config)
-    estimates = _moved(first, moved_a, a.T_map_cam[:kept], depth_a) + _moved(
-        second, before, a.T_map_cam[kept:], depth_b, joint.alignment.scale)
+    estimates = moved_images(first.poses(), moved_a, a.T_map_cam[:kept], depth_a) + moved_images(
+        second.poses(), before, a.T_map_cam[kept:], depth_b, joint.alignment.scale)
     writer = MemoryWriter(config.memory, encoder.dim)
     scene = _scene(a, first, second, estimates)
     for keyframe in scene.keyframes:
@@ -86,14 +87,14 @@ def _graph(saved: SavedMap, config: MapperConfig, encoder: Encoder) -> GrowingMa
     return map_
 
 
-def _moved(saved: SavedMap, before: np.ndarray, after: np.ndarray, depth: float,
-           scale: float = 1.0) -> list[Estimate]:
+def moved_images(entries: list[dict[str, Any]], before: np.ndarray, after: np.ndarray,
+                 depth: float, scale: float = 1.0) -> list[Estimate]:
     """The images of a map, each moved with the nearest keyframe.
 
-    depth: how far things are, in units of that map; scale: of its lengths.
+    entries: of poses.json; before, after: poses [K, 4, 4] of the keyframes; depth: how far things are, in units of that map; scale: of its lengths.
     """
     estimates = []
-    posed = [entry for entry in saved.poses() if entry['T_map_cam'] is not None]
+    posed = [entry for entry in entries if entry['T_map_cam'] is not None]
     T = np.array([entry['T_map_cam'] for entry in posed], float).reshape(-1, 4, 4)
     together = np.concatenate([before, T])
     nearest = nearest_poses(together, np.arange(len(before)), depth)[len(before):]
@@ -103,7 +104,7 @@ def _moved(saved: SavedMap, before: np.ndarray, after: np.ndarray, depth: float,
         estimates.append(Estimate(entry['stamp_ns'], Status(entry['status']),
                                   after[keyframe] @ T_keyframe_cam, source=entry['file']))
     lost = [Estimate(entry['stamp_ns'], Status(entry['status']), source=entry['file'])
-            for entry in saved.poses() if entry['T_map_cam'] is None]
+            for entry in entries if entry['T_map_cam'] is None]
     return estimates + lost
 
 
