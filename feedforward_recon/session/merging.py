@@ -91,7 +91,8 @@ def moved_images(entries: list[dict[str, Any]], before: np.ndarray, after: np.nd
                  depth: float, scale: float = 1.0) -> list[Estimate]:
     """The images of a map, each moved with the nearest keyframe.
 
-    entries: of poses.json; before, after: poses [K, 4, 4] of the keyframes; depth: how far things are, in units of that map; scale: of its lengths.
+    entries: of poses.json; before, after: poses [K, 4, 4] of the keyframes; depth: how far things
+    are, in units of that map; scale: of its lengths.
     """
     estimates = []
     posed = [entry for entry in entries if entry['T_map_cam'] is not None]
