@@ -81,23 +81,29 @@ def assembled(shots: Sequence[Shot], comparisons: Comparisons, config: Reconstru
     part = largest_part(len(shots), pairs)
     tree = _tree(comparisons.S, pairs, sorted(part), config)
     placed = accumulate(shots, pairs, int(tree.order[0]), tree.edges)
-    structure, registered = _structure(shots, placed.T_map_cam, placed.registered,
-                                       pairs), placed.registered
+    registered = placed.registered
+    structure = _structure(shots, placed.T_map_cam, registered, pairs)
     if config.refine and len(structure.tracks):
-        before = structure.tracks.views(len(shots))
-        structure = refined(structure, ROUGH, calibration)
-        registered = registered & (structure.tracks.views(len(shots)) > WEAK_SHARE * before)
-        structure = _seen_by(structure, registered)
-        structure, registered = _completed(structure, shots, registered, comparisons, calibration,
-                                           config)
-        structure = refined(sharpened(structure, [shot.gray for shot in shots]), FINE,
-                            calibration)
-        registered = registered & (structure.tracks.views(len(shots)) >= MIN_OBSERVATIONS)
-        structure = _seen_by(structure, registered)
+        structure, registered = _refined(structure, shots, registered, comparisons, calibration,
+                                         config)
     else:
         structure = near(structure, ROUGH[0].limit_px)
     return Reconstructed(registered, _reasons(registered, part), structure, tree,
                          placed.T_map_cam)
+
+
+def _refined(structure: Structure, shots: Sequence[Shot], registered: np.ndarray,
+             comparisons: Comparisons, calibration: tuple[str, ...], config: ReconstructionConfig
+             ) -> tuple[Structure, np.ndarray]:
+    """Poses and points that agree, and which images have enough of them."""
+    before = structure.tracks.views(len(shots))
+    structure = refined(structure, ROUGH, calibration)
+    registered = registered & (structure.tracks.views(len(shots)) > WEAK_SHARE * before)
+    structure, registered = _completed(_seen_by(structure, registered), shots, registered,
+                                       comparisons, calibration, config)
+    structure = refined(sharpened(structure, [shot.gray for shot in shots]), FINE, calibration)
+    registered = registered & (structure.tracks.views(len(shots)) >= MIN_OBSERVATIONS)
+    return _seen_by(structure, registered), registered
 
 
 def _completed(structure: Structure, shots: Sequence[Shot], registered: np.ndarray,
