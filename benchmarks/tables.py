@@ -298,6 +298,12 @@ def _pairs_sentence(row: Row) -> str:
     return f'AUC@30 {number("auc30", 3)(row)}, AUC@5 {number("auc5", 3)(row)}'
 
 
+def _photos_sentence(row: Row) -> str:
+    return (f'{1e4 * row["ate_of_extent"]:.1f}e-4 of the extent, '
+            f'{number("error.rotation_median_deg", 3)(row)} deg; {row["registered"]} of '
+            f'{row["images"]} images; {number("seconds", 0)(row)} s')
+
+
 @dataclass(frozen=True)
 class Headline:
     """A line of the README: a row of a result, and beside it that of a peer.
@@ -363,6 +369,12 @@ HEADLINES = (
              'mean of 7 sets | compact (1000)', _pairs_sentence,
              ('pairs', 'mean of 7 sets | XFeat (2000)'),
              (('AUC@30', 'auc30'), ('AUC@5', 'auc5'))),
+    *(Headline(f'photos in any order: {label}', 'offline', f'{name} | ours', _photos_sentence,
+               ('offline', f'{name} | pycolmap incremental, exhaustive matching'),
+               (('error', 'error.rmse'), ('rotation', 'error.rotation_median_deg'),
+                ('images', 'registered'), ('time', 'seconds')))
+      for label, name in (('facade, 25 images', 'strecha_Herz-Jesus-P25'),
+                          ('fox, 50 images', 'ngp_fox'))),
     Headline('images of other places', 'wrong_places', f'{KITCHEN} | other scenes',
              lambda row: f'{row["accepted"]} of {row["images"]} accepted'),
     *(Headline(f'cubicles that were not mapped, {label}', 'repeated_office',

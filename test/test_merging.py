@@ -14,7 +14,7 @@ from feedforward_recon.config.schema import EncoderConfig, MapperConfig, MemoryC
 from feedforward_recon.errors import MapError
 from feedforward_recon.evaluation import absolute_trajectory_error
 from feedforward_recon.geometry.transforms import pose_error, se3_exp
-from feedforward_recon.mapping.joining import find_joint, join
+from feedforward_recon.mapping.joining import add_map, find_joint
 from feedforward_recon.mapping.sources import GivenPoses
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.session.map_folder import load_map, save_map
@@ -72,7 +72,7 @@ def test_another_unit_is_found_and_undone(halves):
     assert joint.alignment.scale == pytest.approx(2.5, rel=0.01)
     count, landmarks = len(b), len(b.landmarks)
     before = len(a), len(a.landmarks)
-    join(a, b, joint)
+    add_map(a, b, joint)
     assert (len(a), len(a.landmarks)) == (before[0] + count, before[1] + landmarks)
     distance, turn_deg = pose_error(a.T_map_cam[before[0]],
                                     T_A_B @ graphs(halves)[1].T_map_cam[0])

@@ -51,7 +51,7 @@ def find_joint(a: GrowingMap, b: GrowingMap, *, with_scale: bool, seed: int = 0)
     return Joint(alignment, ids_a[inliers], ids_b[inliers])
 
 
-def join(a: GrowingMap, b: GrowingMap, joint: Joint) -> None:
+def add_map(a: GrowingMap, b: GrowingMap, joint: Joint) -> None:
     """Add map b, which is used up, to map a; the landmarks of the joint become one."""
     first, landmarks = len(a), len(a.landmarks)
     b.rescale(joint.alignment.scale)

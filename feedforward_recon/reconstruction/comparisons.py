@@ -9,7 +9,7 @@ import numpy as np
 from feedforward_recon.config.photos import ReconstructionConfig
 from feedforward_recon.reconstruction.pairs import (
     Edge,
-    Matches,
+    FeatureMatches,
     PairDecoder,
     PairGeometry,
     Pairs,
@@ -33,7 +33,7 @@ class Comparisons:
 
     def __init__(self, decoder: PairDecoder, S: np.ndarray, mapped: Mapped) -> None:
         self.S = S
-        self.matches: dict[Edge, Matches] = {}
+        self.matches: dict[Edge, FeatureMatches] = {}
         self.pairs: dict[Edge, PairGeometry] = {}
         self._decoder, self._mapped = decoder, mapped
 
@@ -46,7 +46,7 @@ class Comparisons:
                 self.pairs[edge] = pair
         return len(new)
 
-    def _compared(self, edge: Edge) -> tuple[Matches, PairGeometry | None]:
+    def _compared(self, edge: Edge) -> tuple[FeatureMatches, PairGeometry | None]:
         matches = self._decoder.match(*edge)
         return matches, self._decoder.decode(*edge, matches)
 

@@ -58,7 +58,7 @@ class PairGeometry:
 
 
 @dataclass(frozen=True)
-class Matches:
+class FeatureMatches:
     """Features of two images that may show the same: index [M] each.
 
     distinct: bool [M], whether no other feature of j is nearly as similar.
@@ -79,10 +79,10 @@ Pairs = Mapping[Edge, PairGeometry]
 class PairDecoder(Protocol):
     """What turns two images into geometry."""
 
-    def match(self, i: int, j: int) -> Matches:
+    def match(self, i: int, j: int) -> FeatureMatches:
         """Features of images i and j that may show the same."""
 
-    def decode(self, i: int, j: int, matches: Matches) -> PairGeometry | None:
+    def decode(self, i: int, j: int, matches: FeatureMatches) -> PairGeometry | None:
         """The motion that matches agree with; None where the images do not show the same."""
 
 
@@ -95,11 +95,11 @@ class CompactPairs:
         self._keys = [torch.from_numpy(shot.features.descriptors).to(torch.bfloat16)
                       for shot in shots]
 
-    def match(self, i: int, j: int) -> Matches:
+    def match(self, i: int, j: int) -> FeatureMatches:
         """Features of images i and j that are the most similar of each other."""
         return mutual(self._keys[i], self._keys[j])
 
-    def decode(self, i: int, j: int, matches: Matches) -> PairGeometry | None:
+    def decode(self, i: int, j: int, matches: FeatureMatches) -> PairGeometry | None:
         """The motion that matches agree with; None where the images do not show the same."""
         a, b = self._shots[i], self._shots[j]
         chosen = matches.distinct
@@ -112,10 +112,10 @@ class CompactPairs:
         return with_motion((i, j), matches, self._shots, motion.T_a_b)
 
 
-def mutual(a: torch.Tensor, b: torch.Tensor) -> Matches:
+def mutual(a: torch.Tensor, b: torch.Tensor) -> FeatureMatches:
     """Rows of unit vectors a [N, D], b [M, D] that are the most similar of each other."""
     if not len(a) or not len(b):
-        return Matches(np.zeros(0, int), np.zeros(0, int), np.zeros(0, bool))
+        return FeatureMatches(np.zeros(0, int), np.zeros(0, int), np.zeros(0, bool))
     cosines, row = a @ b.T, torch.arange(len(a))
     best, to_b = cosines.max(1)
     to_a = cosines.max(0).indices
@@ -123,7 +123,7 @@ def mutual(a: torch.Tensor, b: torch.Tensor) -> Matches:
     others = cosines[good]
     others[torch.arange(len(good)), to_b[good]] = -1
     distinct = best[good] - others.amax(1) > MARGIN
-    return Matches(good.numpy(), to_b[good].numpy(), distinct.numpy())
+    return FeatureMatches(good.numpy(), to_b[good].numpy(), distinct.numpy())
 
 
 def with_rotation(pair: PairGeometry, shots: Sequence[Shot], R_i_j: np.ndarray
@@ -144,7 +144,7 @@ def with_rotation(pair: PairGeometry, shots: Sequence[Shot], R_i_j: np.ndarray
     return _pair(pair.i, pair.j, pair.feature_i, pair.feature_j, motion, _tolerance(a, b))
 
 
-def with_motion(edge: Edge, matches: Matches, shots: Sequence[Shot],
+def with_motion(edge: Edge, matches: FeatureMatches, shots: Sequence[Shot],
                 T_i_j: np.ndarray) -> PairGeometry | None:
     """The matches of images i, j that agree with a motion [4, 4]; None where few do."""
     (i, j), row, column = edge, matches.feature_i, matches.feature_j

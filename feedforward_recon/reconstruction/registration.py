@@ -8,11 +8,11 @@ import numpy as np
 
 from feedforward_recon.geometry.pnp import pnp_ransac
 from feedforward_recon.geometry.transforms import inverse
-from feedforward_recon.reconstruction.pairs import Edge, Matches, PairGeometry, with_motion
+from feedforward_recon.reconstruction.pairs import Edge, FeatureMatches, PairGeometry, with_motion
 from feedforward_recon.reconstruction.refinement import Structure
 from feedforward_recon.reconstruction.shots import Shot
 
-MatchesOf = Mapping[Edge, Matches]
+MatchesOf = Mapping[Edge, FeatureMatches]
 
 MIN_INLIERS, MIN_SHARE = 30, 0.15  # points that agree with a pose, and of those that were matched
 THRESHOLD_PX = 4.0

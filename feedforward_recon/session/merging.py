@@ -15,7 +15,7 @@ from feedforward_recon.geometry.align import Alignment
 from feedforward_recon.geometry.transforms import inverse, nearest_poses
 from feedforward_recon.mapping.adjustment import refine_all
 from feedforward_recon.mapping.cloud import cloud_source
-from feedforward_recon.mapping.joining import find_joint, join
+from feedforward_recon.mapping.joining import add_map, find_joint
 from feedforward_recon.mapping.keyframe_graph import keyframe_graph
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.scene_map import SceneMap
@@ -66,7 +66,7 @@ def merge_maps(first: SavedMap, second: SavedMap) -> Merged:
     joint = find_joint(a, b, with_scale=not metric)
     before, kept = b.T_map_cam.copy(), len(a)
     depth_a, depth_b = (graph.typical_depth(len(graph) - 1) for graph in (a, b))
-    join(a, b, joint)
+    add_map(a, b, joint)
     moved_a = a.T_map_cam[:kept].copy()
     refine_all(a, config)
     estimates = moved_images(first.poses(), moved_a, a.T_map_cam[:kept], depth_a) + moved_images(
