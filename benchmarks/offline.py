@@ -34,6 +34,7 @@ SETS = ('strecha_Herz-Jesus-P8', 'lund_door', 'strecha_Herz-Jesus-P25', 'llff_fl
         'llff_room', 'llff_fortress', 'ngp_fox', 'tabletop_cup', KITCHEN)
 STEP = {KITCHEN: 5}  # every so many images of a walk
 PEERS = (('incremental', 'exhaustive'), ('global', 'exhaustive'), ('incremental', 'sequential'))
+GROWTH = 62, 125, 250, 500  # images of one walk
 SHARED = 50  # images of both halves
 SEED = 0  # of the order of the images
 
@@ -83,6 +84,21 @@ def run_trees() -> Iterator[tuple[str, dict[str, Any]]]:
                 yield f'{name} | {tree}, {cost}', {
                     **entry(frames, trajectory_of(posed), []), 'depth': int(done.tree.depth.max()),
                     'mean_depth': float(done.tree.depth[done.tree.order].mean())}
+
+
+def run_growth() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Time against the number of images: more and more of the kitchen walk, shuffled."""
+    walk = load_frames(KITCHEN, use_depth=False)
+    rng = np.random.default_rng(SEED)
+    seconds = {}
+    for count in GROWTH:
+        frames = [dataclasses.replace(frame, stamp_ns=index)
+                  for index, frame in enumerate(walk[:count])]
+        row = ours([frames[index] for index in rng.permutation(count)])
+        seconds[count] = row['cpu_seconds']
+        slope = np.polyfit(np.log(list(seconds)), np.log(list(seconds.values())), 1)[0] \
+            if len(seconds) > 1 else None
+        yield f'{count} images | ours', {**row, 'exponent': slope}
 
 
 def run_merge() -> Iterator[tuple[str, dict[str, Any]]]:

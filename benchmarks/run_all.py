@@ -29,6 +29,7 @@ ENTRIES = {
     'offline': ('offline', 'run'),
     'trees': ('offline', 'run_trees'),
     'merge': ('offline', 'run_merge'),
+    'photo_growth': ('offline', 'run_growth'),
     'attention_scaling': ('attention_scaling', 'run'),
     'live': ('live', 'run'),
     'peers_mapping': ('colmap_peer', 'run'),

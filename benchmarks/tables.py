@@ -230,6 +230,12 @@ SECTIONS = (
      'Poses as they are accumulated along a tree, before any refinement. Shortest: shortest-path '
      'tree from the most central image; spanning: minimum spanning tree. Costs of a pair by its '
      'similarity S: 1 - S, (1 - S)^2, arccos S.'),
+    ('Growth with the number of photos', ('photo_growth',),
+     {'registered': lambda row: f'{row["registered"]} of {row["images"]}',
+      'rotation deg': number('error.rotation_median_deg', 2), 's': number('seconds', 1),
+      'CPU s': number('cpu_seconds', 1), 'exponent': number('exponent', 2)},
+     'The first images of the kitchen walk, shuffled: from decoded images to a map with its '
+     'memory. Exponent p: best fit of CPU time = c N^p so far.'),
     ('Two maps merged', ('merge',),
      {'images': lambda row: f'{row["registered"]} of {row["images"]}',
       'ATE cm': number('error.rmse', 2, 100),
