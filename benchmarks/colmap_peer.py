@@ -38,9 +38,7 @@ def map_with_colmap(frames: list[Frame], mapper: str, matching: str) -> tuple[Tr
         reader = pycolmap.ImageReaderOptions(camera_model='PINHOLE', camera_params=_params(camera))
         pycolmap.extract_features(database, root / 'images', reader_options=reader,
                                   camera_mode=pycolmap.CameraMode.SINGLE)
-        match = {'exhaustive': pycolmap.match_exhaustive,
-                 'sequential': pycolmap.match_sequential}[matching]
-        match(database)
+        _match(matching, database)
         models = _run_mapper(mapper, database, root, root)
         clock.stop()
         return _trajectory(models, dict(zip(names, frames, strict=True))), clock
@@ -90,16 +88,20 @@ class PhotoPeer:
         return _trajectory(models, self._frame_of), [self.features, matched, mapping.stop()]
 
     def _matched(self, matching: str) -> Clock:
-        import pycolmap
-
         if matching not in self._matching:
             database = self.root / f'{matching}.db'
             shutil.copy(self.root / 'features.db', database)
             clock = Clock()
-            {'exhaustive': pycolmap.match_exhaustive,
-             'sequential': pycolmap.match_sequential}[matching](database)
+            _match(matching, database)
             self._matching[matching] = clock.stop()
         return self._matching[matching]
+
+
+def _match(matching: str, database: Path) -> None:
+    import pycolmap
+
+    {'exhaustive': pycolmap.match_exhaustive,
+     'sequential': pycolmap.match_sequential}[matching](database)
 
 
 def _write_images(frames: list[Frame], folder: Path) -> list[str]:

@@ -26,7 +26,7 @@ from feedforward_recon.reconstruction.pipeline import assembled
 from feedforward_recon.reconstruction.shots import shot_of
 from feedforward_recon.session.map_folder import SavedMap, save_map
 from feedforward_recon.session.merging import merge_maps
-from feedforward_recon.session.offline import map_frames, trajectory_of
+from feedforward_recon.session.offline import map_frames
 from feedforward_recon.session.photos import reconstruct_frames
 from feedforward_recon.types import Frame, Trajectory
 
@@ -82,7 +82,7 @@ def run_trees() -> Iterator[tuple[str, dict[str, Any]]]:
                 posed = [(shot.stamp_ns, T) for shot, T, registered in
                          zip(shots, done.unrefined, done.registered, strict=True) if registered]
                 yield f'{name} | {tree}, {cost}', {
-                    **entry(frames, trajectory_of(posed), []), 'depth': int(done.tree.depth.max()),
+                    **entry(frames, Trajectory.of(posed), []), 'depth': int(done.tree.depth.max()),
                     'mean_depth': float(done.tree.depth[done.tree.order].mean())}
 
 
@@ -165,12 +165,8 @@ def without_intrinsics(frames: list[Frame]) -> dict[str, Any]:
 
 def entry(frames: list[Frame], estimated: Trajectory, clocks: list[Clock]) -> dict[str, Any]:
     """Errors after a similarity, also as a share of the extent of the true positions."""
-    known = sorted(frames, key=lambda frame: frame.stamp_ns)
-    truth = Trajectory(np.array([frame.stamp_ns for frame in known], np.int64),
-                       np.stack([frame.T_map_cam for frame in known]))
-    order = np.argsort(estimated.stamps_ns)
-    error = trajectory_error(Trajectory(estimated.stamps_ns[order], estimated.T_map_cam[order]),
-                             truth, 'sim3')
+    truth = Trajectory.of((frame.stamp_ns, frame.T_map_cam) for frame in frames)
+    error = trajectory_error(estimated, truth, 'sim3')
     extent = float(np.linalg.norm(np.ptp(truth.positions, axis=0)))
     return {'images': len(frames), 'registered': len(estimated), 'error': error,
             'seconds': sum(clock.seconds for clock in clocks),

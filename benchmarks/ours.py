@@ -67,7 +67,7 @@ def map_walk(frames: Sequence[Frame], config: MapperConfig | None = None) -> Wal
         clock.stop()
     posed = [(e.stamp_ns, e.T_map_cam) for e in estimates if e.T_map_cam is not None]
     keyframes_ns = np.array([keyframe.stamp_ns for keyframe in scene.keyframes], np.int64)
-    return Walked(_trajectory(posed), scene.trajectory, scene.trajectory, keyframes_ns,
+    return Walked(Trajectory.of(posed), scene.trajectory, scene.trajectory, keyframes_ns,
                   clock.cpu_seconds, float(np.median([e.latency_ms for e in estimates])),
                   _unsure(estimates), _unsure(mapper.results.estimates))
 
@@ -86,13 +86,6 @@ def _finished(mapper: Mapper, frames: Sequence[Frame]) -> SceneMap:
 
 def _unsure(estimates: Sequence[Estimate]) -> np.ndarray:
     return np.array([e.stamp_ns for e in estimates if e.status is Status.UNCERTAIN], np.int64)
-
-
-def _trajectory(poses: Sequence[tuple[int, np.ndarray]]) -> Trajectory:
-    if not poses:
-        return Trajectory()
-    return Trajectory(np.array([stamp_ns for stamp_ns, _ in poses], np.int64),
-                      np.stack([T_map_cam for _, T_map_cam in poses]))
 
 
 class Answerer:

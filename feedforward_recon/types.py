@@ -8,6 +8,7 @@ Map units are metres when ``SceneMap.metres_per_unit`` is 1.0, unknown when it i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -172,6 +173,15 @@ class Trajectory:
 
     def __len__(self) -> int:
         return len(self.stamps_ns)
+
+    @staticmethod
+    def of(posed: Iterable[tuple[int, FloatArray]]) -> Trajectory:
+        """Stamped poses [4, 4], brought into the order of their stamps."""
+        ordered = sorted(posed, key=lambda one: one[0])
+        if not ordered:
+            return Trajectory()
+        return Trajectory(np.array([stamp_ns for stamp_ns, _ in ordered], np.int64),
+                          np.stack([T_map_cam for _, T_map_cam in ordered]))
 
     @property
     def positions(self) -> FloatArray:

@@ -17,9 +17,9 @@ from feedforward_recon.reconstruction.pairs import CompactPairs, PairGeometry, w
 from feedforward_recon.reconstruction.refinement import (
     FINE,
     ROUGH,
-    Structure,
     refined,
     triangulated,
+    with_tracks,
 )
 from feedforward_recon.reconstruction.registration import agreeing_with, placed_by_points
 from feedforward_recon.reconstruction.shots import Shot
@@ -149,6 +149,21 @@ def test_a_turn_on_the_spot_keeps_the_place_and_hands_on_what_is_known(scene):
     assert error_of(done.T_map_cam, poses, np.arange(CIRCLE))[0] < 0.05
 
 
+def test_what_is_learnt_later_reaches_images_from_the_same_place(scene):
+    """A turn before anything has a point: images beside its other end still get the unit."""
+    shots, poses, _, _ = scene
+    world = OracleScene.generate(0, count=900)
+    turned = poses[0] @ se3_exp(np.r_[np.zeros(4), 0.1, 0])
+    shots = [*shots, shot(world.features(turned, 98)[0])]
+    decoder, true = CompactPairs(shots), exact(scene)
+    pairs = {(0, CIRCLE): decoder.decode(0, CIRCLE, decoder.match(0, CIRCLE)), (0, 1): true[0, 1]}
+    found = decoder.decode(3, CIRCLE, decoder.match(3, CIRCLE))
+    pairs[3, CIRCLE] = with_rotation(found, shots, (inverse(poses[3]) @ turned)[:3, :3])
+    done = accumulate(shots, pairs, 0, [(0, CIRCLE), (0, 1), (CIRCLE, 3)])
+    assert np.flatnonzero(done.registered).tolist() == [0, 1, 3, CIRCLE]
+    assert error_of(done.T_map_cam, poses, np.array([0, 1, 3]))[0] < 0.05
+
+
 def pair_of(i, j, matches):
     """A pair with nothing but its matches [(feature of i, feature of j)]."""
     a, b = np.array(matches).T
@@ -181,8 +196,7 @@ def structure_of(scene, T_map_cam, cameras=None):
     shots, _, _, pairs = scene
     tracks = tracks_of(shots, pairs.values())
     cameras = cameras or [s.camera for s in shots]
-    return triangulated(Structure(T_map_cam, cameras, tracks, np.zeros((tracks.count, 3)),
-                                  np.zeros(0)))
+    return triangulated(T_map_cam, cameras, tracks)
 
 
 def test_refinement_brings_disturbed_poses_back(scene):
@@ -210,9 +224,7 @@ def test_an_image_is_placed_by_the_points_that_it_sees(scene):
     registered = np.arange(CIRCLE) != 5
     structure = structure_of(scene, poses)
     seen = structure.tracks.image != 5
-    structure = replace(structure, tracks=structure.tracks.select(seen))
-    structure = triangulated(replace(structure,
-                                     points=np.zeros((structure.tracks.count, 3))))
+    structure = with_tracks(structure, structure.tracks.select(seen))
     found = placed_by_points(structure, shots, registered, matches, seed=0)
     assert list(found) == [5]
     T = inverse(poses[5]) @ found[5]

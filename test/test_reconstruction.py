@@ -12,11 +12,18 @@ import pytest
 from feedforward_recon.cli import main
 from feedforward_recon.config.photos import PhotoConfig, ReconstructionConfig
 from feedforward_recon.config.schema import EncoderConfig, MemoryConfig
+from feedforward_recon.console.options import settings
 from feedforward_recon.errors import InputError, MapError
 from feedforward_recon.evaluation import absolute_trajectory_error
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import pose_error
 from feedforward_recon.localization.localizer import Localizer
+from feedforward_recon.model.compact import CompactEncoder
+from feedforward_recon.reconstruction import pipeline
+from feedforward_recon.reconstruction.comparisons import compared
+from feedforward_recon.reconstruction.pairs import CompactPairs
+from feedforward_recon.reconstruction.pipeline import assembled
+from feedforward_recon.reconstruction.shots import shot_of
 from feedforward_recon.session.map_folder import load_map
 from feedforward_recon.session.photos import guessed_camera, reconstruct_frames
 from feedforward_recon.synthetic import Room, render_walk
@@ -64,7 +71,8 @@ def test_views_in_any_order_become_a_map(run, photos):
     rmse, turn_deg = error_of(run, photos)
     assert rmse < 0.01 and turn_deg < 0.15
     assert run.scene.metres_per_unit is None and run.scene.camera_source == 'given'
-    np.testing.assert_allclose(run.scene.trajectory.T_map_cam[0], np.eye(4), atol=1e-12)
+    np.testing.assert_allclose(run.scene.estimates[0].T_map_cam, np.eye(4), atol=1e-12)
+    assert (np.diff(run.scene.trajectory.stamps_ns) > 0).all()
     assert [e.source for e in run.scene.estimates] == [f.source for f in photos]
     assert len(run.scene.cloud) > 100
     depth = [k.points_cam[k.has_point, 2] for k in run.scene.keyframes]
@@ -136,7 +144,6 @@ def test_large_photos_are_seen_smaller_and_mapped_at_their_size(photos):
     known = keyframe.has_point
     shown = keyframe.camera.project(keyframe.points_cam[known])
     assert np.linalg.norm(shown - keyframe.features.keypoints[known], axis=1).max() < 0.01
-    # Where a keyframe's landmarks of other images show: within a few pixels of its features.
     assert keyframe.camera.fx == pytest.approx(large.fx, rel=0.01)
     localizer = Localizer(run.memory, run.encoder, camera=keyframe.camera)
     estimate = localizer.localize(frames[5])
@@ -144,18 +151,34 @@ def test_large_photos_are_seen_smaller_and_mapped_at_their_size(photos):
     assert pose_error(estimate.T_map_cam, pose)[0] < 0.02
 
 
-def test_an_image_that_few_points_agree_with_has_no_pose_and_no_landmarks(run, photos):
-    # Half of the image is another room: too little of it is left to place it.
-    mixed = photos[5].image.copy()
-    mixed[:, 40:] = views(77, 3)[0].image[:, 40:]
-    frames = [f if k != 5 else Frame(f.stamp_ns, mixed, camera=CAMERA, source=f.source)
-              for k, f in enumerate(photos)]
-    scene = reconstruct_frames(frames, CONFIG).scene
-    without = {e.source: e.reason for e in scene.estimates if e.T_map_cam is None}
-    assert list(without) == [photos[5].source]
-    assert without[photos[5].source] in ('TOO_FEW_SHARED', 'NO_OVERLAP')
-    assert scene.graph.arrays['landmarks.anchor'].min() >= 0
-    assert error_of(reconstruct_frames(frames, CONFIG), photos)[0] < 0.01
+def test_an_image_that_few_points_agree_with_has_no_pose_and_no_landmarks(run, photos,
+                                                                         monkeypatch):
+    seen = np.array([estimate.inliers for estimate in run.scene.estimates])
+    least = int(np.sort(seen)[4])
+    monkeypatch.setattr(pipeline, 'MIN_OBSERVATIONS', least)
+    scene = reconstruct_frames(photos, CONFIG).scene
+    reasons = [estimate.reason for estimate in scene.estimates]
+    assert reasons == ['TOO_FEW_SHARED' if count < least else '' for count in seen]
+    table = scene.graph.arrays
+    assert table['landmarks.anchor'].min() >= 0
+    assert np.bincount(table['seen_landmark']).min() >= 2
+
+
+def test_an_image_that_no_pair_places_is_placed_by_points(photos):
+    encoder = CompactEncoder.load(config=CONFIG.encoder)
+    shots = [shot_of(frame, CAMERA, encoder, CONFIG.encoder.max_pixels) for frame in photos]
+    comparisons = compared(shots, CompactPairs(shots), CONFIG.reconstruction)
+    for edge in [edge for edge in comparisons.pairs if 5 in edge]:
+        del comparisons.pairs[edge]  # its matches are still known
+    alone = assembled(shots, comparisons, ReconstructionConfig(refine=False))
+    assert not alone.registered[5] and alone.reasons[5] == 'NO_OVERLAP'
+    done = assembled(shots, comparisons, CONFIG.reconstruction)
+    assert done.registered.all()
+    stamps = np.arange(len(photos))
+    truth = np.stack([frame.T_map_cam for frame in photos])
+    error = absolute_trajectory_error(Trajectory(stamps, done.structure.T_map_cam),
+                                      Trajectory(stamps, truth), 'sim3')
+    assert error.max < 0.03
 
 
 def test_a_focal_length_that_nobody_gave_is_found(photos):
@@ -223,6 +246,16 @@ def test_another_walk_goes_on_with_a_map_of_photos(folder, tmp_path):
     assert main(['reconstruct', str(folder), *SETTINGS, '--out', out, '--json']) == 0
     assert main(['map', str(folder), '--into', out, '--json']) == 0
     assert load_map(out).info.sessions == 2
+
+
+def test_a_file_of_settings_may_have_those_of_photos(folder, tmp_path, capsys):
+    file = tmp_path / 'photos.yaml'
+    file.write_text('reconstruction: {neighbours: 6}\nmemory: {slots: 5000}\n')
+    assert settings(PhotoConfig(), file, None).reconstruction.neighbours == 6
+    file.write_text('reconstruction: {neighbors: 6}\n')
+    assert main(['reconstruct', str(folder), '--config', str(file), '--out',
+                 str(tmp_path / 'map')]) != 0
+    assert 'did you mean reconstruction.neighbours' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(('arguments', 'sentence'), [

@@ -9,7 +9,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
 from feedforward_recon.console.options import Json
@@ -86,8 +85,7 @@ def _read(path: Path) -> tuple[Trajectory, bool]:
     with progress_bar('reading poses', len(source)) as bar:
         poses = [(frame.stamp_ns, frame.T_map_cam) for frame in bar.over(source)
                  if frame.T_map_cam is not None]
-    return Trajectory(np.array([stamp_ns for stamp_ns, _ in poses], np.int64),
-                      np.stack([T_map_cam for _, T_map_cam in poses])), True
+    return Trajectory.of(poses), True
 
 
 def _rows(error: TrajectoryError, relative: RelativeError, kind: str,

@@ -10,7 +10,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from feedforward_recon.console.options import Json, MapFolder, Overwrite, check_out
+from feedforward_recon.console.options import Json, MapFolder, NewMap, Overwrite, check_out
 from feedforward_recon.console.terminal import bytes_text, print_json, print_table
 from feedforward_recon.errors import InputError
 from feedforward_recon.io.writers import (
@@ -25,8 +25,6 @@ from feedforward_recon.io.writers import (
 from feedforward_recon.session.map_folder import MEMORY, NETWORK, SavedMap, load_map, save_map
 from feedforward_recon.session.merging import merge_maps
 
-MergedOut = Annotated[Path, typer.Option('--out', '-o', help='Map folder to write.',
-                                         show_default=False)]
 COLMAP_MARKER = 'cameras.txt'
 
 
@@ -133,7 +131,7 @@ def export_command(map_: MapFolder, format_: FormatOption, out: Out) -> None:
     print(out)
 
 
-def merge_command(first: MapFolder, second: MapFolder, out: MergedOut,
+def merge_command(first: MapFolder, second: MapFolder, out: NewMap,
                   overwrite: Overwrite = False, json_: Json = False) -> None:
     """Make one map of two that show the same place; its memory has the size of one.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +11,7 @@ from feedforward_recon.config.photos import PhotoConfig
 from feedforward_recon.console.options import (
     Config,
     Json,
+    NewMap,
     Overwrite,
     Set,
     Source,
@@ -25,14 +25,12 @@ from feedforward_recon.console.threads import one_thread
 from feedforward_recon.io import SourceOptions, open_source
 from feedforward_recon.session.offline import Run
 
-Out = Annotated[Path, typer.Option('--out', '-o', help='Map folder to write.',
-                                   show_default=False)]
 Workers = Annotated[int, typer.Option('--workers', min=0, help='Images and pairs worked on at '
                                       'once; 0: as many as there are cores.')]
 
 
 @takes_source_options
-def reconstruct_command(source: Source, options: SourceOptions, out: Out, workers: Workers = 0,
+def reconstruct_command(source: Source, options: SourceOptions, out: NewMap, workers: Workers = 0,
                         overwrite: Overwrite = False, json_: Json = False, config: Config = None,
                         set_: Set = None, encoder: Weights = None) -> None:
     """Reconstruct photos in any order, or a video; the map is like that of `ffrecon map`.

@@ -44,8 +44,9 @@ deactivate, clean up, set, configure, activate.
 def mapper_settings(file: Path, cls: type[MapperConfig] = MapperConfig) -> dict[str, Any]:
     """Nested settings in a YAML file, with or without the head of ROS files.
 
-    Settings of a node that ``cls`` does not have are checked and left out. Raises ConfigError
-    for an unreadable file, unknown names, wrong types and values out of range.
+    Settings of a node that ``cls`` does not have are checked and left out, those that only ``cls``
+    has are read too. Raises ConfigError for an unreadable file, unknown names, wrong types and
+    values out of range.
     """
     try:
         document = yaml.safe_load(file.read_text(encoding='utf-8'))
@@ -53,11 +54,17 @@ def mapper_settings(file: Path, cls: type[MapperConfig] = MapperConfig) -> dict[
         raise ConfigError(f'{file}: expected a YAML file of settings, found {error}') from error
     try:
         values = nested(_beneath_head({} if document is None else document))
-        from_dict(NodeConfig, values)
+        own = {name: value for name, value in values.items()
+               if name in _names(cls) - _names(NodeConfig)}
+        from_dict(cls, own)
+        from_dict(NodeConfig, {name: value for name, value in values.items() if name not in own})
     except ConfigError as error:
         raise ConfigError(f'{file}: {error}') from error
-    known = {spec.name for spec in dataclasses.fields(cls)}
-    return {name: value for name, value in values.items() if name in known}
+    return {name: value for name, value in values.items() if name in _names(cls)}
+
+
+def _names(cls: type[MapperConfig]) -> set[str]:
+    return {spec.name for spec in dataclasses.fields(cls)}
 
 
 def _beneath_head(document: Any) -> dict[str, Any]:

@@ -28,6 +28,8 @@ Json = Annotated[bool, typer.Option('--json', help='Print JSON only.')]
 Config = Annotated[Path | None, typer.Option(
     '--config', help='YAML file of settings, see config/*.yaml; keys left out keep their '
     'defaults.', show_default=False, rich_help_panel='Settings')]
+NewMap = Annotated[Path, typer.Option('--out', '-o', help='Map folder to write.',
+                                      show_default=False)]
 Overwrite = Annotated[bool, typer.Option('--overwrite', help='Replace a map that is already at '
                                          '--out.')]
 Set = Annotated[list[str] | None, typer.Option(

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from feedforward_recon.geometry.pnp import usac_params
+from feedforward_recon.geometry.bundle_rows import MIN_DEPTH
 from feedforward_recon.geometry.transforms import inverse, make_transform
+from feedforward_recon.geometry.twoview import essential_matrix
 
-MIN_DEPTH = 1e-6
 STEPS, CONVERGED = 10, 1e-6  # of iterations that re-weight; the change of a unit vector
 # A turn explains a pair if it has this share of the matches that a motion has: with parallax, near
 # things disagree with it.
@@ -36,11 +36,6 @@ class PairMotion:
     points: np.ndarray
     angle: np.ndarray
 
-    @property
-    def is_turn(self) -> bool:
-        """Whether the views are from one place."""
-        return not self.T_a_b[:3, 3].any()
-
 
 def motion_between(xy_a: np.ndarray, xy_b: np.ndarray, tolerance: float, seed: int
                    ) -> PairMotion | None:
@@ -50,7 +45,8 @@ def motion_between(xy_a: np.ndarray, xy_b: np.ndarray, tolerance: float, seed: i
     essential matrix nor a turn that half of them agree with is found.
     """
     turn = _turn(xy_a, xy_b, tolerance)
-    E = _essential(xy_a, xy_b, tolerance, seed)
+    # In units of the tolerance: OpenCV's solvers expect pixels.
+    E = essential_matrix(xy_a / tolerance, xy_b / tolerance, 1 / tolerance, 1.0, seed)
     if E is None:
         return turn if 2 * turn.inliers.sum() > len(xy_a) else None
     R_1, R_2, t = cv2.decomposeEssentialMat(E)
@@ -115,18 +111,6 @@ def _turn(xy_a: np.ndarray, xy_b: np.ndarray, tolerance: float) -> PairMotion:
         R = U @ np.diag([1, 1, np.sign(np.linalg.det(U @ Vt))]) @ Vt  # Kabsch 1976
         weight = 1 / (1 + (np.linalg.norm(rays_b @ R.T - rays_a, axis=1) / tolerance)**2)
     return checked(make_transform(R, np.zeros(3)), xy_a, xy_b, tolerance)
-
-
-def _essential(xy_a: np.ndarray, xy_b: np.ndarray, tolerance: float, seed: int
-               ) -> np.ndarray | None:
-    # In units of the tolerance: OpenCV's solvers expect pixels.
-    a, b = (np.ascontiguousarray(xy / tolerance) for xy in (xy_a, xy_b))
-    K = np.diag([1 / tolerance, 1 / tolerance, 1.0])
-    try:
-        E, _ = cv2.findEssentialMat(a, b, K, K, None, None, usac_params(1.0, seed))
-    except cv2.error:
-        return None  # OpenCV throws where its minimal solver met a degenerate sample
-    return E if E is not None and E.shape == (3, 3) and np.isfinite(E).all() else None
 
 
 def _rays(xy: np.ndarray) -> np.ndarray:

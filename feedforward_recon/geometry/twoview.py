@@ -83,7 +83,8 @@ def _refuse_plane(xy_a: np.ndarray, xy_b: np.ndarray, two: TwoView, tolerance: f
 def _best_motion(xy_a: np.ndarray, xy_b: np.ndarray, focal_px: float, threshold_px: float,
                  seed: int, searches: int) -> tuple[np.ndarray, np.ndarray]:
     """Rotation and direction of T_b_a, up to the ambiguity of the essential matrix."""
-    essentials = [_essential(xy_a, xy_b, focal_px, threshold_px / (1 + search % 2), seed + search)
+    essentials = [essential_matrix(xy_a * focal_px, xy_b * focal_px, focal_px,
+                                   threshold_px / (1 + search % 2), seed + search)
                   for search in range(searches)]
     found = [_polished(E, xy_a, xy_b, ROBUST * threshold_px / focal_px)
              for E in essentials if E is not None]
@@ -116,10 +117,14 @@ def _polished(E: np.ndarray, xy_a: np.ndarray, xy_b: np.ndarray, scale: float
     return float(result.cost), *motion(result.x)
 
 
-def _essential(xy_a: np.ndarray, xy_b: np.ndarray, focal_px: float, threshold_px: float,
-               seed: int) -> np.ndarray | None:
+def essential_matrix(px_a: np.ndarray, px_b: np.ndarray, focal_px: float, threshold_px: float,
+                     seed: int) -> np.ndarray | None:
+    """The essential matrix [3, 3] that most matches agree with; None where the search fails.
+
+    px_a, px_b: pixels [M, 2] relative to the principal point.
+    """
     K = np.diag([focal_px, focal_px, 1.0])
-    a, b = (np.ascontiguousarray(xy * focal_px) for xy in (xy_a, xy_b))
+    a, b = np.ascontiguousarray(px_a), np.ascontiguousarray(px_b)
     try:
         E, _ = cv2.findEssentialMat(a, b, K, K, None, None, usac_params(threshold_px, seed))
     except cv2.error:

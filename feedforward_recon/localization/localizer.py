@@ -170,7 +170,7 @@ class Localizer:
         """What is like the features, of slots and of the network, and the poses that it gives.
 
         The confirmed slots first, then all, then all features and the network, until enough
-        agree: most images need a third of the work.
+        agree.
         """
         first: list[PoseFit] = []
         for search in self._searches:

@@ -88,9 +88,5 @@ class EstimateHistory:
 
     def trajectory(self, T_map_cam: np.ndarray) -> Trajectory:
         """Poses of all frames that have one, given all keyframe poses [K, 4, 4]."""
-        posed = [(e.stamp_ns, e.T_map_cam) for e in self.estimates(T_map_cam)
-                 if e.T_map_cam is not None]
-        if not posed:
-            return Trajectory()
-        return Trajectory(np.array([stamp_ns for stamp_ns, _ in posed], np.int64),
-                          np.stack([T for _, T in posed]))
+        return Trajectory.of((e.stamp_ns, e.T_map_cam) for e in self.estimates(T_map_cam)
+                             if e.T_map_cam is not None)

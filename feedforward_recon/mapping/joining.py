@@ -32,7 +32,7 @@ class Joint:
     landmarks_b: np.ndarray
 
 
-def find_joint(a: GrowingMap, b: GrowingMap, *, with_scale: bool, seed: int = 0) -> Joint:
+def find_joint(a: GrowingMap, b: GrowingMap, *, with_scale: bool) -> Joint:
     """Align map b with map a.
 
     with_scale: their units may differ. Raises MapError when they do not show the same place.
@@ -41,7 +41,8 @@ def find_joint(a: GrowingMap, b: GrowingMap, *, with_scale: bool, seed: int = 0)
     points_a = a.landmarks.points_map(ids_a, a.T_map_cam)
     points_b = b.landmarks.points_map(ids_b, b.T_map_cam)
     tolerance = TOLERANCE * float(np.median([a.typical_depth(k) for k in range(len(a))]))
-    inliers = _consensus(points_b, points_a, tolerance, with_scale, seed)
+    inliers = _consensus(points_b, points_a, tolerance, with_scale,
+                         a.config.tracking.seed)
     if inliers.sum() < max(MIN_INLIERS, MIN_SHARE * len(ids_a)):
         raise MapError('expected two maps that show the same place, found '
                        f'{int(inliers.sum())} of {len(ids_a)} landmarks that agree; map a walk '

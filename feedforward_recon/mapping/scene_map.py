@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from feedforward_recon.geometry.camera import Camera
-from feedforward_recon.mapping.keyframe_graph import KeyframeGraph
+from feedforward_recon.mapping.cloud import cloud_source
+from feedforward_recon.mapping.keyframe_graph import KeyframeGraph, keyframe_graph
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.types import Estimate, Keyframe, PointCloud, Trajectory
 
@@ -39,6 +40,15 @@ class SceneMap:
     frame: str = 'first camera'
     graph: KeyframeGraph | None = None
     sessions: int = 1
+
+
+def finished_map(map_: GrowingMap, estimates: Sequence[Estimate], **about: Any) -> SceneMap:
+    """A map whose keyframes need nothing more; about: what else ``SceneMap`` says of it."""
+    return SceneMap(
+        tuple(map_.exported(id_) for id_ in range(len(map_))),
+        Trajectory.of((e.stamp_ns, e.T_map_cam) for e in estimates if e.T_map_cam is not None),
+        tuple(estimates), cloud_source(map_, map_.config.cloud).fused(),
+        graph=keyframe_graph(map_, map_.config.keyframes.saved), **about)
 
 
 @dataclass(frozen=True)

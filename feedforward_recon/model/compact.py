@@ -121,6 +121,15 @@ def _sample(feature_map: torch.Tensor, pixels: torch.Tensor, stride: int) -> tor
     return values[:, :, 0].transpose(1, 2)
 
 
+def scaled_down(image: np.ndarray, pixels: int) -> np.ndarray:
+    """An image uint8 [H, W, ...] with at most about so many pixels; itself if it has no more."""
+    height, width = image.shape[:2]
+    factor = min(1.0, float(np.sqrt(pixels / (height * width))))
+    size = round(width * factor), round(height * factor)
+    return image if size == (width, height) else cv2.resize(image, size,
+                                                            interpolation=cv2.INTER_AREA)
+
+
 def detect_corners(gray: np.ndarray, count: int, spacing_px: int) -> np.ndarray:
     """Sub-pixel Shi-Tomasi corners float32 [N <= count, 2] of a gray uint8 image."""
     corners = cv2.goodFeaturesToTrack(gray, count, 0.002, spacing_px, blockSize=5)
@@ -183,13 +192,8 @@ class CompactEncoder:
 
     def _resized(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The image with at most ``max_pixels`` pixels, and its scale (x, y)."""
-        height, width = image.shape[:2]
-        factor = min(1.0, float(np.sqrt(self.config.max_pixels / (height * width))))
-        size = round(width * factor), round(height * factor)
-        if size == (width, height):
-            return image, np.ones(2)
-        small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-        return small, np.array([size[0] / width, size[1] / height])
+        small = scaled_down(image, self.config.max_pixels)
+        return small, np.array(small.shape[1::-1]) / image.shape[1::-1]
 
     def _describe(self, image: np.ndarray,
                   corners: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,7 +33,7 @@ class Accumulation:
         self.registered[root] = True
         self._points = [np.full((len(shot.features), 3), np.nan) for shot in shots]
         self._confidence = [np.zeros(len(shot.features)) for shot in shots]
-        self._turns: list[PairGeometry] = []
+        self._turns: dict[int, list[PairGeometry]] = {}
 
     def register(self, pair: PairGeometry) -> bool:
         """Place image j beside image i of a pair; False where they share too little."""
@@ -45,18 +45,23 @@ class Accumulation:
         self.T_map_cam[pair.j] = self.T_map_cam[pair.i] @ T_i_j
         self.registered[pair.j] = True
         if pair.is_turn:
-            self._turns.append(pair)
+            for seen in (pair, pair.seen_from(pair.j)):
+                self._turns.setdefault(seen.i, []).append(seen)
         else:
             points = transform_points(self.T_map_cam[pair.i], scale * pair.points)
             self._learn(pair.i, pair.feature_i, points, pair.confidence)
             self._learn(pair.j, pair.feature_j, points, pair.confidence)
-        # Images from one place know what the others of them know, also later.
-        for turn in self._turns:
-            self._learn(turn.j, turn.feature_j, self._points[turn.i][turn.feature_i],
-                        self._confidence[turn.i][turn.feature_i])
-            self._learn(turn.i, turn.feature_i, self._points[turn.j][turn.feature_j],
-                        self._confidence[turn.j][turn.feature_j])
+        self._hand_on(pair.i, pair.j)
         return True
+
+    def _hand_on(self, *images: int) -> None:
+        """Images from one place know what the others of them know, also what they learn later."""
+        changed = list(images)
+        while changed:
+            for turn in self._turns.get(changed.pop(), []):
+                if self._learn(turn.j, turn.feature_j, self._points[turn.i][turn.feature_i],
+                               self._confidence[turn.i][turn.feature_i]):
+                    changed.append(turn.j)
 
     def _scale(self, pair: PairGeometry) -> float | None:
         """Map units per unit of the pair; the first pair with parallax defines them."""
@@ -74,10 +79,12 @@ class Accumulation:
         return float(np.exp(_weighted_median(ratio, confidence[shared])))
 
     def _learn(self, image: int, feature: np.ndarray, points: np.ndarray, confidence: np.ndarray
-               ) -> None:
+               ) -> bool:
+        """Keep the points that are surer than what was known; whether there are any."""
         better = (confidence > self._confidence[image][feature]) & np.isfinite(points[:, 0])
         self._points[image][feature[better]] = points[better]
         self._confidence[image][feature[better]] = confidence[better]
+        return bool(better.any())
 
 
 def accumulate(shots: Sequence[Shot], pairs: Pairs, root: int, edges: Iterable[Edge]

@@ -11,7 +11,7 @@ refinement at tight thresholds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from feedforward_recon.reconstruction.refinement import (
     refined,
     sharpened,
     triangulated,
+    with_tracks,
 )
 from feedforward_recon.reconstruction.registration import agreeing_with, placed_by_points
 from feedforward_recon.reconstruction.retrieval import pairs_with
@@ -143,14 +144,13 @@ def _structure(shots: Sequence[Shot], T_map_cam: np.ndarray, registered: np.ndar
                ) -> Structure:
     tracks = tracks_of(shots, pairs.values())
     tracks = tracks.select(registered[tracks.image])
-    return triangulated(Structure(T_map_cam, [shot.camera for shot in shots], tracks,
-                                  np.zeros((tracks.count, 3)), np.zeros(0)))
+    return triangulated(T_map_cam, [shot.camera for shot in shots], tracks)
 
 
 def _seen_by(structure: Structure, registered: np.ndarray) -> Structure:
     """The structure with what registered images see of it alone."""
     tracks = structure.tracks
-    return triangulated(replace(structure, tracks=tracks.select(registered[tracks.image])))
+    return with_tracks(structure, tracks.select(registered[tracks.image]))
 
 
 def _reasons(registered: np.ndarray, part: set[int]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -36,7 +36,8 @@ FINE = (Round(2, 0.4, 20),)
 class Structure:
     """Poses T_map_cam [N, 4, 4], cameras [N], tracks that agree with them, points [count, 3].
 
-    error_px: of the observations of the tracks, [O].
+    error_px: of the observations of the tracks, [O]; angle_deg: between the rays of a point,
+    [count]. Made by ``triangulated``.
     """
 
     T_map_cam: np.ndarray
@@ -44,6 +45,7 @@ class Structure:
     tracks: PointTracks
     points: np.ndarray
     error_px: np.ndarray
+    angle_deg: np.ndarray
 
 
 def refined(structure: Structure, rounds: Sequence[Round], calibration: tuple[str, ...] = ()
@@ -60,63 +62,54 @@ def refined(structure: Structure, rounds: Sequence[Round], calibration: tuple[st
 
 def near(structure: Structure, limit_px: float) -> Structure:
     """The structure with the observations within ``limit_px`` of their points."""
-    tracks = structure.tracks.select(structure.error_px < limit_px)
-    return triangulated(replace(structure, tracks=tracks))
+    return with_tracks(structure, structure.tracks.select(structure.error_px < limit_px))
 
 
 def sharpened(structure: Structure, grays: Sequence[np.ndarray]) -> Structure:
     """The structure with its observations aligned in the images."""
-    tracks = patches_aligned(grays, structure.cameras, structure.T_map_cam, structure.tracks,
-                             structure.points)
-    return triangulated(replace(structure, tracks=tracks))
+    return with_tracks(structure, patches_aligned(
+        grays, structure.cameras, structure.T_map_cam, structure.tracks, structure.points))
 
 
-def triangulated(structure: Structure) -> Structure:
-    """The structure with points from the rays of its tracks, NaN where these are parallel."""
-    tracks, T = structure.tracks, structure.T_map_cam[structure.tracks.image]
-    xy = _normalised(structure)
-    points, _ = triangulate(T, xy, tracks.point, tracks.count)
-    return replace(structure, points=points, error_px=_errors_px(structure, xy, points))
+def with_tracks(structure: Structure, tracks: PointTracks) -> Structure:
+    """The same poses and cameras with the points of other tracks."""
+    return triangulated(structure.T_map_cam, structure.cameras, tracks)
 
 
-def _adjusted(structure: Structure, round_: Round, calibration: tuple[str, ...]) -> Structure:
-    xy, T = _normalised(structure), structure.T_map_cam
-    points, angle_deg = triangulate(T[structure.tracks.image], xy, structure.tracks.point,
-                                    structure.tracks.count)
-    good = _errors_px(structure, xy, points) < round_.limit_px
-    good &= angle_deg[structure.tracks.point] > MIN_ANGLE_DEG
-    chosen = structure.tracks.select(good)
-    if not len(chosen):
-        return structure
-    part = triangulated(replace(structure, tracks=chosen))
-    images, pose_index = np.unique(chosen.image, return_inverse=True)
-    focal = np.array([structure.cameras[image].fx for image in images])
-    problem = BundleProblem(
-        T[images], np.nan_to_num(part.points), np.arange(len(images)) == 0, pose_index,
-        chosen.point, _normalised(part), np.full(len(chosen), np.nan),
-        (focal[0] / focal)[pose_index], float(focal[0]), robust_px=round_.robust_px,
-        calibration=calibration)
-    result = bundle_adjust(problem, round_.steps)
-    T = T.copy()
-    T[images] = result.T_map_cam
-    cameras = structure.cameras if not calibration else [
-        camera.with_lens(result.focal_scale, result.radial) for camera in structure.cameras]
-    return triangulated(replace(structure, T_map_cam=T, cameras=cameras))
+def triangulated(T_map_cam: np.ndarray, cameras: list[Camera], tracks: PointTracks) -> Structure:
+    """Points from the rays of tracks, NaN where these are parallel."""
+    T, xy = T_map_cam[tracks.image], _normalised(cameras, tracks)
+    points, angle_deg = triangulate(T, xy, tracks.point, tracks.count)
+    known = np.isfinite(points[tracks.point, 0])
+    errors = ray_errors(T, xy, np.where(known[:, None], points[tracks.point], 0.0))
+    focal = np.array([camera.fx for camera in cameras])
+    return Structure(T_map_cam, cameras, tracks, points,
+                     np.where(known, focal[tracks.image] * errors, np.inf), angle_deg)
 
 
-def _normalised(structure: Structure) -> np.ndarray:
+def _normalised(cameras: Sequence[Camera], tracks: PointTracks) -> np.ndarray:
     """Normalised coordinates [O, 2] of all observations."""
-    xy = np.zeros((len(structure.tracks), 2))
-    for image, rows in structure.tracks.by_image():
-        xy[rows] = structure.cameras[image].normalise(structure.tracks.px[rows])
+    xy = np.zeros((len(tracks), 2))
+    for image, rows in tracks.by_image():
+        xy[rows] = cameras[image].normalise(tracks.px[rows])
     return xy
 
 
-def _errors_px(structure: Structure, xy: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Reprojection errors [O], pixels; infinite behind the camera and without a point."""
-    tracks = structure.tracks
-    focal = np.array([camera.fx for camera in structure.cameras])
-    known = np.isfinite(points[tracks.point, 0])
-    shown = np.where(known[:, None], points[tracks.point], 0.0)
-    errors = ray_errors(structure.T_map_cam[tracks.image], xy, shown)
-    return np.where(known, focal[tracks.image] * errors, np.inf)
+def _adjusted(structure: Structure, round_: Round, calibration: tuple[str, ...]) -> Structure:
+    firm = structure.angle_deg[structure.tracks.point] > MIN_ANGLE_DEG
+    part = with_tracks(structure, structure.tracks.select(
+        firm & (structure.error_px < round_.limit_px)))
+    chosen, T = part.tracks, structure.T_map_cam.copy()
+    if not len(chosen):
+        return structure
+    images, pose_index = np.unique(chosen.image, return_inverse=True)
+    focal = np.array([structure.cameras[image].fx for image in images])
+    result = bundle_adjust(BundleProblem(
+        T[images], np.nan_to_num(part.points), np.arange(len(images)) == 0, pose_index,
+        chosen.point, _normalised(part.cameras, chosen), np.full(len(chosen), np.nan),
+        (focal[0] / focal)[pose_index], float(focal[0]), robust_px=round_.robust_px,
+        calibration=calibration), round_.steps)
+    T[images] = result.T_map_cam
+    cameras = structure.cameras if not calibration else [
+        camera.with_lens(result.focal_scale, result.radial) for camera in structure.cameras]
+    return triangulated(T, cameras, structure.tracks)

@@ -9,15 +9,13 @@ import numpy as np
 
 from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.geometry.transforms import inverse, transform_points
-from feedforward_recon.mapping.cloud import cloud_source
-from feedforward_recon.mapping.keyframe_graph import keyframe_graph
 from feedforward_recon.mapping.keyframes import MapKeyframe
 from feedforward_recon.mapping.map import GrowingMap
-from feedforward_recon.mapping.scene_map import SceneMap
+from feedforward_recon.mapping.scene_map import SceneMap, finished_map
 from feedforward_recon.reconstruction.pipeline import Reconstructed
 from feedforward_recon.reconstruction.refinement import Structure
 from feedforward_recon.reconstruction.shots import Photo, Shot
-from feedforward_recon.types import Estimate, Status, Trajectory
+from feedforward_recon.types import Estimate, Status
 
 
 def growing_map(done: Reconstructed, shots: Sequence[Shot], config: MapperConfig) -> GrowingMap:
@@ -51,13 +49,7 @@ def scene_map(map_: GrowingMap, done: Reconstructed, photos: Sequence[Photo], ca
             inliers=int(seen[photo.shot]), reason=done.reasons[photo.shot],
             is_keyframe=registered and photo.shot not in known, source=photo.source))
         known.add(photo.shot)
-    posed = [e for e in estimates if e.T_map_cam is not None]
-    return SceneMap(
-        tuple(map_.exported(id_) for id_ in range(len(map_))),
-        Trajectory(np.array([e.stamp_ns for e in posed], np.int64),
-                   np.array([e.T_map_cam for e in posed])), tuple(estimates),
-        cloud_source(map_, map_.config.cloud).fused(), camera_source=camera_source,
-        graph=keyframe_graph(map_, map_.config.keyframes.saved))
+    return finished_map(map_, estimates, camera_source=camera_source)
 
 
 def in_first_camera(structure: Structure, first: int) -> Structure:

@@ -9,6 +9,7 @@ import numpy as np
 
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.model import Encoder
+from feedforward_recon.model.compact import scaled_down
 from feedforward_recon.types import Features, Frame
 
 
@@ -55,7 +56,7 @@ def shot_of(frame: Frame, camera: Camera, encoder: Encoder, max_pixels: int, *,
     Raises InputError for an image that is not RGB.
     """
     height, width = frame.image.shape[:2]
-    image = _at_most(frame.image, max_pixels)
+    image = scaled_down(frame.image, max_pixels)
     camera = camera.resized((image.shape[1], image.shape[0]))
     features = encoder.encode(image)
     limits = np.array(camera.size_wh) - 1
@@ -63,13 +64,3 @@ def shot_of(frame: Frame, camera: Camera, encoder: Encoder, max_pixels: int, *,
     return Shot(features, camera, camera.normalise(features.keypoints), image[row, column],
                 cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (width, height), frame.stamp_ns,
                 frame.source, is_guessed)
-
-
-def _at_most(image: np.ndarray, pixels: int) -> np.ndarray:
-    """The image, scaled down where it has more pixels: errors are counted in these."""
-    height, width = image.shape[:2]
-    scale = np.sqrt(pixels / (height * width))
-    if scale >= 1:
-        return image
-    size = round(width * scale), round(height * scale)
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)

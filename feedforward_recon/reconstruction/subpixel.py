@@ -38,9 +38,10 @@ def patches_aligned(grays: Sequence[np.ndarray], cameras: Sequence[Camera],
     grays: uint8 images [H, W]; points: [count, 3] in the map. The observation from nearest to
     the mean direction of its views is the reference of a point, and stays where it is.
     """
-    reference = _references(T_map_cam, tracks, points)
+    towards, normals = _views(T_map_cam, tracks, points)
+    reference = _references(tracks, (towards * normals[tracks.point]).sum(1))
     px, found = tracks.px.copy(), np.zeros(len(tracks), bool)
-    warps = _warps(cameras, T_map_cam, tracks, points, reference)
+    warps = _warps(cameras, T_map_cam, tracks, points, normals, reference)
     patches = np.zeros((tracks.count, len(OFFSETS)), np.float32)
     for image, rows in tracks.by_image():
         own = rows[reference[tracks.point[rows]] == rows]
@@ -84,43 +85,38 @@ def _found(gray: np.ndarray, start: np.ndarray, warps: np.ndarray, patches: np.n
     return np.where(good[:, None], at, start), good
 
 
-def _references(T_map_cam: np.ndarray, tracks: PointTracks, points: np.ndarray) -> np.ndarray:
-    """The observation [count] of each point from nearest to the mean direction of its views."""
-    towards = _towards(T_map_cam, tracks, points)
-    closeness = (towards * _mean_views(towards, tracks)[tracks.point]).sum(1)
+def _views(T_map_cam: np.ndarray, tracks: PointTracks, points: np.ndarray
+           ) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors [O, 3] from points to the cameras that see them, and their sums [count, 3]."""
+    towards = T_map_cam[tracks.image, :3, 3] - points[tracks.point]
+    towards /= np.linalg.norm(towards, axis=1, keepdims=True)
+    sums = np.zeros((tracks.count, 3))
+    np.add.at(sums, tracks.point, towards)
+    return towards, sums
+
+
+def _references(tracks: PointTracks, closeness: np.ndarray) -> np.ndarray:
+    """The observation [count] of each point with the largest closeness [O]."""
     order = np.lexsort((-closeness, tracks.point))
     return order[np.searchsorted(tracks.point[order], np.arange(tracks.count))]
 
 
-def _towards(T_map_cam: np.ndarray, tracks: PointTracks, points: np.ndarray) -> np.ndarray:
-    """Unit vectors [O, 3] from points to the cameras that see them."""
-    towards = T_map_cam[tracks.image, :3, 3] - points[tracks.point]
-    return towards / np.linalg.norm(towards, axis=1, keepdims=True)
-
-
-def _mean_views(towards: np.ndarray, tracks: PointTracks) -> np.ndarray:
-    mean = np.zeros((tracks.count, 3))
-    np.add.at(mean, tracks.point, towards)
-    return mean
-
-
 def _warps(cameras: Sequence[Camera], T_map_cam: np.ndarray, tracks: PointTracks,
-           points: np.ndarray, reference: np.ndarray) -> np.ndarray:
+           points: np.ndarray, normals: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Pixels [O, 2, 2] of each image per pixel of the reference image of the point.
 
-    For patches that face the mean of their views.
+    For flat patches with the normals [count, 3] of any length.
     """
-    normal = _mean_views(_towards(T_map_cam, tracks, points), tracks)
     steps = np.zeros((tracks.count, 2, 3))  # in the map, of one pixel of the reference
     warps = np.full((len(tracks), 2, 2), np.nan)
     for image, rows in tracks.by_image():
         own = rows[reference[tracks.point[rows]] == rows]
         point = tracks.point[own]
         at = _on_plane(cameras[image], T_map_cam[image], tracks.px[own], points[point],
-                       normal[point])
+                       normals[point])
         for axis, step in enumerate(np.eye(2)):
             moved = _on_plane(cameras[image], T_map_cam[image], tracks.px[own] + step,
-                              points[point], normal[point])
+                              points[point], normals[point])
             steps[point, axis] = moved - at
     for image, rows in tracks.by_image():
         T_cam_map, point = inverse(T_map_cam[image]), tracks.point[rows]

@@ -46,6 +46,7 @@ from feedforward_recon.io.writers import (
 from feedforward_recon.localization.localizer import Localizer
 from feedforward_recon.localization.network_localizer import SavedFastWeights
 from feedforward_recon.mapping.keyframe_graph import KeyframeGraph
+from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.mapping.scene_map import Gauge, SceneMap, StartingMap
 from feedforward_recon.memory import MemoryWriter, SceneMemory
 from feedforward_recon.model import Encoder
@@ -141,11 +142,8 @@ class SavedMap:
 
         Raises MapError for a damaged or missing file; so do ``poses`` and ``cloud``.
         """
-        entries = [entry for entry in self.poses() if entry['T_map_cam'] is not None]
-        if not entries:
-            return Trajectory()
-        return Trajectory(np.array([entry['stamp_ns'] for entry in entries], np.int64),
-                          np.array([entry['T_map_cam'] for entry in entries], float))
+        return Trajectory.of((entry['stamp_ns'], np.array(entry['T_map_cam'], float))
+                             for entry in self.poses() if entry['T_map_cam'] is not None)
 
     def poses(self) -> list[dict[str, Any]]:
         """The entries of poses.json: file, stamp_ns, status, T_map_cam (4x4 or None)."""
@@ -178,6 +176,19 @@ class SavedMap:
             raise MapError(f'{self.path}: expected the encoder with SHA-256 '
                            f'{self.info.encoder_sha256[:12]} that made this map, found '
                            f'{encoder.sha256[:12]}; use SavedMap.load_encoder')
+        map_, ids = self.keyframes(config)
+        writer = self.writer()
+        if len(ids) < len(writer.poses):
+            writer.renumber(ids)
+        info = self.info
+        gauge = Gauge(info.metres_per_unit, info.scale_source, info.frame)
+        return StartingMap(map_, gauge, info.camera, info.sessions), writer
+
+    def keyframes(self, config: MapperConfig) -> tuple[GrowingMap, np.ndarray]:
+        """The saved keyframes as a growing map, and the numbers [K] that they had before.
+
+        Raises MapError for a map that was saved without them or with damaged ones.
+        """
         if KEYFRAMES not in self.info.files:
             raise MapError(f'{self.path}: expected {KEYFRAMES} to go on with this map, found '
                            'a map saved without; map again, or start a new one')
@@ -186,16 +197,10 @@ class SavedMap:
             with safe_open(str(file), 'np') as stored:
                 graph = KeyframeGraph({name: stored.get_tensor(name) for name in stored.keys()},
                                       dict(stored.metadata() or {})['about'])
-            map_ = graph.restored(config)
+            return graph.restored(config), graph.ids
         except (SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
             raise MapError(f'{file}: expected the keyframes of this map, found others ({error}); '
                            'map again') from error
-        writer = self.writer()
-        if len(graph) < len(writer.poses):
-            writer.renumber(graph.ids)
-        info = self.info
-        gauge = Gauge(info.metres_per_unit, info.scale_source, info.frame)
-        return StartingMap(map_, gauge, info.camera, info.sessions), writer
 
     def verify(self) -> list[str]:
         """Names of the files that are absent; raises MapError for a damaged one."""

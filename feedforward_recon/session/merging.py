@@ -14,15 +14,12 @@ from feedforward_recon.errors import MapError
 from feedforward_recon.geometry.align import Alignment
 from feedforward_recon.geometry.transforms import inverse, nearest_poses
 from feedforward_recon.mapping.adjustment import refine_all
-from feedforward_recon.mapping.cloud import cloud_source
 from feedforward_recon.mapping.joining import add_map, find_joint
-from feedforward_recon.mapping.keyframe_graph import keyframe_graph
 from feedforward_recon.mapping.map import GrowingMap
-from feedforward_recon.mapping.scene_map import SceneMap
+from feedforward_recon.mapping.scene_map import SceneMap, finished_map
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.model import Encoder
 from feedforward_recon.session.map_folder import SavedMap
-from feedforward_recon.session.offline import trajectory_of
 from feedforward_recon.types import Estimate, Status
 
 log = logging.getLogger(__name__)
@@ -61,7 +58,7 @@ def merge_maps(first: SavedMap, second: SavedMap) -> Merged:
                        f'made {first.path}, found {second.info.encoder_sha256[:12]}; map one of '
                        'them again')
     encoder, config = first.load_encoder(), first.info.config
-    a, b = (_graph(saved, config, encoder) for saved in (first, second))
+    a, b = (_graph(saved, config) for saved in (first, second))
     metric = first.info.metres_per_unit is not None and second.info.metres_per_unit is not None
     joint = find_joint(a, b, with_scale=not metric)
     before, kept = b.T_map_cam.copy(), len(a)
@@ -72,15 +69,19 @@ def merge_maps(first: SavedMap, second: SavedMap) -> Merged:
     estimates = moved_images(first.poses(), moved_a, a.T_map_cam[:kept], depth_a) + moved_images(
         second.poses(), before, a.T_map_cam[kept:], depth_b, joint.alignment.scale)
     writer = MemoryWriter(config.memory, encoder.dim)
-    scene = _scene(a, first, second, estimates)
+    info = first.info
+    scene = finished_map(a, estimates, metres_per_unit=info.metres_per_unit,
+                         scale_source=info.scale_source, frame=info.frame,
+                         camera_source=second.info.camera_source,
+                         sessions=info.sessions + second.info.sessions)
     for keyframe in scene.keyframes:
         writer.write(keyframe)
     return Merged(scene, writer, encoder, config, second.path, joint.alignment,
                   len(joint.landmarks_a))
 
 
-def _graph(saved: SavedMap, config: MapperConfig, encoder: Encoder) -> GrowingMap:
-    map_ = saved.start(config, encoder)[0].map
+def _graph(saved: SavedMap, config: MapperConfig) -> GrowingMap:
+    map_, _ = saved.keyframes(config)
     if len(map_) < saved.info.keyframes:
         log.warning('%s: of %d keyframes %d were saved; the merged memory knows what these saw',
                     saved.path, saved.info.keyframes, len(map_))
@@ -107,15 +108,3 @@ def moved_images(entries: list[dict[str, Any]], before: np.ndarray, after: np.nd
     lost = [Estimate(entry['stamp_ns'], Status(entry['status']), source=entry['file'])
             for entry in entries if entry['T_map_cam'] is None]
     return estimates + lost
-
-
-def _scene(map_: GrowingMap, first: SavedMap, second: SavedMap, estimates: list[Estimate]
-           ) -> SceneMap:
-    info = first.info
-    posed = [(e.stamp_ns, e.T_map_cam) for e in estimates if e.T_map_cam is not None]
-    return SceneMap(
-        tuple(map_.exported(id_) for id_ in range(len(map_))),
-        trajectory_of(sorted(posed, key=lambda one: one[0])), tuple(estimates),
-        cloud_source(map_, map_.config.cloud).fused(), info.metres_per_unit, info.scale_source,
-        second.info.camera_source, info.frame, keyframe_graph(map_, map_.config.keyframes.saved),
-        info.sessions + second.info.sessions)

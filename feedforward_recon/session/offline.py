@@ -145,7 +145,7 @@ def map_frames(frames: Iterable[Frame], config: MapperConfig | None = None,
     done = time.perf_counter()
     mapping_s += done - before
     memory = writer.snapshot()
-    return Run(scene, writer, memory, mapper.stats, trajectory_of(truth), mapping_s, reading_s,
+    return Run(scene, writer, memory, mapper.stats, Trajectory.of(truth), mapping_s, reading_s,
                time.perf_counter() - done, encoder, config)
 
 
@@ -161,11 +161,3 @@ def relocalise_frames(mapper: Mapper, frames: Iterable[Frame]) -> int:
         if index in wanted:
             mapper.relocalise_frame(index, frame)
     return len(wanted)
-
-
-def trajectory_of(poses: list[tuple[int, np.ndarray]]) -> Trajectory:
-    """Stamped poses [4, 4] as a trajectory."""
-    if not poses:
-        return Trajectory()
-    return Trajectory(np.array([stamp_ns for stamp_ns, _ in poses], np.int64),
-                      np.stack([T_map_cam for _, T_map_cam in poses]))

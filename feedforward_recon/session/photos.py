@@ -28,8 +28,8 @@ from feedforward_recon.reconstruction.pairs import CompactPairs
 from feedforward_recon.reconstruction.pipeline import Reconstructed, reconstruct
 from feedforward_recon.reconstruction.scene import growing_map, scene_map
 from feedforward_recon.reconstruction.shots import Photo, Shot, shot_of
-from feedforward_recon.session.offline import Progress, ProgressBar, Run, quiet, trajectory_of
-from feedforward_recon.types import Frame
+from feedforward_recon.session.offline import Progress, ProgressBar, Run, quiet
+from feedforward_recon.types import Frame, Trajectory
 
 AT_ONCE = 64  # images that are in memory with their colours
 # A guessed focal length that changes by less (its logarithm) was good enough; times that all is
@@ -71,7 +71,7 @@ def reconstruct_frames(frames: Iterable[Frame], config: PhotoConfig | None = Non
     mapped = time.perf_counter()
     memory = writer.snapshot()
     return Run(scene, writer, memory, Stats(len(photos), len(scene.keyframes)),
-               trajectory_of(truth), mapped - started - reading.seconds, reading.seconds,
+               Trajectory.of(truth), mapped - started - reading.seconds, reading.seconds,
                time.perf_counter() - mapped, encoder, config.mapper)
 
 
