@@ -22,8 +22,9 @@ from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.reconstruction import pipeline
 from feedforward_recon.reconstruction.comparisons import compared
 from feedforward_recon.reconstruction.pairs import CompactPairs
-from feedforward_recon.reconstruction.pipeline import assembled
+from feedforward_recon.reconstruction.pipeline import assembled, reconstruct
 from feedforward_recon.reconstruction.shots import shot_of
+from feedforward_recon.session import photos as photos_module
 from feedforward_recon.session.map_folder import load_map
 from feedforward_recon.session.photos import guessed_camera, reconstruct_frames
 from feedforward_recon.synthetic import Room, render_walk
@@ -190,6 +191,18 @@ def test_a_focal_length_that_nobody_gave_is_found(photos):
     assert abs(np.log(guessed_camera((320, 240)).fx / CAMERA.fx)) > 0.2  # the guess was far off
 
 
+def test_a_focal_length_that_was_guessed_far_off_is_tried_again(photos, monkeypatch):
+    bare = [Frame(f.stamp_ns, f.image, source=f.source) for f in photos]
+    tried = []
+    monkeypatch.setattr(photos_module, 'guessed_camera', lambda size_wh: CAMERA.with_lens(2.0, 0))
+    monkeypatch.setattr(photos_module, 'reconstruct', lambda shots, *rest: (
+        tried.append(shots[0].camera.fx), reconstruct(shots, *rest))[1])
+    run = reconstruct_frames(bare, CONFIG)
+    assert len(tried) > 1 and tried[0] == pytest.approx(2 * CAMERA.fx)
+    assert abs(np.log(tried[-1] / CAMERA.fx)) < 0.1
+    assert run.scene.keyframes[0].camera.fx == pytest.approx(CAMERA.fx, rel=0.02)
+
+
 def test_one_photo_is_refused(photos):
     with pytest.raises(InputError, match='at least two different images, found 1;'):
         reconstruct_frames(photos[:1], CONFIG)
@@ -255,7 +268,8 @@ def test_a_file_of_settings_may_have_those_of_photos(folder, tmp_path, capsys):
     file.write_text('reconstruction: {neighbors: 6}\n')
     assert main(['reconstruct', str(folder), '--config', str(file), '--out',
                  str(tmp_path / 'map')]) != 0
-    assert 'did you mean reconstruction.neighbours' in capsys.readouterr().err
+    assert 'photos.yaml: unknown setting reconstruction.neighbors; did you mean ' \
+        'reconstruction.neighbours' in capsys.readouterr().err.replace('\n', ' ')
 
 
 @pytest.mark.parametrize(('arguments', 'sentence'), [

@@ -95,7 +95,7 @@ def checked(T_a_b: np.ndarray, xy_a: np.ndarray, xy_b: np.ndarray, tolerance: fl
     depth_a, depth_b = (at * bb - bt * ab) / across, (at * ab - bt * aa) / across
     points = 0.5 * (rays_a * depth_a[:, None] + t + rays_b * depth_b[:, None])
     in_b = (points - t) @ R
-    front = (np.minimum(depth_a, depth_b) > 0) & (np.minimum(points[:, 2], in_b[:, 2]) > MIN_DEPTH)
+    front = np.minimum(points[:, 2], in_b[:, 2]) > MIN_DEPTH
     error = np.maximum(_distance(points, xy_a, front), _distance(in_b, xy_b, front))
     angle = np.arccos(np.clip(ab / np.sqrt(aa * bb), -1, 1))
     return PairMotion(T_a_b, front & (error < tolerance), points, angle)
