@@ -74,7 +74,7 @@ def run_trees() -> Iterator[tuple[str, dict[str, Any]]]:
         encoder = CompactEncoder.load(config=config.encoder)
         shots = [shot_of(frame, frame.camera, encoder, config.encoder.max_pixels)
                  for frame in frames if frame.camera]
-        comparisons = compared(shots, CompactPairs(shots), config.reconstruction)
+        comparisons = compared(shots, CompactPairs(shots, encoder), config.reconstruction)
         for tree in ('shortest', 'spanning'):
             for cost in ('linear', 'square', 'angle'):
                 chosen = ReconstructionConfig(tree=tree, cost=cost, refine=False)

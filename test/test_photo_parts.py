@@ -54,7 +54,7 @@ def scene():
     """Shots of the oracle's scene from an arc, true poses, and all pairs that are decoded."""
     world, poses = OracleScene.generate(0, count=900), arc()
     shots = [shot(world.features(pose, seed)[0]) for seed, pose in enumerate(poses)]
-    decoder = CompactPairs(shots)
+    decoder = CompactPairs(shots, ENCODER)
     edges = [(i, j) for i in range(CIRCLE) for j in range(i + 1, CIRCLE)]
     matches = {edge: decoder.match(*edge) for edge in edges}
     pairs = {edge: decoder.decode(*edge, matches[edge]) for edge in edges}
@@ -138,7 +138,7 @@ def test_a_turn_on_the_spot_keeps_the_place_and_hands_on_what_is_known(scene):
     turn = se3_exp(np.r_[0, 0, 0, 0, 0.1, 0])
     world = OracleScene.generate(0, count=900)
     shots = [*shots, shot(world.features(poses[4] @ turn, 99)[0])]
-    decoder = CompactPairs(shots)
+    decoder = CompactPairs(shots, ENCODER)
     for i in (4, 6):
         pairs[i, CIRCLE] = decoder.decode(i, CIRCLE, decoder.match(i, CIRCLE))
     assert pairs[4, CIRCLE].is_turn and not pairs[6, CIRCLE].is_turn
@@ -157,7 +157,7 @@ def test_what_is_learnt_later_reaches_images_from_the_same_place(scene):
     shots = [*shots, *(shot(world.features(pose, 98 + k)[0]) for k, pose in
                        enumerate((turned, poses[0])))]
     one, two = CIRCLE, CIRCLE + 1
-    decoder, pairs = CompactPairs(shots), {(0, 1): exact(scene)[0, 1]}
+    decoder, pairs = CompactPairs(shots, ENCODER), {(0, 1): exact(scene)[0, 1]}
     for i, j in ((0, two), (one, two)):
         pairs[i, j] = decoder.decode(i, j, decoder.match(i, j))
         assert pairs[i, j].is_turn

@@ -168,7 +168,7 @@ def test_an_image_that_few_points_agree_with_has_no_pose_and_no_landmarks(run, p
 def test_an_image_that_no_pair_places_is_placed_by_points(photos):
     encoder = CompactEncoder.load(config=CONFIG.encoder)
     shots = [shot_of(frame, CAMERA, encoder, CONFIG.encoder.max_pixels) for frame in photos]
-    comparisons = compared(shots, CompactPairs(shots), CONFIG.reconstruction)
+    comparisons = compared(shots, CompactPairs(shots, ENCODER), CONFIG.reconstruction)
     for edge in [edge for edge in comparisons.pairs if 5 in edge]:
         del comparisons.pairs[edge]  # its matches are still known
     alone = assembled(shots, comparisons, ReconstructionConfig(refine=False))

@@ -184,11 +184,14 @@ class CompactEncoder:
                         self._global(chosen, confidence).numpy())
 
     @torch.inference_mode()
-    def describe(self, image: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-        """Descriptors float32 [N, D] at pixels [N, 2] of an RGB image uint8 [H, W, 3]."""
+    def describe(self, image: np.ndarray, pixels: np.ndarray) -> Features:
+        """What is at pixels [N, 2] of an RGB image uint8 [H, W, 3], in this order."""
         small, scale = self._resized(image)
         at = ((pixels + 0.5) * scale - 0.5).astype(np.float32)
-        return self._describe(small, at)[0].numpy()
+        descriptors, logits = self._describe(small, at)
+        confidence = torch.sigmoid(logits)
+        return Features(pixels.astype(np.float32), descriptors.numpy(), confidence.numpy(),
+                        self._global(descriptors, confidence).numpy())
 
     def _resized(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The image with at most ``max_pixels`` pixels, and its scale (x, y)."""

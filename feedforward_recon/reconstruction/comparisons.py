@@ -31,11 +31,12 @@ class Comparisons:
     S: similarities [N, N]; matches and pairs by i < j.
     """
 
-    def __init__(self, decoder: PairDecoder, S: np.ndarray, mapped: Mapped) -> None:
-        self.S = S
+    def __init__(self, decoder: PairDecoder, descriptors: np.ndarray, mapped: Mapped) -> None:
+        self.S = similarities(descriptors)
         self.matches: dict[Edge, FeatureMatches] = {}
         self.pairs: dict[Edge, PairGeometry] = {}
-        self._decoder, self._mapped = decoder, mapped
+        self._decoder, self._descriptors, self._mapped = decoder, descriptors, mapped
+        self._rolls: dict[int, np.ndarray] = {}  # [N] at which it is most like each
 
     def match(self, wanted: np.ndarray) -> int:
         """Compare pairs i < j [P, 2]; returns how many are new."""
@@ -46,20 +47,50 @@ class Comparisons:
                 self.pairs[edge] = pair
         return len(new)
 
+    def roll(self, images: np.ndarray) -> None:
+        """From now on some images are compared as if their camera had been held in any way.
+
+        Those that were compared in vain and look more alike when rolled can be compared again.
+        """
+        new = [image for image in images.tolist() if image not in self._rolls]
+        for image, rolled in zip(new, self._mapped(self._decoder.rolled, new), strict=True):
+            likeness = rolled @ self._descriptors.T
+            self._rolls[image] = likeness.argmax(0)
+            self.S[image] = self.S[:, image] = likeness.max(0)
+            self.S[image, image] = -1.0
+        in_vain = [edge for edge in self.matches if edge not in self.pairs
+                   and not set(edge).isdisjoint(new) and any(self._roll(*edge))]
+        for edge in in_vain:
+            del self.matches[edge]
+
+    def _roll(self, i: int, j: int) -> tuple[int, int]:
+        """How i and j are rolled when they are compared; one is not."""
+        if i in self._rolls:
+            return int(self._rolls[i][j]), 0
+        return 0, int(self._rolls[j][i]) if j in self._rolls else 0
+
     def _compared(self, edge: Edge) -> tuple[FeatureMatches, PairGeometry | None]:
-        matches = self._decoder.match(*edge)
-        return matches, self._decoder.decode(*edge, matches)
+        i, j = edge
+        roll_i, roll_j = self._roll(i, j)
+        if roll_j:
+            matches = self._decoder.match(j, i, roll_j).swapped
+        else:
+            matches = self._decoder.match(i, j, roll_i)
+        return matches, self._decoder.decode(i, j, matches)
 
 
 def compared(shots: Sequence[Shot], decoder: PairDecoder, config: ReconstructionConfig,
              mapped: Mapped = map) -> Comparisons:
-    """Similar images compared, and the most similar ones of parts that fall apart."""
-    S = similarities(np.stack([shot.features.global_descriptor for shot in shots]))
-    done = Comparisons(decoder, S, mapped)
-    done.match(likely_pairs(S, config.neighbours))
-    parts = components(len(S), edges_of(done.pairs))
+    """Similar images compared; where they fall apart, the smaller parts also rolled."""
+    done = Comparisons(decoder, np.stack([shot.features.global_descriptor for shot in shots]),
+                       mapped)
+    done.match(likely_pairs(done.S, config.neighbours))
+    parts = components(len(shots), edges_of(done.pairs))
     if len(parts) > 1:
-        done.match(bridging_pairs(S, parts, config.bridges))
+        done.roll(np.concatenate(parts[1:]))
+        done.match(likely_pairs(done.S, config.neighbours))
+        done.match(bridging_pairs(done.S, components(len(shots), edges_of(done.pairs)),
+                                  config.bridges))
     return done
 
 

@@ -11,7 +11,9 @@ import torch
 
 from feedforward_recon.geometry.epipolar import PairMotion, checked, motion_between, moved_along
 from feedforward_recon.geometry.transforms import inverse, make_transform, transform_points
-from feedforward_recon.reconstruction.shots import Shot
+from feedforward_recon.model.compact import CompactEncoder
+from feedforward_recon.reconstruction.shots import ROLLS, Shot, rolled
+from feedforward_recon.types import Features
 
 # Margin: docs/experiments.md, Photos; the others are chosen by hand.
 MIN_SIMILARITY = 0.7  # cosine of two descriptors that may match
@@ -71,6 +73,11 @@ class FeatureMatches:
     def __len__(self) -> int:
         return len(self.feature_i)
 
+    @property
+    def swapped(self) -> FeatureMatches:
+        """The same, with i and j exchanged."""
+        return FeatureMatches(self.feature_j, self.feature_i, self.distinct)
+
 
 Edge = tuple[int, int]  # images i < j
 Pairs = Mapping[Edge, PairGeometry]
@@ -79,8 +86,11 @@ Pairs = Mapping[Edge, PairGeometry]
 class PairDecoder(Protocol):
     """What turns two images into geometry."""
 
-    def match(self, i: int, j: int) -> FeatureMatches:
-        """Features of images i and j that may show the same."""
+    def rolled(self, image: int) -> np.ndarray:
+        """Global descriptors [ROLLS, G] of an image as it is, and with the camera rolled."""
+
+    def match(self, i: int, j: int, roll: int = 0) -> FeatureMatches:
+        """Features of images i and j that may show the same, i rolled (``shots.rolled``)."""
 
     def decode(self, i: int, j: int, matches: FeatureMatches) -> PairGeometry | None:
         """The motion that matches agree with; None where the images do not show the same."""
@@ -89,15 +99,24 @@ class PairDecoder(Protocol):
 class CompactPairs:
     """Pairs from matched descriptors and the essential matrix."""
 
-    def __init__(self, shots: Sequence[Shot], seed: int = 0) -> None:
-        self._shots, self._seed = shots, seed
-        # Half precision: twice as fast, and only decides between nearly equal neighbours.
-        self._keys = [torch.from_numpy(shot.features.descriptors).to(torch.bfloat16)
-                      for shot in shots]
+    def __init__(self, shots: Sequence[Shot], encoder: CompactEncoder, seed: int = 0) -> None:
+        self._shots, self._encoder, self._seed = shots, encoder, seed
+        self._keys = [_keys(shot.features) for shot in shots]
+        self._rolled: dict[tuple[int, int], torch.Tensor] = {}
 
-    def match(self, i: int, j: int) -> FeatureMatches:
+    def rolled(self, image: int) -> np.ndarray:
+        """Global descriptors [ROLLS, G] of an image as it is, and with the camera rolled."""
+        shot = self._shots[image]
+        others = [rolled(shot, self._encoder, roll) for roll in range(1, ROLLS)]
+        for roll, features in enumerate(others, 1):
+            self._rolled[image, roll] = _keys(features)
+        return np.stack([features.global_descriptor for features in (shot.features, *others)])
+
+    def match(self, i: int, j: int, roll: int = 0) -> FeatureMatches:
         """Features of images i and j that are the most similar of each other."""
-        return mutual(self._keys[i], self._keys[j])
+        if roll and (i, roll) not in self._rolled:
+            self._rolled[i, roll] = _keys(rolled(self._shots[i], self._encoder, roll))
+        return mutual(self._rolled[i, roll] if roll else self._keys[i], self._keys[j])
 
     def decode(self, i: int, j: int, matches: FeatureMatches) -> PairGeometry | None:
         """The motion that matches agree with; None where the images do not show the same."""
@@ -110,6 +129,11 @@ class CompactPairs:
         if motion is None or motion.inliers.sum() < max(MIN_DISTINCT, MIN_SHARE * chosen.sum()):
             return None
         return with_motion((i, j), matches, self._shots, motion.T_a_b)
+
+
+def _keys(features: Features) -> torch.Tensor:
+    # Half precision: twice as fast, and only decides between nearly equal neighbours.
+    return torch.from_numpy(features.descriptors).to(torch.bfloat16)
 
 
 def mutual(a: torch.Tensor, b: torch.Tensor) -> FeatureMatches:

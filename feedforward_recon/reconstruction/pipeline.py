@@ -118,6 +118,7 @@ def _completed(structure: Structure, shots: Sequence[Shot], registered: np.ndarr
         found = placed_by_points(structure, shots, registered, comparisons.matches, config.seed)
         if not found:
             missing, there = np.flatnonzero(~registered), np.flatnonzero(registered)
+            comparisons.roll(missing)
             if comparisons.match(pairs_with(comparisons.S, missing, there, config.bridges)):
                 continue
             break

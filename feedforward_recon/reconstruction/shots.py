@@ -9,8 +9,12 @@ import numpy as np
 
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.model import Encoder
-from feedforward_recon.model.compact import scaled_down
+from feedforward_recon.model.compact import CompactEncoder, scaled_down
 from feedforward_recon.types import Features, Frame
+
+
+# Descriptors bear a roll of 30 degrees: docs/experiments.md, Photos.
+ROLLS = 8
 
 
 @dataclass(frozen=True)
@@ -64,3 +68,18 @@ def shot_of(frame: Frame, camera: Camera, encoder: Encoder, max_pixels: int, *,
     return Shot(features, camera, camera.normalise(features.keypoints), image[row, column],
                 cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (width, height), frame.stamp_ns,
                 frame.source, is_guessed)
+
+
+def rolled(shot: Shot, encoder: CompactEncoder, roll: int) -> Features:
+    """The features of a shot as they look when the camera is rolled by ``roll`` eighths of a
+    turn.
+
+    The image turns to the left; its gray values describe it as well as its colours.
+    """
+    turn = cv2.getRotationMatrix2D((0.0, 0.0), 360.0 / ROLLS * roll, 1.0)
+    size = np.array(shot.gray.shape[::-1])
+    room = np.rint(np.abs(turn[:, :2]) @ size).astype(int)  # for all of the image
+    turn[:, 2] = (room - 1) / 2 - turn[:, :2] @ ((size - 1) / 2)
+    gray = cv2.warpAffine(shot.gray, turn, room.tolist(), borderValue=float(shot.gray.mean()))
+    pixels = shot.features.keypoints @ turn[:, :2].T + turn[:, 2]
+    return encoder.describe(cv2.cvtColor(gray, cv2.COLOR_GRAY2RGB), pixels)

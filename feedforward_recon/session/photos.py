@@ -38,7 +38,7 @@ CLOSE, ATTEMPTS = 0.05, 3
 
 
 def reconstruct_frames(frames: Iterable[Frame], config: PhotoConfig | None = None,
-                       encoder: Encoder | None = None, *, workers: int = 0, total: int = 0,
+                       encoder: CompactEncoder | None = None, *, workers: int = 0, total: int = 0,
                        progress: Progress = quiet) -> Run:
     """Reconstruct images in any order, and write the scene memory.
 
@@ -59,7 +59,7 @@ def reconstruct_frames(frames: Iterable[Frame], config: PhotoConfig | None = Non
             raise InputError(f'expected at least two different images, found {found}; one alone '
                              'has no depth: give more views of the same place')
         with progress('pairs', 0) as bar:
-            shots, done = _reconstructed(shots, config, _counting(pool.map, bar))
+            shots, done = _reconstructed(shots, config, encoder, _counting(pool.map, bar))
     if done.registered.sum() < 2 or not len(done.structure.tracks):
         raise MapError('expected images that show the same place from different sides, found none '
                        f'among {len(shots)}; take them closer together')
@@ -75,8 +75,8 @@ def reconstruct_frames(frames: Iterable[Frame], config: PhotoConfig | None = Non
                time.perf_counter() - mapped, encoder, config.mapper)
 
 
-def _reconstructed(shots: list[Shot], config: PhotoConfig, mapped: Mapped
-                   ) -> tuple[list[Shot], Reconstructed]:
+def _reconstructed(shots: list[Shot], config: PhotoConfig, encoder: CompactEncoder,
+                   mapped: Mapped) -> tuple[list[Shot], Reconstructed]:
     """The reconstruction, and the images as they were seen in it.
 
     Where the focal length was guessed far off, all is done again with the one that was found:
@@ -84,7 +84,7 @@ def _reconstructed(shots: list[Shot], config: PhotoConfig, mapped: Mapped
     """
     for attempt in range(ATTEMPTS):
         calibration = open_calibration(shots)
-        done = reconstruct(shots, CompactPairs(shots, config.reconstruction.seed),
+        done = reconstruct(shots, CompactPairs(shots, encoder, config.reconstruction.seed),
                            config.reconstruction, calibration, mapped)
         scale = done.structure.cameras[0].fx / shots[0].camera.fx
         if 'focal' not in calibration or abs(np.log(scale)) < CLOSE or attempt + 1 == ATTEMPTS:

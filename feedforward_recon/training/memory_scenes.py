@@ -63,7 +63,8 @@ def described(frames: Iterator[tuple[Frame, NDArray[np.floating], NDArray[np.flo
         versions = [frame, *(HARDSHIPS[kind](frame, int(rng.integers(2**31))) for kind in kinds)]
         for number, version in enumerate(versions):
             shown, at = _shown(version, points)
-            columns['descriptors'].append(encoder.describe(version.image, at).astype(np.float16))
+            features = encoder.describe(version.image, at)
+            columns['descriptors'].append(features.descriptors.astype(np.float16))
             columns['points'].append(points[shown].astype(np.float32))
             columns['view'].append(np.full(len(shown), index, np.int32))
             columns['hard'].append(np.full(len(shown), number > 0))
