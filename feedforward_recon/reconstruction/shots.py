@@ -12,7 +12,6 @@ from feedforward_recon.model import Encoder
 from feedforward_recon.model.compact import CompactEncoder, scaled_down
 from feedforward_recon.types import Features, Frame
 
-
 # Descriptors bear a roll of 30 degrees: docs/experiments.md, Photos.
 ROLLS = 8
 
@@ -71,8 +70,7 @@ def shot_of(frame: Frame, camera: Camera, encoder: Encoder, max_pixels: int, *,
 
 
 def rolled(shot: Shot, encoder: CompactEncoder, roll: int) -> Features:
-    """The features of a shot as they look when the camera is rolled by ``roll`` eighths of a
-    turn.
+    """The features of a shot as seen by a camera that is rolled by ``roll`` eighths of a turn.
 
     The image turns to the left; its gray values describe it as well as its colours.
     """

@@ -36,6 +36,14 @@ class PointTracks:
         """Number of observations [N] in each of ``count`` images."""
         return np.bincount(self.image, minlength=count)
 
+    def seen_by(self, image: int, feature: np.ndarray, point: np.ndarray, px: np.ndarray
+                ) -> PointTracks:
+        """With features [n] of another image that show points [n] at pixels [n, 2]."""
+        return PointTracks(np.concatenate([self.image, np.full(len(feature), image)]),
+                           np.concatenate([self.feature, feature]),
+                           np.concatenate([self.point, point]),
+                           np.concatenate([self.px, px]), self.count)
+
     def by_image(self) -> list[tuple[int, np.ndarray]]:
         """Each image and its observations [n]."""
         order = np.argsort(self.image, kind='stable')

@@ -1,0 +1,86 @@
+"""``Part``: images that pairs connect, put together along a tree and roughly refined."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from feedforward_recon.config.photos import ReconstructionConfig
+from feedforward_recon.reconstruction.accumulation import accumulate
+from feedforward_recon.reconstruction.agreement import agreeing
+from feedforward_recon.reconstruction.comparisons import Comparisons, edges_of, largest_part
+from feedforward_recon.reconstruction.pairs import Pairs
+from feedforward_recon.reconstruction.refinement import (
+    ROUGH,
+    Structure,
+    near,
+    refined,
+    triangulated,
+    with_tracks,
+)
+from feedforward_recon.reconstruction.scene_graph import COSTS, TREES, Tree
+from feedforward_recon.reconstruction.shots import Shot
+from feedforward_recon.reconstruction.tracks import tracks_of
+
+# An image of whose observations fewer agree with its pose is placed anew, by the points of others.
+WEAK_SHARE = 0.4
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images that pairs connect, on their own.
+
+    structure: of those that are registered [N]; connected: images that pairs connect; tree,
+    unrefined: as in ``Reconstructed``.
+    """
+
+    structure: Structure
+    registered: np.ndarray
+    connected: set[int]
+    tree: Tree
+    unrefined: np.ndarray
+
+
+def part_of(shots: Sequence[Shot], comparisons: Comparisons, among: np.ndarray,
+          config: ReconstructionConfig, calibration: tuple[str, ...]) -> Part:
+    """The largest part of some images [N] that pairs connect, roughly refined."""
+    pairs = {edge: pair for edge, pair in comparisons.pairs.items() if among[list(edge)].all()}
+    connected = largest_part(len(shots), pairs)
+    pairs = agreeing(shots, {edge: pair for edge, pair in pairs.items() if edge[0] in connected})
+    connected = largest_part(len(shots), pairs)
+    tree = _tree(comparisons.S, pairs, sorted(connected), config)
+    placed = accumulate(shots, pairs, int(tree.order[0]), tree.edges)
+    registered = placed.registered
+    structure = structure_of(shots, placed.T_map_cam, registered, pairs)
+    if config.refine and len(structure.tracks):
+        before = structure.tracks.views(len(shots))
+        structure = refined(structure, ROUGH, calibration)
+        registered = registered & (structure.tracks.views(len(shots)) > WEAK_SHARE * before)
+        structure = seen_by(structure, registered)
+    else:
+        structure = near(structure, ROUGH[0].limit_px)
+    return Part(structure, registered, connected, tree, placed.T_map_cam)
+
+
+def structure_of(shots: Sequence[Shot], T_map_cam: np.ndarray, registered: np.ndarray, pairs: Pairs
+               ) -> Structure:
+    """The tracks of pairs of registered images, triangulated."""
+    tracks = tracks_of(shots, pairs.values())
+    tracks = tracks.select(registered[tracks.image])
+    return triangulated(T_map_cam, [shot.camera for shot in shots], tracks)
+
+
+def seen_by(structure: Structure, registered: np.ndarray) -> Structure:
+    """The structure with what registered images see of it alone."""
+    tracks = structure.tracks
+    return with_tracks(structure, tracks.select(registered[tracks.image]))
+
+
+def _tree(S: np.ndarray, pairs: Pairs, part: list[int], config: ReconstructionConfig) -> Tree:
+    """The tree from the image that is most similar to all others of its part."""
+    edges = edges_of(pairs)
+    root = part[int(np.argmax(S[np.ix_(part, part)].sum(1)))]
+    return TREES[config.tree](len(S), edges, COSTS[config.cost](S[edges[:, 0], edges[:, 1]]),
+                              root)
