@@ -278,13 +278,16 @@ def test_a_file_of_settings_may_have_those_of_photos(folder, tmp_path, capsys):
         'reconstruction.neighbours' in capsys.readouterr().err.replace('\n', ' ')
 
 
-def with_exif(folder, photos, every=1, focal_35_mm=25):
-    """The photos as JPEGs; of ``every`` n-th EXIF tells the 35 mm equivalent."""
+FILM_DIAGONAL_MM = np.hypot(36, 24)
+
+
+def with_exif(folder, photos, focal_35_mm):
+    """The photos as JPEGs; EXIF tells their 35 mm equivalents in turn, of 0 nothing."""
     folder.mkdir()
     for k, frame in enumerate(photos):
-        block = Image.Exif()
-        if k % every == 0:
-            block.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.FocalLengthIn35mmFilm] = focal_35_mm
+        block, value = Image.Exif(), focal_35_mm[k % len(focal_35_mm)]
+        if value:
+            block.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.FocalLengthIn35mmFilm] = value
         Image.fromarray(frame.image).save(folder / f'{k:02d}.jpg', exif=block, quality=95)
     return folder
 
@@ -300,28 +303,46 @@ def test_photos_of_which_some_have_exif_are_of_one_camera_that_is_refined(photos
     tried = []
     monkeypatch.setattr(photos_module, 'reconstruct', lambda shots, *rest: (
         tried.append([shot.camera.fx for shot in shots]), reconstruct(shots, *rest))[1])
-    folder = with_exif(tmp_path / 'photos', photos, every=3)
+    folder = with_exif(tmp_path / 'photos', photos, (25, 0, 0))
     summary = summary_of(capsys, folder, tmp_path / 'map')
     assert (summary['tracked'], summary['camera_source']) == (14, 'refined')
-    assert tried == [[pytest.approx(25 / np.hypot(36, 24) * 400)] * 14]
+    assert tried == [[pytest.approx(25 / FILM_DIAGONAL_MM * 400)] * 14]
     assert summary['fx'] == pytest.approx(CAMERA.fx, rel=0.02)
 
 
 def test_a_focal_length_of_exif_that_is_not_refined_is_said(photos, tmp_path, capsys):
-    folder = with_exif(tmp_path / 'photos', photos)
+    folder = with_exif(tmp_path / 'photos', photos, (25,))
     summary = summary_of(capsys, folder, tmp_path / 'map', '--set', 'reconstruction.refine=false')
     assert summary['camera_source'] == load_map(tmp_path / 'map').info.camera_source == 'exif'
-    assert summary['fx'] == pytest.approx(25 / np.hypot(36, 24) * 400)
+    assert summary['fx'] == pytest.approx(25 / FILM_DIAGONAL_MM * 400)
     assert main(['info', str(tmp_path / 'map')]) == 0
     assert 'fx 231.1 px, exif' in capsys.readouterr().out
 
 
 @pytest.fixture(scope='module')
-def two_cameras(photos, tmp_path_factory):
-    """A map of photos of two cameras, one of which shows less, and of a copy."""
+def of_two_cameras(photos):
+    """The photos, of which every third is of a camera that shows less."""
     narrow = CAMERA.cropped(40, 30, (240, 180))
-    frames = [replace(f, image=f.image[30:210, 40:280], camera=narrow) if k % 3 == 0 else f
-              for k, f in enumerate(photos)]
+    return [replace(f, image=f.image[30:210, 40:280], camera=narrow) if k % 3 == 0 else f
+            for k, f in enumerate(photos)]
+
+
+@pytest.mark.parametrize(('narrow_35_mm', 'narrow_px', 'camera_source'), [
+    (33, 33 / FILM_DIAGONAL_MM * 300, 'exif'), (0, 240.0, 'guessed')])
+def test_photos_of_several_cameras_keep_what_exif_says_of_each(
+        of_two_cameras, tmp_path, capsys, narrow_35_mm, narrow_px, camera_source):
+    folder = with_exif(tmp_path / 'photos', of_two_cameras, (narrow_35_mm, 25, 25))
+    summary = summary_of(capsys, folder, tmp_path / 'map')
+    assert (summary['tracked'], summary['camera_source']) == (14, camera_source)
+    for k, entry in enumerate(load_map(tmp_path / 'map').poses()):
+        expected = 25 / FILM_DIAGONAL_MM * 400 if k % 3 else narrow_px
+        assert entry['camera'].fx == pytest.approx(expected)
+
+
+@pytest.fixture(scope='module')
+def two_cameras(of_two_cameras, tmp_path_factory):
+    """A map of photos of two cameras, and of a copy of one."""
+    frames = of_two_cameras
     copy = replace(frames[3], stamp_ns=10**12, source='copy.png')
     run = reconstruct_frames([*frames, copy], CONFIG)
     assert len(run.scene.trajectory) == 15
