@@ -145,7 +145,7 @@ class Estimate:
     score: share of the tested matches that agree with the pose, 0..1.
     runner_up: the best score of a pose that disagrees with the answer, 0..1.
     reason: short code that says why there is no pose, '' when there is one.
-    camera: that of the image, where the images of a map are of several; else None.
+    camera: that of the image, in maps of photos and in merged ones; else None.
     """
 
     stamp_ns: int

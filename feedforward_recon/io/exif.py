@@ -54,8 +54,7 @@ def _exif_tags(data: bytes) -> Mapping[int, Any]:
             raise ValueError(str(damage[0].message).strip())
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError,
             struct.error) as error:
-        raise InputError(f'expected an EXIF block that can be read, found {error}'
-                         ) from None
+        raise InputError(f'expected an EXIF block that can be read, found {error}') from None
     return tags
 
 
