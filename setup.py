@@ -34,6 +34,7 @@ setup(
         'scipy>=1.11',
         'threadpoolctl>=3.1',
         'safetensors>=0.4',
+        'pillow>=10.0',
         'pyyaml>=6.0',
         'typer>=0.12',
         'rich>=13.0',

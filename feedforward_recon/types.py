@@ -55,6 +55,7 @@ class Frame:
     image: uint8 [H, W, 3] RGB.
     depth: float32 [H, W] z-depth in metres, 0 where unknown, or None.
     camera: intrinsics at the size of ``image``, or None when uncalibrated.
+    camera_source: where these are from: 'given', or 'exif' (a focal length alone).
     T_map_cam: known pose [4, 4] (ground truth or given poses), or None.
     source: where the frame came from (file name, topic); used in messages and poses.json.
     right: the image of the right camera, where ``image`` is that of the left one, or None.
@@ -67,6 +68,7 @@ class Frame:
     source: str = ''
     T_map_cam: FloatArray | None = None
     right: RightImage | None = None
+    camera_source: str = 'given'
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ class Estimate:
     score: share of the tested matches that agree with the pose, 0..1.
     runner_up: the best score of a pose that disagrees with the answer, 0..1.
     reason: short code that says why there is no pose, '' when there is one.
+    camera: that of the image, in maps of photos and in merged ones; else None.
     """
 
     stamp_ns: int
@@ -156,6 +159,7 @@ class Estimate:
     latency_ms: float = 0.0
     is_keyframe: bool = False
     source: str = ''
+    camera: Camera | None = None
 
 
 @dataclass(frozen=True)

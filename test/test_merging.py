@@ -13,6 +13,7 @@ from feedforward_recon.config.photos import PhotoConfig
 from feedforward_recon.config.schema import EncoderConfig, MapperConfig, MemoryConfig
 from feedforward_recon.errors import MapError
 from feedforward_recon.evaluation import absolute_trajectory_error
+from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import pose_error, se3_exp
 from feedforward_recon.mapping.joining import add_map, find_joint
 from feedforward_recon.mapping.sources import GivenPoses
@@ -126,12 +127,16 @@ def test_images_move_with_the_nearest_keyframe():
     after[:, :3, 3] *= scale
     after = move @ after
     image = se3_exp(np.r_[1.2, 0.1, 0, 0, 0.1, 0])
-    entries = [{'file': 'a.png', 'stamp_ns': 7, 'status': 'TRACKING', 'T_map_cam': image.tolist()},
-               {'file': 'b.png', 'stamp_ns': 8, 'status': 'LOST', 'T_map_cam': None}]
+    camera = Camera.from_fov(70.0, (64, 48))
+    entries = [{'file': 'a.png', 'stamp_ns': 7, 'status': 'TRACKING', 'T_map_cam': image.tolist(),
+                'camera': camera},
+               {'file': 'b.png', 'stamp_ns': 8, 'status': 'LOST', 'T_map_cam': None,
+                'camera': camera}]
     found, lost = moved_images(entries, before, after, 1.0, scale)
     image[:3, 3] *= scale
     np.testing.assert_allclose(found.T_map_cam, move @ image, atol=1e-12)
     assert (found.source, found.stamp_ns, lost.T_map_cam) == ('a.png', 7, None)
+    assert found.camera == camera
     # When keyframes move apart, an image stays with the nearest one.
     after[0] = np.eye(4)
     np.testing.assert_allclose(moved_images(entries, before, after, 1.0, scale)[0].T_map_cam,

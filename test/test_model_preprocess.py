@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
@@ -45,10 +46,9 @@ def test_speed3r_gets_whole_windows_of_patches(size_hw):
                                      ((33, 200), (14, 518)), ((40, 40), (40, 40))])
 @pytest.mark.parametrize(('kernel', 'name'), [(bicubic, 'BICUBIC'), (lanczos, 'LANCZOS')])
 def test_pixels_are_those_of_pillow(kernel, name, size_hw):
-    pillow = pytest.importorskip('PIL.Image', reason='needs Pillow to compare with')
     (height, width), (rows, columns) = size_hw
-    image, method = noise(height, width), getattr(pillow.Resampling, name)
-    once = pillow.fromarray(image).resize((columns, height), method)
+    image, method = noise(height, width), getattr(Image.Resampling, name)
+    once = Image.fromarray(image).resize((columns, height), method)
     expected = np.asarray(once.resize((columns, rows), method))
     found = resampled(image, (rows, columns), kernel)
     difference = np.abs(found.astype(int) - expected)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
+import yaml
+from PIL import ExifTags, Image
 
 from feedforward_recon.cli import main
 from feedforward_recon.config.photos import PhotoConfig, ReconstructionConfig
@@ -16,7 +20,8 @@ from feedforward_recon.console.options import settings
 from feedforward_recon.errors import InputError, MapError
 from feedforward_recon.evaluation import absolute_trajectory_error
 from feedforward_recon.geometry.camera import Camera
-from feedforward_recon.geometry.transforms import pose_error
+from feedforward_recon.geometry.transforms import pose_error, transform_points
+from feedforward_recon.io.writers import write_entries
 from feedforward_recon.localization.localizer import Localizer
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.reconstruction import pipeline
@@ -26,6 +31,7 @@ from feedforward_recon.reconstruction.pipeline import assembled, reconstruct
 from feedforward_recon.reconstruction.shots import shot_of
 from feedforward_recon.session import photos as photos_module
 from feedforward_recon.session.map_folder import load_map
+from feedforward_recon.session.merging import merge_maps
 from feedforward_recon.session.photos import guessed_camera, reconstruct_frames
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Frame, Trajectory
@@ -270,6 +276,122 @@ def test_a_file_of_settings_may_have_those_of_photos(folder, tmp_path, capsys):
                  str(tmp_path / 'map')]) != 0
     assert 'photos.yaml: unknown setting reconstruction.neighbors; did you mean ' \
         'reconstruction.neighbours' in capsys.readouterr().err.replace('\n', ' ')
+
+
+FILM_DIAGONAL_MM = np.hypot(36, 24)
+
+
+def with_exif(folder, photos, focal_35_mm):
+    """The photos as JPEGs; EXIF tells their 35 mm equivalents in turn, of 0 nothing."""
+    folder.mkdir()
+    for k, frame in enumerate(photos):
+        block, value = Image.Exif(), focal_35_mm[k % len(focal_35_mm)]
+        if value:
+            block.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.FocalLengthIn35mmFilm] = value
+        Image.fromarray(frame.image).save(folder / f'{k:02d}.jpg', exif=block, quality=95)
+    return folder
+
+
+def summary_of(capsys, folder, out, *more):
+    assert main(['reconstruct', str(folder), *SETTINGS[2:], '--out', str(out), '--json',
+                 *more]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_photos_of_which_some_have_exif_are_of_one_camera_that_is_refined(photos, tmp_path,
+                                                                          capsys, monkeypatch):
+    tried = []
+    monkeypatch.setattr(photos_module, 'reconstruct', lambda shots, *rest: (
+        tried.append([shot.camera.fx for shot in shots]), reconstruct(shots, *rest))[1])
+    folder = with_exif(tmp_path / 'photos', photos, (25, 0, 0))
+    summary = summary_of(capsys, folder, tmp_path / 'map')
+    assert (summary['tracked'], summary['camera_source']) == (14, 'refined')
+    assert tried == [[pytest.approx(25 / FILM_DIAGONAL_MM * 400)] * 14]
+    assert summary['fx'] == pytest.approx(CAMERA.fx, rel=0.02)
+
+
+def test_a_focal_length_of_exif_that_is_not_refined_is_said(photos, tmp_path, capsys):
+    folder = with_exif(tmp_path / 'photos', photos, (25,))
+    summary = summary_of(capsys, folder, tmp_path / 'map', '--set', 'reconstruction.refine=false')
+    assert summary['camera_source'] == load_map(tmp_path / 'map').info.camera_source == 'exif'
+    assert summary['fx'] == pytest.approx(25 / FILM_DIAGONAL_MM * 400)
+    assert main(['info', str(tmp_path / 'map')]) == 0
+    assert 'fx 231.1 px, exif' in capsys.readouterr().out
+
+
+@pytest.fixture(scope='module')
+def of_two_cameras(photos):
+    """The photos, of which every third is of a camera that shows less."""
+    narrow = CAMERA.cropped(40, 30, (240, 180))
+    return [replace(f, image=f.image[30:210, 40:280], camera=narrow) if k % 3 == 0 else f
+            for k, f in enumerate(photos)]
+
+
+@pytest.mark.parametrize(('narrow_35_mm', 'narrow_px', 'camera_source'), [
+    (33, 33 / FILM_DIAGONAL_MM * 300, 'exif'), (0, 240.0, 'guessed')])
+def test_photos_of_several_cameras_keep_what_exif_says_of_each(
+        of_two_cameras, tmp_path, capsys, narrow_35_mm, narrow_px, camera_source):
+    folder = with_exif(tmp_path / 'photos', of_two_cameras, (narrow_35_mm, 25, 25))
+    summary = summary_of(capsys, folder, tmp_path / 'map')
+    assert (summary['tracked'], summary['camera_source']) == (14, camera_source)
+    for k, entry in enumerate(load_map(tmp_path / 'map').poses()):
+        expected = 25 / FILM_DIAGONAL_MM * 400 if k % 3 else narrow_px
+        assert entry['camera'].fx == pytest.approx(expected)
+
+
+@pytest.fixture(scope='module')
+def two_cameras(of_two_cameras, tmp_path_factory):
+    """A map of photos of two cameras, and of a copy of one."""
+    frames = of_two_cameras
+    copy = replace(frames[3], stamp_ns=10**12, source='copy.png')
+    run = reconstruct_frames([*frames, copy], CONFIG)
+    assert len(run.scene.trajectory) == 15
+    return run, run.save(tmp_path_factory.mktemp('two') / 'map')
+
+
+def test_colmap_gets_each_image_with_its_own_camera(two_cameras, tmp_path):
+    pycolmap = pytest.importorskip('pycolmap')
+    run, saved = two_cameras
+    out = tmp_path / 'colmap'
+    assert main(['export', str(saved.path), '--format', 'colmap', '--out', str(out)]) == 0
+    model = pycolmap.Reconstruction(out)
+    images = {image.name: image for image in model.images.values()}
+    assert len(images) == 15 and len(model.cameras) == 2
+    for keyframe in run.scene.keyframes:
+        image, known = images[keyframe.source], keyframe.has_point
+        assert (image.camera.width, image.camera.height) == keyframe.camera.size_wh
+        points = transform_points(keyframe.T_map_cam, keyframe.points_cam[known])
+        shown = np.array([image.project_point(point) for point in points]) - 0.5
+        error = np.linalg.norm(shown - keyframe.features.keypoints[known], axis=1)
+        assert known.sum() > 50 and error.max() < 0.02
+    first = next(e for e in run.scene.estimates if e.camera.width == 240)
+    copy, original = images['copy.png'], images[first.source]
+    assert copy.camera.width == 240 and original.camera_id == copy.camera_id
+
+
+def test_merged_maps_keep_the_camera_of_each_image(two_cameras, run, tmp_path):
+    other = run.save(tmp_path / 'one')
+    merged = merge_maps(two_cameras[1], other).scene
+    before = {entry['file']: entry['camera'] for entry in two_cameras[1].poses()}
+    assert len({camera.size_wh for camera in before.values()}) == 2
+    after = merged.estimates
+    assert {e.source: e.camera for e in after[:15]} == before
+    assert {e.camera.size_wh for e in after[15:]} == {(320, 240)}
+
+
+def test_maps_saved_without_cameras_of_images_export_that_of_the_map(two_cameras, tmp_path):
+    saved = two_cameras[1]
+    entries = [{k: v for k, v in entry.items() if k != 'camera'}
+               for entry in json.loads((saved.path / 'poses.json').read_text())]
+    older = tmp_path / 'older'
+    shutil.copytree(saved.path, older)
+    write_entries(older / 'poses.json', entries)
+    content = (older / 'poses.json').read_bytes()
+    description = yaml.safe_load((older / 'map.yaml').read_text())
+    description['files']['poses.json'] = {'bytes': len(content),
+                                          'sha256': hashlib.sha256(content).hexdigest()}
+    (older / 'map.yaml').write_text(yaml.safe_dump(description))
+    assert {e['camera'] for e in load_map(older).poses()} == {saved.info.camera}
 
 
 @pytest.mark.parametrize(('arguments', 'sentence'), [

@@ -161,7 +161,7 @@ def merge_command(first: MapFolder, second: MapFolder, out: NewMap,
 
 
 def _posed_images(saved: SavedMap) -> list[PosedImage]:
-    return [PosedImage(entry['file'], saved.info.camera, np.array(entry['T_map_cam'], float))
+    return [PosedImage(entry['file'], entry['camera'], np.array(entry['T_map_cam'], float))
             for entry in saved.poses() if entry['T_map_cam'] is not None]
 
 

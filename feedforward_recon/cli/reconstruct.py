@@ -36,9 +36,9 @@ def reconstruct_command(source: Source, options: SourceOptions, out: NewMap, wor
     """Reconstruct photos in any order, or a video; the map is like that of `ffrecon map`.
 
     Images are compared with those most like them, poses are put together along a tree of pairs,
-    and refined with all that the images show in common. Without intrinsics, the focal length of
-    one camera is guessed and refined. Images that share too little with the others get no pose,
-    and the reason is said.
+    and refined with all that the images show in common. Without intrinsics, the focal length is
+    that of EXIF, or guessed, and refined if it is that of one camera. Images that share too
+    little with the others get no pose, and the reason is said.
 
     Examples:
       ffrecon reconstruct photos/ --out maps/church
@@ -53,8 +53,8 @@ def reconstruct_command(source: Source, options: SourceOptions, out: NewMap, wor
 
     chosen = settings(PhotoConfig(), config, set_)
     check_out(out, overwrite)
-    frames = open_source(source, replace(options, mixed_sizes=True, use_depth=False,
-                                         use_stereo=False))
+    frames = open_source(source, replace(options, mixed_sizes=True, use_exif=True,
+                                         use_depth=False, use_stereo=False))
     describing = CompactEncoder.load(encoder, chosen.encoder)
     with one_thread():
         run = reconstruct_frames(frames, chosen, describing, workers=workers, total=len(frames),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -56,6 +58,11 @@ class Camera:
         K = np.asarray(K, float)
         return Camera(int(size_wh[0]), int(size_wh[1]), float(K[0, 0]), float(K[1, 1]),
                       float(K[0, 2]), float(K[1, 2]), tuple(map(float, distortion)), model)
+
+    @staticmethod
+    def from_fields(values: Mapping[str, Any]) -> Camera:
+        """Camera of its fields by name, as files have them; raises TypeError for other names."""
+        return Camera(**{**values, 'distortion': tuple(values['distortion'])})
 
     @staticmethod
     def from_fov(horizontal_fov_deg: float, size_wh: tuple[int, int]) -> Camera:

@@ -9,6 +9,7 @@ images) or ``T_left_right`` (4x4, metres) beside ``frames``.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ import numpy as np
 
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.io.exif import exif_camera
 from feedforward_recon.io.images import decode_compressed, decode_depth_image, depth_in_metres
 from feedforward_recon.io.source import (
     SECOND_NS,
@@ -47,6 +49,9 @@ from feedforward_recon.types import FloatArray, Frame, RightImage
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
 IMAGE_SUFFIXES = frozenset({'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm',
                             '.pgm'})
 ROTATION_TOLERANCE = 1e-3
@@ -84,6 +89,7 @@ class FolderSource(Source):
         self._entries = entries
         self._units = options.depth_units_per_metre or depth_units_per_metre
         self._invalid_depth = invalid_depth
+        self._exif_is_broken = False  # of an image so far
         _check_entries(root, entries, options)
         self.has_depth = options.use_depth and all(e.depth is not None for e in entries)
         self.has_right = options.use_stereo and any(e.right is not None for e in entries)
@@ -97,14 +103,21 @@ class FolderSource(Source):
         return len(self._entries)
 
     def _read(self, indices: range) -> Iterator[Frame]:
-        return (self._frame(self._entries[index]) for index in indices)
+        data, image = b'', None
+        for entry in (self._entries[index] for index in indices):
+            before, data = data, _bytes(entry.image)
+            if image is None or data != before:  # links to one file follow each other
+                image = decode_compressed(data, str(entry.image))
+            yield self._frame(entry, data, image)
 
-    def _frame(self, entry: ImageEntry) -> Frame:
-        image = decode_compressed(_bytes(entry.image), str(entry.image))
+    def _frame(self, entry: ImageEntry, data: bytes, image: NDArray[np.uint8]) -> Frame:
         size_wh = (image.shape[1], image.shape[0])
-        return Frame(entry.stamp_ns, image, self._depth(entry), self._camera(entry, size_wh),
+        camera, camera_source = self._camera(entry, size_wh), 'given'
+        if camera is None and self.options.use_exif:
+            camera, camera_source = self._exif_camera(entry, data, size_wh), 'exif'
+        return Frame(entry.stamp_ns, image, self._depth(entry), camera,
                      entry.image.relative_to(self._root).as_posix(), entry.T_map_cam,
-                     self._right(entry.right))
+                     self._right(entry.right), camera_source)
 
     def _right(self, entry: RightEntry | None) -> RightImage | None:
         if entry is None or not self.options.use_stereo:
@@ -131,6 +144,17 @@ class FolderSource(Source):
             return self.options.camera_for(size_wh)
         return Camera.from_matrix(entry.K, size_wh, entry.distortion,
                                   distortion_model(entry.distortion))
+
+    def _exif_camera(self, entry: ImageEntry, data: bytes, size_wh: tuple[int, int]
+                     ) -> Camera | None:
+        try:
+            return exif_camera(data, size_wh)
+        except InputError as error:
+            if not self._exif_is_broken:
+                log.warning('%s: %s; the focal length is guessed, here and wherever else EXIF is '
+                            'broken', entry.image, error)
+            self._exif_is_broken = True
+            return None
 
 
 def _bytes(path: Path) -> bytes:

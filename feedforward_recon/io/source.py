@@ -39,6 +39,8 @@ class SourceOptions:
         candidate. Of two image topics that differ in left and right, these are a stereo pair.
     rectified: images of a bag are rectified, whatever their topic is called.
     use_depth, use_stereo: False leaves depth, or right images, unread.
+    use_exif: True takes the camera of a photo from its EXIF block, where nothing else gives one
+        (JPEG files in folders).
     baseline_m: of a rectified stereo pair in folders ``left`` and ``right``, metres.
     depth_units_per_metre: what stored depth counts; None is the format's own convention.
     mixed_sizes: True allows images of different sizes (photos to be localised one by one).
@@ -61,6 +63,7 @@ class SourceOptions:
     rectified: bool = False
     use_depth: bool = True
     use_stereo: bool = True
+    use_exif: bool = False
     baseline_m: float | None = None
     depth_units_per_metre: float | None = None
     mixed_sizes: bool = False

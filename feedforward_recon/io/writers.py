@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from itertools import count
 from pathlib import Path
@@ -162,10 +162,13 @@ def _colmap_pose(T_map_cam: FloatArray) -> str:
 
 
 def poses_entries(estimates: Iterable[Estimate]) -> list[dict[str, Any]]:
-    """One entry per input image: file, stamp_ns, status and T_map_cam (4x4 or null)."""
+    """One entry per input image: file, stamp_ns, status and T_map_cam (4x4 or null).
+
+    And ``camera``, its fields by name, where the estimate has one.
+    """
     return [{'file': e.source, 'stamp_ns': int(e.stamp_ns), 'status': e.status.value,
-             'T_map_cam': None if e.T_map_cam is None else np.asarray(e.T_map_cam).tolist()}
-            for e in estimates]
+             'T_map_cam': None if e.T_map_cam is None else np.asarray(e.T_map_cam).tolist(),
+             **({} if e.camera is None else {'camera': asdict(e.camera)})} for e in estimates]
 
 
 def localization_entries(estimates: Sequence[Estimate]) -> list[dict[str, Any]]:

@@ -152,13 +152,12 @@ def _keyframe(graph: KeyframeGraph, k: int, about: Mapping[str, Any]) -> MapKeyf
     arrays = graph.arrays
     own = slice(*arrays['first'][k:k + 2])
     cloud = slice(*arrays['cloud_first'][k:k + 2])
-    camera = {**about['camera'], 'distortion': tuple(about['camera']['distortion'])}
     landmark = arrays['landmark'][own]
     features = Features(arrays['keypoints'][own], arrays['landmarks.descriptor'][landmark],
                         arrays['confidence'][own].astype(np.float32),
                         unit_length(arrays['global_descriptor'][k:k + 1])[0])
     return MapKeyframe(
-        k, EARLIER_SESSION, int(arrays['stamps_ns'][k]), Camera(**camera), features,
-        arrays['points_cam'][own].copy(), landmark.copy(), arrays['rgb'][own],
+        k, EARLIER_SESSION, int(arrays['stamps_ns'][k]), Camera.from_fields(about['camera']),
+        features, arrays['points_cam'][own].copy(), landmark.copy(), arrays['rgb'][own],
         about['source'], arrays['cloud_cam'][cloud].copy(), arrays['cloud_rgb'][cloud].copy(),
         about['inv_depth_noise'])

@@ -23,7 +23,7 @@ class SceneMap:
     input image, with final poses.
     metres_per_unit: 1.0 for metric maps, None when the scale is unknown.
     scale_source: 'depth', 'stereo', 'given poses' or 'unknown'.
-    camera_source: 'given', 'guessed', 'refined', or 'predicted' by a feed-forward network.
+    camera_source: 'given', 'exif', 'guessed', 'refined', or 'predicted' by a feed-forward network.
     frame: 'first camera' (its optical axes), 'z up' (gravity known or assumed, x forward at the
     start) or 'given poses'.
     graph: what a later session needs to go on; None without keyframes. sessions: how many made

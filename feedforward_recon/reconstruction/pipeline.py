@@ -24,6 +24,7 @@ from feedforward_recon.reconstruction.refinement import FINE, Structure, refined
 from feedforward_recon.reconstruction.scene_graph import Tree
 from feedforward_recon.reconstruction.shots import Shot
 
+
 @dataclass(frozen=True)
 class Reconstructed:
     """What was made of N images.

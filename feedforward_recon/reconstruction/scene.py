@@ -43,11 +43,13 @@ def scene_map(map_: GrowingMap, done: Reconstructed, photos: Sequence[Photo], ca
     known, estimates = set(), []
     for photo in photos:
         registered = bool(done.registered[photo.shot])
+        id_ = keyframe[photo.shot]
         estimates.append(Estimate(
             photo.stamp_ns, Status.TRACKING if registered else Status.NOT_LOCALISED,
-            map_.T_map_cam[keyframe[photo.shot]] if registered else None,
+            map_.T_map_cam[id_] if registered else None,
             inliers=int(seen[photo.shot]), reason=done.reasons[photo.shot],
-            is_keyframe=registered and photo.shot not in known, source=photo.source))
+            is_keyframe=registered and photo.shot not in known, source=photo.source,
+            camera=map_.keyframes[id_].camera if registered else None))
         known.add(photo.shot)
     return finished_map(map_, estimates, camera_source=camera_source)
 

@@ -34,7 +34,7 @@ class Shot:
 
     xy: normalised coordinates [N, 2] of the features; rgb: their colours uint8 [N, 3]; gray: the
     image uint8 [H, W]. Large images are seen at the size that the encoder sees; size_wh:
-    of the photo before. is_guessed: nobody said what the camera is.
+    of the photo before. camera_source: 'given', 'exif' or 'guessed'.
     """
 
     features: Features
@@ -45,7 +45,7 @@ class Shot:
     size_wh: tuple[int, int]
     stamp_ns: int = 0
     source: str = ''
-    is_guessed: bool = False
+    camera_source: str = 'given'
 
     def seen_by(self, camera: Camera) -> Shot:
         """The same image, taken by another camera."""
@@ -53,7 +53,7 @@ class Shot:
 
 
 def shot_of(frame: Frame, camera: Camera, encoder: Encoder, max_pixels: int, *,
-            is_guessed: bool = False) -> Shot:
+            camera_source: str = 'given') -> Shot:
     """Encode a frame, at the size of at most ``max_pixels`` that the encoder sees.
 
     Raises InputError for an image that is not RGB.
@@ -66,7 +66,7 @@ def shot_of(frame: Frame, camera: Camera, encoder: Encoder, max_pixels: int, *,
     column, row = np.clip(np.rint(features.keypoints), 0, limits).astype(int).T
     return Shot(features, camera, camera.normalise(features.keypoints), image[row, column],
                 cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (width, height), frame.stamp_ns,
-                frame.source, is_guessed)
+                frame.source, camera_source)
 
 
 def rolled(shot: Shot, encoder: CompactEncoder, roll: int) -> Features:

@@ -146,8 +146,13 @@ class SavedMap:
                              for entry in self.poses() if entry['T_map_cam'] is not None)
 
     def poses(self) -> list[dict[str, Any]]:
-        """The entries of poses.json: file, stamp_ns, status, T_map_cam (4x4 or None)."""
-        return json.loads(self._verified(POSES).read_text(encoding='utf-8'))
+        """The entries of poses.json: file, stamp_ns, status, T_map_cam (4x4 or None).
+
+        And ``camera``: that of the image, where it was saved, else that of the map.
+        """
+        entries = json.loads(self._verified(POSES).read_text(encoding='utf-8'))
+        return [{**entry, 'camera': Camera.from_fields(entry['camera']) if 'camera' in entry
+                 else self.info.camera} for entry in entries]
 
     def cloud(self) -> PointCloud:
         """The coloured points of cloud.ply, in the map frame and in map units."""
@@ -378,9 +383,8 @@ def _check_version(file: Path, version: Any) -> None:
 def _parsed(values: dict[str, Any]) -> MapInfo:
     camera = dict(values['camera'])
     camera_source = camera.pop('source')
-    distortion = tuple(camera.pop('distortion'))
     return MapInfo(values['package_version'], values['encoder']['name'],
-                   values['encoder']['sha256'], Camera(**camera, distortion=distortion),
+                   values['encoder']['sha256'], Camera.from_fields(camera),
                    camera_source, values['scale']['metres_per_unit'], values['scale']['source'],
                    **values['counts'], files=values['files'],
                    config=from_dict(MapperConfig, values['config']),

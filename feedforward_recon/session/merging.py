@@ -92,8 +92,8 @@ def moved_images(entries: list[dict[str, Any]], before: np.ndarray, after: np.nd
                  depth: float, scale: float = 1.0) -> list[Estimate]:
     """The images of a map, each moved with the nearest keyframe.
 
-    entries: of poses.json; before, after: poses [K, 4, 4] of the keyframes; depth: how far things
-    are, in units of that map; scale: of its lengths.
+    entries: as ``SavedMap.poses`` gives them; before, after: poses [K, 4, 4] of the keyframes;
+    depth: how far things are, in units of that map; scale: of its lengths.
     """
     estimates = []
     posed = [entry for entry in entries if entry['T_map_cam'] is not None]
@@ -104,7 +104,8 @@ def moved_images(entries: list[dict[str, Any]], before: np.ndarray, after: np.nd
         T_keyframe_cam = inverse(before[keyframe]) @ pose
         T_keyframe_cam[:3, 3] *= scale
         estimates.append(Estimate(entry['stamp_ns'], Status(entry['status']),
-                                  after[keyframe] @ T_keyframe_cam, source=entry['file']))
+                                  after[keyframe] @ T_keyframe_cam, source=entry['file'],
+                                  camera=entry['camera']))
     lost = [Estimate(entry['stamp_ns'], Status(entry['status']), source=entry['file'])
             for entry in entries if entry['T_map_cam'] is None]
     return estimates + lost

@@ -1,6 +1,6 @@
 """``reconstruct_frames``: unordered photos become a map, as ``map_frames`` makes it of a walk.
 
-run = reconstruct_frames(open_source('photos/', SourceOptions(mixed_sizes=True)))
+run = reconstruct_frames(open_source('photos/', SourceOptions(mixed_sizes=True, use_exif=True)))
 saved = run.save('maps/church')
 """
 
@@ -29,6 +29,7 @@ from feedforward_recon.reconstruction.pipeline import Reconstructed, reconstruct
 from feedforward_recon.reconstruction.scene import growing_map, scene_map
 from feedforward_recon.reconstruction.shots import Photo, Shot, shot_of
 from feedforward_recon.session.offline import Progress, ProgressBar, Run, quiet
+from feedforward_recon.session.photo_cameras import like_others
 from feedforward_recon.types import Frame, Trajectory
 
 AT_ONCE = 64  # images that are in memory with their colours
@@ -102,22 +103,22 @@ def guessed_camera(size_wh: tuple[int, int]) -> Camera:
 def open_calibration(shots: Sequence[Shot]) -> tuple[str, ...]:
     """What of the cameras may be refined, as in ``geometry.refine``: of one that took all images.
 
-    The focal length and radial distortion of a guessed one; else radial distortion, of one that
-    is said to have none.
+    The focal length and radial distortion of one that was guessed, or of which EXIF tells the
+    focal length; else radial distortion, of one that is said to have none.
     """
     cameras = {shot.camera for shot in shots}
     camera = shots[0].camera
     if len(cameras) > 1 or camera.is_distorted or camera.model != 'plumb_bob':
         return ()
-    return ('focal', 'radial') if shots[0].is_guessed else ('radial',)
+    return ('radial',) if shots[0].camera_source == 'given' else ('focal', 'radial')
 
 
 def _camera_source(shots: Sequence[Shot], config: PhotoConfig) -> str:
-    """As in ``SceneMap``; 'guessed' as soon as one camera is."""
-    if not any(shot.is_guessed for shot in shots):
-        return 'given'
-    found = config.reconstruction.refine and 'focal' in open_calibration(shots)
-    return 'refined' if found else 'guessed'
+    """As in ``SceneMap``; of several, that which is known least."""
+    if config.reconstruction.refine and 'focal' in open_calibration(shots):
+        return 'refined'
+    sources = {shot.camera_source for shot in shots}
+    return next(source for source in ('guessed', 'exif', 'given') if source in sources)
 
 
 def _encoded(frames: Iterable[Frame], encoder: Encoder, max_pixels: int,
@@ -126,16 +127,19 @@ def _encoded(frames: Iterable[Frame], encoder: Encoder, max_pixels: int,
     """Different frames as shots, all frames, and the stamped poses that came with them."""
     def shot(frame: Frame) -> Shot:
         height, width = frame.image.shape[:2]
-        return shot_of(frame, frame.camera or guessed_camera((width, height)), encoder,
-                       max_pixels, is_guessed=frame.camera is None)
+        return shot_of(frame, frame.camera or guessed_camera((width, height)), encoder, max_pixels,
+                       camera_source=frame.camera_source if frame.camera else 'guessed')
 
     shots, photos, truth = [], [], []
     known: dict[bytes, int] = {}
+    image, content = None, b''
     for batch in _batches(frames, AT_ONCE):
         truth += [(f.stamp_ns, f.T_map_cam) for f in batch if f.T_map_cam is not None]
         new = []
         for frame in batch:
-            content = hashlib.sha256(frame.image.tobytes()).digest()
+            if frame.image is not image:  # links to one file share it
+                image = frame.image
+                content = hashlib.sha256(image.tobytes()).digest()
             if content not in known:
                 known[content] = len(known)
                 new.append(frame)
@@ -143,7 +147,7 @@ def _encoded(frames: Iterable[Frame], encoder: Encoder, max_pixels: int,
         shots += list(pool.map(shot, new))
         for _ in batch:
             bar.advance()
-    return shots, photos, truth
+    return like_others(shots), photos, truth
 
 
 class _Reading:
