@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -40,15 +41,18 @@ class Comparisons:
     def match(self, wanted: np.ndarray) -> int:
         """Compare pairs i < j [P, 2]; returns how many are new."""
         new = [edge for edge in map(tuple, wanted.tolist()) if edge not in self.matches]
-        for edge, (matches, pair) in zip(new, self._mapped(self._compared, new), strict=True):
+        batches = [new[start:start + self._decoder.batch]
+                   for start in range(0, len(new), self._decoder.batch)]
+        found = chain.from_iterable(self._mapped(self._compared, batches))
+        for edge, (matches, pair) in zip(new, found, strict=True):
             self.matches[edge] = matches
             if pair is not None:
                 self.pairs[edge] = pair
         return len(new)
 
-    def _compared(self, edge: Edge) -> tuple[FeatureMatches, PairGeometry | None]:
-        matches = self._decoder.match(*edge)
-        return matches, self._decoder.decode(*edge, matches)
+    def _compared(self, edges: list[Edge]) -> list[tuple[FeatureMatches, PairGeometry | None]]:
+        matches = [self._decoder.match(*edge) for edge in edges]
+        return list(zip(matches, self._decoder.decode(edges, matches), strict=True))
 
 
 def compared(shots: Sequence[Shot], decoder: PairDecoder, config: ReconstructionConfig,
