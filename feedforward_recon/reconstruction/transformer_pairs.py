@@ -6,14 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-import cv2
 import numpy as np
+from scipy.ndimage import map_coordinates
 
 from feedforward_recon.geometry.pnp import pnp_ransac
 from feedforward_recon.geometry.transforms import inverse, transform_points
 from feedforward_recon.model.preprocess import PreparedImage
 from feedforward_recon.reconstruction.pairs import (
     MIN_DISTINCT,
+    MIN_SHARE,
     CompactPairs,
     Edge,
     FeatureMatches,
@@ -67,7 +68,9 @@ class TransformerPairs:
         tried = [with_motion(edge, matches, self._shots, T)
                  for T in self._motions(edge, matches, said)]
         best = max((pair for pair in tried if pair is not None), key=len, default=None)
-        return best if best is None or best.is_turn else self._with_depth(best, said)
+        if best is None or len(best) < MIN_SHARE * matches.distinct.sum():
+            return None
+        return best if best.is_turn else self._with_depth(best, said)
 
     def _motions(self, edge: Edge, matches: FeatureMatches, said: Prediction
                  ) -> Iterator[np.ndarray]:
@@ -105,8 +108,5 @@ class TransformerPairs:
 
 def _sampled(values: np.ndarray, px: np.ndarray) -> np.ndarray:
     """Values [H, W] between pixels [M, 2]; NaN beside those that are 0, and outside."""
-    known = np.where(values > 0, values, np.nan).astype(np.float32)
-    at = px.astype(np.float32)[:, None]
-    found = cv2.remap(known, at, np.empty(0, np.float32), cv2.INTER_LINEAR,
-                      borderMode=cv2.BORDER_CONSTANT, borderValue=np.nan)
-    return np.asarray(found, float)[:, 0]
+    known = np.where(values > 0, values, np.nan)
+    return map_coordinates(known, px[:, ::-1].T, order=1, cval=np.nan).astype(float)
