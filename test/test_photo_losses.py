@@ -116,6 +116,11 @@ def test_points_without_truth_do_not_count():
     truth[:, :5] = torch.nan
     assert float(global_loss(points, confidence, truth, valid)) == pytest.approx(
         float(-0.2 * confidence[valid].log().mean()))
+    wrong = maps.points.clone()
+    wrong[:, :, :5] = torch.nan
+    alike = torch.ones_like(maps.confidence)
+    pairs = PairMaps(maps.points, alike)
+    assert float(photo_loss(pairs, EDGES, wrong, truth, valid)) == pytest.approx(0, abs=1e-9)
 
 
 def test_the_global_loss_trains_the_latent_alignment():

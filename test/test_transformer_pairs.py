@@ -27,7 +27,7 @@ from feedforward_recon.model.preprocess import PreparedImage, crop
 from feedforward_recon.reconstruction.agreement import agreeing
 from feedforward_recon.reconstruction.comparisons import Comparisons, compared
 from feedforward_recon.reconstruction.decoders import pair_decoder, pair_network
-from feedforward_recon.reconstruction.pairs import CompactPairs
+from feedforward_recon.reconstruction.pairs import MIN_INLIERS, CompactPairs
 from feedforward_recon.reconstruction.pipeline import assembled
 from feedforward_recon.reconstruction.shots import shot_of
 from feedforward_recon.reconstruction.transformer_pairs import TransformerPairs
@@ -173,6 +173,28 @@ def test_images_of_two_places_are_no_pair_whatever_the_network_says(room):
     assert decoded(decoder, edges) == {}
 
 
+def test_a_pair_of_which_most_matches_disagree_is_none(room):
+    decoder, rng = room.decoder(), np.random.default_rng(0)
+    found = decoder.match(0, 1)
+    wrong = rng.random(len(found)) < 0.85
+    mixed = found.feature_j.copy()
+    mixed[wrong] = rng.permutation(mixed[wrong])
+    matches = replace(found, feature_j=mixed)
+    assert (~wrong).sum() > 2 * MIN_INLIERS
+    assert decoder.decode([(0, 1)], [matches]) == [None]
+    assert CompactPairs(room.shots).decode([(0, 1)], [matches]) == [None]
+
+
+def test_a_network_without_depth_still_says_the_motion(room):
+    oracle = room.oracle()
+    oracle.depth = np.zeros_like(room.depth)
+    pair = decoded(TransformerPairs(room.shots, oracle, 4), [(0, 1)])[0, 1]
+    T_i_j = inverse(room.poses[0]) @ room.poses[1]
+    T_i_j[:3, 3] /= UNIT
+    np.testing.assert_allclose(pair.T_i_j, T_i_j, atol=1e-9)
+    assert np.isnan(pair.points).all() and not pair.confidence.any()
+
+
 def test_depth_that_the_other_image_contradicts_is_not_trusted(room):
     oracle = room.oracle()
     oracle.depth = room.depth.copy()
@@ -256,6 +278,26 @@ def test_a_collection_is_seen_once_and_pairs_as_the_network_sees_them(tiny, phot
         for name in ('T_world_cam', 'K', 'depth', 'confidence'):
             np.testing.assert_allclose(getattr(pair, name), getattr(alone, name), rtol=1e-4,
                                        atol=1e-5)
+
+
+def test_large_photos_are_prepared_at_the_size_of_their_features(tiny, photos):
+    prepare, encoder = CollectionNetwork(tiny).prepared, CompactEncoder.load()
+    made = shot_of(photos[0], CAMERA, encoder, 160 * 120, prepare=prepare)
+    assert made.gray.shape == (120, 160)
+    assert made.prepared.image.shape == (84, 112, 3)
+    assert made.prepared.scale_xy == (0.7, 0.7)
+    assert shot_of(photos[0], CAMERA, encoder, 160 * 120).prepared is None
+
+
+def test_images_are_encoded_once_however_often_the_focal_length_is_tried(tiny, photos,
+                                                                       monkeypatch):
+    bare = [Frame(f.stamp_ns, f.image, source=f.source) for f in photos]
+    plain, encoded = tiny.network.encode, []
+    monkeypatch.setattr(tiny.network, 'encode', lambda images: (
+        encoded.append(images.shape[1]), plain(images))[1])
+    run = reconstruct_frames(bare, TRANSFORMER, predictor=tiny)
+    assert sum(encoded) == len(photos)
+    assert run.scene.keyframes[0].camera.fx == pytest.approx(CAMERA.fx, rel=0.02)
 
 
 def test_photos_of_several_shapes_are_one_collection(tiny, photos):
