@@ -117,6 +117,7 @@ def test_an_oracle_gives_motions_and_points(room, turned):
         true = room.depth[i][row, column] / UNIT
         off = np.abs(pair.points[:, 2] / true - 1)
         assert np.nanmedian(off) < 0.01
+        assert pair.confidence.max() == pytest.approx(20 / 0.2)  # of the oracle, and of its loss
         # What is sure is right: where depth jumps, the two images contradict each other.
         assert np.quantile(off[pair.confidence > 50], 0.9) < 0.05
 
@@ -264,7 +265,10 @@ def tiny():
     return load_predictor('tiny')
 
 
-def test_a_collection_is_seen_once_and_pairs_as_the_network_sees_them(tiny, photos, monkeypatch):
+@pytest.mark.parametrize('half', [False, True])
+def test_a_collection_is_seen_once_and_pairs_as_the_network_sees_them(tiny, photos, monkeypatch,
+                                                                      half):
+    monkeypatch.setattr(tiny, 'half', half)
     network = CollectionNetwork(tiny)
     images = [frame.image for frame in photos[:5]]
     placed = [network.prepared(image) for image in images]

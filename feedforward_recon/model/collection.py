@@ -72,7 +72,7 @@ class CollectionNetwork:
         with self._computing(f'{len(patches)} times {patches.shape[1]} images'):
             said, _ = self.network.decode(patches, (size_hw[0] // PATCH, size_hw[1] // PATCH),
                                           Demand(points=False, memory=False))
-            return tuple(x.float().cpu() for x in read(said))  # type: ignore[return-value]
+        return tuple(x.float().cpu() for x in read(said))  # type: ignore[return-value]
 
     @contextmanager
     def _computing(self, what: str) -> Iterator[None]:
