@@ -387,8 +387,8 @@ def test_the_command_maps_with_a_network_and_its_alignment(folder, tmp_path, cap
 
 
 @pytest.mark.parametrize(('arguments', 'sentence'), [
-    (['--model', 'tiny'], 'found compact'),
-    (['--model', 'tyny'], 'did you mean tiny'),
+    (['--model', 'no/network'], 'found compact'),  # before it is loaded
+    (['--model', 'tyny', '--set', 'reconstruction.decoder=transformer'], 'did you mean tiny'),
     (['--device', 'cuda'], 'beside a feed-forward network'),
     (['--set', 'reconstruction.decoder=transformer'], 'choose one with --model'),
     (['--set', 'reconstruction.decoder=mast3r'], 'transformer')])

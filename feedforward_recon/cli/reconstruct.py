@@ -61,9 +61,11 @@ def reconstruct_command(source: Source, options: SourceOptions, network: Network
     from dataclasses import replace
 
     from feedforward_recon.model.compact import CompactEncoder
+    from feedforward_recon.reconstruction.decoders import check_decoder
     from feedforward_recon.session.photos import reconstruct_frames
 
     chosen = settings(PhotoConfig(), config, set_)
+    check_decoder(chosen.reconstruction, network.feeds_forward)
     check_out(out, overwrite)
     predictor = _predictor(network)
     frames = open_source(source, replace(options, mixed_sizes=True, use_depth=False,

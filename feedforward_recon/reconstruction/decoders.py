@@ -13,23 +13,29 @@ from feedforward_recon.reconstruction.shots import Shot
 from feedforward_recon.reconstruction.transformer_pairs import TransformerPairs
 
 
+def check_decoder(config: ReconstructionConfig, has_network: bool) -> None:
+    """Raises ConfigError for a decoder without its network, and for what it does not use."""
+    if config.decoder == 'transformer':
+        if not has_network:
+            raise ConfigError('expected a network for reconstruction.decoder transformer, found '
+                              'none; choose one with --model, such as tiny')
+    elif has_network or config.latent_alignment:
+        given = 'a network' if has_network else 'reconstruction.latent_alignment'
+        raise ConfigError(f'expected reconstruction.decoder transformer beside {given}, found '
+                          'compact; set it, or leave that out')
+
+
 def pair_network(config: ReconstructionConfig, predictor: NetworkPredictor | None
                  ) -> CollectionNetwork | None:
     """The network that decodes pairs; None where matches alone do.
 
-    Raises ConfigError for a decoder without its network, a network that is not asked and one that
-    does not decode pairs, CheckpointError for latent alignment that the weights lack.
+    Raises what ``check_decoder`` raises, ConfigError for a network that does not decode pairs,
+    CheckpointError for latent alignment that the weights lack.
     """
-    if config.decoder == 'transformer':
-        if predictor is None:
-            raise ConfigError('expected a network for reconstruction.decoder transformer, found '
-                              'none; choose one with --model, such as tiny')
-        return CollectionNetwork(predictor, align=config.latent_alignment)
-    if predictor is not None or config.latent_alignment:
-        found = 'a network' if predictor is not None else 'reconstruction.latent_alignment'
-        raise ConfigError(f'expected reconstruction.decoder transformer beside {found}, found '
-                          'compact; set it, or leave that out')
-    return None
+    check_decoder(config, predictor is not None)
+    if predictor is None:
+        return None
+    return CollectionNetwork(predictor, align=config.latent_alignment)
 
 
 def pair_decoder(shots: Sequence[Shot], config: ReconstructionConfig,
