@@ -49,6 +49,11 @@ def shot(features, camera=CAMERA, gray=None):
                 camera.size_wh)
 
 
+def decoded(decoder, i, j):
+    """One pair by itself."""
+    return decoder.decode([(i, j)], [decoder.match(i, j)])[0]
+
+
 @pytest.fixture(scope='module')
 def scene():
     """Shots of the oracle's scene from an arc, true poses, and all pairs that are decoded."""
@@ -57,7 +62,7 @@ def scene():
     decoder = CompactPairs(shots, ENCODER)
     edges = [(i, j) for i in range(CIRCLE) for j in range(i + 1, CIRCLE)]
     matches = {edge: decoder.match(*edge) for edge in edges}
-    pairs = {edge: decoder.decode(*edge, matches[edge]) for edge in edges}
+    pairs = dict(zip(edges, decoder.decode(edges, list(matches.values())), strict=True))
     return shots, poses, matches, {edge: pair for edge, pair in pairs.items() if pair is not None}
 
 
@@ -140,7 +145,7 @@ def test_a_turn_on_the_spot_keeps_the_place_and_hands_on_what_is_known(scene):
     shots = [*shots, shot(world.features(poses[4] @ turn, 99)[0])]
     decoder = CompactPairs(shots, ENCODER)
     for i in (4, 6):
-        pairs[i, CIRCLE] = decoder.decode(i, CIRCLE, decoder.match(i, CIRCLE))
+        pairs[i, CIRCLE] = decoded(decoder, i, CIRCLE)
     assert pairs[4, CIRCLE].is_turn and not pairs[6, CIRCLE].is_turn
     edges = [(0, 1), (1, 2), (2, 3), (3, 4), (4, CIRCLE), (CIRCLE, 6)]
     done = accumulate(shots, pairs, 0, edges)
@@ -159,9 +164,9 @@ def test_what_is_learnt_later_reaches_images_from_the_same_place(scene):
     one, two = CIRCLE, CIRCLE + 1
     decoder, pairs = CompactPairs(shots, ENCODER), {(0, 1): exact(scene)[0, 1]}
     for i, j in ((0, two), (one, two)):
-        pairs[i, j] = decoder.decode(i, j, decoder.match(i, j))
+        pairs[i, j] = decoded(decoder, i, j)
         assert pairs[i, j].is_turn
-    found = decoder.decode(3, one, decoder.match(3, one))
+    found = decoded(decoder, 3, one)
     pairs[3, one] = with_rotation(found, shots, (inverse(poses[3]) @ turned)[:3, :3])
     done = accumulate(shots, pairs, 0, [(0, two), (two, one), (0, 1), (one, 3)])
     assert np.flatnonzero(done.registered).tolist() == [0, 1, 3, one, two]

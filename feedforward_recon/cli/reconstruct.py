@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +12,7 @@ from feedforward_recon.config.photos import PhotoConfig
 from feedforward_recon.console.options import (
     Config,
     Json,
+    NetworkOptions,
     NewMap,
     Overwrite,
     Set,
@@ -18,6 +20,7 @@ from feedforward_recon.console.options import (
     Weights,
     check_out,
     settings,
+    takes_network,
     takes_source_options,
 )
 from feedforward_recon.console.terminal import note, print_json, print_table, progress_bar
@@ -25,14 +28,19 @@ from feedforward_recon.console.threads import one_thread
 from feedforward_recon.io import SourceOptions, open_source
 from feedforward_recon.session.offline import Run
 
+if TYPE_CHECKING:
+    from feedforward_recon.model.predictor import NetworkPredictor
+
 Workers = Annotated[int, typer.Option('--workers', min=0, help='Images and pairs worked on at '
                                       'once; 0: as many as there are cores.')]
 
 
+@takes_network
 @takes_source_options
-def reconstruct_command(source: Source, options: SourceOptions, out: NewMap, workers: Workers = 0,
-                        overwrite: Overwrite = False, json_: Json = False, config: Config = None,
-                        set_: Set = None, encoder: Weights = None) -> None:
+def reconstruct_command(source: Source, options: SourceOptions, network: NetworkOptions,
+                        out: NewMap, workers: Workers = 0, overwrite: Overwrite = False,
+                        json_: Json = False, config: Config = None, set_: Set = None,
+                        encoder: Weights = None) -> None:
     """Reconstruct photos in any order, or a video; the map is like that of `ffrecon map`.
 
     Images are compared with those most like them, poses are put together along a tree of pairs,
@@ -40,25 +48,32 @@ def reconstruct_command(source: Source, options: SourceOptions, out: NewMap, wor
     that of EXIF, or guessed, and refined if it is that of one camera. Images that share too
     little with the others get no pose, and the reason is said.
 
+    With --model and reconstruction.decoder=transformer a feed-forward network says the motion and
+    the depth of each pair, at the features that match.
+
     Examples:
       ffrecon reconstruct photos/ --out maps/church
       ffrecon reconstruct photos/ --fov 65 --out maps/church
       ffrecon reconstruct photos/ --set reconstruction.neighbours=30 --out maps/church
+      ffrecon reconstruct photos/ --model vggt --set reconstruction.decoder=transformer -o maps/a
       ffrecon export maps/church --format colmap --out colmap/church
     """
     from dataclasses import replace
 
     from feedforward_recon.model.compact import CompactEncoder
+    from feedforward_recon.reconstruction.decoders import check_decoder
     from feedforward_recon.session.photos import reconstruct_frames
 
     chosen = settings(PhotoConfig(), config, set_)
+    check_decoder(chosen.reconstruction, network.feeds_forward)
     check_out(out, overwrite)
+    predictor = _predictor(network)
     frames = open_source(source, replace(options, mixed_sizes=True, use_exif=True,
                                          use_depth=False, use_stereo=False))
     describing = CompactEncoder.load(encoder, chosen.encoder)
-    with one_thread():
-        run = reconstruct_frames(frames, chosen, describing, workers=workers, total=len(frames),
-                                 progress=progress_bar)
+    with nullcontext() if predictor else one_thread():
+        run = reconstruct_frames(frames, chosen, describing, predictor=predictor, workers=workers,
+                                 total=len(frames), progress=progress_bar)
     saved = run.save(out)
     summary = {**summarise(run, saved), 'unregistered': _unregistered(run)}
     if json_:
@@ -68,6 +83,15 @@ def reconstruct_command(source: Source, options: SourceOptions, out: NewMap, wor
     for reason, files in summary['unregistered'].items():
         note(f'no pose ({reason}): {", ".join(files)}')
     note(f'find new images in it: ffrecon localize {saved.path} IMAGES')
+
+
+def _predictor(network: NetworkOptions) -> NetworkPredictor | None:
+    from feedforward_recon.model.predictor import load_predictor
+
+    if not network.feeds_forward:
+        return None
+    return load_predictor(network.model, network.attention or None, network.device,
+                          network.weights or None)
 
 
 def _unregistered(run: Run) -> dict[str, list[str]]:

@@ -24,6 +24,12 @@ class ReconstructionConfig:
                        choices=('shortest', 'spanning'))
     cost: str = option('linear', 'cost of a pair by the similarity S of its images: 1 - S, '
                        '(1 - S)^2, or the angle', choices=('linear', 'square', 'angle'))
+    decoder: str = option('compact', 'what says the motion and the points of two images: their '
+                          'matches alone or, at these, a network that sees both (--model)',
+                          choices=('compact', 'transformer'))
+    latent_alignment: bool = option(False, 'the network of decoder transformer sees all images '
+                                    'together before it decodes pairs; needs weights with it')
+    batch: int = option(16, 'pairs that the network decodes at once', low=1, high=1000)
     refine: bool = option(True, 'bundle adjustment of all tracks, and alignment of patches')
     map_keypoints: int = option(1000, 'features that each image keeps in the map, and that images '
                                 'are looked for with in it', low=50, high=4000)

@@ -166,6 +166,8 @@ MODEL_FLAGS = {
                     metavar=METAVARS.get(spec.name, 'NAME'))
     for spec in dataclasses.fields(NetworkOptions)}
 takes_model_options = takes(NetworkOptions, 'network', MODEL_FLAGS)
+takes_network = takes(NetworkOptions, 'network', {
+    name: MODEL_FLAGS[name] for name in ('model', 'attention', 'device', 'weights')})
 
 
 def settings(base: C, file: Path | None, assignments: list[str] | None) -> C:

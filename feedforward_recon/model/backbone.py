@@ -2,6 +2,7 @@
 
 Each image is encoded by DINOv2; one camera token and four registers are put before its
 patches. Frame blocks attend within a frame, global blocks over all tokens of all frames.
+Between encoder and blocks, the images of a collection may be aligned (`latent_alignment`).
 A global block is the only place where frames meet, and so the only place that keeps a state of
 the scene: its attention takes a state and returns one (see ``model/attention``).
 """
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from feedforward_recon.model.latent_alignment import LatentAlignment
 from feedforward_recon.model.layers import Block, BlockConfig, GlobalBlock
 from feedforward_recon.model.rope import patch_positions
 from feedforward_recon.model.vit import DinoV2, VitConfig, grid_of, normalised
@@ -29,17 +31,24 @@ class BackboneConfig:
     """Shape of the aggregator.
 
     levels: the pairs of blocks whose outputs the dense heads read; the camera head reads the
-        last of them.
+        last of them. alignment: blocks of latent alignment before them; no official network
+        has any.
     """
 
     vit: VitConfig = field(default_factory=VitConfig)
     depth: int = 24
     levels: tuple[int, int, int, int] = (4, 11, 17, 23)
+    alignment: int = 0
 
     @property
     def block(self) -> BlockConfig:
         """One frame or global block."""
         return BlockConfig(self.vit.dim, self.vit.heads, qk_norm=True)
+
+    @property
+    def alignment_block(self) -> BlockConfig:
+        """One block of latent alignment."""
+        return BlockConfig(self.vit.dim, self.vit.heads, layer_scale=None)
 
 
 @dataclass(frozen=True)
@@ -132,6 +141,8 @@ class Aggregator(nn.Module):
         self.global_blocks = nn.ModuleList([
             GlobalBlock(config.block, global_attention(config.block, index))
             for index in range(config.depth)])
+        if config.alignment:
+            self.latent_alignment = LatentAlignment(config.alignment_block, config.alignment)
 
     def forward(self, images: torch.Tensor, states: Sequence[Any], *, write: bool,
                 has_first: bool, demand: Demand = EVERYTHING,
@@ -144,8 +155,30 @@ class Aggregator(nn.Module):
         has_first: frame 0 of these images is the first of the scene, whose camera is the
             world; queries and later chunks of a scene have none.
         """
-        shape, grid_hw = images.shape[:2], grid_of(images)
-        x = self._embed(images, has_first)  # [B * N, P, C]
+        x = self._with_special(self.aligned(self.encode(images)), has_first)
+        return self._joined(x, grid_of(images), images.shape[:2], states, write, demand)
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [B, N, 3, H, W] in 0..1 -> patch tokens [B, N, T, C] of each by itself."""
+        return self.patch_embed(images.flatten(0, 1), normalised).unflatten(0, images.shape[:2])
+
+    def aligned(self, patches: torch.Tensor) -> torch.Tensor:
+        """Patch tokens [B, N, T, C] of B collections; the same without latent alignment."""
+        if not self.config.alignment:
+            return patches
+        return torch.stack([self.latent_alignment(collection) for collection in patches])
+
+    def decode(self, patches: torch.Tensor, grid_hw: tuple[int, int], states: Sequence[Any], *,
+               write: bool, has_first: bool, demand: Demand = EVERYTHING,
+               ) -> tuple[Tokens, tuple[Any, ...]]:
+        """As `forward`, of patch tokens [B, N, T, C], which stay as they are."""
+        return self._joined(self._with_special(patches, has_first), grid_hw, patches.shape[:2],
+                            states, write, demand)
+
+    def _joined(self, x: torch.Tensor, grid_hw: tuple[int, int], shape: tuple[int, ...],
+                states: Sequence[Any], write: bool, demand: Demand,
+                ) -> tuple[Tokens, tuple[Any, ...]]:
+        """All tokens [B * N, P, C], in whose place the blocks work, of B x N frames."""
         positions = patch_positions(grid_hw, SPECIAL, x.device)
         levels, after = Levels(demand), list(states)
         for index, (local, joint) in enumerate(
@@ -162,12 +195,11 @@ class Aggregator(nn.Module):
                 after[index] = state
         return levels.tokens(grid_hw), tuple(after)
 
-    def _embed(self, images: torch.Tensor, has_first: bool) -> torch.Tensor:
-        """Patch tokens with the special tokens before them, [B * N, P, C]."""
-        patches = self.patch_embed(images.flatten(0, 1), normalised)
+    def _with_special(self, patches: torch.Tensor, has_first: bool) -> torch.Tensor:
+        """Patch tokens [B, N, T, C] with the special tokens before them, [B * N, P, C]."""
         special = torch.cat((self.camera_token, self.register_token), 2)  # [1, 2, 5, C]
-        slots = torch.ones(images.shape[1], dtype=torch.long, device=patches.device)
+        slots = torch.ones(patches.shape[1], dtype=torch.long, device=patches.device)
         if has_first:
             slots[0] = 0
-        special = special[:, slots].expand(len(images), -1, -1, -1).flatten(0, 1)
-        return torch.cat((special.to(patches.dtype), patches), 1)
+        special = special[:, slots].expand(len(patches), -1, -1, -1)
+        return torch.cat((special.to(patches.dtype), patches), 2).flatten(0, 1)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from feedforward_recon.model.dpt import DptConfig
 from feedforward_recon.model.pi3 import Pi3, Pi3Config
 from feedforward_recon.model.vggt import Vggt, VggtConfig
 from feedforward_recon.model.vit import VitConfig
-from feedforward_recon.model.weights.checkpoints import load_weights
+from feedforward_recon.model.weights.checkpoints import load_weights, tensor_shapes
 from feedforward_recon.model.weights.registry import ALIASES, find_weights
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ CONFIGS: dict[str, Config] = {
 OPTIONS: dict[str, dict[str, Any]] = {'vgg-t3': {'ttt': TttOptions(steps=2)}}
 # Networks whose attentions within images are of the sparse kind too, as Lite3R has them.
 SPARSE_EVERYWHERE = {'lite3r-vggt', 'lite3r-da3'}
+ALIGNMENT_NAME = re.compile(r'aggregator\.latent_alignment\.blocks\.(\d+)\.')
 
 
 def config_of(name: str, attention: str | None = None) -> Config:
@@ -75,15 +78,19 @@ def config_of(name: str, attention: str | None = None) -> Config:
     return config if attention is None else dataclasses.replace(config, attention=attention)
 
 
-def build(name: str, attention: str | None = None, device: str | torch.device = 'cpu',
-          **options: Any) -> Network:
+def build(name: str, attention: str | None = None, device: str | torch.device = 'cpu', *,
+          alignment: int = 0, **options: Any) -> Network:
     """A network in evaluation mode with initial weights (none on the device `meta`).
 
     attention: another variant for the global blocks than the one of the name.
+    alignment: blocks of latent alignment, of networks of the kind of VGGT.
     options: fields of `AttentionConfig`, for example ``ttt=TttOptions(steps=1)``.
     Raises ConfigError for an unknown model or attention.
     """
     config, key = config_of(name, attention), ALIASES.get(name, name)
+    if alignment and isinstance(config, VggtConfig):
+        backbone = dataclasses.replace(config.backbone, alignment=alignment)
+        config = dataclasses.replace(config, backbone=backbone)
     options = {**OPTIONS.get(key, {}), **options}
     with torch.device(device):
         network = network_of(config, **options)
@@ -108,16 +115,24 @@ def load(name: str, weights: str | Path | None = None, *, attention: str | None 
     """A network with its weights, on ``device``; nothing exists twice on the way.
 
     weights: a file, or a name that `ffrecon weights list` shows; without, the checkpoint that is
-        named like the network. sha256: what the file must hash to; '' skips the check.
+        named like the network. Where they have latent alignment, so has the network.
+    sha256: what the file must hash to; '' skips the check.
     attention, options: as for `build`.
     Raises ConfigError for an unknown name or a device that is not there, CheckpointError for
     weights that are missing or do not fit (`checkpoints.load_weights`).
     """
     place = device_of(device)
-    network = build(name, attention, 'meta', **options)
+    config_of(name, attention)
     file = find_weights(weights or ALIASES.get(name, name))
+    network = build(name, attention, 'meta', alignment=alignment_blocks(tensor_shapes(file)),
+                    **options)
     load_weights(network, file, sha256=sha256, device=place)
     return network
+
+
+def alignment_blocks(names: Iterable[str]) -> int:
+    """How many blocks of latent alignment the weights of these names have."""
+    return len({match[1] for name in names if (match := ALIGNMENT_NAME.match(name))})
 
 
 def device_of(name: str | torch.device) -> torch.device:

@@ -64,8 +64,11 @@ def predict_distributed(model: Vggt, images: torch.Tensor, group: dist.ProcessGr
     images: the frames of this process, [B, N, 3, H, W]; rank 0 has the first of the scene.
     demand: what is wanted of them; frames are counted from the first of this process.
     Returns what they show, in the world of the first frame of all, and the memory of the whole
-    scene, the same on every process.
+    scene, the same on every process. Raises ConfigError for a network with latent alignment.
     """
+    if model.aligns:
+        raise ConfigError('expected a network without latent alignment, which one process has to '
+                          'see whole, found one with it; use one process')
     exchange, rank = AcrossProcesses(group), dist.get_rank(group)
     empty = model.empty_memory(len(images))
     with sequence_parallel(model, group):

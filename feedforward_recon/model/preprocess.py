@@ -57,7 +57,7 @@ def crop(images: Sequence[NDArray], size: int = 518) -> list[PreparedImage]:
         start = max(0, (rows - size) // 2)
         placed.append(replace(resized, image=resized.image[start:start + size],
                               offset_xy=(0, -start)))
-    return _padded_to_common_size(placed)
+    return padded_to_common_size(placed)
 
 
 def match_pixels(images: Sequence[NDArray], pixels: int = PI3_PIXELS,
@@ -94,6 +94,17 @@ def longest_side(images: Sequence[NDArray], size: int = 504) -> list[PreparedIma
         scale_y, scale_x = np.array(second) / image.shape[:2]
         placed.append(PreparedImage(resized, (scale_x, scale_y)))
     return _cropped_to_common_size(placed)
+
+
+def padded_to_common_size(placed: list[PreparedImage]) -> list[PreparedImage]:
+    """Images of several sizes with white around them, all of the size of the largest sides."""
+    sizes = {p.image.shape[:2] for p in placed}
+    if len(sizes) < 2:
+        return placed
+    common = tuple(max(size[axis] for size in sizes) for axis in (0, 1))
+    log.warning('images of %d sizes: white is put around them up to %dx%d', len(sizes),
+                common[1], common[0])
+    return [_padded(p, common) for p in placed]
 
 
 def stacked(placed: Sequence[PreparedImage]) -> torch.Tensor:
@@ -194,16 +205,6 @@ def _padded(placed: PreparedImage, size_hw: Sequence[int]) -> PreparedImage:
     canvas[top:top + height, left:left + width] = placed.image
     x, y = placed.offset_xy
     return replace(placed, image=canvas, offset_xy=(x + left, y + top))
-
-
-def _padded_to_common_size(placed: list[PreparedImage]) -> list[PreparedImage]:
-    sizes = {p.image.shape[:2] for p in placed}
-    if len(sizes) < 2:
-        return placed
-    common = tuple(max(size[axis] for size in sizes) for axis in (0, 1))
-    log.warning('images of %d sizes: white is put around them up to %dx%d', len(sizes),
-                common[1], common[0])
-    return [_padded(p, common) for p in placed]
 
 
 def _cropped_to_common_size(placed: list[PreparedImage]) -> list[PreparedImage]:

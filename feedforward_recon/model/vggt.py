@@ -150,14 +150,47 @@ class Vggt(nn.Module):
 
         With ``write=False`` the memory given is returned as it is. An empty memory makes the
         first image the world. The images may lie in main memory, wherever the network is.
-        Autocast, if any, is the caller's; the heads always run in float32. Raises InputError
-        for images whose sides are not multiples of 14 px.
+        With latent alignment they are the collection. Autocast, if any, is the caller's; the
+        heads always run in float32. Raises InputError for images whose sides are not multiples
+        of 14 px.
         """
         _check_images(images)
         memory = self.empty_memory(len(images)) if memory is None else memory
+        tokens, states = self.aggregator(images, memory.states, write=write, demand=demand,
+                                         has_first=not memory.camera_tokens.shape[1])
+        return self._answer(tokens, states, memory, write, demand)
+
+    @property
+    def aligns(self) -> bool:
+        """Whether there is latent alignment."""
+        return self.config.backbone.alignment > 0
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [B, N, 3, H, W] in 0..1 -> patch tokens [B, N, T, C] of each by itself.
+
+        Raises InputError as `forward`.
+        """
+        _check_images(images)
+        return self.aggregator.encode(images)
+
+    def aligned(self, patches: torch.Tensor) -> torch.Tensor:
+        """Patch tokens [B, N, T, C] of B collections; the same without latent alignment."""
+        return self.aggregator.aligned(patches)
+
+    def decode(self, patches: torch.Tensor, grid_hw: tuple[int, int],
+               demand: Demand = EVERYTHING) -> tuple[Reconstruction, NetworkState]:
+        """What B windows [B, N, T, C] of encoded images show, each a scene of its own.
+
+        grid_hw: rows and columns of patches. `forward` is ``decode(aligned(encode(images)))``.
+        """
+        memory = self.empty_memory(len(patches))
+        tokens, states = self.aggregator.decode(patches, grid_hw, memory.states, write=True,
+                                                has_first=True, demand=demand)
+        return self._answer(tokens, states, memory, True, demand)
+
+    def _answer(self, tokens: Tokens, states: tuple[Any, ...], memory: NetworkState, write: bool,
+                demand: Demand) -> tuple[Reconstruction, NetworkState]:
         known = memory.camera_tokens.shape[1]
-        tokens, states = self.aggregator(images, memory.states, write=write,
-                                         has_first=not known, demand=demand)
         with torch.autocast(tokens.camera.device.type, enabled=False):
             cameras = torch.cat((memory.camera_tokens,
                                  tokens.camera.to(memory.camera_tokens)), 1)

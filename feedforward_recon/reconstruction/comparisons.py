@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -41,7 +42,10 @@ class Comparisons:
     def match(self, wanted: np.ndarray) -> int:
         """Compare pairs i < j [P, 2]; returns how many are new."""
         new = [edge for edge in map(tuple, wanted.tolist()) if edge not in self.matches]
-        for edge, (matches, pair) in zip(new, self._mapped(self._compared, new), strict=True):
+        batches = [new[start:start + self._decoder.batch]
+                   for start in range(0, len(new), self._decoder.batch)]
+        found = chain.from_iterable(self._mapped(self._compared, batches))
+        for edge, (matches, pair) in zip(new, found, strict=True):
             self.matches[edge] = matches
             if pair is not None:
                 self.pairs[edge] = pair
@@ -53,7 +57,8 @@ class Comparisons:
         Those that were compared in vain and look more alike when rolled can be compared again.
         """
         new = [image for image in images.tolist() if image not in self._rolls]
-        for image, rolled in zip(new, self._mapped(self._decoder.rolled, new), strict=True):
+        found = chain.from_iterable(self._mapped(self._rolled, [[image] for image in new]))
+        for image, rolled in zip(new, found, strict=True):
             likeness = rolled @ self._descriptors.T
             self._rolls[image] = likeness.argmax(0)
             self.S[image] = self.S[:, image] = likeness.max(0)
@@ -63,20 +68,24 @@ class Comparisons:
         for edge in in_vain:
             del self.matches[edge]
 
+    def _rolled(self, images: list[int]) -> list[np.ndarray]:
+        return [self._decoder.rolled(image) for image in images]
+
     def _roll(self, i: int, j: int) -> tuple[int, int]:
         """How i and j are rolled when they are compared; one is not."""
         if i in self._rolls:
             return int(self._rolls[i][j]), 0
         return 0, int(self._rolls[j][i]) if j in self._rolls else 0
 
-    def _compared(self, edge: Edge) -> tuple[FeatureMatches, PairGeometry | None]:
-        i, j = edge
+    def _compared(self, edges: list[Edge]) -> list[tuple[FeatureMatches, PairGeometry | None]]:
+        matches = [self._matched(*edge) for edge in edges]
+        return list(zip(matches, self._decoder.decode(edges, matches), strict=True))
+
+    def _matched(self, i: int, j: int) -> FeatureMatches:
         roll_i, roll_j = self._roll(i, j)
         if roll_j:
-            matches = self._decoder.match(j, i, roll_j).swapped
-        else:
-            matches = self._decoder.match(i, j, roll_i)
-        return matches, self._decoder.decode(i, j, matches)
+            return self._decoder.match(j, i, roll_j).swapped
+        return self._decoder.match(i, j, roll_i)
 
 
 def compared(shots: Sequence[Shot], decoder: PairDecoder, config: ReconstructionConfig,

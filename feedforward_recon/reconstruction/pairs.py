@@ -31,7 +31,8 @@ class PairGeometry:
     feature_i, feature_j: index [M] of the features that match and agree with the motion.
     T_i_j: pose [4, 4] of j in the frame of i, in a unit of the pair's own; no translation for a
     turn on the spot. points: [M, 3] in the frame of i and in that unit, NaN for a turn.
-    confidence: [M], one over the expected relative error of a depth.
+    confidence: [M], one over the expected relative error of a depth. has_depth: the points are
+    from depth that a network says, not from the rays of both images.
     """
 
     i: int
@@ -41,6 +42,7 @@ class PairGeometry:
     T_i_j: np.ndarray
     points: np.ndarray
     confidence: np.ndarray
+    has_depth: bool = False
 
     def __len__(self) -> int:
         return len(self.feature_i)
@@ -56,7 +58,7 @@ class PairGeometry:
             return self
         T = inverse(self.T_i_j)
         return PairGeometry(self.j, self.i, self.feature_j, self.feature_i, T,
-                            transform_points(T, self.points), self.confidence)
+                            transform_points(T, self.points), self.confidence, self.has_depth)
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ Pairs = Mapping[Edge, PairGeometry]
 
 
 class PairDecoder(Protocol):
-    """What turns two images into geometry."""
+    """What turns two images into geometry. batch: pairs that it decodes together at most."""
+
+    batch: int
 
     def rolled(self, image: int) -> np.ndarray:
         """Global descriptors [ROLLS, G] of an image as it is, and with the camera rolled."""
@@ -92,12 +96,18 @@ class PairDecoder(Protocol):
     def match(self, i: int, j: int, roll: int = 0) -> FeatureMatches:
         """Features of images i and j that may show the same, i rolled (``shots.rolled``)."""
 
-    def decode(self, i: int, j: int, matches: FeatureMatches) -> PairGeometry | None:
-        """The motion that matches agree with; None where the images do not show the same."""
+    def decode(self, edges: Sequence[Edge], matches: Sequence[FeatureMatches]
+               ) -> list[PairGeometry | None]:
+        """The motion that the matches of each pair agree with.
+
+        None where the images do not show the same.
+        """
 
 
 class CompactPairs:
     """Pairs from matched descriptors and the essential matrix."""
+
+    batch = 1
 
     def __init__(self, shots: Sequence[Shot], encoder: CompactEncoder, seed: int = 0) -> None:
         self._shots, self._encoder, self._seed = shots, encoder, seed
@@ -118,8 +128,12 @@ class CompactPairs:
             self._rolled[i, roll] = _keys(rolled(self._shots[i], self._encoder, roll))
         return mutual(self._rolled[i, roll] if roll else self._keys[i], self._keys[j])
 
-    def decode(self, i: int, j: int, matches: FeatureMatches) -> PairGeometry | None:
-        """The motion that matches agree with; None where the images do not show the same."""
+    def decode(self, edges: Sequence[Edge], matches: Sequence[FeatureMatches]
+               ) -> list[PairGeometry | None]:
+        """The motions of pairs, one after the other (see ``PairDecoder``)."""
+        return [self._decoded(i, j, found) for (i, j), found in zip(edges, matches, strict=True)]
+
+    def _decoded(self, i: int, j: int, matches: FeatureMatches) -> PairGeometry | None:
         a, b = self._shots[i], self._shots[j]
         chosen = matches.distinct
         if chosen.sum() < MIN_DISTINCT:
@@ -163,8 +177,13 @@ def with_rotation(pair: PairGeometry, shots: Sequence[Shot], R_i_j: np.ndarray
         return replace(pair, T_i_j=T)
     motion = moved_along(R_i_j, pair.T_i_j[:3, 3], a.xy[pair.feature_i], b.xy[pair.feature_j],
                          _tolerance(a, b))
-    if motion.inliers.sum() < MIN_INLIERS:
+    good = motion.inliers
+    if good.sum() < MIN_INLIERS:
         return None
+    if pair.has_depth:
+        T = make_transform(R_i_j, motion.T_a_b[:3, 3] * np.linalg.norm(pair.T_i_j[:3, 3]))
+        return replace(pair, feature_i=pair.feature_i[good], feature_j=pair.feature_j[good],
+                       T_i_j=T, points=pair.points[good], confidence=pair.confidence[good])
     return _pair(pair.i, pair.j, pair.feature_i, pair.feature_j, motion, _tolerance(a, b))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import cv2
@@ -10,6 +11,7 @@ import numpy as np
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.model import Encoder
 from feedforward_recon.model.compact import CompactEncoder, scaled_down
+from feedforward_recon.model.preprocess import PreparedImage
 from feedforward_recon.types import Features, Frame
 
 # Descriptors bear a roll of 30 degrees: docs/experiments.md, Photos.
@@ -34,7 +36,8 @@ class Shot:
 
     xy: normalised coordinates [N, 2] of the features; rgb: their colours uint8 [N, 3]; gray: the
     image uint8 [H, W]. Large images are seen at the size that the encoder sees; size_wh:
-    of the photo before. camera_source: 'given', 'exif' or 'guessed'.
+    of the photo before. camera_source: 'given', 'exif' or 'guessed'. prepared: as the network
+    sees it that decodes pairs, if one does.
     """
 
     features: Features
@@ -46,6 +49,7 @@ class Shot:
     stamp_ns: int = 0
     source: str = ''
     camera_source: str = 'given'
+    prepared: PreparedImage | None = None
 
     def seen_by(self, camera: Camera) -> Shot:
         """The same image, taken by another camera."""
@@ -53,9 +57,11 @@ class Shot:
 
 
 def shot_of(frame: Frame, camera: Camera, encoder: Encoder, max_pixels: int, *,
-            camera_source: str = 'given') -> Shot:
+            camera_source: str = 'given',
+            prepare: Callable[[np.ndarray], PreparedImage] | None = None) -> Shot:
     """Encode a frame, at the size of at most ``max_pixels`` that the encoder sees.
 
+    prepare: gives the image as a network sees it.
     Raises InputError for an image that is not RGB.
     """
     height, width = frame.image.shape[:2]
@@ -66,7 +72,7 @@ def shot_of(frame: Frame, camera: Camera, encoder: Encoder, max_pixels: int, *,
     column, row = np.clip(np.rint(features.keypoints), 0, limits).astype(int).T
     return Shot(features, camera, camera.normalise(features.keypoints), image[row, column],
                 cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (width, height), frame.stamp_ns,
-                frame.source, camera_source)
+                frame.source, camera_source, prepare and prepare(image))
 
 
 def rolled(shot: Shot, encoder: CompactEncoder, roll: int) -> Features:

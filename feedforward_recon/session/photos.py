@@ -22,9 +22,12 @@ from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.mapping.scene_map import Stats
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.model import Encoder
+from feedforward_recon.model.collection import CollectionNetwork
 from feedforward_recon.model.compact import CompactEncoder
+from feedforward_recon.model.predictor import NetworkPredictor
+from feedforward_recon.model.preprocess import PreparedImage
 from feedforward_recon.reconstruction.comparisons import Mapped
-from feedforward_recon.reconstruction.pairs import CompactPairs
+from feedforward_recon.reconstruction.decoders import pair_decoder, pair_network
 from feedforward_recon.reconstruction.pipeline import Reconstructed, reconstruct
 from feedforward_recon.reconstruction.scene import growing_map, scene_map
 from feedforward_recon.reconstruction.shots import Photo, Shot, shot_of
@@ -39,28 +42,34 @@ CLOSE, ATTEMPTS = 0.05, 3
 
 
 def reconstruct_frames(frames: Iterable[Frame], config: PhotoConfig | None = None,
-                       encoder: CompactEncoder | None = None, *, workers: int = 0, total: int = 0,
-                       progress: Progress = quiet) -> Run:
+                       encoder: CompactEncoder | None = None, *,
+                       predictor: NetworkPredictor | None = None, workers: int = 0,
+                       total: int = 0, progress: Progress = quiet) -> Run:
     """Reconstruct images in any order, and write the scene memory.
 
+    predictor: the network of ``reconstruction.decoder`` transformer.
     workers: images and pairs that are worked on at once; 0: as many as there are cores. total: how
     many images there are, for the progress.
-    Raises InputError for an image that cannot be used, MapError where no images show the same.
+    Raises InputError for an image that cannot be used, MapError where no images show the same,
+    ConfigError or CheckpointError for a network that does not do what the settings say.
     """
     config = config or PhotoConfig()
+    network = pair_network(config.reconstruction, predictor)
     encoder = encoder or CompactEncoder.load(config=config.encoder)
     started = time.perf_counter()
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         reading = _Reading(frames)
         with progress('features', total) as bar:
             shots, photos, truth = _encoded(reading, encoder, config.encoder.max_pixels, pool,
-                                             bar)
+                                             bar, network.prepared if network else None)
         if len(shots) < 2:
             found = f'{len(photos)}' if len(photos) < 2 else f'{len(photos)} copies of one'
             raise InputError(f'expected at least two different images, found {found}; one alone '
                              'has no depth: give more views of the same place')
         with progress('pairs', 0) as bar:
-            shots, done = _reconstructed(shots, config, encoder, _counting(pool.map, bar))
+            # A network takes all cores itself.
+            at_once = _counting(map if network else pool.map, bar)
+            shots, done = _reconstructed(shots, config, encoder, at_once, network)
     if done.registered.sum() < 2 or not len(done.structure.tracks):
         raise MapError('expected images that show the same place from different sides, found none '
                        f'among {len(shots)}; take them closer together')
@@ -77,15 +86,19 @@ def reconstruct_frames(frames: Iterable[Frame], config: PhotoConfig | None = Non
 
 
 def _reconstructed(shots: list[Shot], config: PhotoConfig, encoder: CompactEncoder,
-                   mapped: Mapped) -> tuple[list[Shot], Reconstructed]:
+                   mapped: Mapped, network: CollectionNetwork | None
+                   ) -> tuple[list[Shot], Reconstructed]:
     """The reconstruction, and the images as they were seen in it.
 
     Where the focal length was guessed far off, all is done again with the one that was found:
     motions of pairs are as wrong as it was.
     """
+    collection = network.collected([shot.prepared for shot in shots if shot.prepared]
+                                   ) if network else None
     for attempt in range(ATTEMPTS):
         calibration = open_calibration(shots)
-        done = reconstruct(shots, CompactPairs(shots, encoder, config.reconstruction.seed),
+        decoder = pair_decoder(shots, encoder, config.reconstruction, collection)
+        done = reconstruct(shots, decoder,
                            config.reconstruction, calibration, mapped)
         scale = done.structure.cameras[0].fx / shots[0].camera.fx
         if 'focal' not in calibration or abs(np.log(scale)) < CLOSE or attempt + 1 == ATTEMPTS:
@@ -122,13 +135,15 @@ def _camera_source(shots: Sequence[Shot], config: PhotoConfig) -> str:
 
 
 def _encoded(frames: Iterable[Frame], encoder: Encoder, max_pixels: int,
-             pool: ThreadPoolExecutor, bar: ProgressBar
+             pool: ThreadPoolExecutor, bar: ProgressBar,
+             prepare: Callable[[np.ndarray], PreparedImage] | None
              ) -> tuple[list[Shot], list[Photo], list[tuple[int, Any]]]:
     """Different frames as shots, all frames, and the stamped poses that came with them."""
     def shot(frame: Frame) -> Shot:
         height, width = frame.image.shape[:2]
         return shot_of(frame, frame.camera or guessed_camera((width, height)), encoder, max_pixels,
-                       camera_source=frame.camera_source if frame.camera else 'guessed')
+                       camera_source=frame.camera_source if frame.camera else 'guessed',
+                       prepare=prepare)
 
     shots, photos, truth = [], [], []
     known: dict[bytes, int] = {}
@@ -175,8 +190,9 @@ def _batches(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:
 
 def _counting(mapped: Callable, bar: ProgressBar) -> Callable:
     def counted(function: Callable, items: Iterable) -> Iterator:
-        for result in mapped(function, items):
-            bar.advance()
-            yield result
+        for batch in mapped(function, items):
+            for _ in batch:
+                bar.advance()
+            yield batch
 
     return counted

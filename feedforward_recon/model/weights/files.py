@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -17,7 +18,7 @@ from torch import nn
 
 from feedforward_recon.errors import CheckpointError
 from feedforward_recon.model.compact import CompactEncoder, load_compact
-from feedforward_recon.model.configs import build
+from feedforward_recon.model.configs import alignment_blocks, build
 from feedforward_recon.model.weights.checkpoints import (
     KeyReport,
     file_sha256,
@@ -98,7 +99,7 @@ def check_weights(name_or_path: str | Path, model: str | None = None,
         against = 'published' if checkpoint.sha256 else 'first download' if _recorded(file) else ''
     shapes = tensor_shapes(file)
     architecture = model or (checkpoint.model if checkpoint else '')
-    report = match_keys(_network(architecture, attention, file), shapes)
+    report = match_keys(_network(architecture, attention, file, shapes), shapes)
     return WeightsReport(file, architecture, file.stat().st_size, sha256, against, report)
 
 
@@ -113,11 +114,11 @@ def _checkpoint_named(name_or_path: str | Path) -> Checkpoint:
                           '--model with the name of its architecture')
 
 
-def _network(model: str, attention: str | None, file: Path) -> nn.Module:
+def _network(model: str, attention: str | None, file: Path, names: Iterable[str]) -> nn.Module:
     # Files of the compact encoder carry its widths; the others have fixed ones.
     if model == CompactEncoder.name:
         return load_compact(file)
-    return build(model, attention, device='meta')
+    return build(model, attention, device='meta', alignment=alignment_blocks(names))
 
 
 def _download(checkpoint: Checkpoint) -> Path:

@@ -1,0 +1,47 @@
+"""The pair decoder that settings name, and its network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from feedforward_recon.config.photos import ReconstructionConfig
+from feedforward_recon.errors import ConfigError
+from feedforward_recon.model.collection import Collection, CollectionNetwork
+from feedforward_recon.model.compact import CompactEncoder
+from feedforward_recon.model.predictor import NetworkPredictor
+from feedforward_recon.reconstruction.pairs import CompactPairs, PairDecoder
+from feedforward_recon.reconstruction.shots import Shot
+from feedforward_recon.reconstruction.transformer_pairs import TransformerPairs
+
+
+def check_decoder(config: ReconstructionConfig, has_network: bool) -> None:
+    """Raises ConfigError for a decoder without its network, and for what it does not use."""
+    if config.decoder == 'transformer':
+        if not has_network:
+            raise ConfigError('expected a network for reconstruction.decoder transformer, found '
+                              'none; choose one with --model, such as tiny')
+    elif has_network or config.latent_alignment:
+        given = 'a network' if has_network else 'reconstruction.latent_alignment'
+        raise ConfigError(f'expected reconstruction.decoder transformer beside {given}, found '
+                          'compact; set it, or leave that out')
+
+
+def pair_network(config: ReconstructionConfig, predictor: NetworkPredictor | None
+                 ) -> CollectionNetwork | None:
+    """The network that decodes pairs; None where matches alone do.
+
+    Raises what ``check_decoder`` raises, ConfigError for a network that does not decode pairs,
+    CheckpointError for latent alignment that the weights lack.
+    """
+    check_decoder(config, predictor is not None)
+    if predictor is None:
+        return None
+    return CollectionNetwork(predictor, align=config.latent_alignment)
+
+
+def pair_decoder(shots: Sequence[Shot], encoder: CompactEncoder, config: ReconstructionConfig,
+                 collection: Collection | None) -> PairDecoder:
+    """What decodes pairs of shots: the network of a collection, or their matches alone."""
+    if collection is None:
+        return CompactPairs(shots, encoder, config.seed)
+    return TransformerPairs(shots, encoder, collection, config.batch, config.seed)

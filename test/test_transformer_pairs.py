@@ -1,0 +1,398 @@
+"""Pairs of photos from a network: with one that is right, and with the smallest that ships."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_reconstruction import CONFIG, SETTINGS, error_of, views
+
+from feedforward_recon.cli import main
+from feedforward_recon.config.photos import ReconstructionConfig
+from feedforward_recon.errors import CheckpointError, ConfigError
+from feedforward_recon.evaluation import absolute_trajectory_error
+from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.geometry.transforms import inverse, pose_error, se3_exp, transform_points
+from feedforward_recon.model import collection as collection_module
+from feedforward_recon.model.collection import CollectionNetwork
+from feedforward_recon.model.compact import CompactEncoder
+from feedforward_recon.model.configs import build
+from feedforward_recon.model.predictor import NetworkPredictor, load_predictor
+from feedforward_recon.model.preprocess import PreparedImage, crop
+from feedforward_recon.reconstruction.agreement import agreeing
+from feedforward_recon.reconstruction.comparisons import Comparisons, compared
+from feedforward_recon.reconstruction.decoders import pair_decoder, pair_network
+from feedforward_recon.reconstruction.pairs import MIN_INLIERS, CompactPairs
+from feedforward_recon.reconstruction.pipeline import assembled
+from feedforward_recon.reconstruction.shots import shot_of
+from feedforward_recon.reconstruction.transformer_pairs import TransformerPairs
+from feedforward_recon.session.photos import reconstruct_frames
+from feedforward_recon.synthetic import Room
+from feedforward_recon.types import Frame, Prediction, Trajectory
+
+CAMERA = Camera.from_fov(70.0, (320, 240))
+TRANSFORMER = replace(CONFIG, reconstruction=ReconstructionConfig(decoder='transformer', batch=5))
+UNIT = 0.4  # of the oracle's answers, metres
+
+
+@dataclass
+class Oracle:
+    """Says of each pair what is there, in the frame of its first image.
+
+    turned: rotations of its answers are so much off, radians. asked: the batches.
+    """
+
+    poses: np.ndarray
+    depth: np.ndarray
+    placed: list[PreparedImage]
+    turned: float = 0.0
+    asked: list[int] = field(default_factory=list)
+
+    def predict(self, windows):
+        self.asked.append(len(windows))
+        return [self._said(list(window)) for window in windows]
+
+    def _said(self, window):
+        T = np.stack([inverse(self.poses[window[0]]) @ self.poses[i] for i in window])
+        T[:, :3, 3] /= UNIT
+        T[1] = T[1] @ se3_exp(np.r_[0, 0, 0, 0, self.turned, 0])
+        depth = self.depth[window] / UNIT
+        return Prediction(T, np.stack([CAMERA.K] * 2), depth, np.full_like(depth, 20.0))
+
+
+@dataclass(frozen=True)
+class Views:
+    """Shots of a room, their true poses, depth, and matches of all pairs."""
+
+    shots: list
+    poses: np.ndarray
+    depth: np.ndarray
+
+    def oracle(self, **settings):
+        placed = [PreparedImage(np.zeros((240, 320, 3), np.uint8), (1.0, 1.0))
+                  for _ in self.shots]
+        return Oracle(self.poses, self.depth, placed, **settings)
+
+    def decoder(self, batch=100, **settings):
+        return TransformerPairs(self.shots, ENCODER, self.oracle(**settings), batch)
+
+
+@pytest.fixture(scope='module')
+def room():
+    """Eight views of a walk."""
+    made = Room.generate(5)
+    poses = np.stack(list(made.walk(14, seed=0, fps=4.0))[:8])
+    images, depth = zip(*(made.render(CAMERA, T) for T in poses), strict=True)
+    encoder = CompactEncoder.load(config=CONFIG.encoder)
+    shots = [shot_of(Frame(k, image, camera=CAMERA), CAMERA, encoder, 10**6)
+             for k, image in enumerate(images)]
+    return Views(shots, poses, np.stack(depth).astype(np.float32))
+
+
+EDGES = [(i, j) for i in range(8) for j in range(i + 1, 8) if j - i < 4]
+
+
+def decoded(decoder, edges=EDGES):
+    found = decoder.decode(edges, [decoder.match(*edge) for edge in edges])
+    assert len(found) == len(edges)
+    return {edge: pair for edge, pair in zip(edges, found, strict=True) if pair is not None}
+
+
+@pytest.mark.parametrize('turned', [0.0, 0.05])  # 3 degrees: its points are still right
+def test_an_oracle_gives_motions_and_points(room, turned):
+    pairs = decoded(room.decoder(turned=turned))
+    assert len(pairs) > 12
+    for (i, j), pair in pairs.items():
+        T_i_j = inverse(room.poses[i]) @ room.poses[j]
+        T_i_j[:3, 3] /= UNIT
+        distance, turn_deg = pose_error(pair.T_i_j, T_i_j)
+        assert turn_deg < 0.2 and distance < 0.05
+        assert pair.has_depth and not pair.is_turn
+        row, column = np.rint(room.shots[i].features.keypoints[pair.feature_i]).astype(int).T[::-1]
+        true = room.depth[i][row, column] / UNIT
+        off = np.abs(pair.points[:, 2] / true - 1)
+        assert np.nanmedian(off) < 0.01
+        assert pair.confidence.max() == pytest.approx(20 / 0.2)  # of the oracle, and of its loss
+        # What is sure is right: where depth jumps, the two images contradict each other.
+        assert np.quantile(off[pair.confidence > 50], 0.9) < 0.05
+
+
+def test_a_batch_is_each_pair_by_itself(room):
+    decoder = room.decoder()
+    together = decoded(decoder)
+    for edge, pair in together.items():
+        alone = decoded(decoder, [edge])[edge]
+        assert all(np.array_equal(a, b, equal_nan=True) for a, b in
+                   zip(vars(alone).values(), vars(pair).values(), strict=True))
+
+
+def compared_with(room, decoder):
+    done = Comparisons(decoder, np.zeros((8, 8)), map)
+    assert done.match(np.array(EDGES)) == len(EDGES) and done.match(np.array(EDGES)) == 0
+    return done
+
+
+def test_pairs_are_decoded_in_batches_of_bounded_size(room):
+    oracle = room.oracle()
+    done = compared_with(room, TransformerPairs(room.shots, ENCODER, oracle, 4))
+    assert set(done.matches) == set(EDGES)
+    assert max(oracle.asked) == 4 and sum(oracle.asked) <= len(EDGES)
+
+
+def test_both_decoders_say_the_same_of_a_pair(room):
+    network, compact = (compared_with(room, decoder).pairs
+                        for decoder in (room.decoder(), CompactPairs(room.shots, ENCODER)))
+    both = network.keys() & compact.keys()
+    assert len(both) > 12
+    assert np.median([pose_error(network[edge].T_i_j, compact[edge].T_i_j)[1]
+                      for edge in both]) < 1.5  # degrees: matches alone are that good
+    for edge in both:
+        a, b = network[edge], compact[edge]
+        shared = np.isin(a.feature_i, b.feature_i).mean()
+        assert shared > 0.7 and a.feature_i.dtype == b.feature_i.dtype
+        assert a.points.shape == (len(a), 3) and a.confidence.shape == (len(a),)
+
+
+def test_the_network_is_not_asked_about_images_that_share_nothing(room):
+    blank = shot_of(Frame(9, np.zeros((240, 320, 3), np.uint8)), CAMERA,
+                    CompactEncoder.load(config=CONFIG.encoder), 10**6)
+    oracle = room.oracle()
+    decoder = TransformerPairs([*room.shots, blank], ENCODER, oracle, 4)
+    assert decoded(decoder, [(0, 8)]) == {} and oracle.asked == []
+
+
+def test_images_of_two_places_are_no_pair_whatever_the_network_says(room):
+    encoder = CompactEncoder.load(config=CONFIG.encoder)
+    strangers = [shot_of(frame, CAMERA, encoder, 10**6) for frame in views(77, 4)]
+    decoder = TransformerPairs([*room.shots[:4], *strangers], ENCODER, room.oracle(), 4)
+    edges = [(i, j) for i in range(4) for j in range(4, 8)]
+    assert decoded(decoder, edges) == {}
+
+
+def test_a_pair_of_which_most_matches_disagree_is_none(room):
+    decoder, rng = room.decoder(), np.random.default_rng(0)
+    found = decoder.match(0, 1)
+    wrong = rng.random(len(found)) < 0.85
+    mixed = found.feature_j.copy()
+    mixed[wrong] = rng.permutation(mixed[wrong])
+    matches = replace(found, feature_j=mixed)
+    assert (~wrong).sum() > 2 * MIN_INLIERS
+    assert decoder.decode([(0, 1)], [matches]) == [None]
+    assert CompactPairs(room.shots, ENCODER).decode([(0, 1)], [matches]) == [None]
+
+
+def test_a_network_without_depth_still_says_the_motion(room):
+    oracle = room.oracle()
+    oracle.depth = np.zeros_like(room.depth)
+    pair = decoded(TransformerPairs(room.shots, ENCODER, oracle, 4), [(0, 1)])[0, 1]
+    T_i_j = inverse(room.poses[0]) @ room.poses[1]
+    T_i_j[:3, 3] /= UNIT
+    np.testing.assert_allclose(pair.T_i_j, T_i_j, atol=1e-9)
+    assert np.isnan(pair.points).all() and not pair.confidence.any()
+
+
+def test_depth_that_the_other_image_contradicts_is_not_trusted(room):
+    oracle = room.oracle()
+    oracle.depth = room.depth.copy()
+    oracle.depth[1, :, :160] *= 1.5
+    pair = decoded(TransformerPairs(room.shots, ENCODER, oracle, 4), [(0, 1)])[0, 1]
+    left = room.shots[1].features.keypoints[pair.feature_j, 0] < 155
+    assert left.sum() > 10 and (~left).sum() > 10
+    assert pair.confidence[left].max() < 3 < np.median(pair.confidence[~left])
+
+
+def test_places_in_a_prepared_image_are_found_again(room):
+    """Half the size, and lines cut off at the top: the same points."""
+    oracle = room.oracle()
+    pair = decoded(TransformerPairs(room.shots, ENCODER, oracle, 4), [(0, 1)])[0, 1]
+    image = PreparedImage(np.zeros((110, 160, 3), np.uint8), (0.5, 0.5), (0, -10))
+    small = np.stack([cv2.resize(d, (160, 120), interpolation=cv2.INTER_AREA)[10:]
+                      for d in room.depth])
+    seen = Oracle(room.poses, small, [image] * 8)
+    other = decoded(TransformerPairs(room.shots, ENCODER, seen, 4), [(0, 1)])[0, 1]
+    y = room.shots[0].features.keypoints[other.feature_i, 1]
+    assert np.isnan(other.points[y < 19, 2]).all() and (y < 19).any()
+    _, a, b = np.intersect1d(pair.feature_i, other.feature_i, return_indices=True)
+    ratio = other.points[b, 2] / pair.points[a, 2]
+    assert np.nanmedian(np.abs(ratio - 1)) < 0.01
+
+
+def test_pairs_keep_their_depth_when_rotations_are_averaged(room):
+    pairs = decoded(room.decoder())
+    kept = agreeing(room.shots, pairs)
+    assert len(kept) > 12
+    for (i, j), pair in kept.items():
+        assert pair.has_depth
+        length, before = (np.linalg.norm(p.T_i_j[:3, 3]) for p in (pair, pairs[i, j]))
+        assert length == pytest.approx(before)
+        row = np.isin(pairs[i, j].feature_i, pair.feature_i)
+        np.testing.assert_array_equal(pairs[i, j].points[row], pair.points)
+        other = pair.seen_from(j)
+        assert other.has_depth
+        np.testing.assert_allclose(transform_points(pair.T_i_j, other.points), pair.points,
+                                   atol=1e-9)
+
+
+def test_poses_are_put_together_from_an_oracle(room):
+    config = ReconstructionConfig(refine=False)
+    comparisons = compared(room.shots, room.decoder(), config)
+    done = assembled(room.shots, comparisons, config)
+    assert done.registered.all()
+    stamps = np.arange(8)
+    error = absolute_trajectory_error(Trajectory(stamps, done.unrefined),
+                                      Trajectory(stamps, room.poses), 'sim3')
+    assert error.rmse < 0.02 and error.rotation_median_deg < 0.1
+
+
+@pytest.fixture(scope='module')
+def photos():
+    return views(5)
+
+
+def test_the_shipped_network_maps_a_rendered_room(photos):
+    run = reconstruct_frames(photos, TRANSFORMER, predictor=load_predictor('tiny'))
+    assert len(run.scene.trajectory) == len(photos)
+    assert error_of(run, photos)[0] < 0.01
+
+
+@pytest.fixture(scope='module')
+def tiny():
+    return load_predictor('tiny')
+
+
+@pytest.mark.parametrize('half', [False, True])
+def test_a_collection_is_seen_once_and_pairs_as_the_network_sees_them(tiny, photos, monkeypatch,
+                                                                      half):
+    monkeypatch.setattr(tiny, 'half', half)
+    network = CollectionNetwork(tiny)
+    images = [frame.image for frame in photos[:5]]
+    placed = [network.prepared(image) for image in images]
+    for one, all_ in zip(placed, crop(images, 112), strict=True):
+        assert np.array_equal(one.image, all_.image) and one.scale_xy == all_.scale_xy
+    monkeypatch.setattr(collection_module, 'ENCODED_AT_ONCE', 2)
+    collection = network.collected(placed)
+    pairs = collection.predict([(0, 1), (3, 2)])
+    for window, pair in zip([(0, 1), (3, 2)], pairs, strict=True):
+        alone, _ = tiny.predict([placed[i].image for i in window])
+        for name in ('T_world_cam', 'K', 'depth', 'confidence'):
+            np.testing.assert_allclose(getattr(pair, name), getattr(alone, name), rtol=1e-4,
+                                       atol=1e-5)
+
+
+def test_large_photos_are_prepared_at_the_size_of_their_features(tiny, photos):
+    prepare, encoder = CollectionNetwork(tiny).prepared, CompactEncoder.load()
+    made = shot_of(photos[0], CAMERA, encoder, 160 * 120, prepare=prepare)
+    assert made.gray.shape == (120, 160)
+    assert made.prepared.image.shape == (84, 112, 3)
+    assert made.prepared.scale_xy == (0.7, 0.7)
+    assert shot_of(photos[0], CAMERA, encoder, 160 * 120).prepared is None
+
+
+def test_images_are_encoded_once_however_often_the_focal_length_is_tried(tiny, photos,
+                                                                       monkeypatch):
+    bare = [Frame(f.stamp_ns, f.image, source=f.source) for f in photos]
+    plain, encoded = tiny.network.encode, []
+    monkeypatch.setattr(tiny.network, 'encode', lambda images: (
+        encoded.append(images.shape[1]), plain(images))[1])
+    run = reconstruct_frames(bare, TRANSFORMER, predictor=tiny)
+    assert sum(encoded) == len(photos)
+    assert run.scene.keyframes[0].camera.fx == pytest.approx(CAMERA.fx, rel=0.02)
+
+
+def test_photos_of_several_shapes_are_one_collection(tiny, photos):
+    network = CollectionNetwork(tiny)
+    tall = np.ascontiguousarray(photos[1].image[:, 60:240])
+    placed = [network.prepared(image) for image in (photos[0].image, tall)]
+    collection = network.collected(placed)
+    (said,) = collection.predict([(0, 1)])
+    assert said.depth.shape == (2, 112, 112)
+    assert [image.offset_xy for image in collection.placed] == [(0, 14), (0, -21)]
+
+
+def test_latent_alignment_is_used_where_it_is_asked_for(tiny, photos):
+    torch.manual_seed(0)
+    network = build('tiny', alignment=4)
+    network.load_state_dict(tiny.network.state_dict(), strict=False)
+    for parameter in network.aggregator.latent_alignment.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    predictor = NetworkPredictor(network)
+    said = {}
+    for align in (False, True):
+        collections = CollectionNetwork(predictor, align=align)
+        placed = [collections.prepared(frame.image) for frame in photos[:4]]
+        said[align] = [collections.collected(placed[:count]).predict([(0, 1)])[0].depth
+                       for count in (3, 4)]
+    # Another image of the collection counts with it, and not without.
+    assert np.allclose(*said[False]) and not np.allclose(*said[True])
+    assert not np.allclose(said[False][0], said[True][0])
+
+
+def test_too_little_memory_is_one_sentence(tiny, photos, monkeypatch):
+    network = CollectionNetwork(tiny)
+    collection = network.collected([network.prepared(frame.image) for frame in photos[:2]])
+
+    def full(*_):
+        raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')
+    monkeypatch.setattr(tiny.network, 'decode', full)
+    with pytest.raises(ConfigError, match=r'room for 3 times 2 images on cpu.*batch'):
+        collection.predict([(0, 1)] * 3)
+
+
+def test_settings_choose_the_decoder(room, tiny):
+    assert pair_network(ReconstructionConfig(), None) is None
+    assert isinstance(pair_decoder(room.shots, ReconstructionConfig(), None), CompactPairs)
+    config = TRANSFORMER.reconstruction
+    assert pair_network(config, tiny) is not None
+    decoder = pair_decoder(room.shots, config, room.oracle())
+    assert isinstance(decoder, TransformerPairs) and decoder.batch == 5
+
+
+@pytest.mark.parametrize(('changes', 'name', 'error', 'sentence'), [
+    ({'decoder': 'transformer'}, None, ConfigError, 'expected a network .* --model'),
+    ({}, 'tiny', ConfigError, 'beside a network, found compact'),
+    ({'latent_alignment': True}, None, ConfigError, 'beside reconstruction.latent_alignment'),
+    ({'decoder': 'transformer'}, 'pi3-small', ConfigError, 'kind of VGGT, .* found Pi3'),
+    ({'decoder': 'transformer', 'latent_alignment': True}, 'tiny', CheckpointError,
+     'expected weights with latent alignment, found none')])
+def test_settings_that_do_not_fit_are_one_sentence(changes, name, error, sentence):
+    predictor = NetworkPredictor(build(name)) if name else None
+    with pytest.raises(error, match=sentence):
+        reconstruct_frames([], replace(CONFIG, reconstruction=ReconstructionConfig(**changes)),
+                           predictor=predictor)
+
+
+@pytest.fixture(scope='module')
+def folder(photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('photos')
+    for frame in photos:
+        cv2.imwrite(str(folder / frame.source), frame.image[..., ::-1])
+    return folder
+
+
+def test_the_command_maps_with_a_network_and_its_alignment(folder, tmp_path, capsys):
+    weights, network = tmp_path / 'aligned.safetensors', load_predictor('tiny').network
+    aligning = build('tiny', alignment=4)
+    aligning.load_state_dict(network.state_dict(), strict=False)
+    save_file(aligning.state_dict(), weights)
+    assert main(['reconstruct', str(folder), *SETTINGS, '--model', 'tiny', '--weights',
+                 str(weights), '--set', 'reconstruction.decoder=transformer',
+                 '--set', 'reconstruction.latent_alignment=true',
+                 '--out', str(tmp_path / 'map'), '--json']) == 0
+    assert json.loads(capsys.readouterr().out)['tracked'] == 14
+
+
+@pytest.mark.parametrize(('arguments', 'sentence'), [
+    (['--model', 'no/network'], 'found compact'),  # before it is loaded
+    (['--model', 'tyny', '--set', 'reconstruction.decoder=transformer'], 'did you mean tiny'),
+    (['--device', 'cuda'], 'beside a feed-forward network'),
+    (['--set', 'reconstruction.decoder=transformer'], 'choose one with --model'),
+    (['--set', 'reconstruction.decoder=mast3r'], 'transformer')])
+def test_bad_networks_are_one_sentence(folder, tmp_path, capsys, arguments, sentence):
+    assert main(['reconstruct', str(folder), '--out', str(tmp_path / 'map'), *arguments]) != 0
+    assert sentence in capsys.readouterr().err.replace('\n', ' ')
+    assert not (tmp_path / 'map').exists()
