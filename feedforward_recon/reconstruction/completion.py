@@ -6,13 +6,15 @@ plane allows two motions; what many images say together decides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from feedforward_recon.config.photos import ReconstructionConfig
-from feedforward_recon.reconstruction.comparisons import Comparisons
-from feedforward_recon.reconstruction.parts import Part, part_of, seen_by, structure_of
+from feedforward_recon.reconstruction.parts import (
+    Part,
+    PhotoSet,
+    part_of,
+    seen_by,
+    structure_of,
+)
 from feedforward_recon.reconstruction.refinement import ROUGH, Structure, refined
 from feedforward_recon.reconstruction.registration import (
     agreeing_with,
@@ -21,76 +23,74 @@ from feedforward_recon.reconstruction.registration import (
     with_placed,
 )
 from feedforward_recon.reconstruction.retrieval import pairs_with
-from feedforward_recon.reconstruction.shots import Shot
 
 # Fewer that agree in the end do not vouch for a pose.
 MIN_OBSERVATIONS = 15
 MIN_PART = 3  # images that are placed together
 
 
-def completed(part: Part, shots: Sequence[Shot], comparisons: Comparisons,
-               calibration: tuple[str, ...], config: ReconstructionConfig
-               ) -> tuple[Structure, np.ndarray]:
-    """The structure with what its points can place: other parts as a whole, single images.
+def completed(photos: PhotoSet, part: Part, among: np.ndarray) -> tuple[Structure, np.ndarray]:
+    """What a part shows, and which of some images [N] have a pose, with those its points place.
 
-    Those that are not found are compared with more of the registered ones.
+    Images that are not found are compared with more of the registered ones.
     """
     structure, registered = part.structure, part.registered
-    while not registered.all():
-        found = _placed(structure, shots, registered, comparisons, calibration, config)
-        larger, kept = _extended(structure, found, shots, registered, comparisons, calibration,
-                                 config)
+    while (missing := among & ~registered).any():
+        found = _found(photos, structure, registered, missing)
+        larger, kept = _extended(photos, structure, registered, found)
         if kept.sum() > registered.sum():
             structure, registered = larger, kept
             continue
-        comparisons.roll(np.flatnonzero(~registered))
-        if not _compared_more(comparisons, np.flatnonzero(~registered), registered, config):
+        photos.comparisons.roll(np.flatnonzero(missing))
+        if not _compared_more(photos, np.flatnonzero(missing), registered):
             break
     return structure, registered
 
 
-def with_blurred(structure: Structure, shots: Sequence[Shot], registered: np.ndarray,
-                  comparisons: Comparisons, seed: int) -> tuple[Structure, np.ndarray]:
+def with_blurred(photos: PhotoSet, structure: Structure, registered: np.ndarray,
+                 among: np.ndarray) -> tuple[Structure, np.ndarray]:
     """The structure with images whose patches cannot be aligned; they move no point."""
-    found = placed_by_points(structure, shots, registered, comparisons.matches, seed)
+    found = placed_by_points(structure, photos.shots, registered, among & ~registered,
+                             photos.comparisons.matches, photos.config.seed)
     registered = registered.copy()
     registered[list(found)] = True
-    return with_placed(structure, found, shots), registered
+    return with_placed(structure, found, photos.shots), registered
 
 
-def _extended(structure: Structure, found: dict[int, np.ndarray], shots: Sequence[Shot],
-              registered: np.ndarray, comparisons: Comparisons, calibration: tuple[str, ...],
-              config: ReconstructionConfig) -> tuple[Structure, np.ndarray]:
-    """The structure with images that were found, and which then have enough observations."""
-    if not found:
-        return structure, registered
-    _compared_more(comparisons, np.array(sorted(found)), registered, config)
-    registered, T_map_cam = registered.copy(), structure.T_map_cam.copy()
-    registered[list(found)] = True
-    T_map_cam[list(found)] = np.stack(list(found.values()))
-    seen = [shot.seen_by(camera) for shot, camera in zip(shots, structure.cameras, strict=True)]
-    pairs = agreeing_with(T_map_cam, seen, registered, comparisons.matches)
-    structure = refined(structure_of(seen, T_map_cam, registered, pairs), ROUGH[1:], calibration)
-    registered = registered & (structure.tracks.views(len(shots)) >= MIN_OBSERVATIONS)
-    return seen_by(structure, registered), registered
-
-
-def _placed(structure: Structure, shots: Sequence[Shot], registered: np.ndarray,
-            comparisons: Comparisons, calibration: tuple[str, ...], config: ReconstructionConfig
-            ) -> dict[int, np.ndarray]:
-    """Poses of images that are not registered: of the largest part of them, or one by one."""
-    other = part_of(shots, comparisons, ~registered, config, calibration)
+def _found(photos: PhotoSet, structure: Structure, registered: np.ndarray, missing: np.ndarray
+           ) -> dict[int, np.ndarray]:
+    """Poses of missing images [N]: of the largest part of them together, or one by one."""
+    shots, matches, seed = photos.shots, photos.comparisons.matches, photos.config.seed
+    other = part_of(photos, missing)
     if other.registered.sum() >= MIN_PART:
-        found = placed_together(structure, other.structure, shots, registered, other.registered,
-                                comparisons.matches, config.seed)
-        if found:
-            return found
-    alone = placed_by_points(structure, shots, registered, comparisons.matches, config.seed)
+        together = placed_together(structure, other.structure, shots, registered,
+                                   other.registered, matches, seed)
+        if together:
+            return together
+    alone = placed_by_points(structure, shots, registered, missing, matches, seed)
     return {image: placed.T_map_cam for image, placed in alone.items()}
 
 
-def _compared_more(comparisons: Comparisons, images: np.ndarray, registered: np.ndarray,
-                   config: ReconstructionConfig) -> int:
+def _extended(photos: PhotoSet, structure: Structure, registered: np.ndarray,
+              found: dict[int, np.ndarray]) -> tuple[Structure, np.ndarray]:
+    """The structure with images that were found, and which then have enough observations."""
+    if not found:
+        return structure, registered
+    _compared_more(photos, np.array(sorted(found)), registered)
+    registered, T_map_cam = registered.copy(), structure.T_map_cam.copy()
+    registered[list(found)] = True
+    T_map_cam[list(found)] = np.stack(list(found.values()))
+    seen = [shot.seen_by(camera) for shot, camera in
+            zip(photos.shots, structure.cameras, strict=True)]
+    pairs = agreeing_with(T_map_cam, seen, registered, photos.comparisons.matches)
+    structure = refined(structure_of(seen, T_map_cam, registered, pairs), ROUGH[1:],
+                        photos.calibration)
+    registered = registered & (structure.tracks.views(len(photos)) >= MIN_OBSERVATIONS)
+    return seen_by(structure, registered), registered
+
+
+def _compared_more(photos: PhotoSet, images: np.ndarray, registered: np.ndarray) -> int:
     """Compare images with the registered ones that are most like them; returns how many pairs."""
+    comparisons = photos.comparisons
     return comparisons.match(pairs_with(comparisons.S, images, np.flatnonzero(registered),
-                                        config.bridges))
+                                        photos.config.bridges))

@@ -29,39 +29,64 @@ WEAK_SHARE = 0.4
 
 
 @dataclass(frozen=True)
+class PhotoSet:
+    """Images that were compared, and how they are reconstructed.
+
+    calibration: what of their cameras is refined, as in ``geometry.refine``.
+    """
+
+    shots: Sequence[Shot]
+    comparisons: Comparisons
+    config: ReconstructionConfig
+    calibration: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.shots)
+
+
+@dataclass(frozen=True)
 class Part:
     """Images that pairs connect, on their own.
 
-    structure: of those that are registered [N]; connected: images that pairs connect; tree,
-    unrefined: as in ``Reconstructed``.
+    registered: bool [N], which have a pose. structure: what they show. connected: images that
+    pairs connect. tree: along which they were put together. accumulated: poses [N, 4, 4] from
+    that alone.
     """
 
-    structure: Structure
     registered: np.ndarray
+    structure: Structure
     connected: set[int]
     tree: Tree
-    unrefined: np.ndarray
+    accumulated: np.ndarray
 
 
-def part_of(shots: Sequence[Shot], comparisons: Comparisons, among: np.ndarray,
-          config: ReconstructionConfig, calibration: tuple[str, ...]) -> Part:
+def part_of(photos: PhotoSet, among: np.ndarray) -> Part:
     """The largest part of some images [N] that pairs connect, roughly refined."""
-    pairs = {edge: pair for edge, pair in comparisons.pairs.items() if among[list(edge)].all()}
-    connected = largest_part(len(shots), pairs)
+    shots, S = photos.shots, photos.comparisons.S
+    pairs = {edge: pair for edge, pair in photos.comparisons.pairs.items()
+             if among[list(edge)].all()}
+    connected = _largest(among, pairs)
     pairs = agreeing(shots, {edge: pair for edge, pair in pairs.items() if edge[0] in connected})
-    connected = largest_part(len(shots), pairs)
-    tree = _tree(comparisons.S, pairs, sorted(connected), config)
+    connected = _largest(among, pairs)
+    tree = _tree(S, pairs, sorted(connected), photos.config)
     placed = accumulate(shots, pairs, int(tree.order[0]), tree.edges)
     registered = placed.registered
     structure = structure_of(shots, placed.T_map_cam, registered, pairs)
-    if config.refine and len(structure.tracks):
+    if photos.config.refine and len(structure.tracks):
         before = structure.tracks.views(len(shots))
-        structure = refined(structure, ROUGH, calibration)
+        structure = refined(structure, ROUGH, photos.calibration)
         registered = registered & (structure.tracks.views(len(shots)) > WEAK_SHARE * before)
         structure = seen_by(structure, registered)
     else:
         structure = near(structure, ROUGH[0].limit_px)
-    return Part(structure, registered, connected, tree, placed.T_map_cam)
+    return Part(registered, structure, connected, tree, placed.T_map_cam)
+
+
+def _largest(among: np.ndarray, pairs: Pairs) -> set[int]:
+    """The most of some images [N] that pairs connect; one of them, where there are no pairs."""
+    if not pairs:
+        return {int(np.argmax(among))}
+    return largest_part(len(among), pairs)
 
 
 def structure_of(shots: Sequence[Shot], T_map_cam: np.ndarray, registered: np.ndarray, pairs: Pairs

@@ -16,12 +16,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from feedforward_recon.config.photos import ReconstructionConfig
-from feedforward_recon.reconstruction.comparisons import Comparisons, Mapped, compared
-from feedforward_recon.reconstruction.completion import MIN_OBSERVATIONS, completed, with_blurred
+from feedforward_recon.reconstruction.comparisons import Mapped, compared
+from feedforward_recon.reconstruction.completion import (
+    MIN_OBSERVATIONS,
+    MIN_PART,
+    completed,
+    with_blurred,
+)
 from feedforward_recon.reconstruction.pairs import PairDecoder
-from feedforward_recon.reconstruction.parts import part_of, seen_by
+from feedforward_recon.reconstruction.parts import Part, PhotoSet, part_of, seen_by
 from feedforward_recon.reconstruction.refinement import FINE, Structure, refined, sharpened
-from feedforward_recon.reconstruction.scene_graph import Tree
 from feedforward_recon.reconstruction.shots import Shot
 
 
@@ -30,40 +34,51 @@ class Reconstructed:
     """What was made of N images.
 
     registered: bool [N]; reasons: why the others are not, '' for those that are. structure: poses,
-    cameras and points. tree: along which they were put together. unrefined: poses [N, 4, 4] as
-    accumulated.
+    cameras and points. part: what it started from.
     """
 
     registered: np.ndarray
     reasons: list[str]
     structure: Structure
-    tree: Tree
-    unrefined: np.ndarray
+    part: Part
 
 
 def reconstruct(shots: Sequence[Shot], decoder: PairDecoder, config: ReconstructionConfig,
-                calibration: tuple[str, ...] = (), mapped: Mapped = map) -> Reconstructed:
-    """Reconstruct encoded images.
+                calibration: tuple[str, ...] = (), mapped: Mapped = map) -> list[Reconstructed]:
+    """Reconstruct encoded images; calibration: as in ``PhotoSet``.
 
-    calibration: what of the cameras is refined, as in ``geometry.refine``.
+    Images that nothing connects with the others have a reconstruction of their own; the largest
+    is the first.
     """
-    return assembled(shots, compared(shots, decoder, config, mapped), config, calibration)
+    return assembled(PhotoSet(shots, compared(shots, decoder, config, mapped), config,
+                              calibration))
 
 
-def assembled(shots: Sequence[Shot], comparisons: Comparisons, config: ReconstructionConfig,
-              calibration: tuple[str, ...] = ()) -> Reconstructed:
-    """The largest part of the images that pairs connect, and what is found beside it."""
-    part = part_of(shots, comparisons, np.ones(len(shots), bool), config, calibration)
+def assembled(photos: PhotoSet) -> list[Reconstructed]:
+    """One reconstruction after the other, of what the ones before it left."""
+    done = [_assembled(photos, np.ones(len(photos), bool))]
+    left = ~done[0].registered
+    while left.sum() >= MIN_PART:
+        another = _assembled(photos, left)
+        if another.registered.sum() < MIN_PART:
+            break
+        done.append(another)
+        left = left & ~another.registered
+    return sorted(done, key=lambda one: -one.registered.sum())
+
+
+def _assembled(photos: PhotoSet, among: np.ndarray) -> Reconstructed:
+    """The largest part of some images [N], and what is found beside it."""
+    part = part_of(photos, among)
     structure, registered = part.structure, part.registered
-    if config.refine and len(structure.tracks):
-        structure, registered = completed(part, shots, comparisons, calibration, config)
-        structure = refined(sharpened(structure, [shot.gray for shot in shots]), FINE,
-                            calibration)
-        registered = registered & (structure.tracks.views(len(shots)) >= MIN_OBSERVATIONS)
-        structure, registered = with_blurred(seen_by(structure, registered), shots, registered,
-                                              comparisons, config.seed)
-    return Reconstructed(registered, _reasons(registered, part.connected), structure, part.tree,
-                         part.unrefined)
+    if photos.config.refine and len(structure.tracks):
+        structure, registered = completed(photos, part, among)
+        structure = refined(sharpened(structure, [shot.gray for shot in photos.shots]), FINE,
+                            photos.calibration)
+        registered = registered & (structure.tracks.views(len(photos)) >= MIN_OBSERVATIONS)
+        structure, registered = with_blurred(photos, seen_by(structure, registered), registered,
+                                             among)
+    return Reconstructed(registered, _reasons(registered, part.connected), structure, part)
 
 
 def _reasons(registered: np.ndarray, part: set[int]) -> list[str]:

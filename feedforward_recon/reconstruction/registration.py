@@ -35,13 +35,14 @@ PNP_STEPS = 10_000
 
 
 def placed_by_points(structure: Structure, shots: Sequence[Shot], registered: np.ndarray,
-                     matches: MatchesOf, seed: int) -> dict[int, Placed]:
-    """Images that see enough points of registered ones.
+                     missing: np.ndarray, matches: MatchesOf, seed: int) -> dict[int, Placed]:
+    """Missing images [N] that see enough points of registered ones [N].
 
     A plane seen twice allows two motions, but a camera that sees its points has one pose.
     """
     found = {}
-    for image, (feature, point) in _seen(structure, shots, registered, matches).items():
+    for image, (feature, point) in _seen(structure, shots, registered, missing,
+                                           matches).items():
         fit = pnp_ransac(structure.points[point], shots[image].features.keypoints[feature],
                          structure.cameras[image], THRESHOLD_PX, seed, PNP_STEPS)
         if fit is not None and _are_enough(feature[fit.inliers], feature):
@@ -71,8 +72,7 @@ def placed_together(structure: Structure, other: Structure, shots: Sequence[Shot
     Each image that is found in this structure says how the other one lies in it; all images say
     which of these they agree with. None, where too few points do.
     """
-    seen = {image: part for image, part in _seen(structure, shots, registered, matches).items()
-            if others[image]}
+    seen = _seen(structure, shots, registered, others, matches)
     own, images, best = _points_of(other, shots), np.flatnonzero(others), MIN_INLIERS
     found: dict[int, np.ndarray] = {}
     for image, (feature, point) in seen.items():
@@ -128,14 +128,14 @@ def _agreeing(structure: Structure, shot: Shot, T_map_cam: np.ndarray, feature: 
 
 
 def _seen(structure: Structure, shots: Sequence[Shot], registered: np.ndarray,
-          matches: MatchesOf) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Per image that is not registered, its features and points [n] that may be the same."""
+          missing: np.ndarray, matches: MatchesOf) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Per missing image, its features and the points [n] of registered ones that they match."""
     points_of = _points_of(structure, shots)
     seen: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
     for (i, j), both in matches.items():
         of_i, of_j = both.feature_i[both.distinct], both.feature_j[both.distinct]
         for image, other, feature, of_other in ((i, j, of_i, of_j), (j, i, of_j, of_i)):
-            if registered[other] and not registered[image]:
+            if registered[other] and missing[image]:
                 point = points_of[other][of_other]
                 seen.setdefault(image, []).append((feature[point >= 0], point[point >= 0]))
     return {image: _once(parts, len(structure.points)) for image, parts in seen.items()}
