@@ -25,6 +25,7 @@ from feedforward_recon.reconstruction.pairs import CompactPairs
 from feedforward_recon.reconstruction.pipeline import assembled, reconstruct
 from feedforward_recon.reconstruction.shots import shot_of
 from feedforward_recon.session import photos as photos_module
+from feedforward_recon.session.engines import threads
 from feedforward_recon.session.map_folder import load_map
 from feedforward_recon.session.photos import guessed_camera, reconstruct_frames
 from feedforward_recon.synthetic import Room, render_walk
@@ -89,7 +90,8 @@ def test_refinement_is_worth_its_time(run, photos):
 
 
 def test_the_result_does_not_depend_on_the_order_or_the_workers(run, photos):
-    again = reconstruct_frames(photos, CONFIG, workers=1)
+    with threads(1) as engine:
+        again = reconstruct_frames(photos, CONFIG, engine=engine)
     assert np.array_equal(again.scene.trajectory.T_map_cam, run.scene.trajectory.T_map_cam)
     turned = reconstruct_frames(photos[::-1], CONFIG)
     assert len(turned.scene.trajectory) == len(photos)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from feedforward_recon.reconstruction.pairs import (
     PairDecoder,
     PairGeometry,
     Pairs,
+    compare,
 )
 from feedforward_recon.reconstruction.retrieval import (
     bridging_pairs,
@@ -22,7 +24,7 @@ from feedforward_recon.reconstruction.retrieval import (
 from feedforward_recon.reconstruction.scene_graph import components
 from feedforward_recon.reconstruction.shots import Shot
 
-Mapped = Callable[[Callable, Iterable], Iterable]  # like the built-in ``map``, on several cores
+Mapped = Callable[[Callable, Iterable], Iterable]  # like the built-in ``map``, perhaps elsewhere
 
 
 class Comparisons:
@@ -40,15 +42,12 @@ class Comparisons:
     def match(self, wanted: np.ndarray) -> int:
         """Compare pairs i < j [P, 2]; returns how many are new."""
         new = [edge for edge in map(tuple, wanted.tolist()) if edge not in self.matches]
-        for edge, (matches, pair) in zip(new, self._mapped(self._compared, new), strict=True):
+        found = self._mapped(partial(compare, self._decoder), new)
+        for edge, (matches, pair) in zip(new, found, strict=True):
             self.matches[edge] = matches
             if pair is not None:
                 self.pairs[edge] = pair
         return len(new)
-
-    def _compared(self, edge: Edge) -> tuple[FeatureMatches, PairGeometry | None]:
-        matches = self._decoder.match(*edge)
-        return matches, self._decoder.decode(*edge, matches)
 
 
 def compared(shots: Sequence[Shot], decoder: PairDecoder, config: ReconstructionConfig,

@@ -86,18 +86,23 @@ class PairDecoder(Protocol):
         """The motion that matches agree with; None where the images do not show the same."""
 
 
+def compare(decoder: PairDecoder, edge: Edge) -> tuple[FeatureMatches, PairGeometry | None]:
+    """What a pair of images says, by a decoder."""
+    matches = decoder.match(*edge)
+    return matches, decoder.decode(*edge, matches)
+
+
 class CompactPairs:
     """Pairs from matched descriptors and the essential matrix."""
 
     def __init__(self, shots: Sequence[Shot], seed: int = 0) -> None:
         self._shots, self._seed = shots, seed
-        # Half precision: twice as fast, and only decides between nearly equal neighbours.
-        self._keys = [torch.from_numpy(shot.features.descriptors).to(torch.bfloat16)
-                      for shot in shots]
 
     def match(self, i: int, j: int) -> FeatureMatches:
         """Features of images i and j that are the most similar of each other."""
-        return mutual(self._keys[i], self._keys[j])
+        # Half precision: twice as fast, and only decides between nearly equal neighbours.
+        return mutual(*(torch.tensor(self._shots[image].features.descriptors,
+                                     dtype=torch.bfloat16) for image in (i, j)))
 
     def decode(self, i: int, j: int, matches: FeatureMatches) -> PairGeometry | None:
         """The motion that matches agree with; None where the images do not show the same."""

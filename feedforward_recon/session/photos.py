@@ -7,10 +7,10 @@ saved = run.save('maps/church')
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -22,13 +22,21 @@ from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.mapping.scene_map import Stats
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.model import Encoder
-from feedforward_recon.model.compact import CompactEncoder
+from feedforward_recon.model.compact import CompactEncoder, scaled_down
 from feedforward_recon.reconstruction.comparisons import Mapped
 from feedforward_recon.reconstruction.pairs import CompactPairs
 from feedforward_recon.reconstruction.pipeline import Reconstructed, reconstruct
 from feedforward_recon.reconstruction.scene import growing_map, scene_map
-from feedforward_recon.reconstruction.shots import Photo, Shot, shot_of
+from feedforward_recon.reconstruction.shots import (
+    EncodedImage,
+    Photo,
+    Shot,
+    encoded_image,
+    taken_by,
+)
+from feedforward_recon.session.engines import threads
 from feedforward_recon.session.offline import Progress, ProgressBar, Run, quiet
+from feedforward_recon.session.partial import PartialWork
 from feedforward_recon.types import Frame, Trajectory
 
 AT_ONCE = 64  # images that are in memory with their colours
@@ -38,28 +46,34 @@ CLOSE, ATTEMPTS = 0.05, 3
 
 
 def reconstruct_frames(frames: Iterable[Frame], config: PhotoConfig | None = None,
-                       encoder: Encoder | None = None, *, workers: int = 0, total: int = 0,
+                       encoder: Encoder | None = None, *, engine: Mapped | None = None,
+                       work: PartialWork | None = None, total: int = 0,
                        progress: Progress = quiet) -> Run:
     """Reconstruct images in any order, and write the scene memory.
 
-    workers: images and pairs that are worked on at once; 0: as many as there are cores. total: how
-    many images there are, for the progress.
-    Raises InputError for an image that cannot be used, MapError where no images show the same.
+    engine: where images are encoded and compared (``session.engines``); default: threads, as many
+    as there are cores. work: where what is worked out is kept for a run that goes on with it;
+    default: nowhere. total: how many images there are, for the progress.
+    Raises InputError for an image that cannot be used, for workers that die, and where ``work``
+    cannot be written, MapError where no images show the same.
     """
     config = config or PhotoConfig()
     encoder = encoder or CompactEncoder.load(config=config.encoder)
     started = time.perf_counter()
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    if work is not None:
+        work.begin(config, encoder)
+    with nullcontext(engine) if engine else threads() as running:
         reading = _Reading(frames)
         with progress('features', total) as bar:
-            shots, photos, truth = _encoded(reading, encoder, config.encoder.max_pixels, pool,
-                                             bar)
+            shots, photos, truth = _encoded(reading, encoder, config.encoder.max_pixels,
+                                            work.images(running) if work else running, bar)
         if len(shots) < 2:
             found = f'{len(photos)}' if len(photos) < 2 else f'{len(photos)} copies of one'
             raise InputError(f'expected at least two different images, found {found}; one alone '
                              'has no depth: give more views of the same place')
         with progress('pairs', 0) as bar:
-            shots, done = _reconstructed(shots, config, _counting(pool.map, bar))
+            shots, done = _reconstructed(shots, config, lambda shots: _counting(
+                work.pairs(running, shots) if work else running, bar))
     if done.registered.sum() < 2 or not len(done.structure.tracks):
         raise MapError('expected images that show the same place from different sides, found none '
                        f'among {len(shots)}; take them closer together')
@@ -75,17 +89,19 @@ def reconstruct_frames(frames: Iterable[Frame], config: PhotoConfig | None = Non
                time.perf_counter() - mapped, encoder, config.mapper)
 
 
-def _reconstructed(shots: list[Shot], config: PhotoConfig, mapped: Mapped
-                   ) -> tuple[list[Shot], Reconstructed]:
+def _reconstructed(shots: list[Shot], config: PhotoConfig,
+                   comparing: Callable[[list[Shot]], Mapped]) -> tuple[list[Shot], Reconstructed]:
     """The reconstruction, and the images as they were seen in it.
 
+    comparing: what compares pairs of some shots.
     Where the focal length was guessed far off, all is done again with the one that was found:
     motions of pairs are as wrong as it was.
     """
     for attempt in range(ATTEMPTS):
         calibration = open_calibration(shots)
-        done = reconstruct(shots, CompactPairs(shots, config.reconstruction.seed),
-                           config.reconstruction, calibration, mapped)
+        decoder = CompactPairs([shot.without_pixels() for shot in shots],
+                               config.reconstruction.seed)
+        done = reconstruct(shots, decoder, config.reconstruction, calibration, comparing(shots))
         scale = done.structure.cameras[0].fx / shots[0].camera.fx
         if 'focal' not in calibration or abs(np.log(scale)) < CLOSE or attempt + 1 == ATTEMPTS:
             break
@@ -120,30 +136,44 @@ def _camera_source(shots: Sequence[Shot], config: PhotoConfig) -> str:
     return 'refined' if found else 'guessed'
 
 
-def _encoded(frames: Iterable[Frame], encoder: Encoder, max_pixels: int,
-             pool: ThreadPoolExecutor, bar: ProgressBar
-             ) -> tuple[list[Shot], list[Photo], list[tuple[int, Any]]]:
+def _encoded(frames: Iterable[Frame], encoder: Encoder, max_pixels: int, engine: Mapped,
+             bar: ProgressBar) -> tuple[list[Shot], list[Photo], list[tuple[int, Any]]]:
     """Different frames as shots, all frames, and the stamped poses that came with them."""
-    def shot(frame: Frame) -> Shot:
-        height, width = frame.image.shape[:2]
-        return shot_of(frame, frame.camera or guessed_camera((width, height)), encoder,
-                       max_pixels, is_guessed=frame.camera is None)
-
-    shots, photos, truth = [], [], []
-    known: dict[bytes, int] = {}
+    shots: list[Shot] = []
+    photos, truth = [], []
+    known: dict[str, int] = {}
     for batch in _batches(frames, AT_ONCE):
         truth += [(f.stamp_ns, f.T_map_cam) for f in batch if f.T_map_cam is not None]
-        new = []
+        new: dict[str, Frame] = {}
         for frame in batch:
-            content = hashlib.sha256(frame.image.tobytes()).digest()
+            content = _content(frame.image)
             if content not in known:
                 known[content] = len(known)
-                new.append(frame)
+                new[content] = frame
             photos.append(Photo(frame.stamp_ns, frame.source, known[content]))
-        shots += list(pool.map(shot, new))
+        images = [(content, scaled_down(frame.image, max_pixels))
+                  for content, frame in new.items()]
+        shots += map(_shot, new.values(), new, engine(partial(_encode, encoder), images))
         for _ in batch:
             bar.advance()
     return shots, photos, truth
+
+
+def _content(image: np.ndarray) -> str:
+    """A name for the pixels of an image."""
+    digest = hashlib.sha256(repr(image.shape).encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def _encode(encoder: Encoder, named: tuple[str, np.ndarray]) -> EncodedImage:
+    return encoded_image(named[1], encoder)
+
+
+def _shot(frame: Frame, content: str, image: EncodedImage) -> Shot:
+    height, width = frame.image.shape[:2]
+    return taken_by(frame.camera or guessed_camera((width, height)), image, frame, content,
+                    is_guessed=frame.camera is None)
 
 
 class _Reading:
