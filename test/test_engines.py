@@ -87,6 +87,14 @@ def test_a_task_that_kills_each_worker_is_one_sentence(photos, monkeypatch):
         reconstruct_frames(photos, CONFIG, Mortal(None), engine=engine)
 
 
+@pytest.mark.parametrize('address', ['nowhere', '127.0.0.1:1', 'a:b'])
+def test_a_cluster_that_is_not_there_is_one_sentence(address):
+    pytest.importorskip('ray', reason='needs the extra [cluster]')
+    with pytest.raises(InputError, match=f'{address}: expected a Ray cluster, found none'), \
+            cluster(address):
+        pass
+
+
 @pytest.fixture(scope='module')
 def ray():
     """A cluster of two workers on this machine."""
@@ -123,14 +131,6 @@ def test_a_cluster_without_the_package_is_one_sentence(ray, monkeypatch):
     monkeypatch.setitem(sys.modules, 'stranger', stranger)
     with cluster('auto') as engine, pytest.raises(InputError, match="No module named 'stranger'"):
         list(engine(stranger.known_here_alone, [1]))
-
-
-@pytest.mark.parametrize('address', ['nowhere', '127.0.0.1:1', 'a:b'])
-def test_a_cluster_that_is_not_there_is_one_sentence(address):
-    pytest.importorskip('ray', reason='needs the extra [cluster]')
-    with pytest.raises(InputError, match=f'{address}: expected a Ray cluster, found none'), \
-            cluster(address):
-        pass
 
 
 def test_without_ray_the_sentence_says_how_to_install_it(monkeypatch):
