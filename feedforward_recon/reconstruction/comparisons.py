@@ -37,13 +37,12 @@ class Comparisons:
         self.S = S
         self.matches: dict[Edge, FeatureMatches] = {}
         self.pairs: dict[Edge, PairGeometry] = {}
-        self._decoder, self._mapped = decoder, mapped
+        self._compare, self._mapped = partial(compare, decoder), mapped
 
     def match(self, wanted: np.ndarray) -> int:
         """Compare pairs i < j [P, 2]; returns how many are new."""
         new = [edge for edge in map(tuple, wanted.tolist()) if edge not in self.matches]
-        found = self._mapped(partial(compare, self._decoder), new)
-        for edge, (matches, pair) in zip(new, found, strict=True):
+        for edge, (matches, pair) in zip(new, self._mapped(self._compare, new), strict=True):
             self.matches[edge] = matches
             if pair is not None:
                 self.pairs[edge] = pair

@@ -57,8 +57,10 @@ def threads(count: int = 0) -> Iterator[Mapped]:
 def processes(count: int) -> Iterator[Mapped]:
     """Processes of this machine, each on one thread.
 
-    One that dies is replaced, and what it was working on is done again. Its map raises InputError
-    where a task loses its worker again and again, or the disk has no room for the function.
+    One that dies is replaced, and what it was working on is done again. They import the script
+    that starts them: what it does belongs below ``if __name__ == '__main__'``. The map raises
+    InputError where a task loses its worker again and again, or the disk has no room for the
+    function.
     """
     with TemporaryDirectory(prefix='ffrecon-') as folder:
         pool = _Processes(count, Path(folder))
@@ -74,7 +76,8 @@ def cluster(address: str) -> Iterator[Mapped]:
 
     Nothing is shared with its machines but the network: images and results travel, and the
     function lies in the object store. Ray starts tasks again whose worker died.
-    Raises InputError without Ray or a cluster; its map does where a task loses each worker.
+    Raises InputError without Ray or a cluster; the map does where a task loses each worker, or
+    the machines have another version of the package.
     """
     ray = _ray()
     was_connected = ray.is_initialized()
@@ -98,23 +101,21 @@ class _Processes:
 
     def __init__(self, count: int, folder: Path) -> None:
         self._count, self._folder = count, folder
+        self._function: Callable | None = None
+        self._sent = folder
         self._pool = self._started()
 
     def map(self, function: Callable, items: Iterable) -> Iterator:
-        """As ``Mapped``."""
-        sent = self._folder / secrets.token_hex(4)
-        _send(function, sent)
+        """As ``Mapped``; one after the other."""
         remaining = iter(items)
         tasks: deque[_Task] = deque()
-        try:
-            while True:
-                tasks.extend(map(_Task, islice(remaining, AHEAD - len(tasks))))
-                if not tasks:
-                    return
-                yield self._oldest(sent, tasks)
-                tasks.popleft()
-        finally:
-            shutil.rmtree(sent)
+        while True:
+            tasks.extend(map(_Task, islice(remaining, AHEAD - len(tasks))))
+            if not tasks:
+                return
+            self._send(function)
+            yield self._oldest(tasks)
+            tasks.popleft()
 
     def close(self) -> None:
         """End the processes."""
@@ -124,12 +125,19 @@ class _Processes:
         return ProcessPoolExecutor(self._count, multiprocessing.get_context('spawn'), _begin,
                                    (self._folder,))
 
-    def _oldest(self, sent: Path, tasks: deque[_Task]) -> Any:
+    def _send(self, function: Callable) -> None:
+        if function is not self._function:
+            if self._function is not None:
+                shutil.rmtree(self._sent)
+            self._function, self._sent = function, self._folder / secrets.token_hex(4)
+            _write(function, self._sent)
+
+    def _oldest(self, tasks: deque[_Task]) -> Any:
         """The result of the oldest task, once all have been given out."""
         for _ in range(RESTARTS + 1):
             try:
                 for task in tasks:
-                    task.future = task.future or self._pool.submit(_call, sent, task.item)
+                    task.future = task.future or self._pool.submit(_call, self._sent, task.item)
                 return tasks[0].future.result()  # type: ignore[union-attr]
             except BrokenProcessPool:
                 self.close()
@@ -151,15 +159,18 @@ class _Cluster:
 
     def __init__(self, ray: Any) -> None:
         self._ray = ray
+        self._function: Callable | None = None
+        self._sent: tuple = ()  # with a reference, which Ray then does not unpack for each task
         self._ahead = max(AHEAD, 2 * int(ray.cluster_resources().get('CPU', 0)))
 
     def map(self, function: Callable, items: Iterable) -> Iterator:
-        """As ``Mapped``."""
-        sent = (self._ray.put(function),)  # in a tuple, Ray does not unpack it for each task
+        """As ``Mapped``; one after the other."""
         call = self._ray.remote(max_retries=RESTARTS)(_call_on_cluster)
         tasks: deque = deque()
         for item in items:
-            tasks.append(call.remote(sent, item))
+            if function is not self._function:
+                self._function, self._sent = function, (self._ray.put(function),)
+            tasks.append(call.remote(self._sent, item))
             if len(tasks) == self._ahead:
                 yield self._result(tasks.popleft())
         while tasks:
@@ -231,7 +242,7 @@ def _call(sent: Path, item: Any) -> Any:
     return _received(sent)(item)
 
 
-def _send(function: Callable, folder: Path) -> None:
+def _write(function: Callable, folder: Path) -> None:
     """Write a function for workers; its arrays into a file that all of them map."""
     buffers: list[pickle.PickleBuffer] = []
     rest = pickle.dumps(function, 5, buffer_callback=buffers.append)

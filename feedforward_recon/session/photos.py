@@ -142,6 +142,7 @@ def _encoded(frames: Iterable[Frame], encoder: Encoder, max_pixels: int, engine:
     shots: list[Shot] = []
     photos, truth = [], []
     known: dict[str, int] = {}
+    encode = partial(_encode, encoder)
     for batch in _batches(frames, AT_ONCE):
         truth += [(f.stamp_ns, f.T_map_cam) for f in batch if f.T_map_cam is not None]
         new: dict[str, Frame] = {}
@@ -153,7 +154,7 @@ def _encoded(frames: Iterable[Frame], encoder: Encoder, max_pixels: int, engine:
             photos.append(Photo(frame.stamp_ns, frame.source, known[content]))
         images = [(content, scaled_down(frame.image, max_pixels))
                   for content, frame in new.items()]
-        shots += map(_shot, new.values(), new, engine(partial(_encode, encoder), images))
+        shots += map(_shot, new.values(), new, engine(encode, images))
         for _ in batch:
             bar.advance()
     return shots, photos, truth
