@@ -65,6 +65,28 @@ def refused(x):
     raise InputError(f'expected less than {x}')
 
 
+class Table:
+    """A function with an array; counts how often it is sent."""
+
+    def __init__(self):
+        self.rows, self.nothing, self.sent = np.arange(1e5), np.zeros((0, 2), np.float32), 0
+
+    def __call__(self, row):
+        return self.rows[row], self.rows.flags.owndata, self.nothing.shape
+
+    def __getstate__(self):
+        self.sent += 1
+        return self.__dict__
+
+
+def test_a_function_is_sent_once_and_its_arrays_are_mapped():
+    table = Table()
+    with processes(1) as engine:
+        for _ in range(2):
+            assert list(engine(table, [3, 7])) == [(3.0, False, (0, 2)), (7.0, False, (0, 2))]
+    assert table.sent == 1
+
+
 def test_results_come_in_order_and_errors_as_they_are():
     with processes(1) as engine:
         assert list(engine(squared, iter(range(200)))) == [x * x for x in range(200)]

@@ -179,7 +179,16 @@ def of_process(folder, pid):
     return [int(child) for file in children for child in file.read_text().split()]
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='/proc: needs Linux')
+def lives(pid):
+    """Whether a process is still there after a while."""
+    for _ in range(500):
+        if not Path(f'/proc/{pid}').exists():
+            return False
+        time.sleep(0.01)
+    return True
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='processes of /proc: needs Linux')
 def test_the_command_goes_on_after_a_kill_and_leaves_nothing(photos, tmp_path, capsys):
     for index, frame in enumerate(photos):
         cv2.imwrite(str(tmp_path / f'{index}.png'), frame.image)
@@ -205,6 +214,5 @@ def test_the_command_goes_on_after_a_kill_and_leaves_nothing(photos, tmp_path, c
     assert main(command('whole', '0')) == 0
     whole = load_map(tmp_path / 'whole')
     assert load_map(tmp_path / 'map').poses() == whole.poses()
-    while any(Path(f'/proc/{worker}').exists() for worker in workers):
-        time.sleep(0.01)
+    assert [worker for worker in workers if lives(worker)] == []
     assert not list(scratch.glob('ffrecon-*'))
