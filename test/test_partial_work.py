@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,6 +165,26 @@ def alike(one, other):
         alike(tuple(vars(one).values()), tuple(vars(other).values()))
     else:
         assert one == other
+
+
+def test_a_removal_that_was_killed_is_no_obstacle(photos, tmp_path, monkeypatch):
+    killed(photos, tmp_path / 'work', 3)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, 'rmtree', dying_after(1, shutil.rmtree))
+        PartialWork(tmp_path / 'work').remove()
+    assert again(photos, tmp_path / 'work')[1][0] == COUNT + 1
+
+
+def dying_after(calls, function):
+    """The function, for so many calls."""
+    left = iter(range(calls))
+
+    def mortal(*arguments, **options):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return function(*arguments, **options)
+
+    return mortal
 
 
 def test_a_folder_of_something_else_is_left_alone(photos, tmp_path):

@@ -32,6 +32,7 @@ from feedforward_recon.version import __version__
 
 log = logging.getLogger(__name__)
 ABOUT = 'partial.json'
+KINDS = IMAGES, PAIRS = 'images', 'pairs'
 ARRAYS_PER_FILE = 500  # of 50 to 170 pairs, which are lost when the process dies; by hand
 DIGEST_BYTES = 32  # SHA-256 of the rest of a file, and its beginning
 Compared = tuple[FeatureMatches, PairGeometry | None]
@@ -58,23 +59,25 @@ class PartialWork:
         check_output(self.folder, ABOUT)
         about = json.dumps({
             'version': __version__, 'encoder': encoder.sha256, 'config': to_dict(config),
-            'libraries': [torch.__version__, np.__version__, cv2.__version__]}, indent=1)
+            'libraries': [torch.__version__, np.__version__, cv2.__version__]}).encode()
+        marker = self.folder / ABOUT
         try:
-            if self.folder.exists() and (self.folder / ABOUT).read_text() != about:
+            if marker.exists() and marker.read_bytes() != about:
                 self._say(f'{self.folder}: made with other settings, another encoder or another '
                           'version; starting anew')
                 self.remove()
-            (self.folder / 'images').mkdir(parents=True, exist_ok=True)
-            (self.folder / 'pairs').mkdir(exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_bytes(marker, about)
+            for kind in KINDS:
+                (self.folder / kind).mkdir(exist_ok=True)
         except OSError as error:
             raise not_writable(self.folder, error) from None
-        write_bytes(self.folder / ABOUT, about.encode())
         self._load()
 
     def images(self, engine: Mapped) -> Mapped:
         """``engine`` for encoding items (name of the content, image), spared the known ones."""
         def file(item: tuple[str, np.ndarray]) -> Path:
-            return self.folder / 'images' / f'{item[0]}.arrays'
+            return self.folder / IMAGES / f'{item[0]}.arrays'
 
         def recall(item: tuple[str, np.ndarray]) -> EncodedImage | None:
             arrays = _read(file(item))
@@ -104,21 +107,23 @@ class PartialWork:
 
         def end() -> None:
             if new:
-                _write(self.folder / 'pairs' / f'{secrets.token_hex(8)}.arrays', new)
+                _write(self.folder / PAIRS / f'{secrets.token_hex(8)}.arrays', new)
                 new.clear()
 
         return _recalling(engine, recall, keep, end)
 
     def remove(self) -> None:
-        """Delete the folder."""
+        """Delete the folder, last what says whose it is."""
+        for kind in KINDS:
+            shutil.rmtree(self.folder / kind, ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _load(self) -> None:
-        for file in self._files('pairs'):
+        for file in self._files(PAIRS):
             for name, array in (_read(file) or {}).items():
                 key, field = name.split()
                 self._pairs.setdefault(key, {})[field] = array
-        images = len(self._files('images'))
+        images = len(self._files(IMAGES))
         if images:
             self._say(f'going on from {self.folder.name}: {images} images, {len(self._pairs)} '
                       'pairs')
