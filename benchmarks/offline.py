@@ -22,6 +22,7 @@ from feedforward_recon.io import SourceOptions, open_source
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.reconstruction.comparisons import compared
 from feedforward_recon.reconstruction.pairs import CompactPairs
+from feedforward_recon.reconstruction.parts import PhotoSet
 from feedforward_recon.reconstruction.pipeline import assembled
 from feedforward_recon.reconstruction.shots import shot_of
 from feedforward_recon.session.map_folder import SavedMap, save_map
@@ -78,12 +79,14 @@ def run_trees() -> Iterator[tuple[str, dict[str, Any]]]:
         for tree in ('shortest', 'spanning'):
             for cost in ('linear', 'square', 'angle'):
                 chosen = ReconstructionConfig(tree=tree, cost=cost, refine=False)
-                done = assembled(shots, comparisons, chosen)
+                done = assembled(PhotoSet(shots, comparisons, chosen))[0]
                 posed = [(shot.stamp_ns, T) for shot, T, registered in
-                         zip(shots, done.unrefined, done.registered, strict=True) if registered]
+                         zip(shots, done.part.accumulated, done.registered, strict=True)
+                         if registered]
+                depth = done.part.tree.depth
                 yield f'{name} | {tree}, {cost}', {
-                    **entry(frames, Trajectory.of(posed), []), 'depth': int(done.tree.depth.max()),
-                    'mean_depth': float(done.tree.depth[done.tree.order].mean())}
+                    **entry(frames, Trajectory.of(posed), []), 'depth': int(depth.max()),
+                    'mean_depth': float(depth[done.part.tree.order].mean())}
 
 
 def run_growth() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -147,7 +150,7 @@ def ours(frames: list[Frame], config: ReconstructionConfig | None = None) -> dic
     clock = Clock()
     with one_thread():
         try:
-            run = reconstruct_frames(frames, chosen)
+            run = reconstruct_frames(frames, chosen)[0]
         except ReconError as error:
             return {'images': len(frames), 'registered': 0, 'failed': str(error)}
     clock.stop()

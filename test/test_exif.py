@@ -19,8 +19,7 @@ from feedforward_recon.errors import InputError
 from feedforward_recon.io import SourceOptions, folder, open_source
 from feedforward_recon.io.exif import exif_camera
 from feedforward_recon.reconstruction.shots import Shot
-from feedforward_recon.session.photo_cameras import like_others
-from feedforward_recon.session.photos import guessed_camera, open_calibration
+from feedforward_recon.session.photo_cameras import guessed_camera, like_others, open_calibration
 from feedforward_recon.types import Features
 
 TAG = ExifTags.Base

@@ -109,7 +109,7 @@ def test_the_merged_map_has_all_of_both(halves, frames):
 def test_a_map_without_a_scale_takes_that_of_the_other(halves, frames, tmp_path):
     config = PhotoConfig(encoder=replace(CONFIG.encoder, max_keypoints=800), memory=CONFIG.memory)
     bare = [replace(f, depth=None) for f in frames[14:]]
-    photos = reconstruct_frames(bare, config).save(tmp_path / 'photos')
+    photos = reconstruct_frames(bare, config)[0].save(tmp_path / 'photos')
     merged = merge_maps(photos, halves[0])  # only the second is in metres: it keeps its frame
     assert merged.moved == photos.path and merged.scene.metres_per_unit == 1.0
     assert abs(np.log(merged.alignment.scale)) > 0.2

@@ -12,6 +12,7 @@ from oracle import CAMERA, OracleScene
 from feedforward_recon.evaluation import absolute_trajectory_error
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, se3_exp, transform_points
+from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.reconstruction.accumulation import accumulate
 from feedforward_recon.reconstruction.pairs import CompactPairs, PairGeometry, with_rotation
 from feedforward_recon.reconstruction.refinement import (
@@ -27,6 +28,7 @@ from feedforward_recon.reconstruction.subpixel import patches_aligned
 from feedforward_recon.reconstruction.tracks import PointTracks, tracks_of
 from feedforward_recon.types import Trajectory
 
+ENCODER = CompactEncoder.load()
 CIRCLE = 10  # cameras half a metre apart on an arc, looking at the scene
 
 
@@ -234,9 +236,9 @@ def test_an_image_is_placed_by_the_points_that_it_sees(scene):
     structure = structure_of(scene, poses)
     seen = structure.tracks.image != 5
     structure = with_tracks(structure, structure.tracks.select(seen))
-    found = placed_by_points(structure, shots, registered, matches, seed=0)
+    found = placed_by_points(structure, shots, registered, ~registered, matches, seed=0)
     assert list(found) == [5]
-    T = inverse(poses[5]) @ found[5]
+    T = inverse(poses[5]) @ found[5].T_map_cam
     assert np.linalg.norm(T[:3, 3]) < 0.03
     pairs = agreeing_with(poses, shots, registered, matches)
     assert pairs and all(5 not in edge for edge in pairs)

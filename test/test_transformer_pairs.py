@@ -28,6 +28,7 @@ from feedforward_recon.reconstruction.agreement import agreeing
 from feedforward_recon.reconstruction.comparisons import Comparisons, compared
 from feedforward_recon.reconstruction.decoders import pair_decoder, pair_network
 from feedforward_recon.reconstruction.pairs import MIN_INLIERS, CompactPairs
+from feedforward_recon.reconstruction.parts import PhotoSet
 from feedforward_recon.reconstruction.pipeline import assembled
 from feedforward_recon.reconstruction.shots import shot_of
 from feedforward_recon.reconstruction.transformer_pairs import TransformerPairs
@@ -38,6 +39,7 @@ from feedforward_recon.types import Frame, Prediction, Trajectory
 CAMERA = Camera.from_fov(70.0, (320, 240))
 TRANSFORMER = replace(CONFIG, reconstruction=ReconstructionConfig(decoder='transformer', batch=5))
 UNIT = 0.4  # of the oracle's answers, metres
+ENCODER = CompactEncoder.load(config=CONFIG.encoder)
 
 
 @dataclass
@@ -241,10 +243,10 @@ def test_pairs_keep_their_depth_when_rotations_are_averaged(room):
 def test_poses_are_put_together_from_an_oracle(room):
     config = ReconstructionConfig(refine=False)
     comparisons = compared(room.shots, room.decoder(), config)
-    done = assembled(room.shots, comparisons, config)
+    done = assembled(PhotoSet(room.shots, comparisons, config))[0]
     assert done.registered.all()
     stamps = np.arange(8)
-    error = absolute_trajectory_error(Trajectory(stamps, done.unrefined),
+    error = absolute_trajectory_error(Trajectory(stamps, done.part.accumulated),
                                       Trajectory(stamps, room.poses), 'sim3')
     assert error.rmse < 0.02 and error.rotation_median_deg < 0.1
 
@@ -255,7 +257,7 @@ def photos():
 
 
 def test_the_shipped_network_maps_a_rendered_room(photos):
-    run = reconstruct_frames(photos, TRANSFORMER, predictor=load_predictor('tiny'))
+    run = reconstruct_frames(photos, TRANSFORMER, predictor=load_predictor('tiny'))[0]
     assert len(run.scene.trajectory) == len(photos)
     assert error_of(run, photos)[0] < 0.01
 
@@ -299,7 +301,7 @@ def test_images_are_encoded_once_however_often_the_focal_length_is_tried(tiny, p
     plain, encoded = tiny.network.encode, []
     monkeypatch.setattr(tiny.network, 'encode', lambda images: (
         encoded.append(images.shape[1]), plain(images))[1])
-    run = reconstruct_frames(bare, TRANSFORMER, predictor=tiny)
+    run = reconstruct_frames(bare, TRANSFORMER, predictor=tiny)[0]
     assert sum(encoded) == len(photos)
     assert run.scene.keyframes[0].camera.fx == pytest.approx(CAMERA.fx, rel=0.02)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,20 +27,26 @@ from feedforward_recon.console.options import (
 )
 from feedforward_recon.console.terminal import note, print_json, print_table, progress_bar
 from feedforward_recon.console.threads import one_thread
+from feedforward_recon.errors import InputError
 from feedforward_recon.io import SourceOptions, open_source
 from feedforward_recon.session.offline import Run
 
 if TYPE_CHECKING:
     from feedforward_recon.model.predictor import NetworkPredictor
+    from feedforward_recon.reconstruction.comparisons import Mapped
 
-Workers = Annotated[int, typer.Option('--workers', min=0, help='Images and pairs worked on at '
-                                      'once; 0: as many as there are cores.')]
+Workers = Annotated[int, typer.Option('--workers', min=0, help='Processes of this machine that '
+                                      'encode and compare images; 0: threads of this one.')]
+ClusterAddress = Annotated[str, typer.Option(
+    '--cluster', metavar='ADDRESS', show_default=False, help='Do that on a Ray cluster instead: '
+    'host:port, or auto for the one that this machine belongs to.')]
 
 
 @takes_network
 @takes_source_options
 def reconstruct_command(source: Source, options: SourceOptions, network: NetworkOptions,
-                        out: NewMap, workers: Workers = 0, overwrite: Overwrite = False,
+                        out: NewMap, workers: Workers = 0, cluster_: ClusterAddress = '',
+                        overwrite: Overwrite = False,
                         json_: Json = False, config: Config = None, set_: Set = None,
                         encoder: Weights = None) -> None:
     """Reconstruct photos in any order, or a video; the map is like that of `ffrecon map`.
@@ -46,7 +54,9 @@ def reconstruct_command(source: Source, options: SourceOptions, network: Network
     Images are compared with those most like them, poses are put together along a tree of pairs,
     and refined with all that the images show in common. Without intrinsics, the focal length is
     that of EXIF, or guessed, and refined if it is that of one camera. Images that share too
-    little with the others get no pose, and the reason is said.
+    little with the others get no pose, and the reason is said; of parts that nothing connects,
+    each becomes a map, the largest at OUT. Killed in the middle and started again, the command
+    goes on with what it left in the folder OUT.partial.
 
     With --model and reconstruction.decoder=transformer a feed-forward network says the motion and
     the depth of each pair, at the features that match.
@@ -56,12 +66,15 @@ def reconstruct_command(source: Source, options: SourceOptions, network: Network
       ffrecon reconstruct photos/ --fov 65 --out maps/church
       ffrecon reconstruct photos/ --set reconstruction.neighbours=30 --out maps/church
       ffrecon reconstruct photos/ --model vggt --set reconstruction.decoder=transformer -o maps/a
+      ffrecon reconstruct photos/ --workers 8 --out maps/church
+      ffrecon reconstruct photos/ --cluster auto --out maps/church
       ffrecon export maps/church --format colmap --out colmap/church
     """
     from dataclasses import replace
 
     from feedforward_recon.model.compact import CompactEncoder
     from feedforward_recon.reconstruction.decoders import check_decoder
+    from feedforward_recon.session.partial import PartialWork
     from feedforward_recon.session.photos import reconstruct_frames
 
     chosen = settings(PhotoConfig(), config, set_)
@@ -71,17 +84,25 @@ def reconstruct_command(source: Source, options: SourceOptions, network: Network
     frames = open_source(source, replace(options, mixed_sizes=True, use_exif=True,
                                          use_depth=False, use_stereo=False))
     describing = CompactEncoder.load(encoder, chosen.encoder)
-    with nullcontext() if predictor else one_thread():
-        run = reconstruct_frames(frames, chosen, describing, predictor=predictor, workers=workers,
-                                 total=len(frames), progress=progress_bar)
-    saved = run.save(out)
-    summary = {**summarise(run, saved), 'unregistered': _unregistered(run)}
+    target = out.expanduser().resolve()
+    work = PartialWork(target.with_name(f'{target.name}.partial'), note)
+    alone = nullcontext() if predictor else one_thread()
+    with alone, _engine(workers, cluster_) as engine:
+        run, *others = reconstruct_frames(frames, chosen, describing, predictor=predictor,
+                                          engine=engine, work=work, total=len(frames),
+                                          progress=progress_bar)
+    saved, beside = run.save(out), _saved_beside(out, others)
+    work.remove()
+    summary = {**summarise(run, saved), 'unregistered': _unregistered(run), 'others': beside}
     if json_:
         print_json(summary)
         return
     print_table(f'map in {saved.path}', summary_rows(summary))
     for reason, files in summary['unregistered'].items():
         note(f'no pose ({reason}): {", ".join(files)}')
+    for path, images in beside.items():
+        note(f'{images} of these are in a map of their own: {path}; ffrecon merge joins maps that '
+             'show the same place')
     note(f'find new images in it: ffrecon localize {saved.path} IMAGES')
 
 
@@ -92,6 +113,26 @@ def _predictor(network: NetworkOptions) -> NetworkPredictor | None:
         return None
     return load_predictor(network.model, network.attention or None, network.device,
                           network.weights or None)
+
+
+def _engine(workers: int, address: str) -> AbstractContextManager[Mapped]:
+    from feedforward_recon.session.engines import cluster, processes, threads
+
+    if workers and address:
+        raise InputError('expected --workers or --cluster, found both; leave one out')
+    if address:
+        return cluster(address)
+    return processes(workers) if workers else threads()
+
+
+def _saved_beside(out: Path, runs: list[Run]) -> dict[str, int]:
+    """Save maps as OUT-2, OUT-3, .., without replacing any; path and number of images of each."""
+    saved: dict[str, int] = {}
+    names = (out.with_name(f'{out.name}-{number}') for number in count(2))
+    for run in runs:
+        path = next(name for name in names if not name.exists())
+        saved[str(run.save(path).path)] = len(run.scene.trajectory)
+    return saved
 
 
 def _unregistered(run: Run) -> dict[str, list[str]]:

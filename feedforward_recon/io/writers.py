@@ -59,10 +59,10 @@ def _numbers(values: Iterable[float]) -> str:
 
 
 def _write_text(path: Path, text: str) -> None:
-    _write_bytes(path, text.encode())
+    write_bytes(path, text.encode())
 
 
-def _write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write through a temporary neighbour, so that a reader never sees half a file."""
     part = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.part')
     try:
@@ -86,7 +86,7 @@ def write_ply(path: Path, cloud: PointCloud) -> None:
               *_PLY_PROPERTIES, 'end_header', '']
     vertices = np.empty(len(cloud), _PLY_VERTEX)
     vertices['xyz'], vertices['rgb'] = cloud.xyz, cloud.rgb
-    _write_bytes(path, '\n'.join(header).encode() + vertices.tobytes())
+    write_bytes(path, '\n'.join(header).encode() + vertices.tobytes())
 
 
 def read_ply(path: Path) -> PointCloud:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import chain
 
 import numpy as np
 
 from feedforward_recon.config.photos import ReconstructionConfig
 from feedforward_recon.reconstruction.pairs import (
+    Comparison,
     Edge,
     FeatureMatches,
     PairDecoder,
     PairGeometry,
     Pairs,
+    compare,
+    look_rolled,
 )
 from feedforward_recon.reconstruction.retrieval import (
     bridging_pairs,
@@ -23,32 +27,36 @@ from feedforward_recon.reconstruction.retrieval import (
 from feedforward_recon.reconstruction.scene_graph import components
 from feedforward_recon.reconstruction.shots import Shot
 
-Mapped = Callable[[Callable, Iterable], Iterable]  # like the built-in ``map``, on several cores
+Mapped = Callable[[Callable, Iterable], Iterable]  # like the built-in ``map``, perhaps elsewhere
 
 
 class Comparisons:
     """Which images were compared, and what came of it.
 
-    S: similarities [N, N]; matches and pairs by i < j.
+    S: similarities [N, N]; matches and pairs by i < j. comparing, rolling: what maps ``compare``
+    and ``look_rolled``.
     """
 
-    def __init__(self, decoder: PairDecoder, descriptors: np.ndarray, mapped: Mapped) -> None:
+    def __init__(self, decoder: PairDecoder, descriptors: np.ndarray, comparing: Mapped = map,
+                 rolling: Mapped = map) -> None:
         self.S = similarities(descriptors)
         self.matches: dict[Edge, FeatureMatches] = {}
         self.pairs: dict[Edge, PairGeometry] = {}
-        self._decoder, self._descriptors, self._mapped = decoder, descriptors, mapped
-        self._rolls: dict[int, np.ndarray] = {}  # [N] at which it is most like each
+        self._descriptors, self._batch = descriptors, decoder.batch
+        self._compared = partial(comparing, partial(compare, decoder))
+        self._looks = partial(rolling, partial(look_rolled, decoder))
+        self._rolls: dict[int, np.ndarray] = {}  # [N], at which an image is most like each
 
     def match(self, wanted: np.ndarray) -> int:
         """Compare pairs i < j [P, 2]; returns how many are new."""
-        new = [edge for edge in map(tuple, wanted.tolist()) if edge not in self.matches]
-        batches = [new[start:start + self._decoder.batch]
-                   for start in range(0, len(new), self._decoder.batch)]
-        found = chain.from_iterable(self._mapped(self._compared, batches))
-        for edge, (matches, pair) in zip(new, found, strict=True):
-            self.matches[edge] = matches
+        new = [Comparison(i, j, *self._roll(i, j)) for i, j in wanted.tolist()
+               if (i, j) not in self.matches]
+        batches = [new[start:start + self._batch] for start in range(0, len(new), self._batch)]
+        found = chain.from_iterable(self._compared(batches))
+        for one, (matches, pair) in zip(new, found, strict=True):
+            self.matches[one.i, one.j] = matches
             if pair is not None:
-                self.pairs[edge] = pair
+                self.pairs[one.i, one.j] = pair
         return len(new)
 
     def roll(self, images: np.ndarray) -> None:
@@ -57,8 +65,7 @@ class Comparisons:
         Those that were compared in vain and look more alike when rolled can be compared again.
         """
         new = [image for image in images.tolist() if image not in self._rolls]
-        found = chain.from_iterable(self._mapped(self._rolled, [[image] for image in new]))
-        for image, rolled in zip(new, found, strict=True):
+        for image, rolled in zip(new, self._looks(new), strict=True):
             likeness = rolled @ self._descriptors.T
             self._rolls[image] = likeness.argmax(0)
             self.S[image] = self.S[:, image] = likeness.max(0)
@@ -68,31 +75,18 @@ class Comparisons:
         for edge in in_vain:
             del self.matches[edge]
 
-    def _rolled(self, images: list[int]) -> list[np.ndarray]:
-        return [self._decoder.rolled(image) for image in images]
-
     def _roll(self, i: int, j: int) -> tuple[int, int]:
         """How i and j are rolled when they are compared; one is not."""
         if i in self._rolls:
             return int(self._rolls[i][j]), 0
         return 0, int(self._rolls[j][i]) if j in self._rolls else 0
 
-    def _compared(self, edges: list[Edge]) -> list[tuple[FeatureMatches, PairGeometry | None]]:
-        matches = [self._matched(*edge) for edge in edges]
-        return list(zip(matches, self._decoder.decode(edges, matches), strict=True))
-
-    def _matched(self, i: int, j: int) -> FeatureMatches:
-        roll_i, roll_j = self._roll(i, j)
-        if roll_j:
-            return self._decoder.match(j, i, roll_j).swapped
-        return self._decoder.match(i, j, roll_i)
-
 
 def compared(shots: Sequence[Shot], decoder: PairDecoder, config: ReconstructionConfig,
-             mapped: Mapped = map) -> Comparisons:
+             comparing: Mapped = map, rolling: Mapped = map) -> Comparisons:
     """Similar images compared; where they fall apart, the smaller parts also rolled."""
     done = Comparisons(decoder, np.stack([shot.features.global_descriptor for shot in shots]),
-                       mapped)
+                       comparing, rolling)
     done.match(likely_pairs(done.S, config.neighbours))
     parts = components(len(shots), edges_of(done.pairs))
     if len(parts) > 1:

@@ -104,6 +104,37 @@ class PairDecoder(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Two images i < j that are to be compared, one of them perhaps rolled (``shots.rolled``)."""
+
+    i: int
+    j: int
+    roll_i: int = 0
+    roll_j: int = 0
+
+
+Compared = tuple[FeatureMatches, PairGeometry | None]
+
+
+def compare(decoder: PairDecoder, batch: Sequence[Comparison]) -> list[Compared]:
+    """What pairs of images say, by a decoder."""
+    matches = [_matched(decoder, one) for one in batch]
+    pairs = decoder.decode([(one.i, one.j) for one in batch], matches)
+    return list(zip(matches, pairs, strict=True))
+
+
+def _matched(decoder: PairDecoder, one: Comparison) -> FeatureMatches:
+    if one.roll_j:
+        return decoder.match(one.j, one.i, one.roll_j).swapped
+    return decoder.match(one.i, one.j, one.roll_i)
+
+
+def look_rolled(decoder: PairDecoder, image: int) -> np.ndarray:
+    """Global descriptors [ROLLS, G] of an image as it is, and with the camera rolled."""
+    return decoder.rolled(image)
+
+
 class CompactPairs:
     """Pairs from matched descriptors and the essential matrix."""
 
@@ -111,22 +142,26 @@ class CompactPairs:
 
     def __init__(self, shots: Sequence[Shot], encoder: CompactEncoder, seed: int = 0) -> None:
         self._shots, self._encoder, self._seed = shots, encoder, seed
-        self._keys = [_keys(shot.features) for shot in shots]
-        self._rolled: dict[tuple[int, int], torch.Tensor] = {}
+        self._rolled: dict[tuple[int, int], Features] = {}
 
     def rolled(self, image: int) -> np.ndarray:
         """Global descriptors [ROLLS, G] of an image as it is, and with the camera rolled."""
-        shot = self._shots[image]
-        others = [rolled(shot, self._encoder, roll) for roll in range(1, ROLLS)]
-        for roll, features in enumerate(others, 1):
-            self._rolled[image, roll] = _keys(features)
-        return np.stack([features.global_descriptor for features in (shot.features, *others)])
+        return np.stack([self._features(image, roll).global_descriptor for roll in range(ROLLS)])
 
     def match(self, i: int, j: int, roll: int = 0) -> FeatureMatches:
         """Features of images i and j that are the most similar of each other."""
-        if roll and (i, roll) not in self._rolled:
-            self._rolled[i, roll] = _keys(rolled(self._shots[i], self._encoder, roll))
-        return mutual(self._rolled[i, roll] if roll else self._keys[i], self._keys[j])
+        return mutual(self._keys(i, roll), self._keys(j))
+
+    def _keys(self, image: int, roll: int = 0) -> torch.Tensor:
+        # Half precision: twice as fast, and only decides between nearly equal neighbours.
+        return torch.tensor(self._features(image, roll).descriptors, dtype=torch.bfloat16)
+
+    def _features(self, image: int, roll: int) -> Features:
+        if roll == 0:
+            return self._shots[image].features
+        if (image, roll) not in self._rolled:
+            self._rolled[image, roll] = rolled(self._shots[image], self._encoder, roll)
+        return self._rolled[image, roll]
 
     def decode(self, edges: Sequence[Edge], matches: Sequence[FeatureMatches]
                ) -> list[PairGeometry | None]:
@@ -143,11 +178,6 @@ class CompactPairs:
         if motion is None or motion.inliers.sum() < max(MIN_DISTINCT, MIN_SHARE * chosen.sum()):
             return None
         return with_motion((i, j), matches, self._shots, motion.T_a_b)
-
-
-def _keys(features: Features) -> torch.Tensor:
-    # Half precision: twice as fast, and only decides between nearly equal neighbours.
-    return torch.from_numpy(features.descriptors).to(torch.bfloat16)
 
 
 def mutual(a: torch.Tensor, b: torch.Tensor) -> FeatureMatches:

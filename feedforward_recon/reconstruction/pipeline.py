@@ -44,14 +44,15 @@ class Reconstructed:
 
 
 def reconstruct(shots: Sequence[Shot], decoder: PairDecoder, config: ReconstructionConfig,
-                calibration: tuple[str, ...] = (), mapped: Mapped = map) -> list[Reconstructed]:
-    """Reconstruct encoded images; calibration: as in ``PhotoSet``.
+                calibration: tuple[str, ...] = (), comparing: Mapped = map,
+                rolling: Mapped = map) -> list[Reconstructed]:
+    """Reconstruct encoded images; calibration: as in ``PhotoSet``; others: as ``Comparisons``.
 
     Images that nothing connects with the others have a reconstruction of their own; the largest
     is the first.
     """
-    return assembled(PhotoSet(shots, compared(shots, decoder, config, mapped), config,
-                              calibration))
+    comparisons = compared(shots, decoder, config, comparing, rolling)
+    return assembled(PhotoSet(shots, comparisons, config, calibration))
 
 
 def assembled(photos: PhotoSet) -> list[Reconstructed]:

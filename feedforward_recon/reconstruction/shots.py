@@ -31,13 +31,22 @@ class Photo:
 
 
 @dataclass(frozen=True)
+class EncodedImage:
+    """What an image says, whatever camera took it; fields as in ``Shot``."""
+
+    features: Features
+    rgb: np.ndarray
+    gray: np.ndarray
+
+
+@dataclass(frozen=True)
 class Shot:
     """An encoded image.
 
     xy: normalised coordinates [N, 2] of the features; rgb: their colours uint8 [N, 3]; gray: the
     image uint8 [H, W]. Large images are seen at the size that the encoder sees; size_wh:
-    of the photo before. camera_source: 'given', 'exif' or 'guessed'. prepared: as the network
-    sees it that decodes pairs, if one does.
+    of the photo before. camera_source: 'given', 'exif' or 'guessed'. content: names the pixels of
+    the photo. prepared: as the network sees it that decodes pairs, if one does.
     """
 
     features: Features
@@ -49,11 +58,33 @@ class Shot:
     stamp_ns: int = 0
     source: str = ''
     camera_source: str = 'given'
+    content: str = ''
     prepared: PreparedImage | None = None
 
     def seen_by(self, camera: Camera) -> Shot:
         """The same image, taken by another camera."""
         return replace(self, camera=camera, xy=camera.normalise(self.features.keypoints))
+
+
+def encoded_image(image: np.ndarray, encoder: Encoder) -> EncodedImage:
+    """Encode an RGB image uint8 [H, W, 3] of the size that the encoder sees.
+
+    Raises InputError for an image that is not RGB.
+    """
+    features = encoder.encode(image)
+    limits = np.array(image.shape[1::-1]) - 1
+    column, row = np.clip(np.rint(features.keypoints), 0, limits).astype(int).T
+    return EncodedImage(features, image[row, column], cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))
+
+
+def taken_by(camera: Camera, encoded: EncodedImage, frame: Frame, content: str = '', *,
+             camera_source: str = 'given') -> Shot:
+    """The shot of a frame that was encoded, perhaps smaller; camera: at the size of the frame."""
+    height, width = frame.image.shape[:2]
+    camera = camera.resized(encoded.gray.shape[::-1])
+    features = encoded.features
+    return Shot(features, camera, camera.normalise(features.keypoints), encoded.rgb, encoded.gray,
+                (width, height), frame.stamp_ns, frame.source, camera_source, content)
 
 
 def shot_of(frame: Frame, camera: Camera, encoder: Encoder, max_pixels: int, *,
@@ -64,15 +95,9 @@ def shot_of(frame: Frame, camera: Camera, encoder: Encoder, max_pixels: int, *,
     prepare: gives the image as a network sees it.
     Raises InputError for an image that is not RGB.
     """
-    height, width = frame.image.shape[:2]
     image = scaled_down(frame.image, max_pixels)
-    camera = camera.resized((image.shape[1], image.shape[0]))
-    features = encoder.encode(image)
-    limits = np.array(camera.size_wh) - 1
-    column, row = np.clip(np.rint(features.keypoints), 0, limits).astype(int).T
-    return Shot(features, camera, camera.normalise(features.keypoints), image[row, column],
-                cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (width, height), frame.stamp_ns,
-                frame.source, camera_source, prepare and prepare(image))
+    shot = taken_by(camera, encoded_image(image, encoder), frame, camera_source=camera_source)
+    return shot if prepare is None else replace(shot, prepared=prepare(image))
 
 
 def rolled(shot: Shot, encoder: CompactEncoder, roll: int) -> Features:

@@ -1,41 +1,36 @@
-"""``reconstruct_frames``: unordered photos become a map, as ``map_frames`` makes it of a walk.
+"""``reconstruct_frames``: unordered photos become maps, as ``map_frames`` makes one of a walk.
 
-run = reconstruct_frames(open_source('photos/', SourceOptions(mixed_sizes=True, use_exif=True)))
+run, *others = reconstruct_frames(open_source('photos/', SourceOptions(mixed_sizes=True)))
 saved = run.save('maps/church')
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 
 import numpy as np
 
 from feedforward_recon.config.photos import PhotoConfig
 from feedforward_recon.errors import InputError, MapError
-from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.mapping.scene_map import Stats
 from feedforward_recon.memory import MemoryWriter
-from feedforward_recon.model import Encoder
-from feedforward_recon.model.collection import CollectionNetwork
+from feedforward_recon.model.collection import Collection, CollectionNetwork
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.model.predictor import NetworkPredictor
-from feedforward_recon.model.preprocess import PreparedImage
 from feedforward_recon.reconstruction.comparisons import Mapped
 from feedforward_recon.reconstruction.decoders import pair_decoder, pair_network
 from feedforward_recon.reconstruction.pipeline import Reconstructed, reconstruct
 from feedforward_recon.reconstruction.scene import growing_map, scene_map
-from feedforward_recon.reconstruction.shots import Photo, Shot, shot_of
+from feedforward_recon.reconstruction.shots import Photo, Shot
+from feedforward_recon.session.engines import threads
 from feedforward_recon.session.offline import Progress, ProgressBar, Run, quiet
-from feedforward_recon.session.photo_cameras import like_others
+from feedforward_recon.session.partial import PartialWork
+from feedforward_recon.session.photo_cameras import camera_source_of, open_calibration
+from feedforward_recon.session.photo_reading import PhotosRead, read_photos
 from feedforward_recon.types import Frame, Trajectory
 
-AT_ONCE = 64  # images that are in memory with their colours
 # A guessed focal length that changes by less (its logarithm) was good enough; times that all is
 # done, at most.
 CLOSE, ATTEMPTS = 0.05, 3
@@ -43,149 +38,107 @@ CLOSE, ATTEMPTS = 0.05, 3
 
 def reconstruct_frames(frames: Iterable[Frame], config: PhotoConfig | None = None,
                        encoder: CompactEncoder | None = None, *,
-                       predictor: NetworkPredictor | None = None, workers: int = 0,
-                       total: int = 0, progress: Progress = quiet) -> Run:
+                       predictor: NetworkPredictor | None = None, engine: Mapped | None = None,
+                       work: PartialWork | None = None, total: int = 0,
+                       progress: Progress = quiet) -> list[Run]:
     """Reconstruct images in any order, and write the scene memory.
 
-    predictor: the network of ``reconstruction.decoder`` transformer.
-    workers: images and pairs that are worked on at once; 0: as many as there are cores. total: how
-    many images there are, for the progress.
-    Raises InputError for an image that cannot be used, MapError where no images show the same,
-    ConfigError or CheckpointError for a network that does not do what the settings say.
+    Images that nothing connects with the others have a map of their own. The first is the largest,
+    and knows why the others are not in it.
+    predictor: the network of ``reconstruction.decoder`` transformer. engine: where images are
+    encoded and compared (``session.engines``); default: threads, as many as there are cores.
+    work: where what is worked out is kept for a run that goes on with it; default: nowhere. total:
+    how many images there are, for the progress.
+    Raises InputError for an image that cannot be used, for workers that die, and where ``work``
+    cannot be written, MapError where no images show the same, ConfigError or CheckpointError for
+    a network that does not do what the settings say.
     """
     config = config or PhotoConfig()
-    network = pair_network(config.reconstruction, predictor)
     encoder = encoder or CompactEncoder.load(config=config.encoder)
+    network = pair_network(config.reconstruction, predictor)
     started = time.perf_counter()
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        reading = _Reading(frames)
+    if work is not None:
+        work.begin(config, encoder)
+    with nullcontext(engine) if engine else threads() as running:
         with progress('features', total) as bar:
-            shots, photos, truth = _encoded(reading, encoder, config.encoder.max_pixels, pool,
-                                             bar, network.prepared if network else None)
-        if len(shots) < 2:
-            found = f'{len(photos)}' if len(photos) < 2 else f'{len(photos)} copies of one'
-            raise InputError(f'expected at least two different images, found {found}; one alone '
-                             'has no depth: give more views of the same place')
+            read = read_photos(frames, encoder, config.encoder.max_pixels,
+                               work.images(running) if work else running, bar,
+                               network.prepared if network else None)
+        _check_enough(read)
         with progress('pairs', 0) as bar:
-            # A network takes all cores itself.
-            at_once = _counting(map if network else pool.map, bar)
-            shots, done = _reconstructed(shots, config, encoder, at_once, network)
-    if done.registered.sum() < 2 or not len(done.structure.tracks):
+            shots, parts = _Pairs(config, encoder, running, work, network, bar).reconstructed(
+                read.shots)
+    if parts[0].registered.sum() < 2 or not len(parts[0].structure.tracks):
         raise MapError('expected images that show the same place from different sides, found none '
                        f'among {len(shots)}; take them closer together')
-    map_ = growing_map(done, shots, config.mapper)
-    scene = scene_map(map_, done, photos, _camera_source(shots, config))
+    seconds = time.perf_counter() - started - read.reading_s
+    photos = [read.photos] + [[photo for photo in read.photos if part.registered[photo.shot]]
+                              for part in parts[1:]]
+    return [_run(done, shots, seen, read, config, encoder, seconds)
+            for done, seen in zip(parts, photos, strict=True)]
+
+
+def _check_enough(read: PhotosRead) -> None:
+    count = len(read.photos)
+    if len(read.shots) < 2:
+        found = f'{count}' if count < 2 else f'{count} copies of one'
+        raise InputError(f'expected at least two different images, found {found}; one alone '
+                         'has no depth: give more views of the same place')
+
+
+class _Pairs:
+    """Shots reconstructed from their pairs, which are compared where the engine says."""
+
+    def __init__(self, config: PhotoConfig, encoder: CompactEncoder, engine: Mapped,
+                 work: PartialWork | None, network: CollectionNetwork | None, bar: ProgressBar
+                 ) -> None:
+        self._config, self._encoder, self._network = config, encoder, network
+        # A network takes all cores itself, and its pairs are not kept.
+        self._engine = map if network else engine
+        self._work = None if network else work
+        self._bar = bar
+
+    def reconstructed(self, shots: list[Shot]) -> tuple[list[Shot], list[Reconstructed]]:
+        """The reconstructions, and the images as they were seen in them.
+
+        Where the focal length was guessed far off, all is done again with the one that was found:
+        motions of pairs are as wrong as it was.
+        """
+        collection = self._network.collected([shot.prepared for shot in shots if shot.prepared]
+                                             ) if self._network else None
+        for attempt in range(ATTEMPTS):
+            calibration = open_calibration(shots)
+            done = self._attempt(shots, calibration, collection)
+            scale = done[0].structure.cameras[0].fx / shots[0].camera.fx
+            if 'focal' not in calibration or abs(np.log(scale)) < CLOSE \
+                    or attempt + 1 == ATTEMPTS:
+                break
+            shots = [shot.seen_by(shot.camera.with_lens(scale, 0.0)) for shot in shots]
+        return shots, done
+
+    def _attempt(self, shots: list[Shot], calibration: tuple[str, ...],
+                 collection: Collection | None) -> list[Reconstructed]:
+        config = self._config.reconstruction
+        decoder = pair_decoder(shots, self._encoder, config, collection)
+        comparing = self._work.pairs(self._engine, shots) if self._work else self._engine
+        return reconstruct(shots, decoder, config, calibration, _counting(comparing, self._bar),
+                           self._engine)
+
+
+def _run(done: Reconstructed, shots: list[Shot], photos: list[Photo], read: PhotosRead,
+         config: PhotoConfig, encoder: CompactEncoder, seconds: float) -> Run:
+    """One reconstruction as a map of photos that can be saved; seconds: that all of them took."""
+    before = time.perf_counter()
+    scene = scene_map(growing_map(done, shots, config.mapper), done, photos,
+                      camera_source_of(shots, config))
     writer = MemoryWriter(config.memory, encoder.dim)
     for keyframe in scene.keyframes:
         writer.write(keyframe)
     mapped = time.perf_counter()
     memory = writer.snapshot()
     return Run(scene, writer, memory, Stats(len(photos), len(scene.keyframes)),
-               Trajectory.of(truth), mapped - started - reading.seconds, reading.seconds,
+               Trajectory.of(read.truth), seconds + mapped - before, read.reading_s,
                time.perf_counter() - mapped, encoder, config.mapper)
-
-
-def _reconstructed(shots: list[Shot], config: PhotoConfig, encoder: CompactEncoder,
-                   mapped: Mapped, network: CollectionNetwork | None
-                   ) -> tuple[list[Shot], Reconstructed]:
-    """The reconstruction, and the images as they were seen in it.
-
-    Where the focal length was guessed far off, all is done again with the one that was found:
-    motions of pairs are as wrong as it was.
-    """
-    collection = network.collected([shot.prepared for shot in shots if shot.prepared]
-                                   ) if network else None
-    for attempt in range(ATTEMPTS):
-        calibration = open_calibration(shots)
-        decoder = pair_decoder(shots, encoder, config.reconstruction, collection)
-        done = reconstruct(shots, decoder,
-                           config.reconstruction, calibration, mapped)
-        scale = done.structure.cameras[0].fx / shots[0].camera.fx
-        if 'focal' not in calibration or abs(np.log(scale)) < CLOSE or attempt + 1 == ATTEMPTS:
-            break
-        shots = [shot.seen_by(shot.camera.with_lens(scale, 0.0)) for shot in shots]
-    return shots, done
-
-
-def guessed_camera(size_wh: tuple[int, int]) -> Camera:
-    """The camera that is assumed of a photo: a focal length as long as its longer side."""
-    width, _ = size_wh
-    return Camera.from_fov(float(np.rad2deg(2 * np.arctan(0.5 * width / max(size_wh)))), size_wh)
-
-
-def open_calibration(shots: Sequence[Shot]) -> tuple[str, ...]:
-    """What of the cameras may be refined, as in ``geometry.refine``: of one that took all images.
-
-    The focal length and radial distortion of one that was guessed, or of which EXIF tells the
-    focal length; else radial distortion, of one that is said to have none.
-    """
-    cameras = {shot.camera for shot in shots}
-    camera = shots[0].camera
-    if len(cameras) > 1 or camera.is_distorted or camera.model != 'plumb_bob':
-        return ()
-    return ('radial',) if shots[0].camera_source == 'given' else ('focal', 'radial')
-
-
-def _camera_source(shots: Sequence[Shot], config: PhotoConfig) -> str:
-    """As in ``SceneMap``; of several, that which is known least."""
-    if config.reconstruction.refine and 'focal' in open_calibration(shots):
-        return 'refined'
-    sources = {shot.camera_source for shot in shots}
-    return next(source for source in ('guessed', 'exif', 'given') if source in sources)
-
-
-def _encoded(frames: Iterable[Frame], encoder: Encoder, max_pixels: int,
-             pool: ThreadPoolExecutor, bar: ProgressBar,
-             prepare: Callable[[np.ndarray], PreparedImage] | None
-             ) -> tuple[list[Shot], list[Photo], list[tuple[int, Any]]]:
-    """Different frames as shots, all frames, and the stamped poses that came with them."""
-    def shot(frame: Frame) -> Shot:
-        height, width = frame.image.shape[:2]
-        return shot_of(frame, frame.camera or guessed_camera((width, height)), encoder, max_pixels,
-                       camera_source=frame.camera_source if frame.camera else 'guessed',
-                       prepare=prepare)
-
-    shots, photos, truth = [], [], []
-    known: dict[bytes, int] = {}
-    image, content = None, b''
-    for batch in _batches(frames, AT_ONCE):
-        truth += [(f.stamp_ns, f.T_map_cam) for f in batch if f.T_map_cam is not None]
-        new = []
-        for frame in batch:
-            if frame.image is not image:  # links to one file share it
-                image = frame.image
-                content = hashlib.sha256(image.tobytes()).digest()
-            if content not in known:
-                known[content] = len(known)
-                new.append(frame)
-            photos.append(Photo(frame.stamp_ns, frame.source, known[content]))
-        shots += list(pool.map(shot, new))
-        for _ in batch:
-            bar.advance()
-    return like_others(shots), photos, truth
-
-
-class _Reading:
-    """Frames, and how long they were waited for."""
-
-    def __init__(self, frames: Iterable[Frame]) -> None:
-        self._frames, self.seconds = frames, 0.0
-
-    def __iter__(self) -> Iterator[Frame]:
-        remaining = iter(self._frames)
-        while True:
-            before = time.perf_counter()
-            frame = next(remaining, None)
-            self.seconds += time.perf_counter() - before
-            if frame is None:
-                return
-            yield frame
-
-
-def _batches(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:
-    remaining = iter(frames)
-    while batch := list(islice(remaining, size)):
-        yield batch
 
 
 def _counting(mapped: Callable, bar: ProgressBar) -> Callable:
