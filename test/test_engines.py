@@ -42,6 +42,9 @@ class Mortal:
             os.kill(os.getpid(), signal.SIGKILL)
         return self._encoder.encode(image, max_keypoints)
 
+    def describe(self, image, pixels):
+        return self._encoder.describe(image, pixels)
+
 
 @pytest.fixture(scope='module')
 def photos():

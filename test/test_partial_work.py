@@ -22,7 +22,7 @@ from feedforward_recon.config.schema import EncoderConfig, MemoryConfig
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.model.compact import CompactEncoder
-from feedforward_recon.reconstruction.pairs import CompactPairs, compare
+from feedforward_recon.reconstruction.pairs import CompactPairs, Comparison, compare
 from feedforward_recon.reconstruction.shots import shot_of
 from feedforward_recon.session.map_folder import load_map
 from feedforward_recon.session.partial import PartialWork
@@ -46,7 +46,10 @@ def photos():
 
 
 class Counting:
-    """Runs tasks here and counts images and pairs; dies after some of both."""
+    """Runs tasks here and counts images and pairs; dies after some of both.
+
+    Images that are looked at rolled are not kept, and not counted.
+    """
 
     def __init__(self, lives=10**6):
         self.images = self.pairs = 0
@@ -56,10 +59,8 @@ class Counting:
         for item in items:
             if self.images + self.pairs == self._lives:
                 raise KeyboardInterrupt
-            if isinstance(item[0], str):
-                self.images += 1
-            else:
-                self.pairs += 1
+            self.images += isinstance(item, tuple)
+            self.pairs += isinstance(item, list)
             yield function(item)
 
     @property
@@ -137,18 +138,21 @@ def test_a_pair_seen_by_another_camera_is_compared_again(photos, tmp_path):
              for k, frame in enumerate(photos[:3])]
     work = PartialWork(tmp_path / 'work')
     work.begin(CONFIG, encoder)
-    edges, function = [(0, 1), (0, 2), (1, 2)], partial(compare, CompactPairs(shots))
-    made = list(work.pairs(map, shots)(function, edges))
+    batches = [[Comparison(0, 1)], [Comparison(0, 2, roll_j=3)], [Comparison(1, 2)]]
+    function = partial(compare, CompactPairs(shots, encoder))
+    made = list(work.pairs(map, shots)(function, batches))
     work = PartialWork(tmp_path / 'work')
     work.begin(CONFIG, encoder)
     counting = Counting()
-    recalled = list(work.pairs(counting, shots)(function, edges))
+    recalled = list(work.pairs(counting, shots)(function, batches))
     assert counting.counts == (0, 0)
-    for one, other in zip(made, recalled, strict=True):
+    for [one], [other] in zip(made, recalled, strict=True):
         alike(one, other)
     wider = [*shots[:2], shots[2].seen_by(CAMERA.with_lens(0.9, 0.0))]
-    list(work.pairs(counting, wider)(function, edges))
+    list(work.pairs(counting, wider)(function, batches))
     assert counting.counts == (0, 2)
+    list(work.pairs(counting, shots)(function, [[Comparison(0, 1, roll_i=2)]]))
+    assert counting.counts == (0, 3)  # nor is one that is rolled the same
 
 
 def alike(one, other):

@@ -347,10 +347,11 @@ def test_too_little_memory_is_one_sentence(tiny, photos, monkeypatch):
 
 def test_settings_choose_the_decoder(room, tiny):
     assert pair_network(ReconstructionConfig(), None) is None
-    assert isinstance(pair_decoder(room.shots, ReconstructionConfig(), None), CompactPairs)
+    compact = pair_decoder(room.shots, ENCODER, ReconstructionConfig(), None)
+    assert isinstance(compact, CompactPairs)
     config = TRANSFORMER.reconstruction
     assert pair_network(config, tiny) is not None
-    decoder = pair_decoder(room.shots, config, room.oracle())
+    decoder = pair_decoder(room.shots, ENCODER, config, room.oracle())
     assert isinstance(decoder, TransformerPairs) and decoder.batch == 5
 
 

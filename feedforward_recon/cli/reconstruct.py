@@ -84,8 +84,7 @@ def reconstruct_command(source: Source, options: SourceOptions, network: Network
     frames = open_source(source, replace(options, mixed_sizes=True, use_exif=True,
                                          use_depth=False, use_stereo=False))
     describing = CompactEncoder.load(encoder, chosen.encoder)
-    target = out.expanduser().resolve()
-    work = PartialWork(target.with_name(f'{target.name}.partial'), note)
+    work = PartialWork.beside(out, note)
     alone = nullcontext() if predictor else one_thread()
     with alone, _engine(workers, cluster_) as engine:
         run, *others = reconstruct_frames(frames, chosen, describing, predictor=predictor,
@@ -94,16 +93,18 @@ def reconstruct_command(source: Source, options: SourceOptions, network: Network
     saved, beside = run.save(out), _saved_beside(out, others)
     work.remove()
     summary = {**summarise(run, saved), 'unregistered': _unregistered(run), 'others': beside}
-    if json_:
-        print_json(summary)
-        return
-    print_table(f'map in {saved.path}', summary_rows(summary))
+    print_json(summary) if json_ else _tell(summary)
+
+
+def _tell(summary: dict[str, Any]) -> None:
+    """The figures of a reconstruction, for people."""
+    print_table(f'map in {summary["map"]}', summary_rows(summary))
     for reason, files in summary['unregistered'].items():
         note(f'no pose ({reason}): {", ".join(files)}')
-    for path, images in beside.items():
-        note(f'{images} of these are in a map of their own: {path}; ffrecon merge joins maps that '
+    for path, images in summary['others'].items():
+        note(f'{images} of these have a map of their own, {path}; ffrecon merge joins maps that '
              'show the same place')
-    note(f'find new images in it: ffrecon localize {saved.path} IMAGES')
+    note(f'find new images in it: ffrecon localize {summary["map"]} IMAGES')
 
 
 def _predictor(network: NetworkOptions) -> NetworkPredictor | None:
@@ -128,6 +129,7 @@ def _engine(workers: int, address: str) -> AbstractContextManager[Mapped]:
 def _saved_beside(out: Path, runs: list[Run]) -> dict[str, int]:
     """Save maps as OUT-2, OUT-3, .., without replacing any; path and number of images of each."""
     saved: dict[str, int] = {}
+    out = out.expanduser().resolve()
     names = (out.with_name(f'{out.name}-{number}') for number in count(2))
     for run in runs:
         path = next(name for name in names if not name.exists())

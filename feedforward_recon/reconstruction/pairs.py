@@ -12,7 +12,7 @@ import torch
 from feedforward_recon.geometry.epipolar import PairMotion, checked, motion_between, moved_along
 from feedforward_recon.geometry.transforms import inverse, make_transform, transform_points
 from feedforward_recon.model.compact import CompactEncoder
-from feedforward_recon.reconstruction.shots import ROLLS, Shot, rolled
+from feedforward_recon.reconstruction.shots import ROLLS, Shot, seen_rolled
 from feedforward_recon.types import Features
 
 # Margin: docs/experiments.md, Photos; the others are chosen by hand.
@@ -94,7 +94,7 @@ class PairDecoder(Protocol):
         """Global descriptors [ROLLS, G] of an image as it is, and with the camera rolled."""
 
     def match(self, i: int, j: int, roll: int = 0) -> FeatureMatches:
-        """Features of images i and j that may show the same, i rolled (``shots.rolled``)."""
+        """Features of images i and j that may show the same, i rolled (``shots.seen_rolled``)."""
 
     def decode(self, edges: Sequence[Edge], matches: Sequence[FeatureMatches]
                ) -> list[PairGeometry | None]:
@@ -106,7 +106,7 @@ class PairDecoder(Protocol):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two images i < j that are to be compared, one of them perhaps rolled (``shots.rolled``)."""
+    """Two images i < j that are to be compared, one perhaps rolled (``shots.seen_rolled``)."""
 
     i: int
     j: int
@@ -160,7 +160,7 @@ class CompactPairs:
         if roll == 0:
             return self._shots[image].features
         if (image, roll) not in self._rolled:
-            self._rolled[image, roll] = rolled(self._shots[image], self._encoder, roll)
+            self._rolled[image, roll] = seen_rolled(self._shots[image], self._encoder, roll)
         return self._rolled[image, roll]
 
     def decode(self, edges: Sequence[Edge], matches: Sequence[FeatureMatches]

@@ -100,7 +100,7 @@ def shot_of(frame: Frame, camera: Camera, encoder: Encoder, max_pixels: int, *,
     return shot if prepare is None else replace(shot, prepared=prepare(image))
 
 
-def rolled(shot: Shot, encoder: CompactEncoder, roll: int) -> Features:
+def seen_rolled(shot: Shot, encoder: CompactEncoder, roll: int) -> Features:
     """The features of a shot as seen by a camera that is rolled by ``roll`` eighths of a turn.
 
     The image turns to the left; its gray values describe it as well as its colours.

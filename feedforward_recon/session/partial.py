@@ -55,6 +55,12 @@ class PartialWork:
         self._say = say
         self._pairs: dict[str, dict[str, np.ndarray]] = {}
 
+    @staticmethod
+    def beside(out: Path, say: Callable[[str], None]) -> PartialWork:
+        """The folder OUT.partial beside a map."""
+        out = out.expanduser().resolve()
+        return PartialWork(out.with_name(f'{out.name}.partial'), say)
+
     def begin(self, config: PhotoConfig, encoder: Encoder) -> None:
         """Go on with the folder, or start anew if other settings or another version made it.
 
