@@ -6,8 +6,11 @@ plane allows two motions; what many images say together decides.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
+from feedforward_recon.reconstruction.pairs import Pairs
 from feedforward_recon.reconstruction.parts import (
     Part,
     PhotoSet,
@@ -27,6 +30,7 @@ from feedforward_recon.reconstruction.retrieval import pairs_with
 # Fewer that agree in the end do not vouch for a pose.
 MIN_OBSERVATIONS = 15
 MIN_PART = 3  # images that are placed together
+MIN_CROSSING = 2  # pairs that agree with how they were placed
 
 
 def completed(photos: PhotoSet, part: Part, among: np.ndarray) -> tuple[Structure, np.ndarray]:
@@ -77,16 +81,24 @@ def _extended(photos: PhotoSet, structure: Structure, registered: np.ndarray,
     if not found:
         return structure, registered
     _compared_more(photos, np.array(sorted(found)), registered)
-    registered, T_map_cam = registered.copy(), structure.T_map_cam.copy()
+    before, registered = registered, registered.copy()
+    T_map_cam = structure.T_map_cam.copy()
     registered[list(found)] = True
     T_map_cam[list(found)] = np.stack(list(found.values()))
     seen = [shot.seen_by(camera) for shot, camera in
             zip(photos.shots, structure.cameras, strict=True)]
     pairs = agreeing_with(T_map_cam, seen, registered, photos.comparisons.matches)
+    if _crossing(pairs, found) < min(MIN_CROSSING, len(found)):
+        return structure, before
     structure = refined(structure_of(seen, T_map_cam, registered, pairs), ROUGH[1:],
                         photos.calibration)
     registered = registered & (structure.tracks.views(len(photos)) >= MIN_OBSERVATIONS)
     return seen_by(structure, registered), registered
+
+
+def _crossing(pairs: Pairs, found: Collection[int]) -> int:
+    """How many pairs connect images that were found with others."""
+    return sum((i in found) != (j in found) for i, j in pairs)
 
 
 def _compared_more(photos: PhotoSet, images: np.ndarray, registered: np.ndarray) -> int:

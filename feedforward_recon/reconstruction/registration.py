@@ -29,6 +29,10 @@ MatchesOf = Mapping[Edge, FeatureMatches]
 # most 7 of 160 to 400 do (docs/experiments.md, Photos).
 MIN_INLIERS, MIN_SHARE = 20, 0.03
 THRESHOLD_PX = 4.0
+# An image of another structure says how that lies in this one if so many of its features agree: of
+# other scenes 9 did.
+MIN_FOUND = 12
+ABOVE_CHANCE = 4  # times as many must agree as would by chance, were they spread evenly
 WIDE_PX = 12.0  # between structures that were refined on their own
 MIN_SHARED = 8  # points of an image that are in two structures and tell their scale
 PNP_STEPS = 10_000
@@ -73,15 +77,17 @@ def placed_together(structure: Structure, other: Structure, shots: Sequence[Shot
     which of these they agree with. None, where too few points do.
     """
     seen = _seen(structure, shots, registered, others, matches)
-    own, images, best = _points_of(other, shots), np.flatnonzero(others), MIN_INLIERS
+    own, images = _points_of(other, shots), np.flatnonzero(others)
+    best = MIN_INLIERS + ABOVE_CHANCE * sum(_by_chance(shots[k], seen[k][1]) for k in seen)
     found: dict[int, np.ndarray] = {}
     for image, (feature, point) in seen.items():
         fit = pnp_ransac(structure.points[point], shots[image].features.keypoints[feature],
                          structure.cameras[image], THRESHOLD_PX, seed, PNP_STEPS)
-        scale = None if fit is None else _scale(
-            fit.T_map_cam, structure.points[point[fit.inliers]], other.T_map_cam[image],
-            other.points, own[image][feature[fit.inliers]])
-        if fit is None or scale is None:
+        if fit is None or fit.count < MIN_FOUND:
+            continue
+        scale = _scale(fit.T_map_cam, structure.points[point[fit.inliers]],
+                       other.T_map_cam[image], other.points, own[image][feature[fit.inliers]])
+        if scale is None:
             continue
         T = inverse(other.T_map_cam[image]) @ other.T_map_cam[images]
         T[:, :3, 3] *= scale
@@ -116,6 +122,12 @@ def _scale(T_map_cam: np.ndarray, points: np.ndarray, T_other_cam: np.ndarray,
     depth_other = transform_points(inverse(T_other_cam), others[point[both]])[:, 2]
     front = np.minimum(depth, depth_other) > 0
     return float(np.median(depth[front] / depth_other[front])) if front.any() else None
+
+
+def _by_chance(shot: Shot, point: np.ndarray) -> float:
+    """How many points [n] of matches show near their features wherever they are."""
+    width, height = shot.camera.size_wh
+    return len(point) * np.pi * WIDE_PX**2 / (width * height)
 
 
 def _agreeing(structure: Structure, shot: Shot, T_map_cam: np.ndarray, feature: np.ndarray,
