@@ -7,8 +7,8 @@ import json
 import cv2
 import numpy as np
 import pytest
-from test_photo_parts import CIRCLE, error_of, scene, structure_of
-from test_reconstruction import CAMERA, CONFIG, ENCODER, SETTINGS, views
+from test_photo_parts import CIRCLE, error_of, scene, shot, structure_of
+from test_reconstruction import CONFIG, ENCODER, SETTINGS, views
 from test_reconstruction import error_of as error_of_run
 
 from feedforward_recon.cli import main
@@ -26,8 +26,9 @@ from feedforward_recon.reconstruction.registration import (
     with_placed,
 )
 from feedforward_recon.reconstruction.shots import ROLLS, seen_rolled, shot_of
+from feedforward_recon.session.map_folder import load_map
 from feedforward_recon.session.photos import reconstruct_frames
-from feedforward_recon.types import Frame
+from feedforward_recon.types import Features, Frame
 
 assert scene  # a fixture
 SQUARE = Camera.from_fov(60.0, (240, 240))
@@ -79,18 +80,28 @@ def test_a_camera_may_be_held_in_any_way(upright):
     assert rmse < 0.02 and turn_deg < 0.3
 
 
-def test_only_what_falls_apart_is_rolled(upright, monkeypatch):
-    shots, rolled = shots_of([*upright[:6], held(upright[6], 4)]), []
+@pytest.mark.parametrize('where', [0, 3, 6])
+def test_only_what_falls_apart_is_rolled(upright, monkeypatch, where):
+    frames = [held(frame, 2) if k == where else frame for k, frame in enumerate(upright[:7])]
+    shots, rolled = shots_of(frames), []
     decoder = CompactPairs(shots, ENCODER)
     look = decoder.rolled
     monkeypatch.setattr(decoder, 'rolled', lambda image: (rolled.append(image), look(image))[1])
     done = compared(shots, decoder, CONFIG.reconstruction)
-    assert rolled == [6]
-    assert sum(6 in edge for edge in done.pairs) > 2
+    assert rolled == [where]
+    assert sum(where in edge for edge in done.pairs) > 2
+    plain = as_they_are(shots)
+    assert not any(where in edge for edge in plain.pairs)
+    assert len(assembled(PhotoSet(shots, plain, CONFIG.reconstruction))) == 1
+    assert any(where in edge for edge in plain.pairs)  # it was rolled to be placed
+
+
+def as_they_are(shots):
+    """All images compared without rolling any."""
     descriptors = np.stack([one.features.global_descriptor for one in shots])
     plain = Comparisons(CompactPairs(shots, ENCODER), descriptors)
-    plain.match(np.array([edge for edge in done.matches if 6 in edge]))
-    assert not plain.pairs
+    plain.match(np.array([(i, j) for j in range(len(shots)) for i in range(j)]))
+    return plain
 
 
 def test_pairs_found_before_are_kept_when_an_image_is_rolled(upright):
@@ -153,12 +164,35 @@ def test_a_part_of_another_scene_is_not_placed(scene):
     assert placed_together(first, second, shots, ~SIDE, SIDE, wrong, seed=0) == {}
 
 
+def with_copies(one):
+    """Each feature twice, half a pixel apart."""
+    features = one.features
+    return shot(Features(np.concatenate([features.keypoints, features.keypoints + 0.5]),
+                         *(np.concatenate([column, column]) for column in
+                           (features.descriptors, features.confidence)),
+                         features.global_descriptor))
+
+
+def copied(both, side, count):
+    """The matches of an image, and those of the copies of its features."""
+    row, column = both.feature_i, both.feature_j
+    of_image, other = (row, column) if side == 0 else (column, row)
+    doubled = [np.concatenate([of_image % count, of_image % count + count]),
+               np.concatenate([other, other])]
+    return FeatureMatches(*(doubled if side == 0 else doubled[::-1]),
+                          np.ones(2 * len(row), bool))
+
+
 def test_an_image_that_is_placed_moves_no_point(scene):
     shots, poses, matches, _ = scene
     registered = np.arange(CIRCLE) != 5
     structure = structure_of(scene, poses)
     structure = with_tracks(structure, structure.tracks.select(structure.tracks.image != 5))
-    found = placed_by_points(structure, shots, registered, ~registered, matches, seed=0)
+    shots = [*shots[:5], with_copies(shots[5]), *shots[6:]]
+    matches = {edge: CompactPairs(shots, ENCODER).match(*edge) for edge in matches if 5 in edge}
+    copies = {edge: copied(both, edge.index(5), len(shots[5].features) // 2)
+              for edge, both in matches.items()}
+    found = placed_by_points(structure, shots, registered, ~registered, copies, seed=0)
     larger = with_placed(structure, found, shots)
     np.testing.assert_array_equal(larger.points, structure.points)
     new = larger.tracks.image == 5
@@ -181,13 +215,14 @@ def test_parts_that_pairs_do_not_connect_become_one(upright, monkeypatch):
     for edge in [edge for edge in comparisons.pairs if half[edge[0]] != half[edge[1]]]:
         del comparisons.pairs[edge]
     photos = PhotoSet(shots, comparisons, CONFIG.reconstruction)
+    monkeypatch.setattr(completion, 'placed_by_points', lambda *_: {})
     whole = assembled(photos)
     assert len(whole) == 1 and whole[0].registered.all()
-    monkeypatch.setattr(completion, 'placed_together', lambda *_: {})
-    monkeypatch.setattr(completion, 'placed_by_points', lambda *_: {})
-    parts = assembled(photos)
-    assert [int(part.registered.sum()) for part in parts] == [8, 6]
-    assert not (parts[0].registered & parts[1].registered).any()
+    for nowhere in ({}, {int(image): np.eye(4) for image in np.flatnonzero(~half)}):
+        monkeypatch.setattr(completion, 'placed_together', lambda *_, nowhere=nowhere: nowhere)
+        parts = assembled(photos)
+        assert [int(part.registered.sum()) for part in parts] == [8, 6]
+        assert not (parts[0].registered & parts[1].registered).any()
 
 
 def test_what_nothing_connects_is_a_map_beside(tmp_path, capsys):
@@ -202,12 +237,8 @@ def test_what_nothing_connects_is_a_map_beside(tmp_path, capsys):
     assert summary['frames'] == 15 and len(summary['unregistered']['NO_OVERLAP']) == 6
     assert summary['others'] == {str(tmp_path / 'map-3'): 6}
     assert not any((tmp_path / 'map-2').iterdir())
+    assert load_map(tmp_path / 'map-3').info.images == 6
     assert main(['localize', str(tmp_path / 'map-3'), str(folder), '--json']) == 0
     found = {answer['file'] for answer in json.loads(capsys.readouterr().out)
              if answer['T_map_cam'] is not None}
     assert found == {f'77_{index:02d}.png' for index in range(6)}
-
-
-def test_photos_of_one_room_have_no_map_beside():
-    assert len(reconstruct_frames(views(5, 9), CONFIG)) == 1
-    assert views(5, 1)[0].camera == CAMERA

@@ -32,7 +32,6 @@ THRESHOLD_PX = 4.0
 # An image of another structure says how that lies in this one if so many of its features agree: of
 # other scenes 9 did.
 MIN_FOUND = 12
-ABOVE_CHANCE = 4  # times as many must agree as would by chance, were they spread evenly
 WIDE_PX = 12.0  # between structures that were refined on their own
 MIN_SHARED = 8  # points of an image that are in two structures and tell their scale
 PNP_STEPS = 10_000
@@ -77,8 +76,7 @@ def placed_together(structure: Structure, other: Structure, shots: Sequence[Shot
     which of these they agree with. None, where too few points do.
     """
     seen = _seen(structure, shots, registered, others, matches)
-    own, images = _points_of(other, shots), np.flatnonzero(others)
-    best = MIN_INLIERS + ABOVE_CHANCE * sum(_by_chance(shots[k], seen[k][1]) for k in seen)
+    own, images, best = _points_of(other, shots), np.flatnonzero(others), 0
     found: dict[int, np.ndarray] = {}
     for image, (feature, point) in seen.items():
         fit = pnp_ransac(structure.points[point], shots[image].features.keypoints[feature],
@@ -122,12 +120,6 @@ def _scale(T_map_cam: np.ndarray, points: np.ndarray, T_other_cam: np.ndarray,
     depth_other = transform_points(inverse(T_other_cam), others[point[both]])[:, 2]
     front = np.minimum(depth, depth_other) > 0
     return float(np.median(depth[front] / depth_other[front])) if front.any() else None
-
-
-def _by_chance(shot: Shot, point: np.ndarray) -> float:
-    """How many points [n] of matches show near their features wherever they are."""
-    width, height = shot.camera.size_wh
-    return len(point) * np.pi * WIDE_PX**2 / (width * height)
 
 
 def _agreeing(structure: Structure, shot: Shot, T_map_cam: np.ndarray, feature: np.ndarray,
