@@ -218,7 +218,9 @@ def test_parts_that_pairs_do_not_connect_become_one(upright, monkeypatch):
     monkeypatch.setattr(completion, 'placed_by_points', lambda *_: {})
     whole = assembled(photos)
     assert len(whole) == 1 and whole[0].registered.all()
-    for nowhere in ({}, {int(image): np.eye(4) for image in np.flatnonzero(~half)}):
+    wrong = se3_exp(np.r_[5, 0, 0, 0, 0.5, 0])
+    for nowhere in ({}, {image: wrong @ upright[image].T_map_cam
+                         for image in np.flatnonzero(~half).tolist()}):
         monkeypatch.setattr(completion, 'placed_together', lambda *_, nowhere=nowhere: nowhere)
         parts = assembled(photos)
         assert [int(part.registered.sum()) for part in parts] == [8, 6]
