@@ -255,8 +255,8 @@ SECTIONS = (
      'they hide is hidden, but nothing moves. Two visits: in half of the images all boxes stand '
      '60 cm from where they are in the other half. Registered: in the largest map; maps: into '
      'how many the images fall. False: more than 20 cm off, after the similarity on which most '
-     'poses agree; ATE: after one of all. Wrong points: half of the images that see them show a '
-     'box; of two visits: they show a box in both. COLMAP as above.'),
+     'poses agree; ATE: after one of all. Wrong points: half of their observations show a box; '
+     'of two visits: they show a box in both. COLMAP as above.'),
     ('Two maps merged', ('merge',),
      {'images': lambda row: f'{row["registered"]} of {row["images"]}',
       'ATE cm': number('error.rmse', 2, 100),
