@@ -225,7 +225,7 @@ def test_refinement_brings_disturbed_poses_back(scene):
     assert (np.bincount(structure.tracks.point) >= 2).all()
 
 
-@pytest.mark.parametrize('way_m, most', [((0.36, 0, 0.48), 0.08), ((0.4, -0.3, 0.3), 0.0)])
+@pytest.mark.parametrize(('way_m', 'most'), [((0.36, 0, 0.48), 0.08), ((0.4, -0.3, 0.3), 0.0)])
 def test_what_moved_between_two_visits_moves_no_pose_and_leaves_few_points(way_m, most):
     """A third of the points stands elsewhere in every second image, as one thing.
 
