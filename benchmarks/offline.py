@@ -1,4 +1,4 @@
-"""Photos in any order: ours beside COLMAP, trees of pairs, refinement, intrinsics withheld."""
+"""Photos in any order: ours beside COLMAP, trees, refinement, no intrinsics, moving boxes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ import numpy as np
 
 from benchmarks.colmap_peer import PhotoPeer
 from benchmarks.common import KITCHEN, Clock, data_root, load_frames, true_trajectory
-from benchmarks.scoring import trajectory_error
+from benchmarks.moving_scenes import HAPPENINGS, BoxPhotos, box_photos
+from benchmarks.scoring import mean_entry, trajectory_error
+from benchmarks.stress import false_poses
 from feedforward_recon.config.photos import PhotoConfig, ReconstructionConfig
 from feedforward_recon.console.threads import one_thread
 from feedforward_recon.errors import ReconError
 from feedforward_recon.evaluation import associate, localisation_score
 from feedforward_recon.geometry.align import align_points
 from feedforward_recon.io import SourceOptions, open_source
+from feedforward_recon.mapping.scene_map import SceneMap
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.reconstruction.comparisons import compared
 from feedforward_recon.reconstruction.pairs import CompactPairs
@@ -27,7 +30,7 @@ from feedforward_recon.reconstruction.pipeline import assembled
 from feedforward_recon.reconstruction.shots import shot_of
 from feedforward_recon.session.map_folder import SavedMap, save_map
 from feedforward_recon.session.merging import merge_maps
-from feedforward_recon.session.offline import map_frames
+from feedforward_recon.session.offline import Run, map_frames
 from feedforward_recon.session.photos import reconstruct_frames
 from feedforward_recon.types import Frame, Trajectory
 
@@ -37,6 +40,7 @@ STEP = {KITCHEN: 5}  # every so many images of a walk
 PEERS = (('incremental', 'exhaustive'), ('global', 'exhaustive'), ('incremental', 'sequential'))
 GROWTH = 62, 125, 250, 500  # images of one walk
 SHARED = 50  # images of both halves
+MOVING_SEEDS = (0, 1, 2, 3)
 SEED = 0  # of the order of the images
 
 
@@ -126,6 +130,59 @@ def run_merge() -> Iterator[tuple[str, dict[str, Any]]]:
                 **merge_entry(both, walk, unknown), 'seconds': clock.seconds}
 
 
+def run_moving() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Photos of rooms with boxes that move, and without: ours and the peer."""
+    for happening, words in HAPPENINGS.items():
+        rows: dict[str, dict[str, Any]] = {}
+        for seed in MOVING_SEEDS:
+            photos = box_photos(happening, seed)
+            rows.setdefault('ours', {})[str(seed)] = moving_ours(photos, happening == 'moved')
+            with tempfile.TemporaryDirectory() as folder:
+                estimated, clocks = PhotoPeer(photos.frames, Path(folder)).map(*PEERS[0])
+            rows.setdefault('pycolmap incremental, exhaustive matching', {})[str(seed)] = \
+                moving_entry(photos.frames, estimated, clocks)
+        for system, each in rows.items():
+            yield f'{words} | {system}', mean_entry(each)
+
+
+def moving_ours(photos: BoxPhotos, two_visits: bool) -> dict[str, Any]:
+    """Errors, number of maps, and what shows boxes in the largest, refined and not."""
+    runs, clock = reconstructed(photos.frames)
+    rough, _ = reconstructed(photos.frames, ReconstructionConfig(refine=False))
+    row = moving_entry(photos.frames, runs[0].scene.trajectory, [clock])
+    return {**row, 'maps': len(runs), **on_boxes(runs[0].scene, photos.boxes, two_visits),
+            'not_refined': on_boxes(rough[0].scene, photos.boxes, two_visits)}
+
+
+def moving_entry(frames: list[Frame], estimated: Trajectory, clocks: list[Clock]
+                 ) -> dict[str, Any]:
+    """Errors after a similarity, and how many poses are false as in ``stress``."""
+    nobody = np.zeros(0, np.int64)
+    row = entry(frames, estimated, clocks)
+    truth = Trajectory.of((frame.stamp_ns, frame.T_map_cam) for frame in frames)
+    return {**row, 'false': false_poses(estimated, nobody, truth, 'sim3')}
+
+
+def on_boxes(scene: SceneMap, boxes: np.ndarray, two_visits: bool) -> dict[str, float]:
+    """Shares of a map that boxes [N, H, W] made: of its points, and of its observations.
+
+    Wrong is a point of which half of the observations show a box; with two visits, one that
+    shows a box in both: between them it moved.
+    """
+    assert scene.graph is not None
+    table = scene.graph.arrays
+    point, image = table['seen_landmark'], table['stamps_ns'][table['seen_keyframe']]
+    column, row = np.rint(table['seen_px']).astype(int).T
+    shows = boxes[image, row.clip(0, boxes.shape[1] - 1), column.clip(0, boxes.shape[2] - 1)]
+    if two_visits:
+        wrong = np.logical_and(*(np.bincount(point, shows & (image % 2 == visit)) > 0
+                                 for visit in range(2)))
+    else:
+        wrong = np.bincount(point, shows) >= 0.5 * np.bincount(point)
+    return {'wrong_points': float(wrong.mean()), 'shown': float(shows.mean()),
+            'wrong_observations': float((shows & wrong[point]).mean())}
+
+
 def merge_entry(saved: SavedMap, walk: list[Frame], unknown: list[Frame]) -> dict[str, Any]:
     """Error of the walk in a saved map, and how many other images are found in it."""
     metric = saved.info.metres_per_unit is not None
@@ -146,16 +203,22 @@ def merge_entry(saved: SavedMap, walk: list[Frame], unknown: list[Frame]) -> dic
 
 def ours(frames: list[Frame], config: ReconstructionConfig | None = None) -> dict[str, Any]:
     """From decoded images to a map with its memory."""
-    chosen = PhotoConfig(reconstruction=config or ReconstructionConfig())
+    try:
+        runs, clock = reconstructed(frames, config)
+    except ReconError as error:
+        return {'images': len(frames), 'registered': 0, 'failed': str(error)}
+    row = entry(frames, runs[0].scene.trajectory, [clock])
+    return {**row, 'fx': runs[0].scene.keyframes[0].camera.fx}
+
+
+def reconstructed(frames: list[Frame], config: ReconstructionConfig | None = None
+                  ) -> tuple[list[Run], Clock]:
+    """The maps of decoded images, and the time they took; raises as ``reconstruct_frames``."""
     clock = Clock()
     with one_thread():
-        try:
-            run = reconstruct_frames(frames, chosen)[0]
-        except ReconError as error:
-            return {'images': len(frames), 'registered': 0, 'failed': str(error)}
-    clock.stop()
-    row = entry(frames, run.scene.trajectory, [clock])
-    return {**row, 'fx': run.scene.keyframes[0].camera.fx}
+        runs = reconstruct_frames(frames, PhotoConfig(
+            reconstruction=config or ReconstructionConfig()))
+    return runs, clock.stop()
 
 
 def without_intrinsics(frames: list[Frame]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ ENTRIES = {
     'trees': ('offline', 'run_trees'),
     'merge': ('offline', 'run_merge'),
     'photo_growth': ('offline', 'run_growth'),
+    'moving_photos': ('offline', 'run_moving'),
     'attention_scaling': ('attention_scaling', 'run'),
     'live': ('live', 'run'),
     'peers_mapping': ('colmap_peer', 'run'),

@@ -9,7 +9,15 @@ import cv2
 import numpy as np
 import pytest
 
-from benchmarks import mapping, orbslam_peer, orbslam_vocabulary, pairs, peers_environment, tables
+from benchmarks import (
+    mapping,
+    offline,
+    orbslam_peer,
+    orbslam_vocabulary,
+    pairs,
+    peers_environment,
+    tables,
+)
 from benchmarks.common import REPOSITORY, four_ways, load_frames, true_trajectory
 from benchmarks.scoring import (
     Walked,
@@ -48,6 +56,22 @@ def test_splits_cover_the_walk_once():
     np.testing.assert_array_equal(query[:25], np.arange(75, 100))
     mapped, query = extrapolation_split(500)
     assert (mapped[-1], query[0]) == (349, 350)
+
+
+def test_points_on_boxes_are_wrong_unless_they_were_seen_in_one_visit_alone():
+    """Four points, each in two of the images 0 to 3; the left half of every image is a box."""
+    boxes = np.zeros((4, 10, 10), bool)
+    boxes[:, :, :5] = True
+    left, right = (2.0, 5.0), (8.0, 5.0)
+    table = {'stamps_ns': np.array([3, 2, 1, 0]),  # keyframes are in another order
+             'seen_landmark': np.repeat(np.arange(4), 2),
+             'seen_keyframe': np.array([3, 1, 3, 2, 2, 0, 3, 2]),
+             'seen_px': np.array([left, left, left, left, left, right, right, right])}
+    scene = SimpleNamespace(graph=SimpleNamespace(arrays=table))
+    expected = {False: (0.75, 5 / 8), True: (0.25, 2 / 8)}
+    for two_visits, (points, observations) in expected.items():
+        assert offline.on_boxes(scene, boxes, two_visits) == {
+            'wrong_points': points, 'wrong_observations': observations, 'shown': 5 / 8}
 
 
 def test_sift_peer_finds_its_way_in_a_synthetic_room():

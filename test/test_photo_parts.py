@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 
 import cv2
 import numpy as np
@@ -14,6 +15,7 @@ from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, se3_exp, transform_points
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.reconstruction.accumulation import accumulate
+from feedforward_recon.reconstruction.agreement import agreeing
 from feedforward_recon.reconstruction.pairs import CompactPairs, PairGeometry, with_rotation
 from feedforward_recon.reconstruction.refinement import (
     FINE,
@@ -23,6 +25,7 @@ from feedforward_recon.reconstruction.refinement import (
     with_tracks,
 )
 from feedforward_recon.reconstruction.registration import agreeing_with, placed_by_points
+from feedforward_recon.reconstruction.scene_graph import minimum_spanning_tree
 from feedforward_recon.reconstruction.shots import Shot
 from feedforward_recon.reconstruction.subpixel import patches_aligned
 from feedforward_recon.reconstruction.tracks import PointTracks, tracks_of
@@ -220,6 +223,41 @@ def test_refinement_brings_disturbed_poses_back(scene):
     assert after < 0.1 * before and turn_deg < 0.05
     assert structure.error_px.max() < 2 * FINE[-1].limit_px
     assert (np.bincount(structure.tracks.point) >= 2).all()
+
+
+@pytest.mark.parametrize(('way_m', 'most'), [((0.36, 0, 0.48), 0.08), ((0.4, -0.3, 0.3), 0.0)])
+def test_what_moved_between_two_visits_moves_no_pose_and_leaves_few_points(way_m, most):
+    """A third of the points stands elsewhere in every second image, as one thing.
+
+    Along the epipolar lines two images cannot tell; across them they can.
+    """
+    world, poses = OracleScene.generate(0, count=900), arc()
+    moved = world.points[:, 0] > 1.0
+    assert 0.3 < moved.mean() < 0.4
+    visits = world, OracleScene(world.points + moved[:, None] * way_m, world.descriptors)
+    shots = [shot(visits[k % 2].features(pose, k)[0]) for k, pose in enumerate(poses)]
+    decoder, edges = CompactPairs(shots, ENCODER), list(combinations(range(CIRCLE), 2))
+    found = decoder.decode(edges, [decoder.match(*edge) for edge in edges])
+    pairs = agreeing(shots, {(pair.i, pair.j): pair for pair in found if pair is not None})
+    tree = minimum_spanning_tree(CIRCLE, np.array(list(pairs)), np.array(
+        [1 / len(pair) for pair in pairs.values()]), 0)
+    placed = accumulate(shots, pairs, 0, tree.edges)
+    before = triangulated(placed.T_map_cam, [CAMERA] * CIRCLE, tracks_of(shots, pairs.values()))
+    after = refined(before, (*ROUGH, *FINE))
+    rmse, turn_deg = error_of(after.T_map_cam, poses, np.arange(CIRCLE))
+    assert rmse < 0.003 and turn_deg < 0.05
+    assert in_both_visits(after.tracks, shots, world, moved) <= most
+
+
+def in_both_visits(tracks, shots, world, moved):
+    """The share of points that show a thing that moved, both before and after it did."""
+    shown = np.zeros(len(tracks), int)
+    for image, rows in tracks.by_image():
+        codes = shots[image].features.descriptors[tracks.feature[rows]]
+        shown[rows] = np.argmax(codes @ world.descriptors.T, axis=1)
+    seen = [np.bincount(tracks.point, moved[shown] & (tracks.image % 2 == visit)) > 0
+            for visit in range(2)]
+    return np.logical_and(*seen).mean()
 
 
 def test_refinement_finds_the_focal_length(scene):
