@@ -30,6 +30,7 @@ ENTRIES = {
     'trees': ('offline', 'run_trees'),
     'merge': ('offline', 'run_merge'),
     'photo_growth': ('offline', 'run_growth'),
+    'photo_scale': ('photo_scale', 'run'),
     'attention_scaling': ('attention_scaling', 'run'),
     'live': ('live', 'run'),
     'peers_mapping': ('colmap_peer', 'run'),
