@@ -34,7 +34,7 @@ from feedforward_recon.reconstruction.pairs import (
     with_motion,
 )
 from feedforward_recon.reconstruction.parts import PhotoSet, part_of
-from feedforward_recon.reconstruction.retrieval import EXACT, Similarities
+from feedforward_recon.reconstruction.retrieval import EXACT, Likeness
 from feedforward_recon.reconstruction.shots import ROLLS, Shot
 from feedforward_recon.types import Features, Trajectory
 
@@ -161,7 +161,7 @@ def measure(count: int, refine: bool = False) -> Row:
 
 def in_blocks(shots: Sequence[Shot], neighbours: int) -> Row:
     """Time of an exact search alone, and of the default; which neighbours that finds."""
-    similar = Similarities(np.stack([shot.features.global_descriptor for shot in shots]))
+    similar = Likeness(np.stack([shot.features.global_descriptor for shot in shots]))
     every = np.arange(len(shots))
     clocks, found = [], []
     for blocks in ([every], np.split(every, every[EXACT::EXACT])):

@@ -18,7 +18,7 @@ from feedforward_recon.reconstruction.parts import Part, PhotoSet, part_of, stru
 from feedforward_recon.reconstruction.pipeline import assembled
 from feedforward_recon.reconstruction.retrieval import (
     EXACT,
-    Similarities,
+    Likeness,
     bridging_pairs,
     likely_pairs,
     pairs_with,
@@ -67,7 +67,7 @@ class Matrix:
 
 
 def similarities(descriptors, rolled=()):
-    similar = Similarities(descriptors)
+    similar = Likeness(descriptors)
     for image in rolled:
         similar.roll(image, rolls_of(descriptors, image))
     return similar
@@ -112,11 +112,11 @@ def test_bridges_are_the_most_similar_pairs_between_parts(monkeypatch, block):
         row, column = np.unravel_index(np.argsort(-between, axis=None)[:5], between.shape)
         expected |= {tuple(sorted(pair)) for pair in
                      zip(parts[0][row].tolist(), part[column].tolist(), strict=True)}
-    assert as_set(bridging_pairs(Similarities(descriptors), parts, 5)) == expected
+    assert as_set(bridging_pairs(Likeness(descriptors), parts, 5)) == expected
 
 
 def test_fewer_others_than_neighbours_and_none_at_all():
-    similar, none = Similarities(clustered(COUNT)), np.zeros(0, int)
+    similar, none = Likeness(clustered(COUNT)), np.zeros(0, int)
     assert as_set(pairs_with(similar, np.array([1, 2]), np.array([2, 5]), 30)) == {
         (1, 2), (1, 5), (2, 5)}
     for images, others, count in ((none, np.arange(3), 2), (np.arange(3), none, 2),
@@ -128,15 +128,15 @@ def test_fewer_others_than_neighbours_and_none_at_all():
 
 def test_an_index_finds_nearly_all_neighbours_and_the_same_ones_each_time(monkeypatch):
     pytest.importorskip('faiss', reason=NEEDS)
-    monkeypatch.setattr(Similarities, '_compared', None)
+    monkeypatch.setattr(Likeness, '_compared', None)
     descriptors, every = clustered(MANY), np.arange(MANY)
-    similar = Similarities(descriptors)
+    similar = Likeness(descriptors)
     pairs, alike = similar.nearest(every, every, 12)
     truth = Matrix(descriptors, ()).nearest(every, every, 12)
     assert len(as_set(pairs) & truth) > 0.95 * len(truth)
     assert (pairs[:, 0] != pairs[:, 1]).all() and np.bincount(pairs[:, 0]).max() == 12
     np.testing.assert_allclose(alike, similar.of(pairs), atol=1e-6)
-    again = Similarities(descriptors).nearest(every, every, 12)
+    again = Likeness(descriptors).nearest(every, every, 12)
     assert np.array_equal(pairs, again[0]) and np.array_equal(alike, again[1])
 
 
@@ -144,14 +144,14 @@ def test_few_images_are_looked_for_without_an_index(monkeypatch):
     monkeypatch.setattr(retrieval, '_index', None)
     descriptors = clustered(MANY)
     few, every = np.arange(0, MANY, 100), np.arange(MANY)
-    found, _ = Similarities(descriptors).nearest(few, every, 12)
+    found, _ = Likeness(descriptors).nearest(few, every, 12)
     assert as_set(found) == Matrix(descriptors, ()).nearest(few, every, 12)
 
 
 def test_a_rolled_image_is_found_by_an_index_at_its_best_roll():
     pytest.importorskip('faiss', reason=NEEDS)
     descriptors, every = clustered(MANY), np.arange(MANY)
-    similar = Similarities(descriptors)
+    similar = Likeness(descriptors)
     close = descriptors[1000] + 0.02 * np.random.default_rng(0).normal(size=(ROLLS - 1, SIZE))
     similar.roll(7, np.concatenate([descriptors[7:8], unit(close)]))
     pairs, alike = similar.nearest(every, every, 12)
@@ -163,9 +163,9 @@ def test_a_rolled_image_is_found_by_an_index_at_its_best_roll():
 
 def test_without_the_extra_many_are_compared_in_blocks_and_that_is_said(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, 'faiss', None)
-    assert len(Similarities(clustered(EXACT))) == EXACT and not caplog.records
+    assert len(Likeness(clustered(EXACT))) == EXACT and not caplog.records
     descriptors, every = clustered(MANY), np.arange(MANY)
-    similar = Similarities(descriptors)
+    similar = Likeness(descriptors)
     for _ in range(2):
         found, _ = similar.nearest(every, every, 12)
     assert as_set(found) == Matrix(descriptors, ()).nearest(every, every, 12)

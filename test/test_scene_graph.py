@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from feedforward_recon.reconstruction.retrieval import (
-    Similarities,
+    Likeness,
     bridging_pairs,
     likely_pairs,
     pairs_with,
@@ -26,7 +26,7 @@ def walk_similarities(count, seed=0):
     steps = rng.normal(size=(count, 40)) * 0.3
     steps[0] = rng.normal(size=40) * 3
     codes = np.cumsum(steps, 0)
-    return Similarities(codes / np.linalg.norm(codes, axis=1, keepdims=True))
+    return Likeness(codes / np.linalg.norm(codes, axis=1, keepdims=True))
 
 
 def complete(count):
@@ -87,7 +87,7 @@ def test_parts_that_no_pair_connects_come_apart_and_are_bridged():
     S = np.eye(6)
     S[2, 4] = S[4, 2] = 0.9
     S[3, 0] = S[0, 3] = 0.8
-    similar = Similarities(np.linalg.cholesky(S))
+    similar = Likeness(np.linalg.cholesky(S))
     bridges = bridging_pairs(similar, components(6, pairs), 1)
     assert bridges.tolist() == [[0, 3], [2, 4]]  # one between the largest and each other part
     assert bridging_pairs(similar, components(6, pairs)[:1], 1).shape == (0, 2)

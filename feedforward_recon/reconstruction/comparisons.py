@@ -20,7 +20,7 @@ from feedforward_recon.reconstruction.pairs import (
     look_rolled,
 )
 from feedforward_recon.reconstruction.retrieval import (
-    Similarities,
+    Likeness,
     bridging_pairs,
     likely_pairs,
 )
@@ -39,7 +39,7 @@ class Comparisons:
 
     def __init__(self, decoder: PairDecoder, descriptors: np.ndarray, comparing: Mapped = map,
                  rolling: Mapped = map) -> None:
-        self.similar = Similarities(descriptors)
+        self.similar = Likeness(descriptors)
         self.matches: dict[Edge, FeatureMatches] = {}
         self.pairs: dict[Edge, PairGeometry] = {}
         self._batch = decoder.batch

@@ -21,7 +21,7 @@ BLOCK = 512  # images that are compared at once with as many others
 LISTS, SEARCHED, ROUNDS = 4, 16, 10
 
 
-class Similarities:
+class Likeness:
     """How alike images are: cosines of their global descriptors, unit vectors [N, G].
 
     Of a rolled image the roll at which it is most like the other one counts; of two, the rolls of
@@ -146,18 +146,18 @@ class Similarities:
         return pairs[rows], alike[rows]
 
 
-def likely_pairs(similar: Similarities, neighbours: int) -> np.ndarray:
+def likely_pairs(similar: Likeness, neighbours: int) -> np.ndarray:
     """Pairs i < j [P, 2] of which one is among the ``neighbours`` most similar of the other."""
     return pairs_with(similar, np.arange(len(similar)), np.arange(len(similar)), neighbours)
 
 
-def pairs_with(similar: Similarities, images: np.ndarray, others: np.ndarray, neighbours: int
+def pairs_with(similar: Likeness, images: np.ndarray, others: np.ndarray, neighbours: int
                ) -> np.ndarray:
     """Pairs i < j [P, 2] of each of ``images`` [n] and the ``others`` most like it."""
     return _once(similar.nearest(images, others, neighbours)[0])
 
 
-def bridging_pairs(similar: Similarities, parts: list[np.ndarray], neighbours: int) -> np.ndarray:
+def bridging_pairs(similar: Likeness, parts: list[np.ndarray], neighbours: int) -> np.ndarray:
     """Pairs i < j [P, 2] of the first part [n] of the images and each other one, the most similar.
 
     The first is to be the largest; pairs of all parts with each other would be too many.
