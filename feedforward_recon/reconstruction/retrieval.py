@@ -14,11 +14,11 @@ import numpy as np
 
 log = logging.getLogger(__name__)
 
-EXACT = 2000  # images; a search among fewer, or for fewer, is no work
+EXACT = 2000  # images; a search for fewer, or among fewer, needs no index
 BLOCK = 512  # images that are compared at once with as many others
 # Lists of the index, by the root of the number of images, and how many are searched; rounds of
-# k-means: docs/experiments.md, Neighbours among many photos.
-LISTS, SEARCHED, ROUNDS = 4, 16, 10
+# k-means, and its seed: docs/experiments.md, Neighbours among many photos.
+LISTS, SEARCHED, ROUNDS, SEED = 4, 16, 10, 0
 
 
 class Likeness:
@@ -28,11 +28,10 @@ class Likeness:
     the one that was rolled last.
     """
 
-    def __init__(self, descriptors: np.ndarray, seed: int = 0) -> None:
+    def __init__(self, descriptors: np.ndarray) -> None:
         self._upright = np.asarray(descriptors, np.float32)
         self._rolled: dict[int, np.ndarray] = {}
         self._turn = np.full(len(descriptors), -1)  # which was rolled first, second, ..
-        self._seed = seed
         self._faiss = _faiss() if len(descriptors) > EXACT else None
 
     def __len__(self) -> int:
@@ -97,7 +96,7 @@ class Likeness:
         """
         index = None
         if self._faiss is not None and min(len(images), len(others)) > EXACT:
-            index = _index(self._faiss, self._upright[others], self._seed)
+            index = _index(self._faiss, self._upright[others])
         found = [(np.zeros((0, 2), int), np.zeros(0, np.float32))]
         for block in _blocks(images):
             found.append(self._compared(block, others, count) if index is None
@@ -195,12 +194,12 @@ def _faiss() -> Any:
     return faiss
 
 
-def _index(faiss: Any, descriptors: np.ndarray, seed: int) -> Any:
-    """Inverted lists of unit vectors [m, G]; the same for one seed."""
+def _index(faiss: Any, descriptors: np.ndarray) -> Any:
+    """Inverted lists of unit vectors [m, G]."""
     count, size = descriptors.shape
     lists = int(LISTS * np.sqrt(count))
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(size), size, lists, faiss.METRIC_INNER_PRODUCT)
-    index.cp.seed, index.cp.niter, index.cp.min_points_per_centroid = seed, ROUNDS, 1
+    index.cp.seed, index.cp.niter, index.cp.min_points_per_centroid = SEED, ROUNDS, 1
     index.nprobe = SEARCHED
     index.train(descriptors)
     index.add(descriptors)
