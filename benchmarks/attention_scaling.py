@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import REPOSITORY, Clock, write_result
+from benchmarks.common import REPOSITORY, Clock, forget_peak, memory_bytes, write_result
 from feedforward_recon.model.attention.registry import ATTENTION, attention_factory
 from feedforward_recon.model.backbone import Aggregator
 from feedforward_recon.model.configs import config_of
@@ -40,25 +40,14 @@ def measure(name: str, views: int) -> Row:
     states = [block.attn.empty_state(1) for block in backbone.global_blocks]  # type: ignore
     with torch.inference_mode():
         backbone(images[:, :2], states, write=True, has_first=True)  # first-call costs
-        before = _reset_peak()
+        before = forget_peak()
         clock = Clock()
         _, states = backbone(images, states, write=True, has_first=True)
         clock.stop()
-    peak = _status('VmHWM') - before
+    peak = memory_bytes('VmHWM') - before
     return {'views': views, 'seconds': clock.seconds, 'cpu_seconds': clock.cpu_seconds,
             'ms_per_view': 1e3 * clock.cpu_seconds / views, 'peak_mb': peak / 1e6,
             'state_mb': sum(state.nbytes for state in states) / 1e6}
-
-
-def _reset_peak() -> int:
-    """Forget the peak memory so far; returns what is resident now, in bytes (Linux)."""
-    Path('/proc/self/clear_refs').write_text('5', encoding='ascii')
-    return _status('VmRSS')
-
-
-def _status(key: str) -> int:
-    lines = Path('/proc/self/status').read_text(encoding='ascii').splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def in_own_process(name: str, views: int) -> Row:

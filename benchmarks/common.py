@@ -52,6 +52,18 @@ class Clock:
         return self
 
 
+def forget_peak() -> int:
+    """Forget the peak memory so far; returns what is resident now, in bytes (Linux)."""
+    Path('/proc/self/clear_refs').write_text('5', encoding='ascii')
+    return memory_bytes('VmRSS')
+
+
+def memory_bytes(key: str) -> int:
+    """Memory of this process by its name in /proc, such as VmHWM for the peak (Linux)."""
+    lines = Path('/proc/self/status').read_text(encoding='ascii').splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
+
+
 def data_root() -> Path:
     """Folder of the real image sets: FFRECON_DATA, or shared/data beside the repository.
 

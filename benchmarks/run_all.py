@@ -30,6 +30,7 @@ ENTRIES = {
     'trees': ('offline', 'run_trees'),
     'merge': ('offline', 'run_merge'),
     'photo_growth': ('offline', 'run_growth'),
+    'photo_scale': ('photo_scale', 'run'),
     'moving_photos': ('offline', 'run_moving'),
     'attention_scaling': ('attention_scaling', 'run'),
     'live': ('live', 'run'),

@@ -167,6 +167,13 @@ TREES: dict[str, Callable[[Row], str]] = {
     'deepest': number('depth', 0), 'mean depth': number('mean_depth', 1),
     'ATE, 1e-4 of the extent': number('ate_of_extent', 0, 1e4),
     'rotation deg': number('error.rotation_median_deg', 2)}
+PHOTO_SCALE: dict[str, Callable[[Row], str]] = {
+    'registered': lambda row: (f'{row["registered"]} of {row["images"]}' if 'registered' in row
+                               else '-'),
+    'rotation deg': number('error.rotation_median_deg', 2),
+    'retrieval ms': number('retrieval_ms', 2), 'together ms': number('together_ms', 1),
+    'MB': number('peak_mb', 2), 'search ms': number('search_ms', 2),
+    'exact search ms': number('exact_ms', 2), 'found': number('found', 3)}
 SECTIONS = (
     ('Mapping', ('mapping', 'peers_mapping'), MAPPING,
      'Means over walks; ± is the standard deviation between them. The kitchen is walked in four '
@@ -241,6 +248,13 @@ SECTIONS = (
       'CPU s': number('cpu_seconds', 1), 'exponent': number('exponent', 2)},
      'The first images of the kitchen walk, shuffled: from decoded images to a map with its '
      'memory. Exponent p: best fit of CPU time = c N^p so far.'),
+    ('Thousands of photos', ('photo_scale',), PHOTO_SCALE,
+     'A synthetic collection, about 300 features an image; matches and motions of pairs are '
+     'replayed. Per image: CPU time of what follows encoding and matching (which images are '
+     'compared, rotations of all pairs, tree, poses along it, tracks and points; no bundle '
+     'adjustment), and peak memory beyond that of features and images. Search: for the neighbours '
+     'alone, by default (beyond 2000 images an index) and exact; found: of the exact neighbours. '
+     'Extrapolated: the power law that fits best.'),
     ('Photos of rooms in which boxes move', ('moving_photos',),
      {'registered': lambda row: _of_all(row, 'registered'), 'maps': number('maps', 1),
       'false': lambda row: _sum(row, 'false'),

@@ -14,7 +14,7 @@ PACKAGE = ROOT / NAME
 NETWORK = {'torch', f'{NAME}.model', f'{NAME}.memory', f'{NAME}.training'}
 # Optional or heavy: loaded only by the function that needs them.
 LAZY = {'rclpy', 'matplotlib', 'pycolmap', 'rosbags', 'evo', 'rerun', 'huggingface_hub',
-        'ray'}
+        'ray', 'faiss'}
 ENTRY_POINTS = {'main'}
 # Names of libraries that begin with an underscore and are documented all the same.
 LIBRARY_PRIVATE = {'_exit', '_asdict', '_buffers', '_parameters'}

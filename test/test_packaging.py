@@ -16,7 +16,8 @@ import feedforward_recon
 
 ROOT = Path(__file__).resolve().parents[1]
 # Distribution names where they differ from the module that is imported.
-MODULE_OF = {'opencv-python': 'cv2', 'pillow': 'PIL', 'pyyaml': 'yaml', 'rerun-sdk': 'rerun'}
+MODULE_OF = {'opencv-python': 'cv2', 'pillow': 'PIL', 'pyyaml': 'yaml', 'rerun-sdk': 'rerun',
+             'faiss-cpu': 'faiss'}
 # Modules that rosdep knows in the versions that we need; the others come from pip.
 ROSDEP = {'numpy': 'python3-numpy', 'cv2': 'python3-opencv', 'scipy': 'python3-scipy',
           'yaml': 'python3-yaml', 'PIL': 'python3-pil'}

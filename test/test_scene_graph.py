@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from feedforward_recon.reconstruction.retrieval import (
+    Likeness,
     bridging_pairs,
     likely_pairs,
     pairs_with,
-    similarities,
 )
 from feedforward_recon.reconstruction.scene_graph import (
     COSTS,
@@ -21,12 +21,12 @@ from feedforward_recon.reconstruction.scene_graph import (
 
 
 def walk_similarities(count, seed=0):
-    """Cosines of descriptors that drift along a walk."""
+    """Of descriptors that drift along a walk."""
     rng = np.random.default_rng(seed)
     steps = rng.normal(size=(count, 40)) * 0.3
     steps[0] = rng.normal(size=40) * 3
     codes = np.cumsum(steps, 0)
-    return similarities(codes / np.linalg.norm(codes, axis=1, keepdims=True))
+    return Likeness(codes / np.linalg.norm(codes, axis=1, keepdims=True))
 
 
 def complete(count):
@@ -46,9 +46,9 @@ def along(tree, pairs, cost, image):
 @pytest.mark.parametrize('make', TREES.values(), ids=TREES)
 @pytest.mark.parametrize('cost', COSTS.values(), ids=COSTS)
 def test_a_tree_reaches_each_image_once_parents_first(make, cost):
-    S = walk_similarities(25)
-    pairs = likely_pairs(S, 6)
-    tree = make(25, pairs, cost(S[pairs[:, 0], pairs[:, 1]]), 3)
+    similar = walk_similarities(25)
+    pairs = likely_pairs(similar, 6)
+    tree = make(25, pairs, cost(similar.of(pairs)), 3)
     assert tree.order[0] == 3 and sorted(tree.order) == list(range(25))
     assert len(tree.edges) == 24
     place = np.argsort(tree.order)
@@ -59,9 +59,9 @@ def test_a_tree_reaches_each_image_once_parents_first(make, cost):
 
 
 def test_no_way_is_shorter_and_no_tree_is_cheaper():
-    S = walk_similarities(30)
+    similar = walk_similarities(30)
     pairs = complete(30)
-    cost = COSTS['linear'](S[pairs[:, 0], pairs[:, 1]])
+    cost = COSTS['linear'](similar.of(pairs))
     shortest, spanning = (make(30, pairs, cost, 0) for make in
                           (shortest_path_tree, minimum_spanning_tree))
     for image in range(30):
@@ -74,9 +74,9 @@ def test_no_way_is_shorter_and_no_tree_is_cheaper():
 
 def test_the_angle_makes_a_star_and_the_square_a_chain():
     """An angle is a metric, so no detour is shorter; squares of it prefer many short hops."""
-    S = walk_similarities(30)
+    similar = walk_similarities(30)
     pairs = complete(30)
-    depth = {name: shortest_path_tree(30, pairs, cost(S[pairs[:, 0], pairs[:, 1]]), 0).depth.max()
+    depth = {name: shortest_path_tree(30, pairs, cost(similar.of(pairs)), 0).depth.max()
              for name, cost in COSTS.items()}
     assert depth['angle'] == 1 < depth['linear'] <= depth['square']
 
@@ -84,28 +84,31 @@ def test_the_angle_makes_a_star_and_the_square_a_chain():
 def test_parts_that_no_pair_connects_come_apart_and_are_bridged():
     pairs = np.array([(0, 1), (1, 2), (4, 5)])
     assert [part.tolist() for part in components(6, pairs)] == [[0, 1, 2], [4, 5], [3]]
-    S = np.full((6, 6), -1.0)
+    S = np.eye(6)
     S[2, 4] = S[4, 2] = 0.9
     S[3, 0] = S[0, 3] = 0.8
-    bridges = bridging_pairs(S, components(6, pairs), 1)
+    similar = Likeness(np.linalg.cholesky(S))
+    bridges = bridging_pairs(similar, components(6, pairs), 1)
     assert bridges.tolist() == [[0, 3], [2, 4]]  # one between the largest and each other part
-    assert bridging_pairs(S, components(6, pairs)[:1], 1).shape == (0, 2)
+    assert bridging_pairs(similar, components(6, pairs)[:1], 1).shape == (0, 2)
 
 
 def test_each_image_is_compared_with_those_most_like_it():
-    S = walk_similarities(20)
-    pairs = likely_pairs(S, 4)
+    similar = walk_similarities(20)
+    pairs = likely_pairs(similar, 4)
     assert (pairs[:, 0] < pairs[:, 1]).all() and len(np.unique(pairs, axis=0)) == len(pairs)
     chosen = {tuple(edge) for edge in pairs.tolist()}
     for image in range(20):
-        for other in np.argsort(-S[image])[:4].tolist():
-            assert tuple(sorted((image, other))) in chosen
-    assert likely_pairs(S[:2, :2], 12).tolist() == [[0, 1]]
-    assert likely_pairs(S[:1, :1], 12).shape == (0, 2)
+        others = [other for other in range(20) if other != image]
+        alike = similar.of(np.array([(image, other) for other in others]))
+        for row in np.argsort(-alike)[:4].tolist():
+            assert tuple(sorted((image, others[row]))) in chosen
+    assert likely_pairs(walk_similarities(2), 12).tolist() == [[0, 1]]
+    assert likely_pairs(walk_similarities(1), 12).shape == (0, 2)
 
 
 def test_images_are_compared_with_others_alone():
-    S = walk_similarities(12)
-    pairs = pairs_with(S, np.array([0, 5]), np.array([2, 7, 9]), 2)
+    similar = walk_similarities(12)
+    pairs = pairs_with(similar, np.array([0, 5]), np.array([2, 7, 9]), 2)
     assert len(pairs) == 4
     assert all(len({a, b} & {0, 5}) == 1 and len({a, b} & {2, 7, 9}) == 1 for a, b in pairs)

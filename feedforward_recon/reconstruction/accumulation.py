@@ -23,16 +23,16 @@ MIN_CONFIDENCE = 3.0  # of a point that says something about scale: its depth is
 class Accumulation:
     """Poses T_map_cam [N, 4, 4] of the images that are ``registered`` [N].
 
-    Of each image, points [F, 3] in the map of its features, NaN where unknown, and their
-    confidence.
+    Of each image that has any, points [F, 3] in the map of its features, NaN where unknown, and
+    their confidence.
     """
 
     def __init__(self, shots: Sequence[Shot], root: int) -> None:
         self.T_map_cam = np.tile(np.eye(4), (len(shots), 1, 1))
         self.registered = np.zeros(len(shots), bool)
         self.registered[root] = True
-        self._points = [np.full((len(shot.features), 3), np.nan) for shot in shots]
-        self._confidence = [np.zeros(len(shot.features)) for shot in shots]
+        self._shots = shots
+        self._learnt: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._turns: dict[int, list[PairGeometry]] = {}
 
     def register(self, pair: PairGeometry) -> bool:
@@ -59,18 +59,18 @@ class Accumulation:
         changed = list(images)
         while changed:
             for turn in self._turns.get(changed.pop(), []):
-                if self._learn(turn.j, turn.feature_j, self._points[turn.i][turn.feature_i],
-                               self._confidence[turn.i][turn.feature_i]):
+                points, confidence = self._known(turn.i)
+                if self._learn(turn.j, turn.feature_j, points[turn.feature_i],
+                               confidence[turn.feature_i]):
                     changed.append(turn.j)
 
     def _scale(self, pair: PairGeometry) -> float | None:
         """Map units per unit of the pair; the first pair with parallax defines them."""
-        if pair.is_turn or not any(np.isfinite(self._points[image]).any()
-                                   for image in np.flatnonzero(self.registered)):
+        if pair.is_turn or not self._learnt:
             return 1.0
-        known = self._points[pair.i][pair.feature_i]
-        depth = transform_points(inverse(self.T_map_cam[pair.i]), known)[:, 2]
-        confidence = np.minimum(pair.confidence, self._confidence[pair.i][pair.feature_i])
+        points, sure = (known[pair.feature_i] for known in self._known(pair.i))
+        depth = transform_points(inverse(self.T_map_cam[pair.i]), points)[:, 2]
+        confidence = np.minimum(pair.confidence, sure)
         with np.errstate(invalid='ignore'):
             shared = (depth > 0) & (pair.points[:, 2] > 0) & (confidence > MIN_CONFIDENCE)
         if shared.sum() < MIN_SHARED:
@@ -81,10 +81,18 @@ class Accumulation:
     def _learn(self, image: int, feature: np.ndarray, points: np.ndarray, confidence: np.ndarray
                ) -> bool:
         """Keep the points that are surer than what was known; whether there are any."""
-        better = (confidence > self._confidence[image][feature]) & np.isfinite(points[:, 0])
-        self._points[image][feature[better]] = points[better]
-        self._confidence[image][feature[better]] = confidence[better]
-        return bool(better.any())
+        known, sure = self._known(image)
+        better = (confidence > sure[feature]) & np.isfinite(points[:, 0])
+        if not better.any():
+            return False
+        known[feature[better]] = points[better]
+        sure[feature[better]] = confidence[better]
+        self._learnt[image] = known, sure
+        return True
+
+    def _known(self, image: int) -> tuple[np.ndarray, np.ndarray]:
+        count = len(self._shots[image].features)
+        return self._learnt.get(image) or (np.full((count, 3), np.nan), np.zeros(count))
 
 
 def accumulate(shots: Sequence[Shot], pairs: Pairs, root: int, edges: Iterable[Edge]

@@ -31,6 +31,7 @@ from feedforward_recon.reconstruction.retrieval import pairs_with
 MIN_OBSERVATIONS = 15
 MIN_PART = 3  # images that are placed together
 MIN_CROSSING = 2  # pairs that agree with how they were placed
+ASKED = 10  # images that are compared with a part, for each one of it
 
 
 def completed(photos: PhotoSet, part: Part, among: np.ndarray) -> tuple[Structure, np.ndarray]:
@@ -85,8 +86,8 @@ def _extended(photos: PhotoSet, structure: Structure, registered: np.ndarray,
     T_map_cam = structure.T_map_cam.copy()
     registered[list(found)] = True
     T_map_cam[list(found)] = np.stack(list(found.values()))
-    seen = [shot.seen_by(camera) for shot, camera in
-            zip(photos.shots, structure.cameras, strict=True)]
+    seen = [shot.seen_by(camera) if known else shot for shot, camera, known in
+            zip(photos.shots, structure.cameras, registered, strict=True)]
     pairs = agreeing_with(T_map_cam, seen, registered, photos.comparisons.matches)
     if _crossing(pairs, found) < min(MIN_CROSSING, len(found)):
         return structure, before
@@ -102,7 +103,14 @@ def _crossing(pairs: Pairs, found: Collection[int]) -> int:
 
 
 def _compared_more(photos: PhotoSet, images: np.ndarray, registered: np.ndarray) -> int:
-    """Compare images with the registered ones that are most like them; returns how many pairs."""
-    comparisons = photos.comparisons
-    return comparisons.match(pairs_with(comparisons.S, images, np.flatnonzero(registered),
+    """Compare images with the registered ones that are most like them; returns how many pairs.
+
+    A small part asks few of many others: so that thousands of small parts are no more work.
+    """
+    comparisons, others = photos.comparisons, np.flatnonzero(registered)
+    few = ASKED * len(others)
+    if len(images) > few:
+        pairs, alike = comparisons.similar.nearest(images, others, 1)
+        images = np.sort(pairs[np.argsort(-alike, kind='stable')[:few], 0])
+    return comparisons.match(pairs_with(comparisons.similar, images, others,
                                         photos.config.bridges))

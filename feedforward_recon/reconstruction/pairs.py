@@ -142,7 +142,7 @@ class CompactPairs:
 
     def __init__(self, shots: Sequence[Shot], encoder: CompactEncoder, seed: int = 0) -> None:
         self._shots, self._encoder, self._seed = shots, encoder, seed
-        self._rolled: dict[tuple[int, int], Features] = {}
+        self._rolled: dict[tuple[int, int], torch.Tensor] = {}  # keys of what was matched
 
     def rolled(self, image: int) -> np.ndarray:
         """Global descriptors [ROLLS, G] of an image as it is, and with the camera rolled."""
@@ -150,18 +150,14 @@ class CompactPairs:
 
     def match(self, i: int, j: int, roll: int = 0) -> FeatureMatches:
         """Features of images i and j that are the most similar of each other."""
-        return mutual(self._keys(i, roll), self._keys(j))
-
-    def _keys(self, image: int, roll: int = 0) -> torch.Tensor:
-        # Half precision: twice as fast, and only decides between nearly equal neighbours.
-        return torch.tensor(self._features(image, roll).descriptors, dtype=torch.bfloat16)
+        if roll and (i, roll) not in self._rolled:
+            self._rolled[i, roll] = _keys(self._features(i, roll))
+        keys = self._rolled[i, roll] if roll else _keys(self._features(i, 0))
+        return mutual(keys, _keys(self._features(j, 0)))
 
     def _features(self, image: int, roll: int) -> Features:
-        if roll == 0:
-            return self._shots[image].features
-        if (image, roll) not in self._rolled:
-            self._rolled[image, roll] = seen_rolled(self._shots[image], self._encoder, roll)
-        return self._rolled[image, roll]
+        shot = self._shots[image]
+        return seen_rolled(shot, self._encoder, roll) if roll else shot.features
 
     def decode(self, edges: Sequence[Edge], matches: Sequence[FeatureMatches]
                ) -> list[PairGeometry | None]:
@@ -178,6 +174,11 @@ class CompactPairs:
         if motion is None or motion.inliers.sum() < max(MIN_DISTINCT, MIN_SHARE * chosen.sum()):
             return None
         return with_motion((i, j), matches, self._shots, motion.T_a_b)
+
+
+def _keys(features: Features) -> torch.Tensor:
+    # Half precision: twice as fast, and only decides between nearly equal neighbours.
+    return torch.tensor(features.descriptors, dtype=torch.bfloat16)
 
 
 def mutual(a: torch.Tensor, b: torch.Tensor) -> FeatureMatches:

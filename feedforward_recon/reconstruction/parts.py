@@ -62,13 +62,13 @@ class Part:
 
 def part_of(photos: PhotoSet, among: np.ndarray) -> Part:
     """The largest part of some images [N] that pairs connect, roughly refined."""
-    shots, S = photos.shots, photos.comparisons.S
-    pairs = {edge: pair for edge, pair in photos.comparisons.pairs.items()
-             if among[list(edge)].all()}
+    shots = photos.shots
+    pairs = {(i, j): pair for (i, j), pair in photos.comparisons.pairs.items()
+             if among[i] and among[j]}
     connected = _largest(among, pairs)
     pairs = agreeing(shots, {edge: pair for edge, pair in pairs.items() if edge[0] in connected})
     connected = _largest(among, pairs)
-    tree = _tree(S, pairs, sorted(connected), photos.config)
+    tree = _tree(photos, pairs, np.array(sorted(connected)))
     placed = accumulate(shots, pairs, int(tree.order[0]), tree.edges)
     registered = placed.registered
     structure = structure_of(shots, placed.T_map_cam, registered, pairs)
@@ -103,9 +103,8 @@ def seen_by(structure: Structure, registered: np.ndarray) -> Structure:
     return with_tracks(structure, tracks.select(registered[tracks.image]))
 
 
-def _tree(S: np.ndarray, pairs: Pairs, part: list[int], config: ReconstructionConfig) -> Tree:
-    """The tree from the image that is most similar to all others of its part."""
-    edges = edges_of(pairs)
-    root = part[int(np.argmax(S[np.ix_(part, part)].sum(1)))]
-    return TREES[config.tree](len(S), edges, COSTS[config.cost](S[edges[:, 0], edges[:, 1]]),
-                              root)
+def _tree(photos: PhotoSet, pairs: Pairs, part: np.ndarray) -> Tree:
+    """The tree from the image that is most similar to all others of its part [n]."""
+    similar, config, edges = photos.comparisons.similar, photos.config, edges_of(pairs)
+    return TREES[config.tree](len(photos), edges, COSTS[config.cost](similar.of(edges)),
+                              similar.central(part))

@@ -81,7 +81,7 @@ def placed_together(structure: Structure, other: Structure, shots: Sequence[Shot
     for image, (feature, point) in seen.items():
         fit = pnp_ransac(structure.points[point], shots[image].features.keypoints[feature],
                          structure.cameras[image], THRESHOLD_PX, seed, PNP_STEPS)
-        if fit is None or fit.count < MIN_FOUND:
+        if fit is None or fit.count < MIN_FOUND or image not in own:
             continue
         scale = _scale(fit.T_map_cam, structure.points[point[fit.inliers]],
                        other.T_map_cam[image], other.points, own[image][feature[fit.inliers]])
@@ -137,9 +137,11 @@ def _seen(structure: Structure, shots: Sequence[Shot], registered: np.ndarray,
     points_of = _points_of(structure, shots)
     seen: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
     for (i, j), both in matches.items():
+        if not (missing[i] or missing[j]):
+            continue
         of_i, of_j = both.feature_i[both.distinct], both.feature_j[both.distinct]
         for image, other, feature, of_other in ((i, j, of_i, of_j), (j, i, of_j, of_i)):
-            if registered[other] and missing[image]:
+            if missing[image] and other in points_of and registered[other]:
                 point = points_of[other][of_other]
                 seen.setdefault(image, []).append((feature[point >= 0], point[point >= 0]))
     return {image: _once(parts, len(structure.points)) for image, parts in seen.items()}
@@ -157,16 +159,17 @@ def agreeing_with(T_map_cam: np.ndarray, shots: Sequence[Shot], registered: np.n
                   matches: MatchesOf) -> dict[Edge, PairGeometry]:
     """Pairs of registered images, with the matches that agree with their poses."""
     pairs = {edge: with_motion(edge, both, shots, inverse(T_map_cam[edge[0]]) @ T_map_cam[edge[1]])
-             for edge, both in matches.items() if registered[list(edge)].all()}
+             for edge, both in matches.items() if registered[edge[0]] and registered[edge[1]]}
     return {edge: pair for edge, pair in pairs.items() if pair is not None}
 
 
-def _points_of(structure: Structure, shots: Sequence[Shot]) -> list[np.ndarray]:
-    """Per image the point [F] that each feature shows, -1 where none is known."""
-    points_of = [np.full(len(shot.features), -1) for shot in shots]
+def _points_of(structure: Structure, shots: Sequence[Shot]) -> dict[int, np.ndarray]:
+    """Per image with tracks the point [F] that each feature shows, -1 where none is known."""
+    points_of = {}
     tracks = structure.tracks
     known = np.isfinite(structure.points[:, 0])
     for image, rows in tracks.by_image():
         rows = rows[known[tracks.point[rows]]]
+        points_of[image] = np.full(len(shots[image].features), -1)
         points_of[image][tracks.feature[rows]] = tracks.point[rows]
     return points_of

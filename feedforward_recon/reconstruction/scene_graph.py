@@ -45,8 +45,9 @@ class Tree:
 def components(count: int, pairs: np.ndarray) -> list[np.ndarray]:
     """Images [n] of each connected part of a graph with edges [P, 2], the largest first."""
     graph = sparse.coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), (count, count))
-    number, label = csgraph.connected_components(graph, directed=False)
-    parts = [np.flatnonzero(label == part) for part in range(number)]
+    _, label = csgraph.connected_components(graph, directed=False)
+    ends = np.cumsum(np.bincount(label))[:-1]
+    parts = np.split(np.argsort(label, kind='stable'), ends)
     return sorted(parts, key=lambda part: (-len(part), part[0]))
 
 
