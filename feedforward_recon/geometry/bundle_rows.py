@@ -16,7 +16,7 @@ contiguous memory, several times as fast as products of many small matrices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -79,6 +79,15 @@ class Rows:
     xy: np.ndarray
     gain: np.ndarray
     has_depth: np.ndarray
+
+
+def piece_of(problem: BundleProblem, rows: Rows, part: slice) -> tuple[BundleProblem, Rows]:
+    """Some of the observations of a problem, with all of its poses and points, and their rows."""
+    names = 'pose_index', 'point_index', 'xy', 'inv_depth', 'sigma_px', 'depth_noise', 'shifted'
+    values = {name: getattr(problem, name) for name in names}
+    return (replace(problem, **{name: value[part] for name, value in values.items()
+                                if isinstance(value, np.ndarray)}),
+            Rows(*(getattr(rows, name)[..., part] for name in rows.__dataclass_fields__)))
 
 
 def residuals(problem: BundleProblem, state: BundleState) -> Rows:
