@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
@@ -25,72 +24,8 @@ from feedforward_recon.geometry.bundle_rows import (
     piece_of,
     robust_cost,
 )
-from feedforward_recon.geometry.pose_tiles import PoseTiles, pose_order
-
-# Free poses from which on there are tiles and pieces; the windows of a map that grows have fewer.
-MANY = 128
-PIECE = 16_000  # observations whose derivatives stay in the cache of a core
-# Points per block. Blocks this small also keep each product below the size from which BLAS
-# starts threads, which cost more than they save when other processes share the cores.
-BLOCK = 40
-
-
-class Elimination:
-    """In what order points are eliminated: tables that stay the same over all iterations.
-
-    free: the free poses [P], of many those near each other that share points. seen: observations
-    [F] by these, those of a block together; pose, point: index [F] of their free pose and point.
-    blocks: per block its part of ``seen``, where those observations are in a dense
-    [poses, points] of the block, and its free poses. pieces: parts of all observations, and where
-    these are in ``seen``. tiles: None for few poses.
-    """
-
-    def __init__(self, problem: BundleProblem, many: int = MANY) -> None:
-        self.free = np.flatnonzero(~problem.fixed)
-        column = np.full(len(problem.fixed), -1)
-        column[self.free] = np.arange(len(self.free))
-        usable = np.flatnonzero(column[problem.pose_index] >= 0)
-        if len(self.free) >= many:
-            self.free = self.free[pose_order(len(self.free), column[problem.pose_index[usable]],
-                                             problem.point_index[usable])]
-            column[self.free] = np.arange(len(self.free))
-        rank = _neighbours(problem)[problem.point_index[usable]]
-        together = np.argsort(rank, kind='stable')
-        self.seen, rank = usable[together], rank[together]
-        self.pose = column[problem.pose_index[self.seen]]
-        self.point = problem.point_index[self.seen]
-        ends = np.searchsorted(rank, np.arange(0, len(problem.points) + BLOCK, BLOCK))
-        self.blocks = [self._block(slice(start, end), rank[start:end] % BLOCK)
-                       for start, end in pairwise(ends.tolist()) if end > start]
-        self.tiles = None if len(self.free) < many else PoseTiles(
-            len(self.free), [poses for *_, poses in self.blocks])
-        self.pieces = self._pieces(len(problem.pose_index))
-
-    def _block(self, part: slice, column: np.ndarray
-               ) -> tuple[slice, np.ndarray, np.ndarray, np.ndarray]:
-        poses, row = np.unique(self.pose[part], return_inverse=True)
-        return part, row, column, poses
-
-
-    def _pieces(self, count: int) -> list[tuple[slice, np.ndarray]]:
-        if self.tiles is None:
-            return [(slice(0, count), np.arange(len(self.seen)))]
-        place = np.argsort(self.seen)
-        starts = range(0, count, PIECE)
-        ends = np.searchsorted(self.seen[place], starts[1:])
-        return [(slice(start, min(start + PIECE, count)), np.sort(part))
-                for start, part in zip(starts, np.split(place, ends), strict=True)]
-
-
-def _neighbours(problem: BundleProblem) -> np.ndarray:
-    """Rank [L] of the points by the first and the last keyframe that sees them."""
-    count = len(problem.points)
-    first, last = np.full(count, len(problem.fixed)), np.zeros(count, int)
-    np.minimum.at(first, problem.point_index, problem.pose_index)
-    np.maximum.at(last, problem.point_index, problem.pose_index)
-    rank = np.empty(count, int)
-    rank[np.lexsort((last, first))] = np.arange(count)
-    return rank
+from feedforward_recon.geometry.elimination import BLOCK, Elimination
+from feedforward_recon.geometry.pose_tiles import PoseTiles
 
 
 @dataclass(frozen=True)

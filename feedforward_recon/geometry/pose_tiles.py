@@ -19,13 +19,9 @@ TILE = 16  # poses; from 8 to 32 the time is much the same
 SIDE = 6 * TILE
 
 
-def pose_order(count: int, pose: np.ndarray, point: np.ndarray) -> np.ndarray:
-    """An order [P] of ``count`` poses in which those that share points are near.
-
-    pose, point: index [F] of what sees and of what is seen.
+def pose_order(seen: sparse.csr_array) -> np.ndarray:
+    """An order [P] in which poses that share points are near; seen: which pose sees which [P, L].
     """
-    seen = sparse.csr_array((np.ones(len(pose), np.int32), (pose, point)),
-                            (count, int(point.max(initial=-1)) + 1))
     return csgraph.reverse_cuthill_mckee((seen @ seen.T).tocsr(), symmetric_mode=True)
 
 
