@@ -27,18 +27,18 @@ class Elimination:
     [F] by these, those of a block together; pose, point: index [F] of their free pose and point.
     blocks: per block its part of ``seen``, where those observations are in a dense
     [poses, points] of the block, and its free poses. pieces: parts of all observations, and where
-    these are in ``seen``. tiles: None for at most ``few`` poses.
+    these are in ``seen``. tiles: None for few poses.
     """
 
-    def __init__(self, problem: BundleProblem, few: int = FEW_POSES) -> None:
+    def __init__(self, problem: BundleProblem) -> None:
         self.free = np.flatnonzero(~problem.fixed)
+        self.tiles, rank = None, _neighbours(problem)
         usable = np.flatnonzero(~problem.fixed[problem.pose_index])
-        if len(self.free) > few:
+        if len(self.free) > FEW_POSES:
             seen = _visibility(problem)[self.free]
-            nearby = pose_order(seen)
-            self.free, rank = self.free[nearby], _grouped(seen)
-        else:
-            rank = _neighbours(problem)
+            shared = (seen @ seen.T).tocsr()
+            nearby, rank = pose_order(shared), _grouped(seen)
+            self.free, self.tiles = self.free[nearby], PoseTiles(shared[nearby][:, nearby])
         column = np.full(len(problem.fixed), -1)
         column[self.free] = np.arange(len(self.free))
         rank = rank[problem.point_index[usable]]
@@ -49,8 +49,6 @@ class Elimination:
         ends = np.searchsorted(rank, np.arange(0, len(problem.points) + BLOCK, BLOCK))
         self.blocks = [self._block(slice(start, end), rank[start:end] % BLOCK)
                        for start, end in pairwise(ends.tolist()) if end > start]
-        self.tiles = None if len(self.free) <= few else PoseTiles(
-            len(self.free), [poses for *_, poses in self.blocks])
         self.pieces = self._pieces(len(problem.pose_index))
 
     def _block(self, part: slice, column: np.ndarray

@@ -168,7 +168,9 @@ def _tiled(order: Elimination, tiles: PoseTiles, system: System, Z: np.ndarray, 
     blocks[tiles.places(i, i)] = np.moveaxis(_damped(system.U, damping), -1, 0)
     for poses, product in _products(order, Z):
         row, column = np.tril_indices(len(poses))
-        blocks[tiles.places(poses[row], poses[column])] -= product[row, :, column]
+        place = tiles.places(poses[row], poses[column])
+        stored = place >= 0  # the others share no point of the block: zeros
+        blocks[place[stored]] -= product[row[stored], :, column[stored]]
     return blocks
 
 
