@@ -17,21 +17,22 @@ ALL = ('focal', 'radial', 'shift')
 
 
 def chain(poses, reach=3, depth=True, seed=0):
-    """A row of cameras in shuffled order; the points before one are seen by ``reach`` each side."""
+    """A row of cameras in shuffled order; the points before each are seen by ``reach`` more."""
     rng = np.random.default_rng(seed)
     at = rng.permutation(poses)
     T = make_transform(so3_exp(0.1 * rng.standard_normal((poses, 3))),
                        np.c_[at, 0.1 * rng.standard_normal((poses, 2))])
     x = np.repeat(np.arange(poses), 12)
-    X = np.c_[x + rng.uniform(-1, 1, len(x)), rng.uniform(-1, 1, len(x)), rng.uniform(4, 8, len(x))]
+    X = rng.uniform((-1, -1, 4), (1, 1, 8), (len(x), 3))
+    X[:, 0] += x
     k, p = np.nonzero(abs(at[:, None] - x) <= reach)
     T_cam_map = inverse(T)[k]
     cam = np.einsum('oij,oj->oi', T_cam_map[:, :3, :3], X[p]) + T_cam_map[:, :3, 3]
     xy = cam[:, :2] / cam[:, 2:] + 1e-3 * rng.standard_normal((len(k), 2))
     fixed = at < 2
     T = np.where(fixed[:, None, None], T, T @ se3_exp(0.01 * rng.standard_normal((poses, 6))))
-    return BundleProblem(T, X, fixed, k, p, xy, 1 / cam[:, 2] if depth else np.full(len(k), np.nan),
-                         np.ones(len(k)), 500.0, shifted=depth)
+    inv_depth = 1 / cam[:, 2] if depth else np.full(len(k), np.nan)
+    return BundleProblem(T, X, fixed, k, p, xy, inv_depth, np.ones(len(k)), 500.0, shifted=depth)
 
 
 def room():
@@ -68,7 +69,7 @@ def tiled(monkeypatch):
 
 
 def linearised(problem):
-    """The order of elimination and the equations at the start, with a weak prior of the lens."""
+    """The order of elimination, and the equations at the start."""
     state = BundleState(inverse(problem.T_map_cam), problem.points)
     order = Elimination(problem)
     return order, linearise(problem, order, state, residuals(problem, state))

@@ -83,11 +83,13 @@ class Rows:
 
 def piece_of(problem: BundleProblem, rows: Rows, part: slice) -> tuple[BundleProblem, Rows]:
     """Some of the observations of a problem, with all of its poses and points, and their rows."""
-    names = 'pose_index', 'point_index', 'xy', 'inv_depth', 'sigma_px', 'depth_noise', 'shifted'
-    values = {name: getattr(problem, name) for name in names}
-    return (replace(problem, **{name: value[part] for name, value in values.items()
-                                if isinstance(value, np.ndarray)}),
-            Rows(*(getattr(rows, name)[..., part] for name in rows.__dataclass_fields__)))
+    noise, shifted = problem.depth_noise, problem.shifted
+    cut = replace(problem, pose_index=problem.pose_index[part], xy=problem.xy[part],
+                  point_index=problem.point_index[part], inv_depth=problem.inv_depth[part],
+                  sigma_px=problem.sigma_px[part],
+                  depth_noise=noise[part] if isinstance(noise, np.ndarray) else noise,
+                  shifted=shifted[part] if isinstance(shifted, np.ndarray) else shifted)
+    return cut, Rows(*(getattr(rows, name)[..., part] for name in rows.__dataclass_fields__))
 
 
 def residuals(problem: BundleProblem, state: BundleState) -> Rows:
