@@ -4,25 +4,26 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import sparse
 
 from feedforward_recon.geometry import elimination
 from feedforward_recon.geometry.bundle_rows import BundleProblem, BundleState, residuals
 from feedforward_recon.geometry.elimination import BLOCK, Elimination
 from feedforward_recon.geometry.normal_equations import linearise, solve
-from feedforward_recon.geometry.pose_tiles import TILE
+from feedforward_recon.geometry.pose_tiles import TILE, PoseTiles
 from feedforward_recon.geometry.refine import bundle_adjust
 from feedforward_recon.geometry.transforms import inverse, make_transform, se3_exp, so3_exp
 
 ALL = ('focal', 'radial', 'shift')
 
 
-def chain(poses, reach=3, depth=True, seed=0):
+def chain(poses, reach=3, depth=True, seed=0, points=None):
     """A row of cameras in shuffled order; the points before each are seen by ``reach`` more."""
     rng = np.random.default_rng(seed)
     at = rng.permutation(poses)
     T = make_transform(so3_exp(0.1 * rng.standard_normal((poses, 3))),
                        np.c_[at, 0.1 * rng.standard_normal((poses, 2))])
-    x = np.repeat(np.arange(poses), 12)
+    x = np.linspace(0, poses - 1, points or 12 * poses)
     X = rng.uniform((-1, -1, 4), (1, 1, 8), (len(x), 3))
     X[:, 0] += x
     k, p = np.nonzero(abs(at[:, None] - x) <= reach)
@@ -56,7 +57,12 @@ def islands():
         np.ones(len(a.xy) + len(b.xy)), 500.0, shifted=True)
 
 
-SCENES = {'chain': lambda: chain(70), 'room': room, 'islands': islands}
+def one_block():
+    """So few points that all are eliminated together, though no camera sees all of them."""
+    return chain(70, reach=8, points=BLOCK)
+
+
+SCENES = {'chain': lambda: chain(70), 'room': room, 'islands': islands, 'one block': one_block}
 
 
 @pytest.fixture
@@ -124,6 +130,24 @@ def test_what_is_stored_of_a_chain_grows_with_its_length(tiled):
         assert len(order.tiles.zeros()) < 3 * TILE * (len(order.free) + TILE)
     per_block = [np.mean([len(poses) for *_, poses in order.blocks]) for order in orders]
     assert max(per_block) < 2 * min(per_block) < 50
+
+
+def test_tiles_that_the_factorisation_fills_are_stored():
+    """Poses that share points across the whole order leave no band."""
+    rng, count = np.random.default_rng(0), 10 * TILE + 3
+    i, j = np.stack([np.arange(count - 1), np.arange(1, count)]), rng.integers(count, size=(2, 12))
+    shared = np.eye(count)
+    for a, b in np.concatenate([i.T, j.T]):
+        shared[a, b] = shared[b, a] = 1
+    values = rng.standard_normal((6 * count, 6 * count)) * np.kron(shared, np.ones((6, 6)))
+    S = values + values.T + 100 * np.eye(6 * count)
+    tiles, b = PoseTiles(sparse.csr_array(shared)), rng.standard_normal((6 * count, 2))
+    row, column = np.tril_indices(count)
+    place = tiles.places(row, column)
+    blocks = tiles.zeros()
+    blocks[place[place >= 0]] = S.reshape(count, 6, count, 6)[row, :, column][place >= 0]
+    assert len(tiles) < 0.9 * len(tiles.tile) * (len(tiles.tile) + 1) / 2
+    np.testing.assert_allclose(tiles.solved(blocks, b), np.linalg.solve(S, b), atol=1e-12)
 
 
 def test_each_observation_is_eliminated_once(tiled):
