@@ -10,8 +10,8 @@ from scipy import sparse
 from feedforward_recon.geometry.bundle_rows import BundleProblem
 from feedforward_recon.geometry.pose_tiles import PoseTiles, pose_order
 
-# Free poses beyond which points are grouped, and poses in tiles; a map that grows refines no more
-# at once. Half as expensive from there on: docs/experiments.md, Photos.
+# Free poses beyond which points are grouped, and poses in tiles. That is faster from 60 on, twice
+# at 250 (docs/experiments.md, Photos); a map that grows refines at most 100 at once.
 FEW_POSES = 100
 # Points per block. Blocks this small also keep each product below the size from which BLAS
 # starts threads, which cost more than they save when other processes share the cores.
@@ -46,10 +46,14 @@ class Elimination:
         self.seen, rank = usable[together], rank[together]
         self.pose = column[problem.pose_index[self.seen]]
         self.point = problem.point_index[self.seen]
-        ends = np.searchsorted(rank, np.arange(0, len(problem.points) + BLOCK, BLOCK))
-        self.blocks = [self._block(slice(start, end), rank[start:end] % BLOCK)
-                       for start, end in pairwise(ends.tolist()) if end > start]
+        self.blocks = self._blocks(rank, len(problem.points))
         self.pieces = self._pieces(len(problem.pose_index))
+
+    def _blocks(self, rank: np.ndarray, count: int
+                ) -> list[tuple[slice, np.ndarray, np.ndarray, np.ndarray]]:
+        ends = np.searchsorted(rank, np.arange(0, count + BLOCK, BLOCK))
+        return [self._block(slice(start, end), rank[start:end] % BLOCK)
+                for start, end in pairwise(ends.tolist()) if end > start]
 
     def _block(self, part: slice, column: np.ndarray
                ) -> tuple[slice, np.ndarray, np.ndarray, np.ndarray]:
