@@ -13,7 +13,8 @@ from feedforward_recon.geometry.bundle_rows import (
     residuals,
     robust_cost,
 )
-from feedforward_recon.geometry.normal_equations import Elimination, linearise, solve
+from feedforward_recon.geometry.elimination import Elimination
+from feedforward_recon.geometry.normal_equations import linearise, solve
 from feedforward_recon.geometry.refine import bundle_adjust
 from feedforward_recon.geometry.transforms import (
     inverse,

@@ -16,7 +16,7 @@ contiguous memory, several times as fast as products of many small matrices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -79,6 +79,17 @@ class Rows:
     xy: np.ndarray
     gain: np.ndarray
     has_depth: np.ndarray
+
+
+def piece_of(problem: BundleProblem, rows: Rows, part: slice) -> tuple[BundleProblem, Rows]:
+    """Some of the observations of a problem, with all of its poses and points, and their rows."""
+    noise, shifted = problem.depth_noise, problem.shifted
+    cut = replace(problem, pose_index=problem.pose_index[part], xy=problem.xy[part],
+                  point_index=problem.point_index[part], inv_depth=problem.inv_depth[part],
+                  sigma_px=problem.sigma_px[part],
+                  depth_noise=noise[part] if isinstance(noise, np.ndarray) else noise,
+                  shifted=shifted[part] if isinstance(shifted, np.ndarray) else shifted)
+    return cut, Rows(*(getattr(rows, name)[..., part] for name in rows.__dataclass_fields__))
 
 
 def residuals(problem: BundleProblem, state: BundleState) -> Rows:

@@ -19,7 +19,8 @@ from feedforward_recon.geometry.bundle_rows import (
     residuals,
     robust_cost,
 )
-from feedforward_recon.geometry.normal_equations import Elimination, System, linearise, solve
+from feedforward_recon.geometry.elimination import Elimination
+from feedforward_recon.geometry.normal_equations import System, linearise, solve
 from feedforward_recon.geometry.transforms import inverse, se3_exp
 
 # What may be refined of the calibration, and how far it is expected to be off: the logarithm of a
