@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 from test_photo_parts import CIRCLE, error_of, scene, shot, structure_of
-from test_reconstruction import CONFIG, ENCODER, SETTINGS, views
+from test_reconstruction import CONFIG, ENCODER, SETTINGS, as_files, views
 from test_reconstruction import error_of as error_of_run
 
 from feedforward_recon.cli import main
@@ -231,8 +231,7 @@ def test_parts_that_pairs_do_not_connect_become_one(upright, monkeypatch):
 def test_what_nothing_connects_is_a_map_beside(tmp_path, capsys):
     folder = tmp_path / 'photos'
     folder.mkdir()
-    for frame in [*views(5, 7), *views(77, 5)]:
-        cv2.imwrite(str(folder / frame.source), cv2.cvtColor(frame.image, cv2.COLOR_RGB2BGR))
+    as_files([*views(5, 7), *views(77, 5)], folder)
     (tmp_path / 'map-2').mkdir()  # somebody else's
     assert main(['reconstruct', str(folder), *SETTINGS, '--out', str(tmp_path / 'map'),
                  '--json']) == 0

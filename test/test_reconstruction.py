@@ -242,9 +242,12 @@ def test_two_photos_of_one_place_are_a_map():
 
 @pytest.fixture(scope='module')
 def folder(photos, tmp_path_factory):
-    """The photos as files, without intrinsics."""
-    folder = tmp_path_factory.mktemp('photos')
-    for frame in photos:
+    return as_files(photos, tmp_path_factory.mktemp('photos'))
+
+
+def as_files(frames, folder):
+    """A folder of the images alone, without intrinsics."""
+    for frame in frames:
         cv2.imwrite(str(folder / frame.source), frame.image[..., ::-1])
     return folder
 

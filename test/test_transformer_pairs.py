@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_reconstruction import CONFIG, SETTINGS, error_of, views
+from test_reconstruction import CONFIG, SETTINGS, as_files, error_of, views
 
 from feedforward_recon.cli import main
 from feedforward_recon.config.photos import ReconstructionConfig
@@ -32,6 +32,8 @@ from feedforward_recon.reconstruction.parts import PhotoSet
 from feedforward_recon.reconstruction.pipeline import assembled
 from feedforward_recon.reconstruction.shots import shot_of
 from feedforward_recon.reconstruction.transformer_pairs import TransformerPairs
+from feedforward_recon.session.offline import quiet
+from feedforward_recon.session.photo_reading import read_photos
 from feedforward_recon.session.photos import reconstruct_frames
 from feedforward_recon.synthetic import Room
 from feedforward_recon.types import Frame, Prediction, Trajectory
@@ -287,12 +289,15 @@ def test_a_collection_is_seen_once_and_pairs_as_the_network_sees_them(tiny, phot
 
 
 def test_large_photos_are_prepared_at_the_size_of_their_features(tiny, photos):
-    prepare, encoder = CollectionNetwork(tiny).prepared, CompactEncoder.load()
-    made = shot_of(photos[0], CAMERA, encoder, 160 * 120, prepare=prepare)
-    assert made.gray.shape == (120, 160)
-    assert made.prepared.image.shape == (84, 112, 3)
-    assert made.prepared.scale_xy == (0.7, 0.7)
-    assert shot_of(photos[0], CAMERA, encoder, 160 * 120).prepared is None
+    def made(*prepare):
+        with quiet('features', 1) as bar:
+            return read_photos(photos[:1], ENCODER, 160 * 120, map, bar, *prepare).shots[0]
+
+    shot = made(CollectionNetwork(tiny).prepared)
+    assert shot.gray.shape == (120, 160)
+    assert shot.prepared.image.shape == (84, 112, 3)
+    assert shot.prepared.scale_xy == (0.7, 0.7)
+    assert made().prepared is None
 
 
 def test_images_are_encoded_once_however_often_the_focal_length_is_tried(tiny, photos,
@@ -371,10 +376,7 @@ def test_settings_that_do_not_fit_are_one_sentence(changes, name, error, sentenc
 
 @pytest.fixture(scope='module')
 def folder(photos, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('photos')
-    for frame in photos:
-        cv2.imwrite(str(folder / frame.source), frame.image[..., ::-1])
-    return folder
+    return as_files(photos, tmp_path_factory.mktemp('photos'))
 
 
 def test_the_command_maps_with_a_network_and_its_alignment(folder, tmp_path, capsys):

@@ -17,7 +17,6 @@ from feedforward_recon.reconstruction.pairs import (
     PairGeometry,
     Pairs,
     compare,
-    look_rolled,
 )
 from feedforward_recon.reconstruction.retrieval import (
     Likeness,
@@ -34,7 +33,7 @@ class Comparisons:
     """Which images were compared, and what came of it.
 
     similar: how alike they look; matches and pairs by i < j. comparing, rolling: what maps
-    ``compare`` and ``look_rolled``.
+    ``compare`` and the decoder's ``rolled``.
     """
 
     def __init__(self, decoder: PairDecoder, descriptors: np.ndarray, comparing: Mapped = map,
@@ -44,7 +43,7 @@ class Comparisons:
         self.pairs: dict[Edge, PairGeometry] = {}
         self._batch = decoder.batch
         self._compared = partial(comparing, partial(compare, decoder))
-        self._looks = partial(rolling, partial(look_rolled, decoder))
+        self._looks = partial(rolling, decoder.rolled)
 
     def match(self, wanted: np.ndarray) -> int:
         """Compare pairs i < j [P, 2]; returns how many are new."""

@@ -130,11 +130,6 @@ def _matched(decoder: PairDecoder, one: Comparison) -> FeatureMatches:
     return decoder.match(one.i, one.j, one.roll_i)
 
 
-def look_rolled(decoder: PairDecoder, image: int) -> np.ndarray:
-    """Global descriptors [ROLLS, G] of an image as it is, and with the camera rolled."""
-    return decoder.rolled(image)
-
-
 class CompactPairs:
     """Pairs from matched descriptors and the essential matrix."""
 

@@ -13,16 +13,6 @@ from feedforward_recon.reconstruction.pairs import Edge, FeatureMatches, PairGeo
 from feedforward_recon.reconstruction.refinement import Structure
 from feedforward_recon.reconstruction.shots import Shot
 
-
-@dataclass(frozen=True)
-class Placed:
-    """An image found by points: its pose T_map_cam [4, 4], and which feature [n] shows which."""
-
-    T_map_cam: np.ndarray
-    feature: np.ndarray
-    point: np.ndarray
-
-
 MatchesOf = Mapping[Edge, FeatureMatches]
 
 # Features that agree with a pose, and of those that matched points: of images of other scenes at
@@ -35,6 +25,15 @@ MIN_FOUND = 12
 WIDE_PX = 12.0  # between structures that were refined on their own
 MIN_SHARED = 8  # points of an image that are in two structures and tell their scale
 PNP_STEPS = 10_000
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An image found by points: its pose T_map_cam [4, 4], and which feature [n] shows which."""
+
+    T_map_cam: np.ndarray
+    feature: np.ndarray
+    point: np.ndarray
 
 
 def placed_by_points(structure: Structure, shots: Sequence[Shot], registered: np.ndarray,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import cv2
@@ -88,16 +87,13 @@ def taken_by(camera: Camera, encoded: EncodedImage, frame: Frame, content: str =
 
 
 def shot_of(frame: Frame, camera: Camera, encoder: Encoder, max_pixels: int, *,
-            camera_source: str = 'given',
-            prepare: Callable[[np.ndarray], PreparedImage] | None = None) -> Shot:
+            camera_source: str = 'given') -> Shot:
     """Encode a frame, at the size of at most ``max_pixels`` that the encoder sees.
 
-    prepare: gives the image as a network sees it.
     Raises InputError for an image that is not RGB.
     """
-    image = scaled_down(frame.image, max_pixels)
-    shot = taken_by(camera, encoded_image(image, encoder), frame, camera_source=camera_source)
-    return shot if prepare is None else replace(shot, prepared=prepare(image))
+    encoded = encoded_image(scaled_down(frame.image, max_pixels), encoder)
+    return taken_by(camera, encoded, frame, camera_source=camera_source)
 
 
 def seen_rolled(shot: Shot, encoder: CompactEncoder, roll: int) -> Features:
