@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_model_combinations import SMALL
 from test_reconstruction import CONFIG, SETTINGS, as_files, error_of, views
 
 from feedforward_recon.cli import main
@@ -19,11 +20,19 @@ from feedforward_recon.evaluation import absolute_trajectory_error
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, pose_error, se3_exp, transform_points
 from feedforward_recon.model import collection as collection_module
+from feedforward_recon.model import pi3
+from feedforward_recon.model import predictor as predictor_module
 from feedforward_recon.model.collection import CollectionNetwork
 from feedforward_recon.model.compact import CompactEncoder
-from feedforward_recon.model.configs import build
-from feedforward_recon.model.predictor import NetworkPredictor, load_predictor
-from feedforward_recon.model.preprocess import PreparedImage, crop
+from feedforward_recon.model.configs import build, network_of
+from feedforward_recon.model.predictor import (
+    NetworkPredictor,
+    as_prediction,
+    load_predictor,
+    read,
+)
+from feedforward_recon.model.preprocess import PreparedImage, crop, stacked
+from feedforward_recon.model.vit import PATCH, normalised
 from feedforward_recon.reconstruction.agreement import agreeing
 from feedforward_recon.reconstruction.comparisons import Comparisons, compared
 from feedforward_recon.reconstruction.decoders import pair_decoder, pair_network
@@ -339,15 +348,100 @@ def test_latent_alignment_is_used_where_it_is_asked_for(tiny, photos):
     assert not np.allclose(said[False][0], said[True][0])
 
 
-def test_too_little_memory_is_one_sentence(tiny, photos, monkeypatch):
-    network = CollectionNetwork(tiny)
+@pytest.mark.parametrize(('kind', 'does'), [('vggt', 'decode'), ('pi3', 'forward')])
+def test_too_little_memory_is_one_sentence(few_pixels, photos, monkeypatch, kind, does):
+    predictor = of_kind(kind)
+    network = pair_network(TRANSFORMER.reconstruction, predictor)
     collection = network.collected([network.prepared(frame.image) for frame in photos[:2]])
 
-    def full(*_):
+    def full(*_, **__):
         raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')
-    monkeypatch.setattr(tiny.network, 'decode', full)
+    monkeypatch.setattr(predictor.network, does, full)
     with pytest.raises(ConfigError, match=r'room for 3 times 2 images on cpu.*batch'):
         collection.predict([(0, 1)] * 3)
+
+
+OF_ANY_KIND = {**SMALL, 'da3-plain': replace(SMALL['da3'], normalised=False)}
+OTHER_KINDS = [name for name in OF_ANY_KIND if name != 'vggt']
+
+
+@pytest.fixture
+def few_pixels(monkeypatch):
+    """Small networks see small images."""
+    monkeypatch.setattr(pi3, 'HEAD_DIM', 64)  # of whatever size the rest is
+    monkeypatch.setattr(predictor_module, 'PIXELS', 56 * 112)
+    monkeypatch.setattr(predictor_module, 'LONGEST_SIDE', 112)
+
+
+def of_kind(name):
+    """A network of that kind whose random weights do something."""
+    torch.manual_seed(0)
+    network = network_of(OF_ANY_KIND[name]) if name in OF_ANY_KIND else build(name)
+    for parameter in network.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    if isinstance(network, pi3.Pi3):  # whose intrinsics are those of its points
+        rays = torch.stack(torch.meshgrid(*[torch.arange(-1, 1, 2 / PATCH)] * 2, indexing='xy'))
+        network.point_head.proj.bias.data[:2 * PATCH**2] = rays.flatten()
+        network.point_head.proj.weight.data *= 0.1
+    return NetworkPredictor(network)
+
+
+@pytest.mark.parametrize('kind', OTHER_KINDS)
+def test_networks_of_other_kinds_see_each_pair_as_by_itself(few_pixels, photos, kind):
+    predictor = of_kind(kind)
+    network = pair_network(TRANSFORMER.reconstruction, predictor)
+    images = [frame.image for frame in photos[:4]]
+    placed = [network.prepared(image) for image in images]
+    windows = [(0, 1), (3, 2), (0, 2)]
+    for window, pair in zip(windows, network.collected(placed).predict(windows), strict=True):
+        # The network is asked about the same pixels, as a window of its own.
+        seen = [PreparedImage(placed[k].image, (1.0, 1.0)) for k in window]
+        with torch.inference_mode():
+            original, _ = predictor.network(as_trained(predictor, stacked(seen)))
+        alone = as_prediction([x[0] for x in read(original)], seen, seen[0].image.shape[:2])
+        for name in ('T_world_cam', 'K', 'depth', 'confidence'):
+            np.testing.assert_allclose(getattr(pair, name), getattr(alone, name), rtol=1e-4,
+                                       atol=1e-5)
+        whole, _ = predictor.predict([images[k] for k in window])
+        np.testing.assert_allclose(pair.T_world_cam, whole.T_world_cam, rtol=1e-4, atol=1e-5)
+
+
+def as_trained(predictor, images):
+    """DA3 alone is given images whose mean and deviation are taken out."""
+    takes_out = getattr(predictor.network.config, 'normalised', False)
+    return normalised(images) if takes_out else images
+
+
+@pytest.mark.parametrize('kind', ['pi3', 'da3'])
+def test_white_is_put_around_smaller_images_of_a_pair_alone(few_pixels, photos, kind, caplog):
+    network = pair_network(TRANSFORMER.reconstruction, of_kind(kind))
+    tall = np.ascontiguousarray(photos[1].image[:, 60:200])
+    placed = [network.prepared(image) for image in (photos[0].image, tall, photos[2].image)]
+    (rows, columns), (tall_rows, tall_columns) = (p.image.shape[:2] for p in placed[:2])
+    assert tall_rows > rows and tall_columns < columns
+    collection = network.collected(placed)
+    assert collection.placed == placed
+    mixed, wide = collection.predict([(0, 1), (0, 2)])
+    assert wide.depth.shape == (2, rows, columns)
+    assert mixed.depth.shape == (2, tall_rows, columns)
+    # Pixels are those of the images, and what is outside the larger one is unknown.
+    assert mixed.depth[0, :rows].all() and mixed.depth[1, :, :tall_columns].all()
+    assert not mixed.depth[1, :, -((columns - tall_columns) // 2):].any()
+    alone, = collection.predict([(0, 2)])
+    np.testing.assert_allclose(alone.depth, wide.depth, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['speed3r', 'da3'])
+def test_the_decoder_asks_networks_of_any_kind_in_batches(few_pixels, room, kind, monkeypatch):
+    config, predictor = TRANSFORMER.reconstruction, of_kind(kind)
+    network, plain, asked = pair_network(config, predictor), predictor.windows, []
+    monkeypatch.setattr(predictor, 'windows', lambda images: (asked.append(len(images)),
+                                                              plain(images))[1])
+    images = [cv2.cvtColor(shot.gray, cv2.COLOR_GRAY2RGB) for shot in room.shots]
+    collection = network.collected([network.prepared(image) for image in images])
+    decoder = pair_decoder(room.shots, ENCODER, config, collection)
+    assert len(decoder.decode(EDGES[:3], [decoder.match(*edge) for edge in EDGES[:3]])) == 3
+    assert asked == [3]
 
 
 def test_settings_choose_the_decoder(room, tiny):
@@ -364,11 +458,13 @@ def test_settings_choose_the_decoder(room, tiny):
     ({'decoder': 'transformer'}, None, ConfigError, 'expected a network .* --model'),
     ({}, 'tiny', ConfigError, 'beside a network, found compact'),
     ({'latent_alignment': True}, None, ConfigError, 'beside reconstruction.latent_alignment'),
-    ({'decoder': 'transformer'}, 'pi3-small', ConfigError, 'kind of VGGT, .* found Pi3'),
+    ({'decoder': 'transformer', 'latent_alignment': True}, 'pi3', ConfigError,
+     'kind of VGGT, .* found Pi3; .* leave latent alignment out'),
+    ({'decoder': 'transformer', 'latent_alignment': True}, 'da3', ConfigError, 'found Da3'),
     ({'decoder': 'transformer', 'latent_alignment': True}, 'tiny', CheckpointError,
      'expected weights with latent alignment, found none')])
-def test_settings_that_do_not_fit_are_one_sentence(changes, name, error, sentence):
-    predictor = NetworkPredictor(build(name)) if name else None
+def test_settings_that_do_not_fit_are_one_sentence(few_pixels, changes, name, error, sentence):
+    predictor = of_kind(name) if name else None
     with pytest.raises(error, match=sentence):
         reconstruct_frames([], replace(CONFIG, reconstruction=ReconstructionConfig(**changes)),
                            predictor=predictor)

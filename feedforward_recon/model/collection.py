@@ -1,9 +1,15 @@
-"""Images that a network encodes once, and decodes a few at a time, as Light3R-SfM does pairs."""
+"""Images of a collection, of which a network says what a few at a time show together.
+
+A network of the kind of VGGT encodes each image once, and decodes windows of them, as Light3R-SfM
+does pairs. Any other sees the images of each window anew.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,15 +25,65 @@ from feedforward_recon.model.predictor import (
     preparation,
     read,
 )
-from feedforward_recon.model.preprocess import PreparedImage, padded_to_common_size, stacked
+from feedforward_recon.model.preprocess import (
+    PreparedImage,
+    common_size,
+    padded,
+    padded_to_common_size,
+    stacked,
+)
 from feedforward_recon.model.vggt import Vggt
 from feedforward_recon.model.vit import PATCH
 from feedforward_recon.types import Prediction
 
 ENCODED_AT_ONCE = 16
+Windows = Sequence[Sequence[int]]  # numbers of images, as many in each
+# What windows of images show; of each window, its images as they are seen together.
+Answering = Callable[[Windows, Sequence[Sequence[PreparedImage]]], Answer]
 
 
-class CollectionNetwork:
+class PairNetwork(ABC):
+    """A network that is asked about a few images of a collection at a time."""
+
+    def __init__(self, predictor: NetworkPredictor) -> None:
+        self.predictor, self._prepare = predictor, preparation(predictor.network)
+
+    def prepared(self, image: NDArray[np.uint8]) -> PreparedImage:
+        """An RGB image uint8 [H, W, 3] at the size that the network sees it."""
+        return self._prepare([image])[0]
+
+    @abstractmethod
+    def collected(self, images: Sequence[PreparedImage]) -> Collection:
+        """All images of a collection, to be asked about.
+
+        Raises ConfigError where the device has too little memory.
+        """
+
+    @contextmanager
+    def _computing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ConfigError(f'expected room for {what} on {self.predictor.device}, found too '
+                              'little memory; choose a smaller reconstruction.batch, a smaller '
+                              'network or another device') from error
+
+
+class WindowNetwork(PairNetwork):
+    """Any network, which sees the images of each window anew."""
+
+    def collected(self, images: Sequence[PreparedImage]) -> Collection:
+        """All images of a collection (see ``PairNetwork``); nothing is computed yet."""
+        return Collection(images, self._answer)
+
+    def _answer(self, _: Windows, shown: Sequence[Sequence[PreparedImage]]) -> Answer:
+        with self._computing(f'{len(shown)} times {len(shown[0])} images'):
+            return self.predictor.windows(torch.cat([stacked(window) for window in shown]))
+
+
+class CollectionNetwork(PairNetwork):
     """A network of the kind of VGGT that sees all images of a collection before it decodes.
 
     align: with latent alignment.
@@ -35,78 +91,80 @@ class CollectionNetwork:
 
     def __init__(self, predictor: NetworkPredictor, *, align: bool = False) -> None:
         """Raises ConfigError for another kind, CheckpointError for weights without alignment."""
+        super().__init__(predictor)
         network = predictor.network
         if not isinstance(network, Vggt):
-            raise ConfigError('expected a network of the kind of VGGT, which decodes images apart '
-                              f'from encoding them, found {type(network).__name__}; choose vggt, '
-                              'vgg-t3 or tiny')
+            raise ConfigError('expected a network of the kind of VGGT, which can align images '
+                              'between encoding and decoding them, found '
+                              f'{type(network).__name__}; choose vggt, vgg-t3 or tiny, or leave '
+                              'latent alignment out')
         if align and not network.aligns:
             raise CheckpointError('expected weights with latent alignment, found none in those of '
                                   'this network; give others, or switch it off')
-        self.network, self.device, self.half = network, predictor.device, predictor.half
-        self._prepare, self._align = preparation(network), align
+        self.network, self._align = network, align
 
-    def prepared(self, image: NDArray[np.uint8]) -> PreparedImage:
-        """An RGB image uint8 [H, W, 3] at the size that the network sees it."""
-        return self._prepare([image])[0]
-
-    @torch.inference_mode()
     def collected(self, images: Sequence[PreparedImage]) -> Collection:
         """All images of a collection, encoded and, if it was asked for, aligned.
 
-        White is put around those that are smaller than others. Raises ConfigError where the
-        device has too little memory.
+        White is put around those that are smaller than others. Raises as ``PairNetwork``.
         """
         placed = padded_to_common_size(list(images))
-        starts = range(0, len(placed), ENCODED_AT_ONCE)
         with self._computing(f'{len(placed)} encoded images'):
-            patches = torch.cat([self.network.encode(stacked(placed[k:k + ENCODED_AT_ONCE]))
-                                 for k in starts], 1)
-            if self._align:
-                patches = self.network.aligned(patches)
-        return Collection(self, placed, patches[0])
+            patches = self.encoded(placed)
+        return Collection(placed, partial(self._answer, patches))
 
     @torch.inference_mode()
-    def decoded(self, patches: torch.Tensor, size_hw: tuple[int, int]) -> Answer:
-        """What windows of tokens [B, N, T, C] show, each in a frame and a unit of its own."""
-        with self._computing(f'{len(patches)} times {patches.shape[1]} images'):
-            said, _ = self.network.decode(patches, (size_hw[0] // PATCH, size_hw[1] // PATCH),
-                                          Demand(points=False, memory=False))
-        return tuple(x.float().cpu() for x in read(said))  # type: ignore[return-value]
+    def encoded(self, placed: Sequence[PreparedImage]) -> torch.Tensor:
+        """Tokens [N, T, C] of images of one size."""
+        starts = range(0, len(placed), ENCODED_AT_ONCE)
+        with self.predictor.precision():
+            patches = torch.cat([self.network.encode(stacked(placed[k:k + ENCODED_AT_ONCE]))
+                                 for k in starts], 1)
+            return (self.network.aligned(patches) if self._align else patches)[0]
 
-    @contextmanager
-    def _computing(self, what: str) -> Iterator[None]:
-        try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-                yield
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ConfigError(f'expected room for {what} on {self.device}, found too little '
-                              'memory; choose a smaller reconstruction.batch, a smaller network '
-                              'or another device') from error
+    @torch.inference_mode()
+    def decoded(self, patches: torch.Tensor, grid_hw: tuple[int, int]) -> Answer:
+        """What windows of tokens [B, N, T, C] show, each in a frame and a unit of its own."""
+        with self.predictor.precision():
+            said, _ = self.network.decode(patches, grid_hw, Demand(points=False, memory=False))
+        return read(said)
+
+    def _answer(self, patches: torch.Tensor, windows: Windows,
+                shown: Sequence[Sequence[PreparedImage]]) -> Answer:
+        height, width = shown[0][0].image.shape[:2]
+        with self._computing(f'{len(windows)} times {len(shown[0])} images'):
+            chosen = torch.as_tensor(np.array(windows), device=patches.device)
+            answer = self.decoded(patches[chosen], (height // PATCH, width // PATCH))
+            return tuple(x.float().cpu() for x in answer)  # type: ignore[return-value]
 
 
 class Collection:
-    """Images as the network sees them (``placed``), and what it encoded of them."""
+    """Images as the network sees them (``placed``), about which it can be asked."""
 
-    def __init__(self, network: CollectionNetwork, placed: Sequence[PreparedImage],
-                 patches: torch.Tensor) -> None:
-        """patches: tokens [N, T, C] of the images."""
-        self.placed = placed
-        self._network, self._patches = network, patches
+    def __init__(self, placed: Sequence[PreparedImage], answer: Answering) -> None:
+        """answer: what the network says of windows whose images are of one size."""
+        self.placed, self._answer = placed, answer
 
-    def predict(self, windows: Sequence[Sequence[int]]) -> list[Prediction]:
-        """What windows of as many images each show, decoded in one batch.
+    def predict(self, windows: Windows) -> list[Prediction]:
+        """What windows of as many images each show; those of one size in one batch.
 
-        Each in a frame and a unit of its own, about the images as they are ``placed``. Raises
-        ConfigError where the device has too little memory, CheckpointError for answers that are
-        no cameras.
+        Each in a frame and a unit of its own, about the pixels of the images as they are
+        ``placed``. White is put around images that are smaller than others of their window.
+        Raises ConfigError where the device has too little memory, CheckpointError for answers
+        that are no cameras.
         """
-        shown = [[PreparedImage(self.placed[image].image, (1.0, 1.0)) for image in window]
-                 for window in windows]
-        size_hw = self.placed[0].image.shape[:2]
-        chosen = torch.as_tensor(np.array(windows), device=self._patches.device)
-        answers = self._network.decoded(self._patches[chosen], size_hw)
-        return [as_prediction(answer, images, size_hw)  # type: ignore[arg-type]
-                for answer, images in zip(zip(*answers, strict=True), shown, strict=True)]
+        alike: dict[tuple[int, int], list[int]] = {}
+        for row, window in enumerate(windows):
+            alike.setdefault(common_size([self.placed[k] for k in window]), []).append(row)
+        said: dict[int, Prediction] = {}
+        for size_hw, rows in alike.items():
+            found = self._of_one_size(size_hw, [windows[row] for row in rows])
+            said.update(zip(rows, found, strict=True))
+        return [said[row] for row in range(len(windows))]
+
+    def _of_one_size(self, size_hw: tuple[int, int], windows: Windows) -> Iterator[Prediction]:
+        shown = [[padded(PreparedImage(self.placed[k].image, (1.0, 1.0)), size_hw)
+                  for k in window] for window in windows]
+        for answer, images in zip(zip(*self._answer(windows, shown), strict=True), shown,
+                                  strict=True):
+            yield as_prediction(answer, images, size_hw)  # type: ignore[arg-type]

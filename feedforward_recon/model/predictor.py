@@ -75,14 +75,26 @@ class NetworkPredictor:
             raise MemoryError(f'{len(images)} images at once are too many for {self.device}')
         return as_prediction(answer, placed, images[0].shape[:2]), memory
 
-    @torch.inference_mode()
+    def windows(self, images: torch.Tensor) -> Answer:
+        """What B windows of prepared images [B, N, 3, H, W] in 0..1 show, each by itself."""
+        return self._said(images, None, True, Demand(points=False, memory=False))[0]
+
     def _run(self, images: torch.Tensor, memory: Any, write: bool) -> tuple[Answer, Any]:
+        answer, memory = self._said(images, memory, write, self._demand(images.shape[1]))
+        return tuple(x[0] for x in answer), memory  # type: ignore[return-value]
+
+    @torch.inference_mode()
+    def _said(self, images: torch.Tensor, memory: Any, write: bool, demand: Demand
+              ) -> tuple[Answer, Any]:
         if isinstance(self.network, Da3) and self.network.config.normalised:
             images = normalised(images)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            said, memory = self.network(images, memory, write=write,
-                                        demand=self._demand(images.shape[1]))
-        return tuple(x[0].float().cpu() for x in read(said)), memory  # type: ignore[return-value]
+        with self.precision():
+            said, memory = self.network(images, memory, write=write, demand=demand)
+        return tuple(x.float().cpu() for x in read(said)), memory  # type: ignore[return-value]
+
+    def precision(self) -> torch.autocast:
+        """The context in which the network computes; what it says is read outside."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
 
     def _demand(self, count: int) -> Demand:
         """Depth alone; of many images on a GPU, what waits for the heads waits outside."""

@@ -101,10 +101,16 @@ def padded_to_common_size(placed: list[PreparedImage]) -> list[PreparedImage]:
     sizes = {p.image.shape[:2] for p in placed}
     if len(sizes) < 2:
         return placed
-    common = tuple(max(size[axis] for size in sizes) for axis in (0, 1))
+    common = common_size(placed)
     log.warning('images of %d sizes: white is put around them up to %dx%d', len(sizes),
                 common[1], common[0])
-    return [_padded(p, common) for p in placed]
+    return [padded(p, common) for p in placed]
+
+
+def common_size(placed: Sequence[PreparedImage]) -> tuple[int, int]:
+    """Height and width that all of some images fit into."""
+    heights, widths = zip(*(p.image.shape[:2] for p in placed), strict=True)
+    return max(heights), max(widths)
 
 
 def stacked(placed: Sequence[PreparedImage]) -> torch.Tensor:
@@ -197,7 +203,7 @@ def _too_small(found: str) -> InputError:
                       f'found {found}; use less elongated images')
 
 
-def _padded(placed: PreparedImage, size_hw: Sequence[int]) -> PreparedImage:
+def padded(placed: PreparedImage, size_hw: Sequence[int]) -> PreparedImage:
     """White around the image, centred; an odd rest goes to the right and below."""
     (height, width), (rows, columns) = placed.image.shape[:2], size_hw
     top, left = (rows - height) // 2, (columns - width) // 2

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from feedforward_recon.config.photos import ReconstructionConfig
 from feedforward_recon.errors import ConfigError
-from feedforward_recon.model.collection import Collection, CollectionNetwork
+from feedforward_recon.model.collection import CollectionNetwork, PairNetwork, WindowNetwork
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.model.predictor import NetworkPredictor
+from feedforward_recon.model.vggt import Vggt
 from feedforward_recon.reconstruction.pairs import CompactPairs, PairDecoder
 from feedforward_recon.reconstruction.shots import Shot
-from feedforward_recon.reconstruction.transformer_pairs import TransformerPairs
+from feedforward_recon.reconstruction.transformer_pairs import PairPredictions, TransformerPairs
 
 
 def check_decoder(config: ReconstructionConfig, has_network: bool) -> None:
@@ -27,20 +28,22 @@ def check_decoder(config: ReconstructionConfig, has_network: bool) -> None:
 
 
 def pair_network(config: ReconstructionConfig, predictor: NetworkPredictor | None
-                 ) -> CollectionNetwork | None:
+                 ) -> PairNetwork | None:
     """The network that decodes pairs; None where matches alone do.
 
-    Raises what ``check_decoder`` raises, ConfigError for a network that does not decode pairs,
-    CheckpointError for latent alignment that the weights lack.
+    Raises what ``check_decoder`` raises, ConfigError for latent alignment that the network cannot
+    have, CheckpointError for one that its weights lack.
     """
     check_decoder(config, predictor is not None)
     if predictor is None:
         return None
-    return CollectionNetwork(predictor, align=config.latent_alignment)
+    if config.latent_alignment or isinstance(predictor.network, Vggt):
+        return CollectionNetwork(predictor, align=config.latent_alignment)
+    return WindowNetwork(predictor)
 
 
 def pair_decoder(shots: Sequence[Shot], encoder: CompactEncoder, config: ReconstructionConfig,
-                 collection: Collection | None) -> PairDecoder:
+                 collection: PairPredictions | None) -> PairDecoder:
     """What decodes pairs of shots: the network of a collection, or their matches alone."""
     if collection is None:
         return CompactPairs(shots, encoder, config.seed)

@@ -16,7 +16,7 @@ from feedforward_recon.config.photos import PhotoConfig
 from feedforward_recon.errors import InputError, MapError
 from feedforward_recon.mapping.scene_map import Stats
 from feedforward_recon.memory import MemoryWriter
-from feedforward_recon.model.collection import Collection, CollectionNetwork
+from feedforward_recon.model.collection import Collection, PairNetwork
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.model.predictor import NetworkPredictor
 from feedforward_recon.reconstruction.comparisons import Mapped
@@ -90,7 +90,7 @@ class _Pairs:
     """Shots reconstructed from their pairs, which are compared where the engine says."""
 
     def __init__(self, config: PhotoConfig, encoder: CompactEncoder, engine: Mapped,
-                 work: PartialWork | None, network: CollectionNetwork | None, bar: ProgressBar
+                 work: PartialWork | None, network: PairNetwork | None, bar: ProgressBar
                  ) -> None:
         self._config, self._encoder, self._network = config, encoder, network
         # A network takes all cores itself, and its pairs are not kept.
