@@ -24,6 +24,10 @@ class ReconstructionConfig:
                        choices=('shortest', 'spanning'))
     cost: str = option('linear', 'cost of a pair by the similarity S of its images: 1 - S, '
                        '(1 - S)^2, or the angle', choices=('linear', 'square', 'angle'))
+    accumulation: str = option('depth', 'how a pair is put to those before it: by a ratio of '
+                               'depths, or all its points by a similarity or, where a network '
+                               'says metres, by a rigid motion',
+                               choices=('depth', 'similarity', 'rigid'))
     decoder: str = option('compact', 'what says the motion and the points of two images: their '
                           'matches alone or, at these, a network that sees both (--model)',
                           choices=('compact', 'transformer'))

@@ -37,9 +37,9 @@ from feedforward_recon.model.vit import PATCH
 from feedforward_recon.types import Prediction
 
 ENCODED_AT_ONCE = 16
-Windows = Sequence[Sequence[int]]  # numbers of images, as many in each
+ImageWindows = Sequence[Sequence[int]]  # numbers of images, as many in each
 # What windows of images show; of each window, its images as they are seen together.
-Answering = Callable[[Windows, Sequence[Sequence[PreparedImage]]], Answer]
+Answering = Callable[[ImageWindows, Sequence[Sequence[PreparedImage]]], Answer]
 
 
 class PairNetwork(ABC):
@@ -78,7 +78,7 @@ class WindowNetwork(PairNetwork):
         """All images of a collection (see ``PairNetwork``); nothing is computed yet."""
         return Collection(images, self._answer)
 
-    def _answer(self, _: Windows, shown: Sequence[Sequence[PreparedImage]]) -> Answer:
+    def _answer(self, _: ImageWindows, shown: Sequence[Sequence[PreparedImage]]) -> Answer:
         with self._computing(f'{len(shown)} times {len(shown[0])} images'):
             return self.predictor.windows(torch.cat([stacked(window) for window in shown]))
 
@@ -129,7 +129,7 @@ class CollectionNetwork(PairNetwork):
             said, _ = self.network.decode(patches, grid_hw, Demand(points=False, memory=False))
         return read(said)
 
-    def _answer(self, patches: torch.Tensor, windows: Windows,
+    def _answer(self, patches: torch.Tensor, windows: ImageWindows,
                 shown: Sequence[Sequence[PreparedImage]]) -> Answer:
         height, width = shown[0][0].image.shape[:2]
         with self._computing(f'{len(windows)} times {len(shown[0])} images'):
@@ -145,7 +145,7 @@ class Collection:
         """answer: what the network says of windows whose images are of one size."""
         self.placed, self._answer = placed, answer
 
-    def predict(self, windows: Windows) -> list[Prediction]:
+    def predict(self, windows: ImageWindows) -> list[Prediction]:
         """What windows of as many images each show; those of one size in one batch.
 
         Each in a frame and a unit of its own, about the pixels of the images as they are
@@ -162,7 +162,8 @@ class Collection:
             said.update(zip(rows, found, strict=True))
         return [said[row] for row in range(len(windows))]
 
-    def _of_one_size(self, size_hw: tuple[int, int], windows: Windows) -> Iterator[Prediction]:
+    def _of_one_size(self, size_hw: tuple[int, int], windows: ImageWindows
+                     ) -> Iterator[Prediction]:
         shown = [[padded(PreparedImage(self.placed[k].image, (1.0, 1.0)), size_hw)
                   for k in window] for window in windows]
         for answer, images in zip(zip(*self._answer(windows, shown), strict=True), shown,

@@ -25,6 +25,10 @@ def check_decoder(config: ReconstructionConfig, has_network: bool) -> None:
         given = 'a network' if has_network else 'reconstruction.latent_alignment'
         raise ConfigError(f'expected reconstruction.decoder transformer beside {given}, found '
                           'compact; set it, or leave that out')
+    elif config.accumulation == 'rigid':
+        raise ConfigError('expected reconstruction.decoder transformer beside '
+                          'reconstruction.accumulation rigid, found compact; choose similarity, '
+                          'since matches alone say no unit')
 
 
 def pair_network(config: ReconstructionConfig, predictor: NetworkPredictor | None

@@ -69,7 +69,8 @@ def part_of(photos: PhotoSet, among: np.ndarray) -> Part:
     pairs = agreeing(shots, {edge: pair for edge, pair in pairs.items() if edge[0] in connected})
     connected = _largest(among, pairs)
     tree = _tree(photos, pairs, np.array(sorted(connected)))
-    placed = accumulate(shots, pairs, int(tree.order[0]), tree.edges)
+    placed = accumulate(shots, pairs, int(tree.order[0]), tree.edges,
+                        photos.config.accumulation)
     registered = placed.registered
     structure = structure_of(shots, placed.T_map_cam, registered, pairs)
     if photos.config.refine and len(structure.tracks):
