@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from oracle import CAMERA, OracleScene
 
-from feedforward_recon.geometry.align import align_points
+from feedforward_recon.geometry.align import align_points_robust
 from feedforward_recon.geometry.transforms import inverse, se3_exp, transform_points
 from feedforward_recon.reconstruction.accumulation import MIN_SHARED, accumulate
 from feedforward_recon.reconstruction.pairs import PairGeometry
@@ -81,12 +81,14 @@ def test_rigid_keeps_the_unit_of_each_pair():
 
 
 @pytest.mark.parametrize('way', ['similarity', 'rigid'])
-def test_wrong_points_of_low_confidence_move_nothing(way):
+@pytest.mark.parametrize(('share', 'confidence'), [(0.5, 0.1), (0.2, 50.0)])
+def test_wrong_points_move_nothing_where_they_are_unsure_or_few(way, share, confidence):
     pairs, rng = {edge: pair_of(*edge) for edge in CHAIN}, np.random.default_rng(0)
-    wrong = rng.random(POINTS) < 0.4
+    wrong = rng.random(POINTS) < share
     for edge in CHAIN[1:]:
         points = pairs[edge].points + wrong[:, None] * rng.normal(0, 3.0, (POINTS, 3))
-        pairs[edge] = replace(pairs[edge], points=points, confidence=np.where(wrong, 0.1, 20.0))
+        sure = np.where(wrong, confidence, 20.0)
+        pairs[edge] = replace(pairs[edge], points=points, confidence=sure)
     done = accumulate(SHOTS, pairs, 0, CHAIN, way)
     np.testing.assert_allclose(done.T_map_cam, POSES, atol=1e-9)
 
@@ -99,7 +101,7 @@ def test_points_count_by_the_logarithm_of_the_confidence_that_both_have():
     noisy = replace(noisy, confidence=second, points=noisy.points
                     + rng.normal(0, 0.1, (POINTS, 3)))
     done = accumulate(SHOTS[:3], {**pairs, (1, 2): noisy}, 0, CHAIN[:2], 'similarity')
-    fit = align_points(noisy.points, WORLD, 0.5 * np.log(first * second), with_scale=True)
+    fit = align_points_robust(noisy.points, WORLD, 0.5 * np.log(first * second), with_scale=True)
     np.testing.assert_allclose(done.T_map_cam[2], fit.apply_to_poses(noisy.T_i_j), atol=1e-9)
     # Points stay with the first that said them; confidence is the geometric mean.
     np.testing.assert_allclose(done.known(1).confidence, np.sqrt(first * second))

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from feedforward_recon.errors import DegenerateError
-from feedforward_recon.geometry.align import align_points
+from feedforward_recon.geometry.align import align_points_robust
 from feedforward_recon.geometry.transforms import inverse, transform_points
 from feedforward_recon.reconstruction.pairs import Edge, PairGeometry, Pairs
 from feedforward_recon.reconstruction.shots import Shot
@@ -104,7 +104,8 @@ class Procrustes:
     """Light3R-SfM, sec. 3.3: the points of the pair are moved to those that are known.
 
     Weighted by the logarithm of the confidence, which is the geometric mean of both; this is what
-    stays of it, and the first points stay.
+    stays of it, and the first points stay. Unlike the paper's least squares, sure points that are
+    wrong do not pull (docs/experiments.md, Photos).
     with_scale: a similarity, of pairs in units of their own; a rigid motion without.
     """
 
@@ -118,8 +119,8 @@ class Procrustes:
         if shared.sum() < MIN_SHARED:
             return None
         try:
-            done = align_points(pair.points[shared], known.points[shared],
-                                np.log(confidence[shared]), with_scale=self.with_scale)
+            done = align_points_robust(pair.points[shared], known.points[shared],
+                                       np.log(confidence[shared]), with_scale=self.with_scale)
         except DegenerateError:  # all on one line
             return None
         return PairPlacement(done.T_target_source, done.scale)
