@@ -8,10 +8,9 @@ from safetensors.torch import save_file
 from small_network import SMALL
 from torch.nn import functional as F
 
-from feedforward_recon.errors import CheckpointError, ConfigError
+from feedforward_recon.errors import CheckpointError
 from feedforward_recon.model import configs, latent_alignment, layers
 from feedforward_recon.model.configs import build, load, network_of
-from feedforward_recon.model.distributed import predict_distributed
 from feedforward_recon.model.latent_alignment import PUBLISHED_BLOCKS, LatentAlignment
 from feedforward_recon.model.layers import BlockConfig
 from feedforward_recon.model.weights.files import check_weights
@@ -227,8 +226,3 @@ def test_half_an_alignment_is_refused(weights, tmp_path):
     save_file(torn, tmp_path / 'torn.safetensors')
     with pytest.raises(CheckpointError, match='missing'):
         load('tiny', tmp_path / 'torn.safetensors')
-
-
-def test_several_processes_refuse_it():
-    with pytest.raises(ConfigError, match='without latent alignment'):
-        predict_distributed(small(), images())

@@ -5,7 +5,11 @@ Frames meet only in global attention, and every variant writes through an `Excha
 the size of VGGT-1B, whatever the number of frames), the others pass on their states.
 Everything else is local to a frame, except VGGT's camera head, which needs the camera tokens of
 all frames: `predict_distributed` gathers them, so that poses are global. (pi3 has no such head:
-inside `sequence_parallel` an ordinary call will do.) The result equals that of one process.
+inside `sequence_parallel` an ordinary call will do.) Latent alignment passes on one vector of each
+image. The result equals that of one process.
+
+`DistributedCollectionNetwork` does the same for photos of which a network is asked about a few
+at a time: images are encoded, and windows decoded, by all processes, each its share.
 
 Not used by the nodes or commands yet; for several GPUs (see `benchmarks/attention_gpu.py`).
 Run under torchrun; `gloo` on CPU, `nccl` on GPU. Inference only: gradients of a loss do not
@@ -14,7 +18,7 @@ flow between processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -24,6 +28,10 @@ from torch import nn
 from feedforward_recon.errors import ConfigError
 from feedforward_recon.model.attention.base import QkvAttention
 from feedforward_recon.model.backbone import EVERYTHING, Demand
+from feedforward_recon.model.collection import CollectionNetwork
+from feedforward_recon.model.latent_alignment import LatentAlignment
+from feedforward_recon.model.predictor import Answer, NetworkPredictor
+from feedforward_recon.model.preprocess import PreparedImage
 from feedforward_recon.model.vggt import NetworkState, Reconstruction, Vggt
 
 
@@ -64,11 +72,8 @@ def predict_distributed(model: Vggt, images: torch.Tensor, group: dist.ProcessGr
     images: the frames of this process, [B, N, 3, H, W]; rank 0 has the first of the scene.
     demand: what is wanted of them; frames are counted from the first of this process.
     Returns what they show, in the world of the first frame of all, and the memory of the whole
-    scene, the same on every process. Raises ConfigError for a network with latent alignment.
+    scene, the same on every process. With latent alignment the frames of all are the collection.
     """
-    if model.aligns:
-        raise ConfigError('expected a network without latent alignment, which one process has to '
-                          'see whole, found one with it; use one process')
     exchange, rank = AcrossProcesses(group), dist.get_rank(group)
     empty = model.empty_memory(len(images))
     with sequence_parallel(model, group):
@@ -96,15 +101,54 @@ def gather_frames(tensor: torch.Tensor, dim: int = 1,
     return AcrossProcesses(group).concatenate(tensor, dim)
 
 
+class DistributedCollectionNetwork(CollectionNetwork):
+    """A collection that the processes of a group encode and decode together.
+
+    Each is given all images, must make the same calls, and has all answers; the tokens of all
+    images are on every process.
+    """
+
+    def __init__(self, predictor: NetworkPredictor, *, align: bool = False,
+                 group: dist.ProcessGroup | None = None) -> None:
+        """Raises as ``CollectionNetwork``, and ConfigError without a process group."""
+        super().__init__(predictor, align=align)
+        self._exchange, self._group = AcrossProcesses(group), group
+
+    def encoded(self, placed: Sequence[PreparedImage]) -> torch.Tensor:
+        """Tokens [N, T, C] of images of one size, of which each process encodes its share.
+
+        Raises ConfigError where there are fewer images than processes.
+        """
+        count = dist.get_world_size(self._group)
+        if len(placed) < count:
+            raise ConfigError(f'expected at least as many images as processes, found {len(placed)}'
+                              f' for {count}; start fewer')
+        own = own_frames(torch.arange(len(placed)), 0, self._group)
+        with sequence_parallel(self.network, self._group):
+            patches = super().encoded([placed[k] for k in own.tolist()])
+        return self._exchange.concatenate(patches, 0)
+
+    def decoded(self, patches: torch.Tensor, grid_hw: tuple[int, int]) -> Answer:
+        """What windows of tokens [B, N, T, C] show, of which each process decodes its share."""
+        count = dist.get_world_size(self._group)
+        # As many each, the first ones twice if need be: none is without a window.
+        rows = torch.arange(-(-len(patches) // count) * count) % len(patches)
+        said = super().decoded(patches[own_frames(rows, 0, self._group)], grid_hw)
+        return tuple(self._exchange.concatenate(x, 0)[:len(patches)]  # type: ignore[return-value]
+                     for x in said)
+
+
 @contextmanager
 def sequence_parallel(model: nn.Module,
                       group: dist.ProcessGroup | None = None) -> Iterator[nn.Module]:
     """Within this context the global attentions of ``model`` write for all processes.
 
-    Every process must make the same calls. Raises ConfigError without a process group.
+    Latent alignment aligns the images of all. Every process must make the same calls. Raises
+    ConfigError without a process group.
     """
     exchange = AcrossProcesses(group)
-    layers = [layer for layer in model.modules() if isinstance(layer, QkvAttention)]
+    layers = [layer for layer in model.modules()
+              if isinstance(layer, (QkvAttention, LatentAlignment))]
     before = [layer.exchange for layer in layers]
     try:
         for layer in layers:

@@ -9,6 +9,9 @@ where blocks are residual, F_i^L holds F_i^0 already, so only the increment F_i^
 The last projections of Cross are zero at first, so a fresh module is the identity. Images have no
 positions: their order does not matter.
 
+Several processes may hold the images of one collection (`distributed`): latents, one vector of
+each image, go to all of them, tokens stay where they are.
+
 N images of T tokens cost N^2 + N (N T) pairs of queries and keys, and memory linear in N T.
 """
 
@@ -18,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from feedforward_recon.model.attention.base import Alone, Exchange
 from feedforward_recon.model.layers import Block, BlockConfig, Mlp, in_chunks, rows_per_chunk
 
 PUBLISHED_BLOCKS = 4
@@ -40,9 +44,9 @@ class CrossBlock(nn.Module):
             nn.init.zeros_(last.bias)
 
     def forward(self, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """Tokens [N, T, C] and latents [N, C] -> [N, T, C]."""
+        """Tokens [N, T, C] of some images and latents [M, C] of all -> [N, T, C]."""
         k, v = self.kv(self.norm_latents(latents)).unflatten(-1, (2, self.config.heads, -1)
-                                                             ).permute(1, 2, 0, 3)  # [h, N, d]
+                                                             ).permute(1, 2, 0, 3)  # [h, M, d]
         return in_chunks(lambda part: (self._both_steps(part, k, v),), (x,),
                          rows_per_chunk(x.shape[1], x.device))[0]
 
@@ -61,7 +65,7 @@ class AlignmentBlock(nn.Module):
         self.among, self.across = Block(config), CrossBlock(config)
 
     def forward(self, x: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens [N, T, C] and latents [N, C] -> the same shapes."""
+        """Tokens [N, T, C] of some images and latents [M, C] of all -> the same shapes."""
         latents = self.among(latents[None])[0]
         return self.across(x, latents), latents
 
@@ -71,11 +75,12 @@ class LatentAlignment(nn.Module):
 
     def __init__(self, config: BlockConfig, depth: int = PUBLISHED_BLOCKS) -> None:
         super().__init__()
+        self.exchange: Exchange = Alone()
         self.blocks = nn.ModuleList([AlignmentBlock(config) for _ in range(depth)])
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens [N, T, C] of N images -> [N, T, C]."""
-        x, latents = tokens, tokens.mean(1)
+        """Tokens [N, T, C] of the N images of this process -> [N, T, C]."""
+        x, latents = tokens, self.exchange.concatenate(tokens.mean(1), 0)
         for block in self.blocks:
             x, latents = block(x, latents)
         return x
