@@ -135,8 +135,8 @@ class Procrustes:
                         known.confidence)
 
 
-ALIGNMENTS: dict[str, PairAlignment] = {'depth': DepthRatios(), 'similarity': Procrustes(True),
-                                    'rigid': Procrustes(False)}
+ALIGNMENTS: dict[str, PairAlignment] = {
+    'depth': DepthRatios(), 'similarity': Procrustes(True), 'rigid': Procrustes(False)}
 
 
 class Accumulation:
