@@ -90,14 +90,18 @@ class CompactNetwork(nn.Module):
 
     def pyramid(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Images [B, 3, H, W] in 0..1 -> four maps [B, C_s, ceil(H / s), ceil(W / s)]."""
+        return self.levels_of(images)[1]
+
+    def levels_of(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The map of stride 2 before the pyramid, and the pyramid (see ``pyramid``)."""
         mean = images.mean((1, 2, 3), keepdim=True)
         std = images.std((1, 2, 3), keepdim=True)
         x = self.stem(((images - mean) / (std + 0.02)).to(next(self.stem.parameters()).dtype))
-        maps = []
+        first, maps = x, []
         for level in self.levels:
             x = level(x)
             maps.append(x)
-        return maps
+        return first, maps
 
     def describe(self, maps: list[torch.Tensor],
                  pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
