@@ -163,7 +163,7 @@ class CompactEncoder:
 
         Raises CheckpointError when the file is missing, damaged or of another architecture.
         """
-        file = Path(path) if path else _shipped_weights()
+        file = Path(path) if path else shipped_compact()
         network = load_compact(file)
         return CompactEncoder(network, hashlib.sha256(file.read_bytes()).hexdigest(), config)
 
@@ -284,5 +284,6 @@ def _shape_from_header(header: dict[str, str], path: Path) -> CompactShape:
                            if k in CompactShape.__dataclass_fields__})
 
 
-def _shipped_weights() -> Path:
+def shipped_compact() -> Path:
+    """The weights that are shipped with the package."""
     return Path(str(resources.files('feedforward_recon.model.weights') / WEIGHTS_FILE))

@@ -23,14 +23,16 @@ from feedforward_recon.model.backbone import SPECIAL, BackboneConfig
 from feedforward_recon.model.da3 import Da3, Da3Config
 from feedforward_recon.model.dpt import DptConfig
 from feedforward_recon.model.pi3 import Pi3, Pi3Config
+from feedforward_recon.model.ray_transformer import SPECIAL as RAY_SPECIAL
+from feedforward_recon.model.ray_transformer import RayConfig, RayTransformer
 from feedforward_recon.model.vggt import Vggt, VggtConfig
 from feedforward_recon.model.vit import VitConfig
 from feedforward_recon.model.weights.checkpoints import load_weights, tensor_shapes
 from feedforward_recon.model.weights.registry import ALIASES, find_weights
 
 log = logging.getLogger(__name__)
-Config = VggtConfig | Pi3Config | Da3Config
-Network = Vggt | Pi3 | Da3
+Config = VggtConfig | Pi3Config | Da3Config | RayConfig
+Network = Vggt | Pi3 | Da3 | RayTransformer
 
 TINY = VggtConfig(BackboneConfig(VitConfig(128, 4, 2, grid=8), 4, (0, 1, 2, 3)),
                   DptConfig(256, 32, (32, 48, 64, 96)), camera_depth=1,
@@ -48,7 +50,8 @@ CONFIGS: dict[str, Config] = {
     'lite3r-vggt': VggtConfig(attention='sparse_linear', point_head=False),
     'lite3r-da3': Da3Config(attention='sparse_linear', normalised=False),
     # Shipped with the package: small enough for every machine, for images 112 px wide.
-    'tiny': TINY,
+    'tiny': RayConfig(),
+    'vggt-tiny': TINY,
     'tiny-ttt': dataclasses.replace(TINY, attention='ttt'),
     # Sizes of the reference outputs that every part is checked against.
     'vggt-small': VggtConfig(
@@ -107,6 +110,8 @@ def network_of(config: Config, **options: Any) -> Network:
         return Pi3(config, factory).eval()
     if isinstance(config, Da3Config):
         return Da3(config, factory).eval()
+    if isinstance(config, RayConfig):
+        return RayTransformer(config, factory).eval()
     return Vggt(config, factory).eval()
 
 
@@ -155,4 +160,6 @@ def _special(config: Config) -> int:
     """Number of tokens before the patches of each frame."""
     if isinstance(config, Pi3Config):
         return config.registers
+    if isinstance(config, RayConfig):
+        return RAY_SPECIAL
     return 1 if isinstance(config, Da3Config) else SPECIAL

@@ -21,6 +21,7 @@ from feedforward_recon.model.rope import rotate
 
 CHUNK_TOKENS = 1 << 14
 CPU_CHUNK_TOKENS = 1 << 12  # 70 MB of hidden layer in a block of 1024 channels
+SHORT_SEQUENCE = 512
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,18 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Tokens [B, T, C] -> [B, T, C]; positions [P, 2] as in `rope.rotate`."""
         q, k, v = self.project(x, positions)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        return self.proj(attended(q, k, v).transpose(1, 2).flatten(2))
+
+
+def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Softmax attention of queries, keys and values [B, h, T, d].
+
+    On a CPU, plain matrix products take half the time of the fused kernel for short sequences.
+    """
+    if q.device.type == 'cpu' and k.shape[-2] <= SHORT_SEQUENCE:
+        scale = q.shape[-1] ** -0.5
+        return ((q * scale).to(v.dtype) @ k.to(v.dtype).transpose(-1, -2)).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class Block(nn.Module):

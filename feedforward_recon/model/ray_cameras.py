@@ -20,7 +20,8 @@ from feedforward_recon.model.ray_transformer import CellMaps, RayTransformer
 ALL_PAIRS = 10  # with more views only pairs that look alike are compared
 NEIGHBOURS = 6  # of each view then
 COARSE_CELLS = 4  # cells that are one when views are compared as wholes
-STEPS, WIDE = 10, 0.03  # of a pose from world points; angle in radians from which errors count less
+STEPS = 10  # of a pose from world points
+WIDE = 0.03  # angle in radians from which their errors count less
 
 
 def cameras_of(cells: CellMaps, K: torch.Tensor, network: RayTransformer, *, first: bool
@@ -60,8 +61,8 @@ def _pairs(cells: CellMaps, index: int, K: np.ndarray, log_depth: np.ndarray,
         same = matched(network.fine_matcher, descriptors, fine, (i, j), sharpness)
         pixels_i, pixels_j, deviation = (x.double().cpu().numpy() for x in (
             same.pixels_i, same.pixels_j, same.deviation))
-        depth = np.exp(map_coordinates(log_depth[i], ((pixels_i - (CELL - 1) / 2) / CELL)[:, ::-1].T,
-                                       order=1, mode='nearest'))
+        cell = (pixels_i - (CELL - 1) / 2) / CELL
+        depth = np.exp(map_coordinates(log_depth[i], cell[:, ::-1].T, order=1, mode='nearest'))
         found.append(ViewPair(i, j, _normalised(pixels_i, K[i]), _normalised(pixels_j, K[j]),
                               deviation / K[j, 0, 0], depth))
     return found

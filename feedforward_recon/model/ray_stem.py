@@ -1,9 +1,9 @@
 """What the compact encoder sees of an image, for the transformer that starts from it.
 
-The pyramid of the compact encoder was trained on real photos to tell scene points apart. It is kept
-as it is: a transformer on top of it begins with matches that are right three times out of four.
-An image is cut into patches of 16 pixels of 2 x 2 cells each; everything that is said about an
-image is said at the middles of the cells.
+The pyramid of the compact encoder was trained on real photos to tell scene points apart. It is
+kept as it is: a transformer on top of it begins with matches that are right three times out of
+four. An image is cut into patches of 16 pixels of 2 x 2 cells each; everything that is said about
+an image is said at the middles of the cells.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from feedforward_recon.model.compact import STRIDES, CompactNetwork, CompactShape
+from feedforward_recon.model.compact import (
+    STRIDES,
+    CompactNetwork,
+    CompactShape,
+    load_compact,
+    shipped_compact,
+)
 
 PATCH, CELL = 16, 8
 CELLS = (PATCH // CELL) ** 2  # of a patch
@@ -43,6 +49,14 @@ class RayStem(nn.Module):
         self.network = CompactNetwork(shape).requires_grad_(False).eval()
         self.channels = sum(shape.widths) + shape.dim
         self.fine_channels = shape.stem + shape.widths[0] + shape.widths[1]
+
+    @staticmethod
+    def shipped() -> RayStem:
+        """The stem of the encoder that is shipped with the package."""
+        network = load_compact(shipped_compact())
+        stem = RayStem(network.shape)
+        stem.network.load_state_dict(network.state_dict())
+        return stem
 
     def train(self, mode: bool = True) -> RayStem:
         """The norms keep what they have learnt of photos."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -114,9 +114,10 @@ class RayTransformer(nn.Module):
         self.special_tokens = nn.Parameter(0.5 * torch.randn(2, SPECIAL, dim))
         self.place = nn.Parameter(0.2 * torch.randn(2, dim))  # of the first view, of others
         self.frame_blocks = nn.ModuleList([Block(config.block) for _ in range(config.depth)])
+        # Where views meet, a place in the image means nothing: all patches lie at one place.
+        joint = replace(config.block, one_place=True)
         self.global_blocks = nn.ModuleList([
-            GlobalBlock(config.block, global_attention(config.block, index))
-            for index in range(config.depth)])
+            GlobalBlock(joint, global_attention(joint, index)) for index in range(config.depth)])
         self.norm = nn.LayerNorm(2 * dim)
         self.geometry = nn.Linear(2 * dim, CELLS * 7)
         self.describe = nn.Linear(2 * dim, CELLS * config.stem.dim)
@@ -170,13 +171,12 @@ class RayTransformer(nn.Module):
         """Tokens [B, N, P, C] -> [B, N, P, 2 C], of the last frame and global block; states."""
         batch, views = x.shape[:2]
         positions = patch_positions(grid_hw, SPECIAL, x.device)
-        # Where views meet, a place in the image means nothing: all tokens lie at (0, 0).
-        nowhere, after, alone = torch.zeros_like(positions), list(states), x
+        after, alone = list(states), x
         for index, (local, joint) in enumerate(
                 zip(self.frame_blocks, self.global_blocks, strict=True)):
             alone = local(x.flatten(0, 1), positions).unflatten(0, (batch, views))
-            x, state = joint(alone.flatten(1, 2), states[index], write=write, positions=nowhere,
-                             frames=views)
+            x, state = joint(alone.flatten(1, 2), states[index], write=write,
+                             positions=positions, frames=views)
             x = x.unflatten(1, (views, -1))
             if demand.memory:
                 after[index] = state

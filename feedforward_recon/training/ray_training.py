@@ -1,0 +1,268 @@
+"""Training of a `RayTransformer` on posed photos and rooms: seeded, resumable, on any device.
+
+Everything random in a step follows from the seed, the number of the step and the process, so an
+interrupted run that goes on ends with the weights of one that was never interrupted. Under
+torchrun every process draws windows of its own, and gradients are averaged.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from feedforward_recon.errors import ConfigError
+from feedforward_recon.model.configs import build, device_of
+from feedforward_recon.model.layers import Block
+from feedforward_recon.model.ray_stem import RayStem
+from feedforward_recon.model.ray_transformer import RayTransformer
+from feedforward_recon.training.cell_losses import (
+    coarse_loss,
+    fine_loss,
+    geometry_losses,
+    guide_loss,
+)
+from feedforward_recon.training.guidance import AttentionInputs
+from feedforward_recon.training.moving_average import MovingAverage
+from feedforward_recon.training.muon import Muon
+from feedforward_recon.training.photometry import varied_light
+from feedforward_recon.training.processes import Processes
+from feedforward_recon.training.validation import ValidationWindows
+from feedforward_recon.training.view_sources import photo_sources, room_sources
+from feedforward_recon.training.windows import Windows, WindowStream
+
+log = logging.getLogger(__name__)
+BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.98), 0.02, 1.0
+# The rate falls in a line over the last part of the schedule only: until then a run may be made
+# longer or shorter (Hu et al., MiniCPM, 2024).
+DECAY_SHARE, LEAST_RATE = 0.2, 0.02
+# Heads of global blocks that are told what patches show: in all views, in the first view.
+GUIDED = {'all_views': (0, 1), 'first_view': (2, 3)}
+GUIDED_BLOCKS = (1, 2)
+LOG_EVERY = 25
+STATISTICS_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class RayTraining:
+    """Settings of a training run; ``steps`` is the whole schedule, resumes included.
+
+    photos: folder of posed scenes. rooms: folder of ``ffrecon-train views``. held_out: names of
+    scenes that are only looked at. start: weights to begin with; what they lack starts fresh.
+    accumulate: batches of ``views_per_step`` images in one step.
+    """
+
+    photos: str
+    out: str
+    rooms: str = ''
+    held_out: str = ''
+    model: str = 'tiny'
+    start: str = ''
+    device: str = 'cpu'
+    photo_share: float = 0.6
+    steps: int = 6000
+    views_per_step: int = 32
+    accumulate: int = 1
+    learning_rate: float = 1.5e-3
+    warm_up: int = 100
+    seed: int = 0
+    save_every: int = 100
+    validate_every: int = 500
+
+
+class RayTrainer:
+    """One training run in the folder ``settings.out``."""
+
+    def __init__(self, settings: RayTraining) -> None:
+        self.settings, self.device = settings, device_of(settings.device)
+        self.processes = Processes(self.device)
+        self.out = Path(settings.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        held_out = [name for name in settings.held_out.split(',') if name]
+        photos, kept = photo_sources(Path(settings.photos), held_out)
+        rooms, room_kept = room_sources(Path(settings.rooms)) if settings.rooms else ([], [])
+        self.stream = WindowStream(photos, rooms, settings.photo_share, settings.seed)
+        self.validation = ValidationWindows([*kept, *room_kept])
+        torch.manual_seed(settings.seed)
+        network = build(settings.model)
+        if not isinstance(network, RayTransformer):
+            raise ConfigError('expected a network of the kind of tiny, found '
+                              f'{settings.model!r}; choose tiny')
+        self.network = network.to(self.device)
+        self._guide = AttentionInputs(network.global_blocks, GUIDED_BLOCKS)
+        self.optimisers = self._optimisers()
+        self.average = MovingAverage(network)
+        self.step, self.best = 0, -math.inf
+        self._begin()
+
+    def run(self) -> Iterator[int]:
+        """Train until ``settings.steps``, yielding every step; stop and start it at any time."""
+        report: dict[str, float] = {}
+        with ThreadPoolExecutor(1) as ahead:
+            following = ahead.submit(self._batches, self.step)
+            while self.step < self.settings.steps:
+                batches = following.result()
+                following = ahead.submit(self._batches, self.step + 1)
+                report = self._step(batches)
+                self.step += 1
+                self._after(report)
+                yield self.step
+
+    def losses(self, windows: Windows, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """The parts of the loss, each with its weight."""
+        with torch.autocast(self.device.type, torch.bfloat16):
+            cells, _ = self.network(windows.images, windows.K)
+            compared = {block: self._guide.queries_keys(block, windows.images.shape[1])
+                        for block in GUIDED_BLOCKS}
+        parts = geometry_losses(cells, windows)
+        if windows.seen.any():
+            parts['guide'] = guide_loss(compared, windows, **GUIDED)
+            parts['coarse'] = coarse_loss(cells, windows, self.network.log_sharpness)
+            parts['fine'] = fine_loss(self.network.fine_matcher, cells, windows, generator)
+        return parts
+
+    def _batches(self, step: int) -> list[Windows]:
+        rank = self.processes.rank
+        return [self.stream.batch((step, part, rank), self.settings.views_per_step)
+                for part in range(self.settings.accumulate)]
+
+    def _step(self, batches: list[Windows]) -> dict[str, float]:
+        started = time.perf_counter()
+        self._set_rate()
+        self.network.train()
+        for parameter in self._parameters():
+            parameter.grad = None
+        report: dict[str, float] = {'views': batches[0].images.shape[1]}
+        for part, windows in enumerate(batches):
+            generator = torch.Generator().manual_seed(
+                hash((self.settings.seed, self.step, part, self.processes.rank)) % 2**62)
+            windows = replace(windows, images=varied_light(windows.images, generator))
+            parts = self.losses(windows.to(self.device), generator)
+            (torch.stack(list(parts.values())).sum() / len(batches)).backward()
+            for name, value in parts.items():
+                report[name] = report.get(name, 0.0) + float(value.detach()) / len(batches)
+        self.processes.average_gradients(self._parameters())
+        norm = nn.utils.clip_grad_norm_(self._parameters(), CLIP)
+        if torch.isfinite(norm):
+            for optimiser in self.optimisers:
+                optimiser.step()
+            self.average.update(self.network, self.step)
+        else:
+            log.warning('step %d: gradient is not finite, no step taken', self.step)
+        return {**report, 'seconds': time.perf_counter() - started}
+
+    def _after(self, report: dict[str, float]) -> None:
+        """Log, look at what is held out, save; by the first process alone."""
+        last = self.step == self.settings.steps
+        if self.processes.rank:
+            return
+        if last or self.step % LOG_EVERY == 0:
+            self._log(report)
+        if last or self.step % self.settings.validate_every == 0:
+            self._validate()
+        if last or self.step % self.settings.save_every == 0:
+            self._save()
+
+    def _set_rate(self) -> None:
+        settings = self.settings
+        warm = (self.step + 1) / max(1, settings.warm_up)
+        left = (settings.steps - self.step) / max(1, DECAY_SHARE * settings.steps)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group['lr'] = settings.learning_rate * min(1.0, warm, max(LEAST_RATE, left))
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.network.parameters() if p.requires_grad]
+
+    def _optimisers(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+        """Muon for the matrices of the blocks, AdamW for all else."""
+        inner = [module.weight for block in self.network.modules() if isinstance(block, Block)
+                 for module in block.modules() if isinstance(module, nn.Linear)]
+        chosen = {id(p) for p in inner}
+        others = [p for p in self._parameters() if id(p) not in chosen]
+        return (Muon(inner, weight_decay=WEIGHT_DECAY),
+                torch.optim.AdamW(others, betas=BETAS, weight_decay=0.0))
+
+    def _validate(self) -> None:
+        with self.average.applied(self.network):
+            self.network.eval()
+            rows = self.validation.scores(self.network, self.device)
+            self._log({'held_out': rows})
+            score = self.validation.mean_auc(rows)
+            if score > self.best:
+                self.best = score
+                self._export()
+
+    def _export(self) -> None:
+        """The averaged weights in half precision: they are read as float32 again."""
+        tensors = {name: tensor.half().contiguous().cpu()
+                   for name, tensor in self.network.state_dict().items()}
+        file = self.out / f'{self.settings.model}.safetensors'
+        save_file(tensors, file.with_suffix('.tmp'))
+        file.with_suffix('.tmp').replace(file)
+
+    def _log(self, report: dict) -> None:
+        line = {'step': self.step, **{k: round(v, 4) if isinstance(v, float) else v
+                                      for k, v in report.items()}}
+        log.info('%s', json.dumps(line))
+        with open(self.out / 'log.jsonl', 'a', encoding='utf-8') as file:
+            file.write(json.dumps(line) + '\n')
+
+    def _save(self) -> None:
+        state = {'network': self.network.state_dict(), 'average': self.average.state_dict(),
+                 'optimisers': [o.state_dict() for o in self.optimisers],
+                 'step': self.step, 'best': self.best, 'settings': asdict(self.settings)}
+        torch.save(state, self.out / 'state.tmp')
+        (self.out / 'state.tmp').replace(self.out / 'state.pt')
+
+    def _begin(self) -> None:
+        """Go on where the run was left, or from given weights, or from nothing."""
+        file = self.out / 'state.pt'
+        if file.exists():
+            state = torch.load(file, weights_only=True, map_location=self.device)
+            self.network.load_state_dict(state['network'])
+            self.average.load_state_dict(state['average'])
+            for optimiser, saved in zip(self.optimisers, state['optimisers'], strict=True):
+                optimiser.load_state_dict(saved)
+            self.step, self.best = state['step'], state['best']
+            log.info('resumed at step %d', self.step)
+            return
+        if self.settings.start:
+            take_over(self.network, Path(self.settings.start))
+        else:
+            self._start_fresh()
+        self.average = MovingAverage(self.network)
+
+    @torch.no_grad()
+    def _start_fresh(self) -> None:
+        """The stem of the shipped compact encoder, and what its columns are like."""
+        self.network.stem.load_state_dict(RayStem.shipped().state_dict())
+        columns = []
+        for number in range(STATISTICS_BATCHES):
+            images = self.stream.batch((number, 0, 2**16), self.settings.views_per_step).images
+            columns.append(self.network.stem(images.flatten(0, 1).to(self.device)
+                                             ).columns.flatten(0, 2))
+        everything = torch.cat(columns)
+        self.network.column_mean.copy_(everything.mean(0))
+        self.network.column_deviation.copy_(everything.std(0) + 1e-3)
+
+
+@torch.no_grad()
+def take_over(network: nn.Module, file: Path) -> None:
+    """Copy what a file and a network share; says in the log what they do not."""
+    stored, wanted = load_file(file), network.state_dict()
+    shared = [name for name in wanted if name in stored
+              and stored[name].shape == wanted[name].shape]
+    for name in shared:
+        wanted[name].copy_(stored[name])
+    log.info('began with %d tensors of %s; %d are new, %d left out', len(shared), file,
+             len(wanted) - len(shared), len(stored) - len(shared))

@@ -1,0 +1,256 @@
+"""Where training windows come from: posed photos with sparse tracks, rooms with exact depth.
+
+Both say the same of a view: an image, its camera, and scene points that it shows at known depths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from feedforward_recon.errors import InputError
+from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.training.posed import PosedScene, read_scene
+from feedforward_recon.training.transformer_data import HELD_OUT, TRAIN
+from feedforward_recon.training.virtual_camera import VirtualCamera
+
+MIN_SHARED_TRACKS = 15
+ANGLE_DEG = (3.0, 50.0)  # between orientations of views that belong together
+MIN_BASELINE = 0.05  # of the depth, where orientations are nearer than that
+STAR_SHARE = 0.6  # of windows whose views all belong to the first one
+SAME_DEPTH = 0.05  # share by which depths of one point differ
+TRIES = 20
+HELD_OUT_ROOMS = 2
+
+
+@dataclass(frozen=True)
+class SeenPoints:
+    """Points that a view shows: pixels [M, 2], z-depth [M]; identity [M], or None without one."""
+
+    pixels: np.ndarray
+    depth: np.ndarray
+    identity: np.ndarray | None
+
+
+class ViewSource(Protocol):
+    """Views of one scene."""
+
+    name: str
+
+    @property
+    def size_wh(self) -> tuple[int, int]:
+        """Pixels of its images."""
+        ...
+
+    def window(self, rng: np.random.Generator, count: int) -> np.ndarray | None:
+        """Numbers of so many views that overlap, the world's first; None if there are none."""
+        ...
+
+    def camera(self, view: int) -> Camera:
+        """The real camera of a view."""
+        ...
+
+    def pose(self, view: int) -> np.ndarray:
+        """T_world_cam [4, 4]."""
+        ...
+
+    def image(self, view: int) -> np.ndarray:
+        """RGB uint8 [H, W, 3]."""
+        ...
+
+    def points(self, view: int, through: VirtualCamera, count: int, rng: np.random.Generator
+               ) -> SeenPoints:
+        """At most ``count`` points that a virtual camera at this view's place shows."""
+        ...
+
+    def shown(self, view: int, points: np.ndarray) -> np.ndarray:
+        """Whether the view shows points [M, 3] of its camera, and nothing before them: bool [M].
+
+        Only of sources whose points have no identity.
+        """
+        ...
+
+
+class PhotoSource:
+    """Posed photos and their tracks."""
+
+    def __init__(self, name: str, scene: PosedScene) -> None:
+        self.name, self._scene = name, scene
+        self._images: dict[int, np.ndarray] = {}
+
+    @property
+    def size_wh(self) -> tuple[int, int]:
+        """Pixels of the first image."""
+        return self._scene.cameras[0].size_wh
+
+    @cached_property
+    def _belong(self) -> np.ndarray:
+        """Bool [N, N], which views share tracks and differ enough to show something new."""
+        scene = self._scene
+        count = len(scene.files)
+        _, point = np.unique(scene.point_id, return_inverse=True)
+        seen = np.zeros((count, point.max(initial=-1) + 1), np.float32)
+        seen[np.repeat(np.arange(count), np.diff(scene.starts)), point] = 1
+        R, centre = scene.T_world_cam[:, :3, :3], scene.T_world_cam[:, :3, 3]
+        angle = np.degrees(np.arccos(np.clip(
+            (np.einsum('aij,bij->ab', R, R) - 1) / 2, -1, 1)))
+        depth = np.array([np.median(scene.depth[scene.tracks(i)]) if
+                          scene.tracks(i).stop > scene.tracks(i).start else np.inf
+                          for i in range(count)])
+        apart = np.linalg.norm(centre[:, None] - centre, axis=-1) / depth[:, None]
+        found = (seen @ seen.T >= MIN_SHARED_TRACKS) & (angle <= ANGLE_DEG[1]) \
+            & ((angle >= ANGLE_DEG[0]) | (apart > MIN_BASELINE))
+        return found & ~np.eye(count, dtype=bool)
+
+    def window(self, rng: np.random.Generator, count: int) -> np.ndarray | None:
+        """Views around the first one, or a chain of views that each belong to one before."""
+        for _ in range(TRIES):
+            chosen = [int(rng.integers(len(self._belong)))]
+            star = rng.random() < STAR_SHARE
+            while len(chosen) < count:
+                to = chosen[:1] if star else [chosen[int(rng.integers(len(chosen)))]]
+                free = self._free(to, chosen)
+                if not len(free):
+                    free = self._free(chosen, chosen)
+                if not len(free):
+                    break
+                chosen.append(int(rng.choice(free)))
+            if len(chosen) == count:
+                return np.array(chosen)
+        return None
+
+    def _free(self, to: Sequence[int], chosen: Sequence[int]) -> np.ndarray:
+        return np.setdiff1d(np.flatnonzero(self._belong[list(to)].any(0)), chosen)
+
+    def camera(self, view: int) -> Camera:
+        """See ``ViewSource``."""
+        return self._scene.cameras[view]
+
+    def pose(self, view: int) -> np.ndarray:
+        """See ``ViewSource``."""
+        return self._scene.T_world_cam[view]
+
+    def image(self, view: int) -> np.ndarray:
+        """See ``ViewSource``; decoded once."""
+        if view not in self._images:
+            self._images[view] = self._scene.image(view)
+        return self._images[view]
+
+    def points(self, view: int, through: VirtualCamera, count: int, rng: np.random.Generator
+               ) -> SeenPoints:
+        """The tracks of the view."""
+        tracks, camera = self._scene.tracks(view), self._scene.cameras[view]
+        own = camera.unproject(self._scene.uv[tracks], self._scene.depth[tracks])
+        pixels, depth, visible = through.seen(own)
+        kept = rng.permutation(np.flatnonzero(visible))[:count]
+        return SeenPoints(pixels[kept], depth[kept], self._scene.point_id[tracks][kept])
+
+    def shown(self, view: int, points: np.ndarray) -> np.ndarray:
+        """Tracks say it by their identity."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class RoomSource:
+    """A file of ``ffrecon-train views``: what is drawn from it is read when it is used."""
+
+    file: Path
+
+    @property
+    def name(self) -> str:
+        """The name of the file."""
+        return self.file.stem
+
+    @cached_property
+    def _arrays(self) -> dict[str, np.ndarray]:
+        with np.load(self.file) as arrays:
+            return dict(arrays)
+
+    @property
+    def size_wh(self) -> tuple[int, int]:
+        """Pixels of its images."""
+        height, width = self._arrays['depth'].shape[1:]
+        return width, height
+
+    def window(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """A piece of the walk, with gaps, or views of one place; in random order."""
+        group = self._arrays['group']
+        place = np.flatnonzero(group == 1 + rng.integers(group.max()))
+        if count <= len(place) and rng.random() < 0.5:
+            return rng.choice(place, count, replace=False)
+        length = int((group == 0).sum())
+        stride = int(rng.integers(1, 1 + max(1, length // 3 // max(1, count - 1))))
+        # The walk is a loop: its end is next to its beginning.
+        return rng.permutation((int(rng.integers(length)) + stride * np.arange(count)) % length)
+
+    def camera(self, view: int) -> Camera:
+        """See ``ViewSource``."""
+        return Camera.from_matrix(self._arrays['K'][view], self.size_wh)
+
+    def pose(self, view: int) -> np.ndarray:
+        """See ``ViewSource``."""
+        return self._arrays['T_world_cam'][view]
+
+    def image(self, view: int) -> np.ndarray:
+        """See ``ViewSource``."""
+        return self._arrays['image'][view]
+
+    def points(self, view: int, through: VirtualCamera, count: int, rng: np.random.Generator
+               ) -> SeenPoints:
+        """Random pixels of the view, with the exact depth."""
+        depth = self._arrays['depth'][view]
+        height, width = depth.shape
+        px = np.column_stack([rng.integers(width, size=2 * count),
+                              rng.integers(height, size=2 * count)])
+        z = depth[px[:, 1], px[:, 0]].astype(float)
+        own = self.camera(view).unproject(px.astype(float), z)
+        pixels, z, visible = through.seen(own)
+        kept = np.flatnonzero(visible)[:count]
+        return SeenPoints(pixels[kept], z[kept], None)
+
+    def shown(self, view: int, points: np.ndarray) -> np.ndarray:
+        """By the depth of the view at that pixel."""
+        depth = self._arrays['depth'][view]
+        front = points[:, 2] > 1e-6
+        safe = np.where(front[:, None], points, (0.0, 0.0, 1.0))
+        u, v = self.camera(view).project(safe).round().astype(int).T
+        inside = front & (u >= 0) & (v >= 0) & (u < depth.shape[1]) & (v < depth.shape[0])
+        found = depth[np.where(inside, v, 0), np.where(inside, u, 0)]
+        return inside & (np.abs(found - points[:, 2]) < SAME_DEPTH * points[:, 2])
+
+
+def photo_sources(folder: Path, held_out: Sequence[str]
+                  ) -> tuple[list[ViewSource], list[ViewSource]]:
+    """All posed scenes of a folder: those to train on, and those held out.
+
+    Raises InputError for a folder without scenes, and for names that are not there.
+    """
+    names = [file.parent.name for file in sorted(folder.glob('*/cameras.json'))]
+    if unknown := sorted(set(held_out) - set(names)):
+        raise InputError(f'expected scenes of {folder} to hold out, found {unknown}; choose of '
+                         f'{names}')
+    if len(names) <= len(held_out):
+        raise InputError(f'expected scenes with a cameras.json in {folder} to train on, found '
+                         'none; give another folder')
+    sources: dict[str, ViewSource] = {name: PhotoSource(name, read_scene(folder / name))
+                                      for name in names}
+    return ([sources[name] for name in names if name not in held_out],
+            [sources[name] for name in held_out])
+
+
+def room_sources(folder: Path) -> tuple[list[RoomSource], list[ViewSource]]:
+    """Rooms of ``ffrecon-train views``: those to train on, and two of those held out.
+
+    Raises InputError where there are none.
+    """
+    rooms = [RoomSource(file) for file in sorted(folder.glob(f'{TRAIN}*.npz'))]
+    if not rooms:
+        raise InputError(f'expected {TRAIN}*.npz in {folder}, found none; run `ffrecon-train '
+                         'views` first')
+    held_out = sorted(folder.glob(f'{HELD_OUT}*.npz'))[:HELD_OUT_ROOMS]
+    return rooms, [RoomSource(file) for file in held_out]
