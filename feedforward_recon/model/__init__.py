@@ -36,9 +36,12 @@ class Predictor(Protocol):
     """
 
     def predict(self, images: Sequence[NDArray[np.uint8]], memory: Any = None, *,
-                write: bool = True) -> tuple[Prediction, Any]:
+                write: bool = True, K: NDArray[np.float64] | None = None
+                ) -> tuple[Prediction, Any]:
         """What RGB images uint8 [H, W, 3] of one size show together.
 
+        K: [3, 3] of their camera, in pixels whose centres are integers; None where it is not
+        known. Networks that were trained to guess it do not use it.
         Raises InputError for images that cannot be used, MemoryError when they are too many
         for the device.
         """

@@ -41,11 +41,11 @@ class FineMatcher(nn.Module):
         self.mix = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
         self.out = nn.Conv2d(WIDTH, DIM, 3, padding=1)
         likenesses = (2 * RADIUS + 1) ** 2
+        last = nn.Linear(128, 3)
+        nn.init.normal_(last.weight, std=0.005)
         self.read = nn.Sequential(nn.Linear(likenesses + DIM, 128), nn.GELU(),
-                                  nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 3))
+                                  nn.Linear(128, 128), nn.GELU(), last)
         self.log_sharpness = nn.Parameter(torch.tensor(2.7))
-        with torch.no_grad():
-            self.read[-1].weight.mul_(0.1)
 
     def described(self, fine: torch.Tensor) -> torch.Tensor:
         """Fine maps of the stem [V, C, h, w] -> descriptors float32 [V, DIM, h, w], length 1."""

@@ -37,6 +37,7 @@ from feedforward_recon.model.vit import PATCH
 from feedforward_recon.types import Prediction
 
 ENCODED_AT_ONCE = 16
+Intrinsics = NDArray[np.floating]
 ImageWindows = Sequence[Sequence[int]]  # numbers of images, as many in each
 # What windows of images show; of each window, its images as they are seen together.
 Answering = Callable[[ImageWindows, Sequence[Sequence[PreparedImage]]], Answer]
@@ -53,10 +54,10 @@ class PairNetwork(ABC):
         return self._prepare([image])[0]
 
     @abstractmethod
-    def collected(self, images: Sequence[PreparedImage]) -> Collection:
+    def collected(self, images: Sequence[PreparedImage], K: Sequence[Intrinsics]) -> Collection:
         """All images of a collection, to be asked about.
 
-        Raises ConfigError where the device has too little memory.
+        K: [3, 3] of the images as they were before they were prepared. Raises ConfigError where the device has too little memory.
         """
 
     @contextmanager
@@ -74,13 +75,19 @@ class PairNetwork(ABC):
 class WindowNetwork(PairNetwork):
     """Any network, which sees the images of each window anew."""
 
-    def collected(self, images: Sequence[PreparedImage]) -> Collection:
+    def collected(self, images: Sequence[PreparedImage], K: Sequence[Intrinsics]) -> Collection:
         """All images of a collection (see ``PairNetwork``); nothing is computed yet."""
-        return Collection(images, self._answer)
+        own = [image.prepared_K(k) for image, k in zip(images, K, strict=True)]
+        return Collection(images, partial(self._answer, own))
 
-    def _answer(self, _: ImageWindows, shown: Sequence[Sequence[PreparedImage]]) -> Answer:
+    def _answer(self, K: Sequence[Intrinsics], windows: ImageWindows,
+                shown: Sequence[Sequence[PreparedImage]]) -> Answer:
+        # Windows hold the prepared images as they are, but for white around some.
+        moved = [[image.prepared_K(K[k]) for k, image in zip(window, images, strict=True)]
+                 for window, images in zip(windows, shown, strict=True)]
         with self._computing(f'{len(shown)} times {len(shown[0])} images'):
-            return self.predictor.windows(torch.cat([stacked(window) for window in shown]))
+            return self.predictor.windows(torch.cat([stacked(window) for window in shown]),
+                                          torch.from_numpy(np.array(moved)))
 
 
 class CollectionNetwork(PairNetwork):
@@ -103,11 +110,12 @@ class CollectionNetwork(PairNetwork):
                                   'this network; give others, or switch it off')
         self.network, self._align = network, align
 
-    def collected(self, images: Sequence[PreparedImage]) -> Collection:
+    def collected(self, images: Sequence[PreparedImage], K: Sequence[Intrinsics]) -> Collection:
         """All images of a collection, encoded and, if it was asked for, aligned.
 
         White is put around those that are smaller than others. Raises as ``PairNetwork``.
         """
+        del K  # networks of this kind say it themselves
         placed = padded_to_common_size(list(images))
         with self._computing(f'{len(placed)} encoded images'):
             patches = self.encoded(placed)

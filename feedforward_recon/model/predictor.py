@@ -29,7 +29,11 @@ from feedforward_recon.model.preprocess import (
     longest_side,
     match_pixels,
     stacked,
+    whole_patches,
 )
+from feedforward_recon.model.ray_cameras import cameras_of, pixel_maps
+from feedforward_recon.model.ray_stem import PATCH as RAY_PATCH
+from feedforward_recon.model.ray_transformer import RayConfig, RayTransformer
 from feedforward_recon.model.vggt import VggtConfig
 from feedforward_recon.model.vit import PATCH, normalised
 from feedforward_recon.types import Prediction
@@ -38,6 +42,8 @@ log = logging.getLogger(__name__)
 OUT_OF_MEMORY = ('out of memory', 'not enough memory', "can't allocate memory",
                  'failed to allocate')
 LONGEST_SIDE = 504
+RAY_PIXELS = 49_152  # 256 x 192
+USUAL_FOCAL = 0.87  # of the longer side
 PIXELS = 255_000
 HALF_FROM_DIM = 384
 OFFLOAD_VIEWS = 64  # 3 GB of tokens at the size of VGGT-1B and 518x392 pixels
@@ -59,12 +65,15 @@ class NetworkPredictor:
                  'bfloat16, heads in float32,' if self.half else 'float32', self.device)
 
     def predict(self, images: Sequence[NDArray[np.uint8]], memory: Any = None, *,
-                write: bool = True) -> tuple[Prediction, Any]:
+                write: bool = True, K: NDArray[np.float64] | None = None
+                ) -> tuple[Prediction, Any]:
         """What images of one size show together (see ``model.Predictor``)."""
         check_images(images)
         placed = self._prepare(images)
+        given = usual_K(images[0].shape[:2]) if K is None else K
+        own = torch.from_numpy(np.stack([image.prepared_K(given) for image in placed]))[None]
         try:
-            answer, memory = self._run(stacked(placed), memory, write)
+            answer, memory = self._run(stacked(placed), own, memory, write)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -75,22 +84,41 @@ class NetworkPredictor:
             raise MemoryError(f'{len(images)} images at once are too many for {self.device}')
         return as_prediction(answer, placed, images[0].shape[:2]), memory
 
-    def windows(self, images: torch.Tensor) -> Answer:
-        """What B windows of prepared images [B, N, 3, H, W] in 0..1 show, each by itself."""
-        return self._said(images, None, True, Demand(points=False, memory=False))[0]
+    def windows(self, images: torch.Tensor, K: torch.Tensor) -> Answer:
+        """What B windows of prepared images [B, N, 3, H, W] in 0..1 show, each by itself.
 
-    def _run(self, images: torch.Tensor, memory: Any, write: bool) -> tuple[Answer, Any]:
-        answer, memory = self._said(images, memory, write, self._demand(images.shape[1]))
+        K: [B, N, 3, 3] of the prepared images.
+        """
+        return self._said(images, K, None, True, Demand(points=False, memory=False))[0]
+
+    def _run(self, images: torch.Tensor, K: torch.Tensor, memory: Any, write: bool
+             ) -> tuple[Answer, Any]:
+        answer, memory = self._said(images, K, memory, write, self._demand(images.shape[1]))
         return tuple(x[0] for x in answer), memory  # type: ignore[return-value]
 
     @torch.inference_mode()
-    def _said(self, images: torch.Tensor, memory: Any, write: bool, demand: Demand
-              ) -> tuple[Answer, Any]:
-        if isinstance(self.network, Da3) and self.network.config.normalised:
-            images = normalised(images)
+    def _said(self, images: torch.Tensor, K: torch.Tensor, memory: Any, write: bool,
+              demand: Demand) -> tuple[Answer, Any]:
+        if isinstance(self.network, RayTransformer):
+            answer, memory = self._with_rays(self.network, images, K.float(), memory, write,
+                                             demand)
+        else:
+            if isinstance(self.network, Da3) and self.network.config.normalised:
+                images = normalised(images)
+            with self.precision():
+                said, memory = self.network(images, memory, write=write, demand=demand)
+            answer = read(said)
+        return tuple(x.float().cpu() for x in answer), memory  # type: ignore[return-value]
+
+    def _with_rays(self, network: RayTransformer, images: torch.Tensor, K: torch.Tensor,
+                   memory: Any, write: bool, demand: Demand) -> tuple[Answer, Any]:
+        """Of a network that is told the intrinsics; poses follow from its cells."""
+        images, K = images.to(self.device), K.to(self.device)
         with self.precision():
-            said, memory = self.network(images, memory, write=write, demand=demand)
-        return tuple(x.float().cpu() for x in read(said)), memory  # type: ignore[return-value]
+            cells, after = network(images, K, memory, write=write, demand=demand)
+        T = cameras_of(cells, K, network, first=memory is None)
+        depth, sure = pixel_maps(cells)
+        return (T, K, depth, sure), after
 
     def precision(self) -> torch.autocast:
         """The context in which the network computes; what it says is read outside."""
@@ -119,9 +147,16 @@ def half_precision_pays(network: Network, device: torch.device) -> bool:
     """
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported()
-    vit = (network.config.backbone if isinstance(network.config, VggtConfig)
-           else network.config).vit
-    return device.type == 'cpu' and vit.dim >= HALF_FROM_DIM and has_bfloat16_instructions()
+    wide = _dim(network) >= HALF_FROM_DIM
+    return device.type == 'cpu' and wide and has_bfloat16_instructions()
+
+
+def _dim(network: Network) -> int:
+    """Channels of the tokens."""
+    config = network.config
+    if isinstance(config, RayConfig):
+        return config.dim
+    return (config.backbone if isinstance(config, VggtConfig) else config).vit.dim
 
 
 def has_bfloat16_instructions() -> bool:
@@ -138,9 +173,18 @@ def preparation(network: Network) -> Prepare:
     if isinstance(network, Pi3):
         # Speed3R has no registers, and knows whole windows of patches only.
         return partial(match_pixels, pixels=PIXELS, patches=1 if network.config.registers else 4)
+    if isinstance(network, RayTransformer):
+        return partial(whole_patches, pixels=RAY_PIXELS, patch=RAY_PATCH)
     if isinstance(network, Da3):
         return partial(longest_side, size=LONGEST_SIDE)
     return partial(crop, size=PATCH * network.config.backbone.vit.grid)
+
+
+def usual_K(size_hw: Sequence[int]) -> NDArray[np.float64]:
+    """Intrinsics of a camera of which nothing is known: most see about 60 degrees across."""
+    height, width = size_hw[:2]
+    focal = USUAL_FOCAL * max(height, width)
+    return np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
 
 
 def check_images(images: Sequence[NDArray]) -> None:

@@ -9,6 +9,7 @@ that intrinsics found by the network can be brought back to the image as it was.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -47,6 +48,16 @@ class PreparedImage:
         return out
 
 
+    def prepared_K(self, K: NDArray[np.floating]) -> NDArray[np.floating]:
+        """K [3, 3] of this image, of that of the original."""
+        scale, offset = np.array(self.scale_xy), np.array(self.offset_xy)
+        out = np.array(K, float)
+        out[:2, 2] = (out[:2, 2] + 0.5) * scale - 0.5 + offset
+        out[0, :2] *= scale[0]
+        out[1, 1] *= scale[1]
+        return out
+
+
 def crop(images: Sequence[NDArray], size: int = 518) -> list[PreparedImage]:
     """VGGT's default: width ``size``; rows beyond ``size`` are cut off on both sides."""
     placed = []
@@ -78,6 +89,36 @@ def match_pixels(images: Sequence[NDArray], pixels: int = PI3_PIXELS,
     if not rows or not columns:
         raise _too_small(f'an image of {width}x{height}')
     return [_resized(image, (rows * unit, columns * unit), lanczos) for image in arrays]
+
+
+def whole_patches(images: Sequence[NDArray], pixels: int, patch: int) -> list[PreparedImage]:
+    """The way of `tiny`: at most so many pixels, sides multiples of a patch, shape kept.
+
+    What is left over at the longer side is cut off on both sides.
+    """
+    height, width = checked_rgb(images[0]).shape[:2]
+    rows, columns = _nearest_shape(height / width, pixels // patch ** 2)
+    factor = patch * max(rows / height, columns / width)
+    return [_cut_to(checked_rgb(image), factor, (patch * rows, patch * columns))
+            for image in images]
+
+
+def _nearest_shape(aspect: float, patches: int) -> tuple[int, int]:
+    """Rows and columns of patches, nearest in shape; of equally near ones the most patches."""
+    fewest = patches - patches // 8
+    shapes = [(rows, columns) for rows in range(1, patches + 1)
+              for columns in range(-(-fewest // rows), patches // rows + 1)]
+    return min(shapes, key=lambda shape: (abs(math.log(shape[0] / shape[1] / aspect)),
+                                          -shape[0] * shape[1]))
+
+
+def _cut_to(image: Image, factor: float, size_hw: tuple[int, int]) -> PreparedImage:
+    height, width = image.shape[:2]
+    full = max(size_hw[0], round(height * factor)), max(size_hw[1], round(width * factor))
+    resized = _opencv_resized(image, full, enlarge=factor > 1)
+    top, left = (full[0] - size_hw[0]) // 2, (full[1] - size_hw[1]) // 2
+    return PreparedImage(resized[top:top + size_hw[0], left:left + size_hw[1]],
+                         (full[1] / width, full[0] / height), (-left, -top))
 
 
 def longest_side(images: Sequence[NDArray], size: int = 504) -> list[PreparedImage]:

@@ -111,6 +111,13 @@ def pose_from_points(points: np.ndarray, rays: np.ndarray, depth: np.ndarray, su
     return inverse(T)
 
 
+def pixel_maps(cells: CellMaps) -> tuple[torch.Tensor, torch.Tensor]:
+    """Depth and its confidence [B, N, H, W] of all pixels, between the middles of cells."""
+    depth, sure = (F.interpolate(x, scale_factor=CELL, mode='bilinear', align_corners=False)
+                   for x in (cells.log_depth, cells.depth_confidence))
+    return depth.exp(), sure
+
+
 def _hats(v: np.ndarray) -> np.ndarray:
     """Matrices [M, 3, 3] of the cross products with vectors [M, 3]."""
     out = np.zeros((len(v), 3, 3))

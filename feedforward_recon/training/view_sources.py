@@ -40,7 +40,10 @@ class SeenPoints:
 class ViewSource(Protocol):
     """Views of one scene."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """That of its folder or file."""
+        ...
 
     @property
     def size_wh(self) -> tuple[int, int]:
@@ -80,8 +83,13 @@ class PhotoSource:
     """Posed photos and their tracks."""
 
     def __init__(self, name: str, scene: PosedScene) -> None:
-        self.name, self._scene = name, scene
+        self._name, self._scene = name, scene
         self._images: dict[int, np.ndarray] = {}
+
+    @property
+    def name(self) -> str:
+        """See ``ViewSource``."""
+        return self._name
 
     @property
     def size_wh(self) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from feedforward_recon.geometry.transforms import inverse, transform_points
-from feedforward_recon.training.view_sources import RoomSource, SeenPoints, ViewSource
+from feedforward_recon.training.view_sources import SeenPoints, ViewSource
 from feedforward_recon.training.virtual_camera import (
     Variation,
     VirtualCamera,
@@ -77,7 +77,7 @@ class WindowStream:
     photo_share: of the windows.
     """
 
-    def __init__(self, photos: Sequence[ViewSource], rooms: Sequence[RoomSource],
+    def __init__(self, photos: Sequence[ViewSource], rooms: Sequence[ViewSource],
                  photo_share: float, seed: int) -> None:
         self._photos, self._rooms, self._seed = photos, rooms, seed
         self._share = photo_share if photos and rooms else float(bool(photos))
@@ -91,7 +91,7 @@ class WindowStream:
         chosen: list[Windows] = []
         while len(chosen) < max(1, views // count):
             from_photos = photos and rng.random() < self._share
-            sources: Sequence[ViewSource] = photos if from_photos else self._rooms or photos
+            sources = photos if from_photos or not self._rooms else self._rooms
             window = drawn_window(sources[int(rng.integers(len(sources)))], rng, count, size_wh)
             if window is not None:
                 chosen.append(window)

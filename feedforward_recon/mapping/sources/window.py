@@ -27,10 +27,10 @@ class FeedForward:
         self.turn = threading.Lock()
 
     def predict(self, images: Sequence[np.ndarray], memory: Any = None, *,
-                write: bool = True) -> tuple[Prediction, Any]:
+                write: bool = True, K: np.ndarray | None = None) -> tuple[Prediction, Any]:
         """What images show together (see ``model.Predictor``)."""
         with self.turn:
-            return self.predictor.predict(images, memory, write=write)
+            return self.predictor.predict(images, memory, write=write, K=K)
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,12 @@ class Window:
         """What the network is shown: anchors first."""
         known = [] if self.anchors is None else self.anchors.images
         return [*known, *(waiting.view.image for waiting in self.views)]
+
+    @property
+    def K(self) -> np.ndarray | None:
+        """[3, 3] of the camera that took the images, where it was given."""
+        first = self.views[0].view
+        return first.camera.K if first.knows_camera else None
 
 
 @dataclass(frozen=True)

@@ -111,8 +111,8 @@ class WindowQueue:
         """Show the oldest views to the network."""
         self.views = self.views[len(window.views):]
         self._window = window
-        self._call = BackgroundCall(lambda: self.network.predict(window.images)[0],
-                                    self._on_ready)
+        self._call = BackgroundCall(
+            lambda: self.network.predict(window.images, K=window.K)[0], self._on_ready)
 
     def receive(self) -> Prediction:
         """The prediction of the window that was sent; waits for it.
