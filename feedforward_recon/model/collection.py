@@ -57,7 +57,8 @@ class PairNetwork(ABC):
     def collected(self, images: Sequence[PreparedImage], K: Sequence[Intrinsics]) -> Collection:
         """All images of a collection, to be asked about.
 
-        K: [3, 3] of the images as they were before they were prepared. Raises ConfigError where the device has too little memory.
+        K: [3, 3] of the images as they were before they were prepared.
+        Raises ConfigError where the device has too little memory.
         """
 
     @contextmanager
