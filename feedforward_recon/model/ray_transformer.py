@@ -16,7 +16,6 @@ scene that was written before has no other view to match: its pose comes from wo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -199,28 +198,12 @@ class RayTransformer(nn.Module):
         """Initial values for a short training: descriptors are those of the stem."""
         for block in self.global_blocks:
             attention = cast(GlobalBlock, block).attn
-            attention.q_norm.weight.fill_(SHARPNESS)
-            attention.k_norm.weight.fill_(SHARPNESS)
+            if attention.has_norms:
+                attention.q_norm.weight.fill_(SHARPNESS)
+                attention.k_norm.weight.fill_(SHARPNESS)
         self.geometry.weight.mul_(0.5)
         self.describe.weight.zero_()
         self.describe.bias.zero_()
-
-    def state_from(self, tensors: Mapping[str, torch.Tensor]) -> RayState:
-        """The state that these named tensors were taken from.
-
-        Raises InputError when they belong to another network.
-        """
-        states = []
-        for index, block in enumerate(self.global_blocks):
-            kind = cast(GlobalBlock, block).attn.state_type
-            own = {name.partition('.')[2]: tensor for name, tensor in tensors.items()
-                   if name.startswith(f'{index}.')}
-            if not own or 'view_tokens' not in tensors:
-                raise InputError(f'expected the state of {self.config.attention} attention in '
-                                 f'{len(self.global_blocks)} blocks, found none of block '
-                                 f'{index}; map again with this model')
-            states.append(kind.from_tensors(own))
-        return RayState(tuple(states), tensors['view_tokens'])
 
 
 def _waves(rays: torch.Tensor) -> torch.Tensor:
