@@ -165,7 +165,7 @@ def _reach(lines: torch.Tensor, low: torch.Tensor, high: torch.Tensor
 
 def _pixels_of(view: torch.Tensor, window: torch.Tensor, shape: Sequence[int]
                ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All pixels of P windows, one behind the other: number of the pair, and place in [V, H, W]."""
+    """All pixels of P windows in a row: number of the pair, and place in [V, H, W]."""
     top, rows, left, columns = window.unbind(-1)
     area = rows * columns
     pair = torch.repeat_interleave(area)

@@ -87,8 +87,7 @@ class TorchRoom:
 
 
 def smoothed_edges(image: torch.Tensor, nearest: torch.Tensor) -> torch.Tensor:
-    """As `render.smooth_edges`: float images [V, 3, H, W], blurred where nearest [V, H, W] changes.
-    """
+    """Float images [V, 3, H, W], blurred where nearest [V, H, W] changes, as `smooth_edges`."""
     across = nearest[:, :, 1:] != nearest[:, :, :-1]
     down = nearest[:, 1:] != nearest[:, :-1]
     edge = F.pad(across, (1, 0)) | F.pad(across, (0, 1)) | F.pad(down, (0, 0, 1, 0)) \
