@@ -186,6 +186,10 @@ def test_unknown_depth_is_never_seen(room, poses):
     holes = a.depth.clone()
     holes[:, 30:60] = 0
     assert not covisible(replace(a, depth=holes), a).seen[:, 30:60].any()
+    # Another camera sees this one, so that where nothing is known would be in its image.
+    behind = make_transform(np.eye(3), np.array([0, 0, -0.3]))
+    b = replace(a, T_world_cam=a.T_world_cam @ torch.from_numpy(behind))
+    assert not covisible(replace(a, depth=holes), b, 10).seen[:, 30:60].any()
     assert not covisible(a, replace(a, depth=holes)).seen[:, 31:59].any()
     assert covisible(a, replace(a, depth=holes)).seen[:, :29].float().mean() > 0.98
 

@@ -77,7 +77,7 @@ Out = Annotated[Path, typer.Option('--out', help='Folder for the *.npz files.', 
 Count = Annotated[int, typer.Option('--count', min=1, help='Number of rooms.')]
 HeldOut = Annotated[int, typer.Option('--held-out', min=1, help='Number of rooms to test on.')]
 PhotoTextures = Annotated[Path | None, typer.Option(
-    '--photos', help='Folder of *.jpg photos for half of the faces.', metavar='DIR',
+    '--photos', help='Folder of *.jpg photos for about half of the faces.', metavar='DIR',
     show_default=False)]
 RenderDevice = Annotated[str, typer.Option('--device', help='What renders: cpu or cuda.')]
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.model.configs import device_of
 from feedforward_recon.model.pose_encoding import rigid_inverse, unprojected
 from feedforward_recon.synthetic import Room
 from feedforward_recon.synthetic.appearance import exposed
@@ -75,8 +76,9 @@ def render_views(out: Path, count: int, kind: str, *, photos: str | Path | None 
 
     photos: folder of *.jpg for the faces of the rooms, see `Room.with_photos`. Files that are
     there are kept, whatever they were rendered with. Raises InputError for a folder without
-    photos.
+    photos, ConfigError for a device that does not work.
     """
+    place = device_of(device)
     files = photo_files(photos) if photos else []
     out.mkdir(parents=True, exist_ok=True)
     for index in range(count):
@@ -84,7 +86,7 @@ def render_views(out: Path, count: int, kind: str, *, photos: str | Path | None 
         if not file.exists():
             part = file.with_name(f'.{file.name}')
             np.savez(part, **vars(views_of(FIRST_ROOM[kind] + index, photos=files,
-                                          device=device)))
+                                          device=place)))
             part.replace(file)
         yield file
 
@@ -105,8 +107,8 @@ def load_views(folder: Path, kind: str) -> list[RoomViews]:
     return rooms
 
 
-def views_of(seed: int, side: int = SIDE, photos: Sequence[Path] = (), device: str = 'cpu'
-             ) -> RoomViews:
+def views_of(seed: int, side: int = SIDE, photos: Sequence[Path] = (),
+             device: str | torch.device = 'cpu') -> RoomViews:
     """The views of one room, square of ``side`` pixels, with photos on its faces if there are any.
 
     device: what renders them; on a GPU they differ in single grey levels.
