@@ -45,7 +45,7 @@ class Atlas:
             levels[face] = len(images)
             for level, image in enumerate(images):
                 start[face, level] = place
-                size_wh[face, level] = torch.tensor(image.shape[1::-1])
+                size_wh[face, level] = size_wh.new_tensor(image.shape[1::-1])
                 packed.append(image.reshape(-1, 3))
                 place += len(packed[-1])
         device = self.texels.device
