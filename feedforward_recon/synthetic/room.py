@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -14,21 +15,27 @@ from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import make_transform
 from feedforward_recon.synthetic import lighting, render, textures, walk
 from feedforward_recon.synthetic.layout import CEILINGS, FLOORS, STYLES, WALLS, Box, furnish
+from feedforward_recon.synthetic.photos import photo_crop
 from feedforward_recon.synthetic.render import Surface
 from feedforward_recon.types import Frame, RightImage
 
 WALL_TEXELS_PER_M = 300.0
 BOX_TEXELS_PER_M = 420.0
+PHOTO_SHARE = 0.5  # of the faces of a room with photos
 
 
 @dataclass(frozen=True)
 class Face:
-    """A surface with the name and seed of its texture; the pixels are made when first seen."""
+    """A surface with the name and seed of its texture; the pixels are made when first seen.
+
+    photo: file whose crop is the texture instead of the one that is named.
+    """
 
     surface: Surface
     style: str
     seed: int
     texels_per_m: float
+    photo: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,18 +74,27 @@ class Room:
         T_world_cam [4, 4]: pose of the camera (OpenCV axes) inside the room. Depth is 0 where
         nothing is seen, which does not happen inside the room.
         """
-        nearest, inverse_depth, planes = render.rasterise(self.surfaces, camera, T_world_cam)
+        image, depth, _ = self.seen(self.surfaces, camera, T_world_cam)
+        return image, depth
+
+    def seen(self, surfaces: list[Surface], camera: Camera, T_world_cam: NDArray
+             ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int32]]:
+        """As `render`, and the index of the face of each pixel [H, W], -1 where there is none.
+
+        surfaces: those of the room; some may be elsewhere, of the same size.
+        """
+        nearest, inverse_depth, planes = render.rasterise(surfaces, camera, T_world_cam)
         image = np.zeros((camera.height, camera.width, 3), np.uint8)
         for index in np.flatnonzero(np.bincount(nearest.ravel() + 1)[1:]).tolist():
             mask = (nearest == index).view(np.uint8)
             x, y, w, h = cv2.boundingRect(mask)
             window = slice(y, y + h), slice(x, x + w)
-            colours = render.shade(self.surfaces[index], self._texture(index),
+            colours = render.shade(surfaces[index], self.texture(index),
                                    planes[index], camera, window)
             cv2.copyTo(colours, np.ascontiguousarray(mask[window]), image[window])
         depth = np.zeros_like(inverse_depth)
         np.divide(1.0, inverse_depth, out=depth, where=inverse_depth > 0)
-        return render.smooth_edges(image, nearest), depth
+        return render.smooth_edges(image, nearest), depth, nearest
 
     def clearance(self, points_world: NDArray) -> NDArray[np.float64]:
         """Distance [N] in metres of points [N, 3] to the nearest surface; negative inside one."""
@@ -93,8 +109,23 @@ class Room:
         """``n`` poses near, but 5-20 cm and 3-10 degrees off, a walk, in free space."""
         return walk.held_out_views(self, trajectory, n, seed)
 
-    def _texture(self, index: int) -> list[NDArray]:
-        """Lit mip pyramid of a face, made on first use: most faces are never seen."""
+    def with_photos(self, photos: Sequence[Path], seed: int) -> Room:
+        """The room with crops of photos on about half of its faces; the seed says which on which.
+
+        What is where, and the other faces, stay as they are.
+        """
+        rng = np.random.default_rng(seed)
+        chosen = rng.random(len(self.faces)) < PHOTO_SHARE
+        which = rng.integers(len(photos), size=len(self.faces))
+        faces = [replace(face, photo=photos[k]) if yes else face
+                 for face, yes, k in zip(self.faces, chosen, which, strict=True)]
+        return replace(self, faces=faces, pyramids={})
+
+    def texture(self, index: int) -> list[NDArray]:
+        """Lit mip pyramid of a face, uint8 [h, w, 3] each, the finest first.
+
+        Made on first use: most faces are never seen.
+        """
         if index not in self.pyramids:
             self.pyramids[index] = self._painted(self.faces[index])
         return self.pyramids[index]
@@ -102,7 +133,8 @@ class Room:
     def _painted(self, face: Face) -> list[NDArray]:
         rng = np.random.default_rng(face.seed)
         w, h = (max(int(length * face.texels_per_m), 4) for length in face.surface.size_m)
-        image = textures.TEXTURES[face.style](rng, h, w, face.texels_per_m)
+        image = textures.TEXTURES[face.style](rng, h, w, face.texels_per_m) \
+            if face.photo is None else photo_crop(rng, face.photo, h, w)
         if face.texels_per_m == WALL_TEXELS_PER_M:
             image = textures.with_details(rng, image, face.texels_per_m)
         surface = face.surface

@@ -76,6 +76,10 @@ Out = Annotated[Path, typer.Option('--out', help='Folder for the *.npz files.', 
                                    show_default=False)]
 Count = Annotated[int, typer.Option('--count', min=1, help='Number of rooms.')]
 HeldOut = Annotated[int, typer.Option('--held-out', min=1, help='Number of rooms to test on.')]
+PhotoTextures = Annotated[Path | None, typer.Option(
+    '--photos', help='Folder of *.jpg photos for about half of the faces.', metavar='DIR',
+    show_default=False)]
+RenderDevice = Annotated[str, typer.Option('--device', help='What renders: cpu or cuda.')]
 
 
 @takes(EncoderTraining, 'training', ENCODER_FLAGS)
@@ -135,15 +139,16 @@ def memory_command(training: MemoryTraining) -> None:
             pass
 
 
-def views_command(out: Out, count: Count = 150, held_out: HeldOut = 16) -> None:
+def views_command(out: Out, count: Count = 150, held_out: HeldOut = 16,
+                  photos: PhotoTextures = None, device: RenderDevice = 'cpu') -> None:
     """Render small views of rooms to train the transformer on, and of others to test it on.
 
     Example:
-      ffrecon-train views --out views/ --count 150
+      ffrecon-train views --out views/ --count 150 --photos photos/
     """
     for kind, number in ((HELD_OUT, held_out), (TRAIN, count)):
         with progress_bar(f'rendering {kind}', number) as bar:
-            for _ in bar.over(render_views(out, number, kind)):
+            for _ in bar.over(render_views(out, number, kind, photos=photos, device=device)):
                 pass
 
 

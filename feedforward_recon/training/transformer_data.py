@@ -17,8 +17,12 @@ from torch.nn import functional as F
 
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.model.configs import device_of
 from feedforward_recon.model.pose_encoding import rigid_inverse, unprojected
 from feedforward_recon.synthetic import Room
+from feedforward_recon.synthetic.appearance import exposed
+from feedforward_recon.synthetic.batch import render_batch
+from feedforward_recon.synthetic.photos import photo_files
 from feedforward_recon.synthetic.walk import look
 
 SIDE = 112
@@ -66,17 +70,23 @@ class Windows:
     scale: torch.Tensor
 
 
-def render_views(out: Path, count: int, kind: str) -> Iterator[Path]:
+def render_views(out: Path, count: int, kind: str, *, photos: str | Path | None = None,
+                 device: str = 'cpu') -> Iterator[Path]:
     """Render ``count`` rooms of a kind (`FIRST_ROOM`) to out/<kind>NNNN.npz; yields each file.
 
-    Files that are there are kept.
+    photos: folder of *.jpg for the faces of the rooms, see `Room.with_photos`. Files that are
+    there are kept, whatever they were rendered with. Raises InputError for a folder without
+    photos, ConfigError for a device that does not work.
     """
+    place = device_of(device)
+    files = photo_files(photos) if photos else []
     out.mkdir(parents=True, exist_ok=True)
     for index in range(count):
         file = out / f'{kind}{index:04d}.npz'
         if not file.exists():
             part = file.with_name(f'.{file.name}')
-            np.savez(part, **vars(views_of(FIRST_ROOM[kind] + index)))
+            np.savez(part, **vars(views_of(FIRST_ROOM[kind] + index, photos=files,
+                                          device=place)))
             part.replace(file)
         yield file
 
@@ -97,25 +107,31 @@ def load_views(folder: Path, kind: str) -> list[RoomViews]:
     return rooms
 
 
-def views_of(seed: int, side: int = SIDE) -> RoomViews:
-    """The views of one room, square of ``side`` pixels."""
+def views_of(seed: int, side: int = SIDE, photos: Sequence[Path] = (),
+             device: str | torch.device = 'cpu') -> RoomViews:
+    """The views of one room, square of ``side`` pixels, with photos on its faces if there are any.
+
+    device: what renders them; on a GPU they differ in single grey levels.
+    """
     rng = np.random.default_rng(seed)
     room = _coarse(Room.generate(seed))
-    poses = list(room.walk(WALK_VIEWS, seed, WALK_FPS))
-    groups = [0] * len(poses)
-    cameras = [_camera(rng, side)] * len(poses)
-    views = [room.render(c, T) for c, T in zip(cameras, poses, strict=True)]
-    for place in range(1, PLACES + 1):
+    if photos:
+        room = room.with_photos(photos, seed)
+    walk = list(room.walk(WALK_VIEWS, seed, WALK_FPS))
+    cameras = [_camera(rng, side)] * len(walk)
+    rendered = render_batch(room, cameras, walk, device=device)
+    around: list[NDArray[np.float64]] = []
+    for _ in range(PLACES):
         index = int(rng.integers(WALK_VIEWS))
-        distance = float(np.median(views[index][1]))
-        around = _poses_around(room, poses[index], distance, rng)
-        poses += around
-        groups += [place] * len(around)
-        cameras += [_camera(rng, side)] * len(around)
-        views += [room.render(cameras[-1], T) for T in around]
-    images, depths = zip(*views, strict=True)
-    return RoomViews(np.stack(images), np.stack(depths).astype(np.float16),
-                     np.stack([c.K for c in cameras]), np.stack(poses),
+        distance = float(np.median(rendered.depth[index].cpu()))
+        around += _poses_around(room, walk[index], distance, rng)
+        cameras += [_camera(rng, side)] * VIEWS_PER_PLACE
+    more = render_batch(room, cameras[WALK_VIEWS:], around, device=device)
+    image, depth = (torch.cat([getattr(part, name) for part in (rendered, more)]).cpu().numpy()
+                    for name in ('image', 'depth'))
+    groups = [0] * WALK_VIEWS + [1 + k // VIEWS_PER_PLACE for k in range(len(around))]
+    return RoomViews(np.ascontiguousarray(image.transpose(0, 2, 3, 1)), depth.astype(np.float16),
+                     np.stack([c.K for c in cameras]), np.stack(walk + around),
                      np.array(groups, np.int8))
 
 
@@ -221,4 +237,4 @@ def augment_batch(images: torch.Tensor, generator: torch.Generator) -> torch.Ten
     images = grey + draw(0.2, 1.2)[:, :1] * (images - grey)
     soft = F.avg_pool2d(F.pad(images.flatten(0, 1), (1, 1, 1, 1), 'replicate'), 3, 1)
     images = images.lerp(soft.unflatten(0, shape[:2]), draw(-0.5, 1.0).clamp(min=0))
-    return (images.clamp(min=1e-3) ** gamma * gain + noise).clamp(0, 1)
+    return exposed(images, gamma, gain, noise)
