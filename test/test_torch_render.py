@@ -204,7 +204,7 @@ def images():
 
 def taken(images, seed):
     generator = torch.Generator().manual_seed(seed)
-    return Appearance.drawn(len(images), generator).applied(images, generator)
+    return Appearance.drawn(1, len(images), generator).applied(images, generator)
 
 
 def test_a_seed_decides_how_images_look(images):
@@ -215,9 +215,24 @@ def test_a_seed_decides_how_images_look(images):
 
 def test_views_that_are_sharp_still_and_even_stay_as_they_are(images):
     zero, one = torch.zeros(4), torch.ones(4)
-    plain = Appearance(zero, torch.zeros(4, 2), one, torch.ones(4, 3), zero)
+    plain = Appearance(zero, torch.zeros(4, 2), one, one, torch.ones(4, 3), zero)
     same = plain.applied(images, torch.Generator())
     assert torch.allclose(same, images, atol=2e-3)
+
+
+def test_views_of_one_window_differ_less_than_windows():
+    drawn = Appearance.drawn(40, 4, torch.Generator().manual_seed(0))
+    for setting in (drawn.gamma, drawn.gain.mean(1), drawn.saturation, drawn.noise):
+        each = setting.view(40, 4)
+        assert each.std(1).mean() < 0.5 * each.mean(1).std()
+    assert 0.3 < (drawn.defocus_px == 0).float().mean() < 0.7
+
+
+def test_no_saturation_is_grey(images):
+    zero, one = torch.zeros(4), torch.ones(4)
+    grey = Appearance(zero, torch.zeros(4, 2), zero, one, torch.ones(4, 3), zero)
+    seen = grey.applied(images, torch.Generator())
+    assert torch.allclose(seen, images.mean(1, keepdim=True).expand_as(images), atol=2e-3)
 
 
 def spread(image):
@@ -247,8 +262,8 @@ def test_light_and_noise_are_as_said(images):
     ratio = (dark / images.clamp(min=1e-3)).mean((0, 2, 3))
     assert ratio.tolist() == pytest.approx([0.5, 0.25, 1.0], abs=1e-3)
     grey = torch.full((2, 3, 64, 64), 0.5)
-    noisy = Appearance(torch.zeros(2), torch.zeros(2, 2), torch.ones(2), torch.ones(2, 3),
-                       torch.tensor([0.0, 0.02])).applied(grey, torch.Generator().manual_seed(0))
+    noisy = Appearance(torch.zeros(2), torch.zeros(2, 2), torch.ones(2), torch.ones(2),
+                       torch.ones(2, 3), torch.tensor([0.0, 0.02])).applied(grey, torch.Generator().manual_seed(0))
     assert noisy[0].std() < 1e-3 and noisy[1].std().item() == pytest.approx(0.02, rel=0.05)
 
 

@@ -21,33 +21,42 @@ class Appearance:
     """How V views were taken.
 
     defocus_px [V]: sigma of a gaussian, up to 3; motion_px [V, 2]: path (right, down) of a point
-    while the shutter is open; gamma [V]; gain [V, 3]: exposure times white balance; noise [V]:
-    standard deviation as a share of white.
+    while the shutter is open; saturation [V]: 1 as it is, 0 grey; gamma [V]; gain [V, 3]:
+    exposure times white balance; noise [V]: standard deviation as a share of white.
     """
 
     defocus_px: torch.Tensor
     motion_px: torch.Tensor
+    saturation: torch.Tensor
     gamma: torch.Tensor
     gain: torch.Tensor
     noise: torch.Tensor
 
     @staticmethod
-    def drawn(views: int, generator: torch.Generator) -> Appearance:
-        """Settings of ``views`` views at random, half of them sharp, on the generator's device."""
-        def draw(low: float, high: float, *more: int) -> torch.Tensor:
-            sample = torch.rand(views, *more, generator=generator, device=generator.device)
-            return low + (high - low) * sample
-        defocus_px, angle = draw(-1.5, 1.5).clamp(min=0), draw(0, 2 * torch.pi)
-        length_px = draw(-8, 8).clamp(min=0)
+    def drawn(windows: int, views: int, generator: torch.Generator) -> Appearance:
+        """Settings of B windows of N views in turn, half of the views sharp.
+
+        A camera keeps most of its settings within a window; a part changes from view to view.
+        On the generator's device.
+        """
+        def draw(low: float, high: float, each: int, *more: int) -> torch.Tensor:
+            sample = torch.rand(windows, each, *more, generator=generator,
+                                device=generator.device)
+            return (low + (high - low) * sample).expand(-1, views, *more).flatten(0, 1)
+        defocus_px, angle = draw(-1.0, 1.0, views).clamp(min=0), draw(0, 2 * torch.pi, views)
+        length_px = draw(-4, 4, views).clamp(min=0)
         motion_px = length_px[:, None] * torch.stack([angle.cos(), angle.sin()], -1)
-        gain = draw(0.6, 1.3, 1) * draw(0.85, 1.15, 3)
-        return Appearance(defocus_px, motion_px, draw(0.6, 1.6), gain, draw(0, 0.03))
+        gamma = draw(0.7, 1.4, 1) * draw(0.92, 1.08, views)
+        gain = draw(0.7, 1.2, 1, 1) * draw(0.92, 1.08, views, 1) * draw(0.9, 1.1, 1, 3)
+        return Appearance(defocus_px, motion_px, draw(0.3, 1.2, 1), gamma, gain, draw(0, 0.02, 1))
 
     def applied(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Images [V, 3, H, W] in 0..1 as they would have been taken; noise from the generator."""
-        defocus_px, motion_px, gamma, gain, noise = (
+        defocus_px, motion_px, saturation, gamma, gain, noise = (
             tensor.to(images.device) for tensor in vars(self).values())
         blurry = motion_blurred(defocused(images, defocus_px), motion_px)
+        grey = blurry.mean(1, keepdim=True)
+        blurry = grey + saturation[:, None, None, None] * (blurry - grey)
         grain = torch.randn(images.shape, generator=generator, device=generator.device)
         return exposed(blurry, gamma[:, None, None, None], gain[..., None, None],
                        noise[:, None, None, None] * grain.to(images.device))

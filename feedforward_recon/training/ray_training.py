@@ -25,6 +25,7 @@ from feedforward_recon.model.configs import build, device_of
 from feedforward_recon.model.layers import Block
 from feedforward_recon.model.ray_stem import RayStem
 from feedforward_recon.model.ray_transformer import RayTransformer
+from feedforward_recon.synthetic.appearance import Appearance
 from feedforward_recon.training.cell_losses import (
     coarse_loss,
     fine_loss,
@@ -34,7 +35,6 @@ from feedforward_recon.training.cell_losses import (
 from feedforward_recon.training.guidance import AttentionInputs
 from feedforward_recon.training.moving_average import MovingAverage
 from feedforward_recon.training.muon import Muon
-from feedforward_recon.training.photometry import varied_light
 from feedforward_recon.training.processes import Processes
 from feedforward_recon.training.validation import ValidationWindows
 from feedforward_recon.training.view_sources import photo_sources, room_sources
@@ -145,7 +145,7 @@ class RayTrainer:
         for part, windows in enumerate(batches):
             generator = torch.Generator().manual_seed(
                 hash((self.settings.seed, self.step, part, self.processes.rank)) % 2**62)
-            windows = replace(windows, images=varied_light(windows.images, generator))
+            windows = _photographed(windows, generator)
             parts = self.losses(windows.to(self.device), generator)
             (torch.stack(list(parts.values())).sum() / len(batches)).backward()
             for name, value in parts.items():
@@ -254,6 +254,14 @@ class RayTrainer:
         everything = torch.cat(columns)
         self.network.column_mean.copy_(everything.mean(0))
         self.network.column_deviation.copy_(everything.std(0) + 1e-3)
+
+
+def _photographed(windows: Windows, generator: torch.Generator) -> Windows:
+    """The windows as cameras with other settings would have taken them."""
+    shape = windows.images.shape
+    taken = Appearance.drawn(shape[0], shape[1], generator)
+    images = taken.applied(windows.images.flatten(0, 1), generator)
+    return replace(windows, images=images.view(shape))
 
 
 @torch.no_grad()
