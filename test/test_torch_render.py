@@ -262,8 +262,9 @@ def test_light_and_noise_are_as_said(images):
     ratio = (dark / images.clamp(min=1e-3)).mean((0, 2, 3))
     assert ratio.tolist() == pytest.approx([0.5, 0.25, 1.0], abs=1e-3)
     grey = torch.full((2, 3, 64, 64), 0.5)
-    noisy = Appearance(torch.zeros(2), torch.zeros(2, 2), torch.ones(2), torch.ones(2),
-                       torch.ones(2, 3), torch.tensor([0.0, 0.02])).applied(grey, torch.Generator().manual_seed(0))
+    even = Appearance(torch.zeros(2), torch.zeros(2, 2), torch.ones(2), torch.ones(2),
+                      torch.ones(2, 3), torch.tensor([0.0, 0.02]))
+    noisy = even.applied(grey, torch.Generator().manual_seed(0))
     assert noisy[0].std() < 1e-3 and noisy[1].std().item() == pytest.approx(0.02, rel=0.05)
 
 
