@@ -37,25 +37,28 @@ def drawn_windows(overlap: np.ndarray, size: int, count: int, rng: np.random.Gen
     """At most ``count`` different windows of ``size`` views, each an index [size] in any order.
 
     overlap: bool [N, N], see ``covisible``. Every view of a window overlaps with another one of
-    it. Images that fewer windows have come first: windows share none while that is possible.
+    it. Windows share no image while enough others overlap, and as few as possible afterwards.
     """
-    _, part = connected_components(overlap, directed=False)
-    free = np.flatnonzero(np.bincount(part)[part] >= size)
-    taken, windows = np.zeros(len(overlap), int), {}
-    for _ in range(DRAWS * count if len(free) else 0):
-        window = _grown(overlap, taken, _least(free, taken, rng), size, rng)
+    taken = np.zeros(len(overlap), int)
+    windows: dict[frozenset[int], np.ndarray] = {}
+    for _ in range(DRAWS * count):
+        fresh = overlap & np.logical_and.outer(taken == 0, taken == 0)
+        window = _grown(fresh, taken, size, rng) or _grown(overlap, taken, size, rng)
         taken[window] += 1
-        windows.setdefault(frozenset(window), rng.permutation(window))
-        if len(windows) == count:
+        if window:
+            windows.setdefault(frozenset(window), rng.permutation(window))
+        if len(windows) == count or not window:
             break
     return list(windows.values())
 
 
-def _grown(overlap: np.ndarray, taken: np.ndarray, start: int, size: int,
-           rng: np.random.Generator) -> list[int]:
-    """A window around an image that is connected with enough others."""
-    window = [start]
-    while len(window) < size:
+def _grown(overlap: np.ndarray, taken: np.ndarray, size: int, rng: np.random.Generator
+           ) -> list[int]:
+    """A window around an image that is connected with enough others; empty without any."""
+    _, part = connected_components(overlap, directed=False)
+    enough = np.flatnonzero(np.bincount(part)[part] >= size)
+    window = [_least(enough, taken, rng)] if len(enough) else []
+    while 0 < len(window) < size:
         around = overlap[window].any(0)
         around[window] = False
         window.append(_least(np.flatnonzero(around), taken, rng))
