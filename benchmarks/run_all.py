@@ -21,6 +21,7 @@ ENTRIES = {
     'sparse_depth': ('sparse_depth', 'run'),
     'sessions': ('sessions', 'run'),
     'pairs': ('pairs', 'run'),
+    'pose_accuracy': ('pose_accuracy', 'run'),
     'localisation': ('localisation', 'run'),
     'wrong_places': ('localisation', 'run_wrong_places'),
     'repeated_office': ('places', 'run'),

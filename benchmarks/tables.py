@@ -132,6 +132,10 @@ PAIRS: dict[str, Callable[[Row], str]] = {
     'pairs': number('pairs', 0), 'AUC@30': number('auc30', 3, spread='auc30_spread'),
     'AUC@5': number('auc5', 3, spread='auc5_spread'), 'right matches': number('right', 0),
     'precision': number('precision', 2)}
+POSE_ACCURACY: dict[str, Callable[[Row], str]] = {
+    'windows': number('windows', 0), 'pairs': number('pairs', 0), 'AUC@30': number('auc30', 3),
+    'RRA@15': number('rra15', 3), 'RTA@15': number('rta15', 3), 'AbsRel': number('abs_rel', 3),
+    'guess': lambda row: row.get('guess', '')}
 LOCALISATION: dict[str, Callable[[Row], str]] = {
     'found': lambda row: f'{row["localised"]} of {row["queries"]}',
     'median cm': number('median_m', 2, 100), 'median deg': number('median_deg', 2),
@@ -193,6 +197,15 @@ SECTIONS = (
      'of direction of translation, is within 30 or 5 degrees; ± is the standard deviation '
      'between draws. Right: within 3 px of the true epipolar lines. In brackets: how many '
      'features an image may have.'),
+    ('Poses of shuffled windows', ('pose_accuracy',), POSE_ACCURACY,
+     'Windows of 8 images in any order, each of which overlaps with another. Network: `tiny`, of '
+     'the images alone; refined: by tracks of the compact encoder and with known intrinsics, '
+     'from the poses of the network or from those of a constant answer. Constant: no camera '
+     'moves, or each a step along one axis from the one before; the best of seven, chosen by '
+     'the truth (guess). Compact: each pair by its matches and an essential matrix, intrinsics '
+     'given. AUC@30: mean over pairs of 1 - e / 30 where the larger error e, of rotation and of '
+     'direction, is below 30 degrees; RRA, RTA: rotations and directions within 15 degrees; a '
+     'pair without an answer is wrong. AbsRel: of depths, after one median scale per window.'),
     ('Stress', ('stress',), STRESS,
      'Rendered walks of 160 images (320x240, 20 Hz) with exact truth, four rooms for each case, '
      'all images of a case together. False: the system vouches for a pose that is more than '

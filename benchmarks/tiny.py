@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,13 +69,17 @@ def _errors(frames: list[Frame], said: Prediction) -> PairErrors:
     given[:, :3, 3] /= np.linalg.norm(centres[:, None] - centres, axis=-1).max()
     mine, true = (torch.from_numpy(np.stack([inverse(T) for T in poses]))[None]
                   for poses in (said.T_world_cam, given))
-    depth = torch.tensor([torch.nan])
-    if all(f.depth is not None for f in frames):
-        truth = np.stack([f.depth for f in frames if f.depth is not None])
-        guess = np.stack([cv2.resize(d, truth.shape[:0:-1]) for d in said.depth])
-        # Pixels that the preparation cut off have no depth.
-        depth = abs_rel(torch.from_numpy(guess), torch.from_numpy(truth * (guess > 0)))[None]
+    known = all(f.depth is not None for f in frames)
+    depth = torch.tensor([depth_error(frames, said.depth) if known else torch.nan])
     return PairErrors(*pose_errors(mine, true), depth)
+
+
+def depth_error(frames: Sequence[Frame], depth: np.ndarray) -> float:
+    """`abs_rel` of depths [N, h, w] of frames that all have depth."""
+    truth = np.stack([f.depth for f in frames if f.depth is not None])
+    guess = np.stack([cv2.resize(d, truth.shape[:0:-1]) for d in depth])
+    # Pixels that the preparation cut off have no depth.
+    return float(abs_rel(torch.from_numpy(guess), torch.from_numpy(truth * (guess > 0))))
 
 
 def rows(rooms_folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
