@@ -105,6 +105,11 @@ def true_poses(frames: Sequence[Frame]) -> np.ndarray:
     return np.stack([frame.T_map_cam for frame in frames if frame.T_map_cam is not None])
 
 
+def intrinsics(frames: Sequence[Frame]) -> np.ndarray | None:
+    """K [3, 3] of the camera that took all frames of a window; None where it is not known."""
+    return None if frames[0].camera is None else frames[0].camera.K
+
+
 def relative(T_world_cam: np.ndarray) -> np.ndarray:
     """T_j_i [P, 4, 4] of all pairs i < j of poses [N, 4, 4]."""
     i, j = np.triu_indices(len(T_world_cam), 1)
@@ -143,7 +148,7 @@ class Systems:
 
     def answers(self, frames: list[Frame]) -> Iterator[tuple[str, Answer]]:
         """What each system says; constant answers by the names of GUESSES."""
-        said = self.network.predict([frame.image for frame in frames])[0]
+        said = self.network.predict([frame.image for frame in frames], K=intrinsics(frames))[0]
         large, small = (self._shots(frames, pixels)
                         for pixels in (PHOTO_ENCODER.max_pixels, SMALL_PIXELS))
         yield NETWORK, Answer(relative(said.T_world_cam), said.depth)
@@ -164,7 +169,8 @@ class Systems:
 
     def _one_by_one(self, frames: list[Frame]) -> Answer:
         """Each image is the world of its own prediction: as if no camera moved."""
-        depth = [self.network.predict([frame.image])[0].depth[0] for frame in frames]
+        depth = [self.network.predict([frame.image], K=intrinsics(frames))[0].depth[0]
+                 for frame in frames]
         return Answer(relative(still(frames).T_world_cam), np.stack(depth))
 
 
