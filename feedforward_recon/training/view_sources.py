@@ -16,7 +16,7 @@ import numpy as np
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.training.posed import PosedScene, read_scene
-from feedforward_recon.training.transformer_data import HELD_OUT, TRAIN
+from feedforward_recon.training.room_views import HELD_OUT, TRAIN
 from feedforward_recon.training.virtual_camera import VirtualCamera
 
 MIN_SHARED_TRACKS = 15
