@@ -39,10 +39,10 @@ def images():
 
 @pytest.fixture
 def small(monkeypatch):
-    """A network of a few layers with random weights, under the name `tiny`."""
-    monkeypatch.setitem(configs.CONFIGS, 'tiny', SMALL)
+    """A network of a few layers with random weights, under the name `vggt-tiny`."""
+    monkeypatch.setitem(configs.CONFIGS, 'vggt-tiny', SMALL)
     torch.manual_seed(0)
-    network = build('tiny')
+    network = build('vggt-tiny')
     with torch.no_grad():  # depth about 1, fields of view about one radian, hardly any motion
         network.camera_head.pose_branch.fc2.weight.mul_(0.01)
         network.camera_head.pose_branch.fc2.bias.copy_(torch.tensor([0.0] * 6 + [0.25] * 3))
@@ -52,7 +52,7 @@ def small(monkeypatch):
 @pytest.fixture
 def weights(small, tmp_path):
     """The small network's weights in a file."""
-    file = tmp_path / 'tiny.safetensors'
+    file = tmp_path / 'small.safetensors'
     save_file({name: tensor.clone() for name, tensor in small.state_dict().items()}, file)
     assert set(expected_tensors(small)) == set(small.state_dict())
     return file
@@ -251,7 +251,7 @@ def test_a_network_that_describes_no_camera_is_refused():
 
 
 def test_weights_load_from_a_file_as_they_were(small, weights, images):
-    loaded = load_predictor('tiny', weights=str(weights))
+    loaded = load_predictor('vggt-tiny', weights=str(weights))
     got, expected = (p.predict(images)[0] for p in (loaded, NetworkPredictor(small)))
     # Another alignment in memory may choose another kernel.
     np.testing.assert_allclose(got.depth, expected.depth, rtol=1e-5)
@@ -260,7 +260,7 @@ def test_weights_load_from_a_file_as_they_were(small, weights, images):
 
 def test_other_weights_are_refused(weights):
     with pytest.raises(CheckpointError, match='expected weights of Vggt'):
-        load_predictor('tiny', 'ttt', weights=str(weights))
+        load_predictor('vggt-tiny', 'ttt', weights=str(weights))
 
 
 def map_command(walk, out, *extra):
@@ -269,7 +269,7 @@ def map_command(walk, out, *extra):
 
 def test_the_command_maps_with_a_network(weights, walk_folder, tmp_path, capsys):
     """With random weights the map is nonsense, but it is a map, and honest about its scale."""
-    code = map_command(walk_folder, tmp_path / 'm', '--model', 'tiny', '--weights', weights,
+    code = map_command(walk_folder, tmp_path / 'm', '--model', 'vggt-tiny', '--weights', weights,
                        '--window', 4, '--anchors', 1, '--mono', '--json')
     out, err = capsys.readouterr()
     assert code == 0, err

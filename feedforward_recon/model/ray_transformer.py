@@ -199,8 +199,10 @@ class RayTransformer(nn.Module):
         """Initial values for a short training: descriptors are those of the stem."""
         for block in self.global_blocks:
             attention = cast(GlobalBlock, block).attn
-            attention.q_norm.weight.fill_(SHARPNESS)
-            attention.k_norm.weight.fill_(SHARPNESS)
+            for name in ('q_norm', 'k_norm'):
+                norm = getattr(attention, name, None)
+                if isinstance(norm, nn.LayerNorm):  # fast weights compare unit vectors instead
+                    norm.weight.fill_(SHARPNESS)
         self.geometry.weight.mul_(0.5)
         self.describe.weight.zero_()
         self.describe.bias.zero_()

@@ -17,10 +17,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from feedforward_recon.errors import ConfigError
+from feedforward_recon.errors import CheckpointError, ConfigError
 from feedforward_recon.model.configs import build, device_of
 from feedforward_recon.model.layers import Block
 from feedforward_recon.model.ray_stem import RayStem
@@ -263,8 +264,15 @@ class TransformerTrainer:
 
 @torch.no_grad()
 def take_over(network: nn.Module, file: Path) -> None:
-    """Copy what a file and a network share; says in the log what they do not."""
-    stored, wanted = load_file(file), network.state_dict()
+    """Copy what a file and a network share; says in the log what they do not.
+
+    Raises CheckpointError for a file that is no weights.
+    """
+    try:
+        stored, wanted = load_file(file), network.state_dict()
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f'expected weights to start from in {file}, found {error}; give a '
+                              '.safetensors file') from error
     shared = [name for name in wanted if name in stored
               and stored[name].shape == wanted[name].shape]
     for name in shared:
