@@ -10,7 +10,7 @@ stopped: points that are there already are not measured again.
     python -m benchmarks.attention_gpu --table              only the table of what is there
     python -m benchmarks.attention_gpu --update             share of the peak of a ttt update
     torchrun --nproc-per-node 1 -m benchmarks.attention_gpu --check-processes
-    python -m benchmarks.attention_gpu --device cpu --model tiny --views 4 8 --size 56x42
+    python -m benchmarks.attention_gpu --device cpu --model vggt-tiny --views 4 8 --size 56x42
 """
 
 from __future__ import annotations

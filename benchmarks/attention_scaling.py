@@ -35,7 +35,7 @@ Row = dict[str, Any]
 def measure(name: str, views: int) -> Row:
     """Seconds and peak memory of mapping ``views`` images with that attention."""
     torch.manual_seed(0)
-    backbone = Aggregator(config_of('tiny').backbone, attention_factory(name)).eval()
+    backbone = Aggregator(config_of('vggt-tiny').backbone, attention_factory(name)).eval()
     images = torch.rand(1, views, 3, *SIZE_HW)
     states = [block.attn.empty_state(1) for block in backbone.global_blocks]  # type: ignore
     with torch.inference_mode():

@@ -150,7 +150,7 @@ def _row(walk: Walk, answers: np.ndarray, full: np.ndarray, count: int) -> dict[
 def main() -> None:
     """Measure every scene and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--model', default='tiny')
+    parser.add_argument('--model', default='tiny-ttt')
     parser.add_argument('--attention', default=None)
     parser.add_argument('--weights', default=None)
     parser.add_argument('--written', type=int, nargs='+', default=[96])

@@ -212,6 +212,9 @@ def compare(path: Path, name: str) -> tuple[dict[str, float], list[str]]:
     generator = np.random.Generator(np.random.PCG64(int(file['image_seed'])))
     images = torch.from_numpy(generator.random(tuple(file['image_shape']), dtype=np.float32))
     model = build(name, device='meta')
+    if type(model) not in ARRAYS:
+        raise InputError(f'expected an architecture that was published elsewhere, found {name}, '
+                         f'which is our own; choose another --model')
     fill(model)
     with torch.inference_mode():
         found = ARRAYS[type(model)](model, images, file)

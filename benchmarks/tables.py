@@ -327,7 +327,7 @@ SECTIONS = (
      'arrival of its pose. Waiting: most images that were sent and not answered when a pose '
      'came. MB: resident memory of the node at the end, and its slope over the last 24 s.'),
     ('Growth of the global attentions', ('attention_scaling',), ATTENTION,
-     'Backbone of `tiny` with initial weights, random images of 126x98 px (68 tokens per '
+     'Backbone of `vggt-tiny` with initial weights, random images of 126x98 px (68 tokens per '
      'view) mapped in one call, one process per point. Peak: memory beyond the model. Exponent p: '
      'best fit of CPU time = c views^p over all points; faster: at the largest number of '
      'views.\n\n'

@@ -2,8 +2,8 @@
 
     python -m benchmarks.tiny [--views DIR]    # DIR: of `ffrecon-train views`; else rendered
 
-No pose, depth or calibration is given. `nothing` says that no camera moves and that all depths
-are equal.
+No pose or depth is given, and the calibration to `tiny` alone, which needs it. `nothing` says that
+no camera moves and that all depths are equal.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 
 from benchmarks.common import KITCHEN, load_frames, write_result
+from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse
 from feedforward_recon.model.predictor import NetworkPredictor, load_predictor
-from feedforward_recon.model.vggt import Vggt
-from feedforward_recon.training.transformer import held_out_scores
-from feedforward_recon.training.transformer_data import HELD_OUT, load_views, render_views
+from feedforward_recon.training.room_views import HELD_OUT, render_views
 from feedforward_recon.training.transformer_scores import (
     PairErrors,
     Scores,
@@ -32,10 +31,11 @@ from feedforward_recon.training.transformer_scores import (
     concatenated,
     pose_errors,
 )
+from feedforward_recon.training.view_sources import RoomSource
 from feedforward_recon.types import Frame, Prediction
 
 NAMES = ('tiny', 'tiny-ttt')
-VIEWS, HELD_OUT_ROOMS = 8, 16
+VIEWS, HELD_OUT_ROOMS, WINDOWS_PER_ROOM = 8, 16, 2
 # Images between the views of a window, and between windows.
 SETS = {KITCHEN: (8, 40), 'llff_fortress': (1, 8), 'llff_room': (1, 8), 'llff_flower': (1, 8),
         'tabletop_cup': (1, 8), 'ngp_fox': (1, 8), 'strecha_Herz-Jesus-P8': (1, 8),
@@ -49,6 +49,21 @@ def windows_of(name: str) -> list[list[Frame]]:
     step, apart = SETS[name]
     span = step * (VIEWS - 1) + 1
     return [frames[i:i + span:step] for i in range(0, len(frames) - span + 1, apart)]
+
+
+def room_windows(room: RoomSource, count: int) -> list[list[Frame]]:
+    """Windows of a room, its views cut to 4:3."""
+    rng = np.random.default_rng(0)
+    return [[_frame(room, int(view)) for view in room.window(rng, VIEWS)] for _ in range(count)]
+
+
+def _frame(room: RoomSource, view: int) -> Frame:
+    whole, (width, height) = room.camera(view), room.size_wh
+    top = height // 8
+    rows = slice(top, top + 3 * height // 4)
+    camera = Camera(width, 3 * height // 4, whole.fx, whole.fy, whole.cx, whole.cy - top)
+    return Frame(view, np.ascontiguousarray(room.image(view)[rows]), camera=camera,
+                 T_map_cam=room.pose(view), depth=room.depth(view)[rows].astype(np.float32))
 
 
 def still(frames: list[Frame]) -> Prediction:
@@ -84,24 +99,23 @@ def depth_error(frames: Sequence[Frame], depth: np.ndarray) -> float:
 
 def rows(rooms_folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row of the table."""
-    predictors = {name: load_predictor(name) for name in NAMES}
-    for _ in render_views(rooms_folder, HELD_OUT_ROOMS, HELD_OUT):
-        pass
-    rooms = load_views(rooms_folder, HELD_OUT)
-    for name, predictor in predictors.items():
-        mine, without = held_out_scores(cast(Vggt, predictor.network), rooms)
-        yield f'rooms never trained on | {name}', dataclasses.asdict(mine)
-    yield 'rooms never trained on | nothing', dataclasses.asdict(without)
-    for place in SETS:
-        windows = windows_of(place)
-        ways: dict[str, Predict] = {name: _with(p) for name, p in predictors.items()}
-        for name, predict in {**ways, 'nothing': still}.items():
+    ways: dict[str, Predict] = {name: told(load_predictor(name)) for name in NAMES}
+    ways['nothing'] = still
+    rooms = [RoomSource(file) for file in render_views(rooms_folder, HELD_OUT_ROOMS, HELD_OUT)]
+    sets = {'rooms never trained on': [window for room in rooms
+                                       for window in room_windows(room, WINDOWS_PER_ROOM)],
+            **{place: windows_of(place) for place in SETS}}
+    for place, windows in sets.items():
+        for name, predict in ways.items():
             yield f'{place} | {name}', {'windows': len(windows),
                                         **dataclasses.asdict(scores(windows, predict))}
 
 
-def _with(predictor: NetworkPredictor) -> Predict:
-    return lambda frames: predictor.predict([frame.image for frame in frames])[0]
+def told(predictor: NetworkPredictor) -> Predict:
+    """What a network says of images and their intrinsics."""
+    return lambda frames: predictor.predict(
+        [frame.image for frame in frames],
+        K=frames[0].camera.K if frames[0].camera else None)[0]
 
 
 def main() -> None:

@@ -66,7 +66,7 @@ def said_of_photos(kind, align):
     network = kind(NetworkPredictor(network_of('softmax', alignment=2)), align=align)
     photos = np.random.default_rng(0).integers(0, 256, (FRAMES, 28, 42, 3), np.uint8)
     placed = [network.prepared(photo) for photo in photos]
-    collection = network.collected(placed)
+    collection = network.collected(placed, [np.eye(3)] * FRAMES)
     said = [one for windows in WINDOWS for one in collection.predict(windows)]
     return {'tokens': network.encoded(placed).numpy(),
             **{name: np.stack([getattr(one, name) for one in said])
@@ -76,7 +76,7 @@ def said_of_photos(kind, align):
 def refusal_of_one_photo():
     network = DistributedCollectionNetwork(NetworkPredictor(network_of('softmax')))
     with pytest.raises(ConfigError) as error:
-        network.collected([network.prepared(np.zeros((28, 42, 3), np.uint8))])
+        network.collected([network.prepared(np.zeros((28, 42, 3), np.uint8))], [np.eye(3)])
     return str(error.value)
 
 

@@ -34,7 +34,7 @@ def gpu_benchmark(tmp_path, monkeypatch):
     out = tmp_path / 'new' / 'found.json'
 
     def run(*more):
-        code = attention_gpu.main(['--device', 'cpu', '--model', 'tiny', '--size', '56x42',
+        code = attention_gpu.main(['--device', 'cpu', '--model', 'vggt-tiny', '--size', '56x42',
                                    '--out', str(out), *more])
         return code, json.loads(out.read_text()) if out.exists() else None
     return run
@@ -42,7 +42,7 @@ def gpu_benchmark(tmp_path, monkeypatch):
 
 def test_points_are_kept_as_they_come_and_not_measured_twice(gpu_benchmark, monkeypatch, capsys):
     code, found = gpu_benchmark('--variants', 'softmax', '--views', '2')
-    key = 'tiny 56x42 | 2 views | softmax'
+    key = 'vggt-tiny 56x42 | 2 views | softmax'
     assert code == 0 and list(found['rows']) == [key] and found['provenance']['torch']
     row = found['rows'][key]
     assert row['seconds'] == pytest.approx(row['encoder_s'] + row['blocks_s'] + row['heads_s'])
@@ -58,8 +58,8 @@ def test_points_are_kept_as_they_come_and_not_measured_twice(gpu_benchmark, monk
     _, found = gpu_benchmark('--variants', 'softmax', 'ttt', '--views', '4', '3', '2')
     rows = found['rows']
     assert rows[key] == row and asked == [3, 2, 3]
-    assert rows['tiny 56x42 | 3 views | softmax'] == {'views': 3, 'out_of_memory': True}
-    assert 'tiny 56x42 | 4 views | softmax' not in rows
+    assert rows['vggt-tiny 56x42 | 3 views | softmax'] == {'views': 3, 'out_of_memory': True}
+    assert 'vggt-tiny 56x42 | 4 views | softmax' not in rows
     capsys.readouterr()
     gpu_benchmark('--table')
     lines = capsys.readouterr().out.splitlines()
@@ -69,7 +69,7 @@ def test_points_are_kept_as_they_come_and_not_measured_twice(gpu_benchmark, monk
 
 def test_what_may_end_too_late_is_left_for_another_call(gpu_benchmark, capsys):
     _, found = gpu_benchmark('--variants', 'latent', '--views', '2', '400', '--limit-s', '5')
-    assert list(found['rows']) == ['tiny 56x42 | 2 views | latent']
+    assert list(found['rows']) == ['vggt-tiny 56x42 | 2 views | latent']
     assert 'latent: 400 views are left' in capsys.readouterr().out
 
 
@@ -80,7 +80,7 @@ def test_settings_that_change_the_time_are_part_of_the_name():
 
 
 def test_operations_are_those_that_torch_counts():
-    network = build('tiny', 'ttt')
+    network = build('vggt-tiny', 'ttt')
     layer = network.aggregator.global_blocks[0].attn
     assert isinstance(layer, TttAttention)
     positions = torch.cartesian_prod(torch.arange(3), torch.arange(4)) + 1
@@ -94,6 +94,6 @@ def test_operations_are_those_that_torch_counts():
 
 
 def test_the_update_has_a_rate():
-    row = update_row(build('tiny', 'ttt'), 2, (42, 56))
+    row = update_row(build('vggt-tiny', 'ttt'), 2, (42, 56))
     assert row['update_tflops'] > 0 and row['update_of_peak'] is None
     assert row['layer_ms'] > 0 and row['update_ms'] > 0

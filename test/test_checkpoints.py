@@ -91,14 +91,15 @@ def test_parts_that_we_do_not_have_are_left_out(tmp_path):
     assert len(report.ignored) == 2
 
 
-def test_a_network_is_loaded_by_name(tmp_path):
-    stored = weights(build('tiny', attention='ttt', device='meta'))
+@pytest.mark.parametrize('name', ['tiny', 'vggt-tiny'])
+def test_a_network_is_loaded_by_name(name, tmp_path):
+    stored = weights(build(name, attention='ttt', device='meta'))
     path = save(stored, tmp_path / 'w.safetensors')
-    network = load('tiny', path, attention='ttt')
+    network = load(name, path, attention='ttt')
     assert not network.training
     assert all(torch.equal(t, stored[key]) for key, t in network.state_dict().items())
     with pytest.raises(CheckpointError, match='missing'):
-        load('tiny', path)
+        load(name, path)
 
 
 @pytest.mark.parametrize('device', ['cuda:99', 'warp', 'cuda:x', 'meta', 'mps:9'])

@@ -104,13 +104,15 @@ def test_chunks_of_images_say_what_all_say_at_once(monkeypatch):
 def test_the_cost_is_that_of_the_paper(images, count, monkeypatch):
     """N^2 + N (N T) pairs of queries and keys per block, not (N T)^2."""
     pairs = []
-    plain = F.scaled_dot_product_attention
 
-    def counting(q, k, v):
-        pairs.append(q.shape[-2] * k.shape[-2])
-        return plain(q, k, v)
-    for place in (latent_alignment, layers):
-        monkeypatch.setattr(place.F, 'scaled_dot_product_attention', counting)
+    def counted(attention):
+        def counting(q, k, v):
+            pairs.append(q.shape[-2] * k.shape[-2])
+            return attention(q, k, v)
+        return counting
+    for place, name in ((latent_alignment.F, 'scaled_dot_product_attention'),
+                        (layers, 'attended')):
+        monkeypatch.setattr(place, name, counted(getattr(place, name)))
     module(1)(tokens(images, count))
     assert sum(pairs) == images**2 + images * (images * count)
 
@@ -144,9 +146,9 @@ def images(count=4, seed=0):
 
 
 def test_networks_have_none_unless_asked():
-    assert not build('tiny').aligns and small().aligns
-    plain = set(build('tiny').state_dict())
-    more = set(build('tiny', alignment=4).state_dict()) - plain
+    assert not build('vggt-tiny').aligns and small().aligns
+    plain = set(build('vggt-tiny').state_dict())
+    more = set(build('vggt-tiny', alignment=4).state_dict()) - plain
     assert plain and all(name.startswith('aggregator.latent_alignment.') for name in more)
     assert configs.alignment_blocks(more) == 4
 
@@ -200,8 +202,8 @@ def test_a_batch_of_windows_is_each_by_itself():
 
 @pytest.fixture
 def weights(monkeypatch, tmp_path):
-    """Weights of a small network with alignment, of the name `tiny`."""
-    monkeypatch.setitem(configs.CONFIGS, 'tiny', SMALL)
+    """Weights of a small network with alignment, of the name `vggt-tiny`."""
+    monkeypatch.setitem(configs.CONFIGS, 'vggt-tiny', SMALL)
     network, file = disturbed(small()), tmp_path / 'aligned.safetensors'
     save_file(network.state_dict(), file)
     return network, file
@@ -210,13 +212,13 @@ def weights(monkeypatch, tmp_path):
 @torch.no_grad()
 def test_weights_say_whether_there_is_an_alignment(weights, tmp_path):
     network, file = weights
-    loaded = load('tiny', file)
+    loaded = load('vggt-tiny', file)
     assert loaded.aligns
     assert torch.equal(loaded(images())[0].depth, network(images())[0].depth)
-    assert check_weights(file, 'tiny').keys.fits
+    assert check_weights(file, 'vggt-tiny').keys.fits
     plain = tmp_path / 'plain.safetensors'
     save_file(small(0).state_dict(), plain)
-    assert not load('tiny', plain).aligns
+    assert not load('vggt-tiny', plain).aligns
 
 
 def test_half_an_alignment_is_refused(weights, tmp_path):
@@ -225,4 +227,4 @@ def test_half_an_alignment_is_refused(weights, tmp_path):
             if 'latent_alignment.blocks.0.across' not in name}
     save_file(torn, tmp_path / 'torn.safetensors')
     with pytest.raises(CheckpointError, match='missing'):
-        load('tiny', tmp_path / 'torn.safetensors')
+        load('vggt-tiny', tmp_path / 'torn.safetensors')

@@ -17,8 +17,8 @@ from feedforward_recon.model.weights.registry import FOLDER_VARIABLE, package_fo
 
 @pytest.fixture(autouse=True)
 def machine(tmp_path, monkeypatch):
-    """A machine without fetched weights, where `tiny` is a network of a few layers."""
-    monkeypatch.setitem(configs.CONFIGS, 'tiny', SMALL)
+    """A machine without fetched weights, where `vggt-tiny` is a network of a few layers."""
+    monkeypatch.setitem(configs.CONFIGS, 'vggt-tiny', SMALL)
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / 'weights'))
     monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path / 'hub'))
     monkeypatch.chdir(tmp_path)
@@ -38,7 +38,7 @@ def state(attention=None):
     """Random weights of the small network."""
     torch.manual_seed(0)
     return {key: tensor.clone() for key, tensor
-            in configs.build('tiny', attention).state_dict().items()}
+            in configs.build('vggt-tiny', attention).state_dict().items()}
 
 
 def refused(capsys, *arguments):
@@ -54,7 +54,7 @@ def refused(capsys, *arguments):
 
 
 def refused_map(capsys, folder, *options):
-    return refused(capsys, 'map', folder, '--out', 'map', '--model', 'tiny', *options)
+    return refused(capsys, 'map', folder, '--out', 'map', '--model', 'vggt-tiny', *options)
 
 
 class Mischief:
@@ -122,7 +122,7 @@ def test_weights_that_cannot_be_used(make, name, words, tmp_path, capsys):
     said = refused_map(capsys, walk((60, 80), (60, 80)), '--weights', f'./{name}')
     assert words in said and name in said
     assert not (tmp_path / 'map').exists()
-    checked = main(['weights', 'check', f'./{name}', '--model', 'tiny'])
+    checked = main(['weights', 'check', f'./{name}', '--model', 'vggt-tiny'])
     out, err = capsys.readouterr()
     assert checked == 2 and words in err.splitlines()[-1] and 'executed' not in out + err
 
@@ -157,7 +157,9 @@ def test_a_licence_that_nobody_accepted(tmp_path, capsys):
     (('--attention', 'tttt'), 'did you mean ttt'), (('--attention', 'flash'), 'choose one of'),
     (('--model', 'vgg-t3', '--attention', 'flash', '--device', 'cuda:99'), 'cuda:99')])
 def test_what_is_not_there(options, words, capsys):
-    assert words in refused_map(capsys, walk((60, 80), (60, 80)), *options)
+    said = refused(capsys, 'map', walk((60, 80), (60, 80)), '--out', 'map', '--model', 'tiny',
+                   *options)
+    assert words in said
 
 
 @pytest.mark.parametrize(('sizes_hw', 'words'), [

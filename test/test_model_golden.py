@@ -14,18 +14,18 @@ SHAPE = (1, 2, 3, 28, 42)
 
 @pytest.fixture(scope='module')
 def reference():
-    """Outputs of `tiny`, filled by the rule, under the names of a reference file."""
-    model = build('tiny', device='meta')
+    """Outputs of `vggt-tiny`, filled by the rule, under the names of a reference file."""
+    model = build('vggt-tiny', device='meta')
     golden.fill(model)
     random = np.random.Generator(np.random.PCG64(3))
     images = torch.from_numpy(random.random(SHAPE, dtype=np.float32))
     with torch.inference_mode():
         arrays = golden.vggt_arrays(model, images, {})
-    return {'image_seed': np.int64(3), 'image_shape': np.array(SHAPE), 'config': 'tiny',
+    return {'image_seed': np.int64(3), 'image_shape': np.array(SHAPE), 'config': 'vggt-tiny',
             **{name: arrays[name].numpy() for name in ('depth', 'pose_enc', 'world_points')}}
 
 
-def run(monkeypatch, capsys, path, model='tiny', *more):
+def run(monkeypatch, capsys, path, model='vggt-tiny', *more):
     monkeypatch.setattr(sys, 'argv', ['golden.py', str(path), '--model', model, *more])
     status = golden.main()
     out, err = capsys.readouterr()
@@ -40,7 +40,7 @@ def saved(tmp_path, arrays):
 
 def test_equal_outputs_pass(reference, tmp_path, monkeypatch, capsys):
     status, line = run(monkeypatch, capsys, saved(tmp_path, reference))
-    assert status == 0 and line.startswith('ok: tiny') and '3 arrays' in line
+    assert status == 0 and line.startswith('ok: vggt-tiny') and '3 arrays' in line
 
 
 def test_the_confidence_of_another_shape_may_differ_by_an_axis(reference, tmp_path, monkeypatch,
@@ -60,13 +60,16 @@ def test_one_wrong_value_fails(reference, tmp_path, monkeypatch, capsys, value):
 def test_tolerance_is_the_users(reference, tmp_path, monkeypatch, capsys):
     path = saved(tmp_path, {**reference, 'depth': reference['depth'] * 1.001})
     assert run(monkeypatch, capsys, path)[0] == 1
-    assert run(monkeypatch, capsys, path, 'tiny', '--tolerance', '1e-2')[0] == 0
+    assert run(monkeypatch, capsys, path, 'vggt-tiny', '--tolerance', '1e-2')[0] == 0
 
 
 @pytest.mark.parametrize(('change', 'model', 'word'), [
-    ({}, 'tinny', 'did you mean tiny'), ({'depth': np.zeros(3)}, 'tiny', 'is it the right'),
-    ({'image_seed': None}, 'tiny', 'no image_seed'),
-    ({'depth': None, 'pose_enc': None, 'world_points': None}, 'tiny', 'expected arrays of tiny')])
+    ({}, 'tinny', 'did you mean tiny'),
+    ({'depth': np.zeros(3)}, 'vggt-tiny', 'is it the right'),
+    ({'image_seed': None}, 'vggt-tiny', 'no image_seed'),
+    ({'depth': None, 'pose_enc': None, 'world_points': None}, 'vggt-tiny',
+     'expected arrays of vggt-tiny'),
+    ({}, 'tiny', 'published elsewhere, found tiny')])
 def test_files_that_do_not_fit_are_refused(reference, tmp_path, monkeypatch, capsys, change,
                                            model, word):
     arrays = {key: value for key, value in {**reference, **change}.items() if value is not None}
@@ -85,7 +88,7 @@ def test_what_is_no_file_of_arrays_is_refused(tmp_path, monkeypatch, capsys, con
 
 def test_the_file_says_the_size_of_the_network(reference, tmp_path, monkeypatch, capsys):
     path = saved(tmp_path, reference)
-    assert run(monkeypatch, capsys, path, 'vggt')[1].startswith('ok: tiny')
+    assert run(monkeypatch, capsys, path, 'vggt')[1].startswith('ok: vggt-tiny')
     file = golden.read(path)
     assert golden.model_of(file, 'vgg-t3') == 'vgg-t3'  # another attention
     assert golden.model_of(file, 'pi3') == 'pi3' and golden.model_of(file, 'ttt') == 'ttt'

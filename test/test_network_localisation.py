@@ -227,15 +227,15 @@ def test_few_keyframes_are_a_part_of_more_and_reach_the_ends(frames):
 
 @pytest.fixture(scope='module')
 def small():
-    """A `tiny` of a few layers whose cameras hardly move."""
+    """A VGGT of a few layers whose cameras hardly move."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(CONFIGS, 'tiny', SMALL)
+        patch.setitem(CONFIGS, 'vggt-tiny', SMALL)
         yield cramped()
 
 
 def cramped():
     torch.manual_seed(0)
-    network = build('tiny', 'ttt')
+    network = build('vggt-tiny', 'ttt')
     with torch.no_grad():
         network.camera_head.pose_branch.fc2.weight.mul_(0.01)
         network.camera_head.pose_branch.fc2.bias.copy_(torch.tensor([0.0] * 6 + [0.25] * 3))
@@ -277,7 +277,7 @@ def test_the_memory_has_a_fixed_size_and_queries_leave_it_alone(small, images):
 
 def test_networks_without_a_fixed_size_say_why_not(small):
     assert unsupported_reason(small) == ''
-    assert 'softmax attention grows' in unsupported_reason(build('tiny', 'softmax'))
+    assert 'softmax attention grows' in unsupported_reason(build('vggt-tiny', 'softmax'))
     assert 'Pi3 has no cameras' in unsupported_reason(build('pi3-small', device='meta'))
 
 
@@ -291,35 +291,36 @@ def folder(weights, walk_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp('maps') / 'map'
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(network_localizer, 'align_cameras', lambda *_: (np.eye(4), 1.0))
-        assert command('map', walk_folder, '--out', out, '--model', 'tiny', '--attention', 'ttt',
-                       '--weights', weights, '--window', 4, '--anchors', 1, '--no-refine',
-                       '--step', 5) == 0
+        assert command('map', walk_folder, '--out', out, '--model', 'vggt-tiny', '--weights',
+                       weights, '--attention', 'ttt', '--window', 4, '--anchors', 1,
+                       '--no-refine', '--step', 5) == 0
     return out
 
 
 def test_a_map_is_asked_as_it_was_written(folder, weights, walk_folder, points, tmp_path,
                                           capsys):
     memory = load_map(folder).fast_weights()
-    assert (memory.model, memory.attention, memory.weights) == ('tiny', 'ttt', '')
+    assert (memory.model, memory.attention, memory.weights) == ('vggt-tiny', 'ttt', '')
     memory.save(tmp_path / 'again.safetensors')
     again = SavedFastWeights.load(tmp_path / 'again.safetensors')
     assert again.link == memory.link
     frames = [np.full((60, 80, 3), value, np.uint8) for value in (9, 200)]
     answers = []
     for kept in (memory, again):
-        asked = load_network_memory(kept, 'tiny', weights=str(weights)).localizer(kept, points)
+        network = load_network_memory(kept, 'vggt-tiny', weights=str(weights))
+        asked = network.localizer(kept, points)
         answers.append([asked.network.query(image, asked.state) for image in frames])
     for (a, new_a), (b, new_b) in zip(*answers, strict=True):
         assert np.array_equal(a.T_world_cam, b.T_world_cam) and np.array_equal(a.depth, b.depth)
         assert new_a == new_b
     capsys.readouterr()
-    assert command('localize', folder, walk_folder, '--model', 'tiny', '--weights', weights,
+    assert command('localize', folder, walk_folder, '--model', 'vggt-tiny', '--weights', weights,
                    '--no-refine', '--step', 10, '--json') in (0, 1)
     entries = json.loads(capsys.readouterr().out)
     assert len(entries) == 3 and {e['status'] for e in entries} <= {'UNCERTAIN', 'NOT_LOCALISED'}
     assert command('info', folder) == 0
     shown = capsys.readouterr().out
-    assert NETWORK in shown and 'tiny (ttt)' in shown
+    assert NETWORK in shown and 'vggt-tiny (ttt)' in shown
 
 
 def test_another_network_is_refused_in_one_sentence(folder, weights, walk_folder, tmp_path,
@@ -329,8 +330,8 @@ def test_another_network_is_refused_in_one_sentence(folder, weights, walk_folder
         network.camera_head.empty_pose_tokens += 1
     other = saved_weights(network, tmp_path / 'other.safetensors')
     for options, sentence in (
-            (('--model', 'vggt', '--weights', weights), 'expected model tiny'),
-            (('--model', 'tiny', '--weights', other), 'which wrote those of this map'),
+            (('--model', 'vggt', '--weights', weights), 'expected model vggt-tiny'),
+            (('--model', 'vggt-tiny', '--weights', other), 'which wrote those of this map'),
             (('--no-refine',), 'add --model')):
         assert command('localize', folder, walk_folder, *options) == 2
         error = capsys.readouterr().err.strip().splitlines()
@@ -352,5 +353,5 @@ def test_a_map_without_a_network_says_how_to_make_one(folder, walk_folder, tmp_p
     described = yaml.safe_load((plain / 'map.yaml').read_text())
     del described['files'][NETWORK]
     (plain / 'map.yaml').write_text(yaml.safe_dump(described))
-    assert command('localize', plain, walk_folder, '--model', 'tiny') == 2
+    assert command('localize', plain, walk_folder, '--model', 'vggt-tiny') == 2
     assert 'map with --model' in capsys.readouterr().err

@@ -70,7 +70,7 @@ def test_every_setting_is_documented_and_in_the_reference(setting):
 
 def test_every_network_is_named_where_it_is_chosen():
     told = re.split(r'[ ,:]+', by_name()['model'].spec.metadata['doc'])
-    sizes_of_tests = {'vggt-small', 'pi3-small'}
+    sizes_of_tests = {'vggt-small', 'pi3-small', 'vggt-tiny'}
     assert {*CONFIGS, *ALIASES} - sizes_of_tests == {*NETWORKS, *MORE_NETWORKS} <= set(told)
     attention = re.split(r'[ ,:;]+', by_name()['attention'].spec.metadata['doc'])
     assert tuple(ATTENTION) == ATTENTIONS

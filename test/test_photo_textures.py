@@ -9,7 +9,7 @@ import pytest
 from feedforward_recon.errors import InputError
 from feedforward_recon.synthetic import Room
 from feedforward_recon.synthetic.photos import photo_crop, photo_files
-from feedforward_recon.training import transformer_data as data
+from feedforward_recon.training import room_views as data
 from feedforward_recon.training.cli import main as train
 
 

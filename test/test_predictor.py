@@ -13,7 +13,8 @@ from feedforward_recon.errors import CheckpointError, InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.model import configs
 from feedforward_recon.model import predictor as module
-from feedforward_recon.model.configs import build
+from feedforward_recon.model.attention.registry import ATTENTION
+from feedforward_recon.model.configs import build, network_of
 from feedforward_recon.model.da3 import Da3Reconstruction
 from feedforward_recon.model.pi3 import Pi3Reconstruction
 from feedforward_recon.model.pose_encoding import decode_cameras, encode_cameras, rigid_inverse
@@ -26,6 +27,7 @@ from feedforward_recon.model.predictor import (
     preparation,
 )
 from feedforward_recon.model.preprocess import crop, longest_side, match_pixels
+from feedforward_recon.model.ray_transformer import RayConfig
 from feedforward_recon.model.vggt import Reconstruction
 from feedforward_recon.model.vit import PATCH
 from feedforward_recon.model.weights.checkpoints import expected_tensors
@@ -39,10 +41,10 @@ def images():
 
 @pytest.fixture
 def small(monkeypatch):
-    """A network of a few layers with random weights, under the name `tiny`."""
-    monkeypatch.setitem(configs.CONFIGS, 'tiny', SMALL)
+    """A network of a few layers with random weights, under the name `vggt-tiny`."""
+    monkeypatch.setitem(configs.CONFIGS, 'vggt-tiny', SMALL)
     torch.manual_seed(0)
-    network = build('tiny')
+    network = build('vggt-tiny')
     with torch.no_grad():  # depth about 1, fields of view about one radian, hardly any motion
         network.camera_head.pose_branch.fc2.weight.mul_(0.01)
         network.camera_head.pose_branch.fc2.bias.copy_(torch.tensor([0.0] * 6 + [0.25] * 3))
@@ -52,7 +54,7 @@ def small(monkeypatch):
 @pytest.fixture
 def weights(small, tmp_path):
     """The small network's weights in a file."""
-    file = tmp_path / 'tiny.safetensors'
+    file = tmp_path / 'small.safetensors'
     save_file({name: tensor.clone() for name, tensor in small.state_dict().items()}, file)
     assert set(expected_tensors(small)) == set(small.state_dict())
     return file
@@ -83,6 +85,34 @@ def test_looking_without_writing_leaves_the_memory_alone(small, images):
     answer, after = predictor.predict(images[:1], memory, write=False)
     assert len(answer) == 1
     assert all(torch.equal(before[name], tensor) for name, tensor in after.tensors().items())
+
+
+@pytest.mark.parametrize('attention', list(ATTENTION))
+def test_a_network_that_is_told_intrinsics_keeps_the_same_laws(attention, images):
+    torch.manual_seed(0)
+    network = network_of(RayConfig(dim=48, heads=2, depth=2, attention=attention))
+    predictor = NetworkPredictor(network)
+    K = np.array([[70.0, 0, 41], [0, 72, 28], [0, 0, 1]])
+    first, memory = predictor.predict(images, K=K)
+    assert same(first, predictor.predict(images, K=K)[0])
+    assert first.depth.shape == first.confidence.shape == (3, 60, 80)
+    np.testing.assert_allclose(first.K, [K] * 3, rtol=1e-5)
+    R = first.T_world_cam[:, :3, :3]
+    np.testing.assert_allclose(R @ R.transpose(0, 2, 1), np.eye(3)[None].repeat(3, 0), atol=1e-12)
+    assert (first.depth > 0).all() and (first.confidence >= 1).all()
+    np.testing.assert_allclose(first.T_world_cam[0], np.eye(4), atol=1e-6)
+    before = [tensor.clone() for tensor in tensors_of(memory)]
+    answer, after = predictor.predict(images[:1], memory, write=False, K=K)
+    assert len(answer) == 1 and after.written == 3
+    assert before and all(map(torch.equal, before, tensors_of(after)))
+    # Another lens is another answer; without one it is a usual one.
+    assert not np.allclose(predictor.predict(images, K=K * [[2], [2], [1]])[0].depth, first.depth)
+    guessed = predictor.predict(images)[0].K
+    np.testing.assert_allclose(guessed[:, :2, 2], [[39.5, 29.5]] * 3, atol=1e-4)
+
+
+def tensors_of(memory):
+    return [tensor for state in memory.states for tensor in state.tensors().values()]
 
 
 @pytest.mark.parametrize('size_hw', [(60, 80), (97, 61), (400, 300)])
@@ -251,7 +281,7 @@ def test_a_network_that_describes_no_camera_is_refused():
 
 
 def test_weights_load_from_a_file_as_they_were(small, weights, images):
-    loaded = load_predictor('tiny', weights=str(weights))
+    loaded = load_predictor('vggt-tiny', weights=str(weights))
     got, expected = (p.predict(images)[0] for p in (loaded, NetworkPredictor(small)))
     # Another alignment in memory may choose another kernel.
     np.testing.assert_allclose(got.depth, expected.depth, rtol=1e-5)
@@ -260,17 +290,19 @@ def test_weights_load_from_a_file_as_they_were(small, weights, images):
 
 def test_other_weights_are_refused(weights):
     with pytest.raises(CheckpointError, match='expected weights of Vggt'):
-        load_predictor('tiny', 'ttt', weights=str(weights))
+        load_predictor('vggt-tiny', 'ttt', weights=str(weights))
 
 
 def map_command(walk, out, *extra):
     return main(['map', str(walk), '--out', str(out), '--step', '5', *map(str, extra)])
 
 
-def test_the_command_maps_with_a_network(weights, walk_folder, tmp_path, capsys):
+@pytest.mark.parametrize('shipped', [False, True])
+def test_the_command_maps_with_a_network(weights, walk_folder, tmp_path, capsys, shipped):
     """With random weights the map is nonsense, but it is a map, and honest about its scale."""
-    code = map_command(walk_folder, tmp_path / 'm', '--model', 'tiny', '--weights', weights,
-                       '--window', 4, '--anchors', 1, '--mono', '--json')
+    network = ('--model', 'tiny') if shipped else ('--model', 'vggt-tiny', '--weights', weights)
+    code = map_command(walk_folder, tmp_path / 'm', *network, '--window', 4, '--anchors', 1,
+                       '--mono', '--json')
     out, err = capsys.readouterr()
     assert code == 0, err
     summary = json.loads(out)

@@ -31,7 +31,7 @@ from feedforward_recon.session.map_folder import MAP_MARKER, NETWORK, load_map
 
 QUICK = {'memory.slots': 8000, 'memory.cells': 2000, 'memory.samples': 20_000,
          'tf_wait_s': 0.2, 'info_wait_s': 0.5,
-         'model': 'tiny', 'window': 6, 'anchors': 2}
+         'model': 'vggt-tiny', 'window': 6, 'anchors': 2}
 DOCTOR = '/mapping_node/doctor'
 
 
@@ -42,10 +42,10 @@ def frames():
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
-    """A file of weights for ``tiny`` that were never trained."""
+    """A file of weights for ``vggt-tiny`` that were never trained."""
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp('weights') / 'tiny.safetensors'
-    network = build('tiny')
+    path = tmp_path_factory.mktemp('weights') / 'vggt-tiny.safetensors'
+    network = build('vggt-tiny')
     with torch.no_grad():  # fields of view about one radian, hardly any motion
         network.camera_head.pose_branch.fc2.weight.mul_(0.01)
         network.camera_head.pose_branch.fc2.bias.copy_(torch.tensor([0.0] * 6 + [0.25] * 3))
@@ -111,7 +111,7 @@ def test_what_cannot_be_configured_is_one_sentence(start_node, probe, weights, t
             ({}, f'expected weights at {tmp_path / "none.safetensors"}, found no file'),
             ({'weights': '', 'model': 'vggt'}, 'run `ffrecon weights get vggt-1b`'),
             ({'model': 'vgt'}, 'did you mean vggt'),
-            ({'model': 'tiny', 'weights': str(weights), 'device': 'cuda:99'},
+            ({'model': 'vggt-tiny', 'weights': str(weights), 'device': 'cuda:99'},
              'expected'),
             ({'device': 'cpu', 'attention': 'sotfmax'}, 'did you mean softmax'),
             ({'attention': '', 'anchors': 6}, 'expected windows'),
@@ -124,7 +124,7 @@ def test_what_cannot_be_configured_is_one_sentence(start_node, probe, weights, t
         assert report['reason'] in node.output
         assert report['level'] == 'ERROR' and report['state'] == 'unconfigured'
     # Nothing of this was lasting.
-    assert all(r.successful for r in set_parameters(probe, model='tiny', anchors=2))
+    assert all(r.successful for r in set_parameters(probe, model='vggt-tiny', anchors=2))
     assert probe.change_state('/mapping_node', 'configure', 60), node.output
 
 

@@ -2,132 +2,268 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from benchmarks import tiny as benchmark
+from feedforward_recon.errors import ReconError
 from feedforward_recon.model import configs
-from feedforward_recon.model.backbone import BackboneConfig
-from feedforward_recon.model.configs import build
-from feedforward_recon.model.dpt import DptConfig
+from feedforward_recon.model.pose_encoding import rigid_inverse
 from feedforward_recon.model.predictor import load_predictor
-from feedforward_recon.model.vggt import VggtConfig
-from feedforward_recon.model.vit import PATCH, VitConfig
+from feedforward_recon.model.ray_stem import RayStem, cell_pixels
+from feedforward_recon.model.ray_transformer import CellMaps, RayConfig
 from feedforward_recon.model.weights.registry import CHECKPOINTS, located
-from feedforward_recon.training import transformer_data as data
+from feedforward_recon.training import room_views, transformer, validation
 from feedforward_recon.training import transformer_losses as losses
+from feedforward_recon.training import windows as windows_module
 from feedforward_recon.training.muon import Muon
-from feedforward_recon.training.transformer import (
-    TransformerTrainer,
-    TransformerTraining,
-    held_out_scores,
-)
-from feedforward_recon.training.transformer_scores import baseline, errors
+from feedforward_recon.training.transformer import TransformerTrainer, TransformerTraining
+from feedforward_recon.training.transformer_scores import pose_errors
+from feedforward_recon.training.view_sources import PhotoSource, RoomSource, photo_sources
+from feedforward_recon.training.windows import Windows, drawn_window, mirrored
 
-MICRO = VggtConfig(BackboneConfig(VitConfig(32, 4, 1, grid=8), 4, (0, 1, 2, 3)),
-                   DptConfig(64, 8, (8, 8, 8, 8)), camera_depth=1, point_head=False)
+MICRO = RayConfig(dim=32, heads=4, depth=3)
 SHIPPED = ('tiny', 'tiny-ttt')
+PARTS = ('depth', 'point', 'scale', 'turn', 'place', 'guide', 'coarse', 'fine')
+SIZE_WH = (64, 48)
 
 
 @pytest.fixture(scope='module')
-def room():
+def room_file(tmp_path_factory):
     """The views of one room that no network was trained on."""
-    return data.views_of(9500)
+    file = tmp_path_factory.mktemp('room') / 'train0000.npz'
+    np.savez(file, **vars(room_views.views_of(9500, 128)))
+    return file
 
 
-@pytest.fixture
-def windows(room):
-    return data.draw_windows([room], np.random.default_rng(0), 3, 4, 84)
+@pytest.fixture(scope='module')
+def folders(room_file, tmp_path_factory):
+    """Rooms as `ffrecon-train views` writes them, and the walk as two scenes of posed photos."""
+    root = tmp_path_factory.mktemp('training')
+    (root / 'rooms').mkdir()
+    for kind in room_views.FIRST_ROOM:
+        (root / 'rooms' / f'{kind}0000.npz').write_bytes(room_file.read_bytes())
+    for name in ('hall', 'yard'):
+        as_photos(RoomSource(room_file), root / 'photos' / name)
+    return root
 
 
-@pytest.fixture
-def views_folder(room, tmp_path):
-    """A folder as `ffrecon-train views` writes it, with one room for both purposes."""
-    folder = tmp_path / 'views'
-    folder.mkdir()
-    for kind in data.FIRST_ROOM:
-        np.savez(folder / f'{kind}0000.npz', **vars(room))
-    return folder
+def as_photos(room, folder, count=12):
+    """The first views of a walk as photos, with tracks where points are seen."""
+    (folder / 'images').mkdir(parents=True)
+    entries, rows, rng = [], [], np.random.default_rng(0)
+    for view in range(count):
+        camera, T = room.camera(view), room.pose(view)
+        cv2.imwrite(str(folder / f'images/{view}.png'), room.image(view)[..., ::-1])
+        entries.append({'file': f'images/{view}.png', 'distortion': [0.0] * 4,
+                        'K': (camera.K + [[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]]).tolist(),
+                        'T_world_camera': T.tolist()})
+        uv = rng.integers(2, 126, (60, 2))
+        world = camera.unproject(uv.astype(float), room.depth(view)[uv[:, 1], uv[:, 0]]
+                                 .astype(float)) @ T[:3, :3].T + T[:3, 3]
+        for other in range(count):
+            seen = (world - room.pose(other)[:3, 3]) @ room.pose(other)[:3, :3]
+            rows += [(other, *(camera.project(seen[k:k + 1])[0] + 0.5), seen[k, 2], 60 * view + k)
+                     for k in np.flatnonzero(room.shown(other, seen))]
+    (folder / 'cameras.json').write_text(json.dumps({'frames': entries}))
+    table = np.array(rows)
+    np.savez(folder / 'tracks.npz', image_index=table[:, 0].astype(np.int32),
+             uv=table[:, 1:3].astype(np.float32), depth=table[:, 3].astype(np.float32),
+             point_id=table[:, 4].astype(np.int32))
 
 
-@pytest.fixture
-def micro(monkeypatch):
-    monkeypatch.setitem(configs.CONFIGS, 'micro', MICRO)
-    monkeypatch.setitem(configs.CONFIGS, 'micro-ttt', replace(MICRO, attention='ttt'))
+@pytest.fixture(scope='module')
+def micro():
+    """A small network of that name, and small windows that are drawn in no time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(configs.CONFIGS, 'micro', MICRO)
+        patch.setattr(windows_module, 'SIZES_WH', (SIZE_WH,))
+        patch.setattr(windows_module, 'VIEWS', (2,))
+        patch.setattr(validation, 'LANDSCAPE', SIZE_WH)
+        patch.setattr(validation, 'WINDOWS', 1)
+        patch.setattr(validation, 'VIEWS', 2)
+        yield
 
 
-def samples(windows, name):
-    half = PATCH // losses.SAMPLES
-    return getattr(windows, name)[:, :, half // 2::half, half // 2::half]
+def settings(folders, out, **changes):
+    return TransformerTraining(**{
+        'photos': str(folders / 'photos'), 'rooms': str(folders / 'rooms'), 'held_out': 'yard',
+        'out': str(out), 'model': 'micro', 'steps': 4, 'views_per_step': 4, 'save_every': 2,
+        'validate_every': 100, **changes})
 
 
-@pytest.mark.parametrize('change', [lambda windows: windows, data.mirrored])
-def test_points_of_all_views_are_in_the_frame_of_the_first(windows, change):
-    """A point that two views see has one place: matched patches have near points."""
-    windows = change(windows)
-    again = data.normalised_windows(windows.images, windows.depth, windows.K,
-                                    windows.T_cam_world)
-    assert torch.allclose(again.points, windows.points, atol=1e-4)
-    target, visible = losses.matching_patches(windows)
-    middle = windows.points[:, :, PATCH // 2::PATCH, PATCH // 2::PATCH].flatten(2, 3)
-    batch, i, j, patch = visible.nonzero(as_tuple=True)
-    assert len(patch) > 100
-    apart = (middle[batch, i, patch] - middle[batch, j, target[visible]]).norm(dim=-1)
-    # Within half a patch of each other in the image, so within that much of a view in space.
-    assert apart.median() < 0.15 < middle.flatten(0, 2).std()
-    assert torch.allclose(windows.T_cam_world[:, 0], torch.eye(4), atol=1e-5)
-    assert torch.allclose(windows.points[:, 0].norm(dim=-1).mean((1, 2)), torch.ones(3),
-                          atol=1e-5)
+# -- windows with a truth that is known everywhere -----------------------------------------
 
 
-def test_losses_are_zero_for_the_truth_and_positive_otherwise(windows):
-    truth = losses.camera_target(windows)
-    assert losses.camera_loss(truth.expand(4, -1, -1, -1), truth) == 0
-    points, depth = samples(windows, 'points'), samples(windows, 'depth')
-    assert losses.patch_loss(points, depth, windows) == 0
-    assert losses.confident_loss(torch.zeros(5), torch.ones(5)) == 0
-    for index in range(9):
-        wrong = truth.clone()
-        wrong[..., index] += 0.1
-        assert losses.camera_loss(wrong.expand(4, -1, -1, -1), truth) > 0
-    assert losses.patch_loss(points + 0.1, depth, windows) > 0
-    assert losses.patch_loss(points, depth * 1.1, windows) > 0
-    assert losses.confident_loss(torch.full((5,), 0.1), torch.ones(5)) > 0
+def pixel_grid():
+    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in SIZE_WH[::-1]),
+                          indexing='ij')
+    return torch.stack([x, y], -1).flatten(0, 1)
+
+
+def plane_depth(K, T_world_cam, pixels):
+    """Depth of a tilted plane at pixels [N, P, 2] of N views."""
+    normal = torch.tensor([0.2, 0.1, 1.0])
+    rays = torch.cat([(pixels - K[0, :2, 2]) / K[0, 0, 0], torch.ones(*pixels.shape[:-1], 1)], -1)
+    rays = rays @ T_world_cam[:, :3, :3].transpose(1, 2)
+    depth = (1 - T_world_cam[:, :3, 3] @ normal)[:, None] / (rays @ normal)
+    return depth, rays * depth[..., None] + T_world_cam[:, None, :3, 3]
+
+
+def texture(points):
+    """Colours of places."""
+    return 0.5 + 0.5 * torch.stack([(9 * points[..., k] + 7 * points[..., 1 - k % 2] + k).sin()
+                                    for k in range(3)], -1)
+
+
+def plane_windows():
+    """Three views of a tilted plane; depth is known at all cells, and so are matches."""
+    K = torch.tensor([[60.0, 0, 31.5], [0, 60, 23.5], [0, 0, 1]]).repeat(3, 1, 1)
+    T = torch.eye(4).repeat(3, 1, 1)
+    for view, turn, place in ((1, 0.15, (0.2, 0.05, 0.0)), (2, -0.1, (-0.1, 0.1, 0.1))):
+        T[view, :3, :3] = torch.from_numpy(cv2.Rodrigues(np.array([0.05, turn, 0.1]))[0])
+        T[view, :3, 3] = torch.tensor(place)
+    cells = cell_pixels(SIZE_WH[::-1]).expand(3, -1, -1)
+    depth, points = plane_depth(K, T, cells)
+    unit = points[0].norm(dim=-1).median()
+    colours = texture(plane_depth(K, T, pixel_grid().expand(3, -1, -1))[1])
+    images = colours.unflatten(1, SIZE_WH[::-1]).movedim(-1, 1)
+    there = points[:, None] @ torch.eye(3) - T[None, :, None, :3, 3]
+    there = torch.einsum('jab,ijma->ijmb', T[:, :3, :3], there)
+    found = there[..., :2] / there[..., 2:] * 60 + torch.tensor([31.5, 23.5])
+    seen = ((found >= 0) & (found <= torch.tensor(SIZE_WH) - 1)).all(-1)
+    seen &= ~torch.eye(3, dtype=torch.bool)[..., None]
+    T[:, :3, 3] /= unit
+    known = torch.ones(depth.shape, dtype=torch.bool)
+    return Windows(*(x[None] for x in (images, K, T, cells, depth / unit, known, cells, found,
+                                       seen)))
+
+
+def truth(windows):
+    """What a network that knows everything says of them."""
+    def as_map(x):
+        return x.unflatten(2, (SIZE_WH[1] // 8, SIZE_WH[0] // 8))
+    sure, waves = torch.ones_like(as_map(windows.depth)), waves_of(windows.points)
+    return CellMaps(as_map(windows.depth.log()), as_map(windows.points), sure, sure,
+                    as_map(waves).movedim(-1, 2), torch.zeros(1, 3, 1, 12, 16))
+
+
+def waves_of(points):
+    """Descriptors of length 1 that name places."""
+    generator = torch.Generator().manual_seed(0)
+    angles = points @ torch.randn(3, 64, generator=generator) * 4
+    return torch.nn.functional.normalize(torch.cat((angles.sin(), angles.cos()), -1), dim=-1)
+
+
+def test_losses_are_zero_for_the_truth_and_positive_otherwise():
+    windows = plane_windows()
+    right = truth(windows)
+    for name, value in losses.geometry_losses(right, windows).items():
+        assert value.abs() < 2e-5, name
+    turn = torch.from_numpy(cv2.Rodrigues(np.array([0.0, 0.1, 0.0]))[0]).float()
+    for change, counts in (
+            ({'log_depth': right.log_depth + 0.1 * torch.randn(right.log_depth.shape)}, 'depth'),
+            ({'points': 1.1 * right.points}, 'point'), ({'points': right.points @ turn}, 'turn'),
+            ({'points': right.points + 0.1}, 'place'),
+            ({'log_depth': right.log_depth + 1, 'points': right.points * np.e}, 'scale')):
+        said = losses.geometry_losses(replace(right, **change), windows)
+        assert said[counts] > 1e-2, counts
+    # Another unit is an error of scale alone.
+    assert all(said[name].abs() < 2e-5 for name in ('depth', 'point', 'turn', 'place'))
 
 
 def test_doubt_pays_for_large_errors_only():
-    for error, pays in ((0.05, False), (1.0, True)):
-        errors_, doubt = torch.full((4,), error), 1 + 1e-3
-        sure = losses.confident_loss(errors_, torch.full((4,), doubt))
-        assert (losses.confident_loss(errors_, torch.ones(4)) < sure) == pays
+    windows = plane_windows()
+    right = truth(windows)
+    for error, pays in ((0.05, False), (0.5, True)):
+        signs = torch.ones_like(right.log_depth)
+        signs[..., ::2] = -1
+        off = replace(right, log_depth=right.log_depth + error * signs)
+        sure, unsure = (losses.geometry_losses(replace(
+            off, depth_confidence=torch.full_like(signs, doubt)), windows)['depth']
+            for doubt in (1.001, 1.0))
+        assert (unsure < sure) == pays
 
 
-def test_targets_do_not_depend_on_the_size_of_the_scene(windows):
-    larger = data.normalised_windows(
-        windows.images, 7 * windows.depth, windows.K,
-        torch.cat((torch.cat((windows.T_cam_world[..., :3, :3],
-                              7 * windows.T_cam_world[..., :3, 3:]), -1),
-                   windows.T_cam_world[..., 3:, :]), -2))
-    for name in ('depth', 'points', 'T_cam_world'):
-        assert torch.allclose(getattr(larger, name), getattr(windows, name), atol=1e-5)
-    assert torch.allclose(larger.scale, 7 * torch.ones(3), atol=1e-4)
+def test_descriptors_that_name_places_lower_the_matching_loss():
+    """Those that name the pixel do not."""
+    windows = plane_windows()
+    by_place = truth(windows)
+    by_pixel = replace(by_place, descriptors=by_place.descriptors[:, :1].expand(-1, 3, -1, -1, -1))
+    sharp = torch.tensor(3.0)
+    assert losses.coarse_loss(by_place, windows, sharp) \
+        < 0.7 * losses.coarse_loss(by_pixel, windows, sharp)
 
 
-def test_matching_features_lower_the_matching_loss(windows):
-    """Features that name the place in the room match; those that name the pixel do not."""
-    middle = windows.points[:, :, PATCH // 2::PATCH, PATCH // 2::PATCH].flatten(2, 3)
-    generator = torch.Generator().manual_seed(0)
-    waves = middle @ torch.randn(3, 64, generator=generator) * 4
-    by_place = torch.cat((waves.sin(), waves.cos()), -1)
-    by_pixel = by_place[:, :1].expand_as(by_place)
-    truth = losses.matching_patches(windows)
+def test_a_fit_of_points_finds_the_motion():
+    windows = plane_windows()
+    own = windows.rays * windows.depth[..., None]
+    R, t = losses.rigid_fit(own, windows.points, torch.ones(own.shape[:-1]))
+    torch.testing.assert_close(R, windows.T_world_cam[..., :3, :3], atol=1e-4, rtol=0)
+    torch.testing.assert_close(t, windows.T_world_cam[..., :3, 3], atol=1e-4, rtol=0)
 
-    def loss(features):
-        return losses.match_loss(losses.feature_logits(features), *truth)
-    assert loss(by_place) < 0.7 * loss(by_pixel)
+
+# -- windows of photos and rooms ------------------------------------------------------------
+
+
+@pytest.mark.parametrize('change', [lambda windows: windows, mirrored])
+@pytest.mark.parametrize('kind', ['photos', 'room'])
+def test_a_point_that_two_views_see_has_one_place(folders, room_file, kind, change):
+    source = RoomSource(room_file) if kind == 'room' else \
+        photo_sources(folders / 'photos', [])[0][0]
+    assert isinstance(source, (RoomSource, PhotoSource))
+    rng, checked = np.random.default_rng(1), 0
+    for _ in range(4):
+        windows = change(drawn_window(source, rng, 2, (128, 96)))
+        assert torch.allclose(windows.T_world_cam[:, 0], torch.eye(4), atol=1e-5)
+        for i, j in ((0, 1), (1, 0)):
+            rows = windows.seen[0, i, j].nonzero()[:, 0]
+            same = (windows.pixels[0, i][None] == windows.queries[0, i, rows][:, None]).all(-1)
+            world = windows.points[0, i][same.int().argmax(1)]
+            T = rigid_inverse(windows.T_world_cam)[0, j]
+            there = world @ T[:3, :3].T + T[:3, 3]
+            at = there[:, :2] / there[:, 2:] * windows.K[0, j].diagonal()[:2] \
+                + windows.K[0, j, :2, 2]
+            # Depth is stored in half precision: a thousandth is a fraction of a pixel.
+            assert ((at - windows.found[0, i, j, rows]).abs() < 0.3).all()
+            checked += len(rows)
+    assert checked > 60
+
+
+@pytest.mark.parametrize('kind', ['photos', 'room'])
+def test_lengths_do_not_depend_on_the_unit_of_a_scene(folders, room_file, kind, tmp_path):
+    windows = []
+    for unit in (1.0, 8.0):
+        if kind == 'room':
+            with np.load(room_file) as found:
+                arrays = dict(found)
+            arrays['depth'] = (arrays['depth'] * np.float16(unit)).astype(np.float16)
+            arrays['T_world_cam'][:, :3, 3] *= unit
+            np.savez(tmp_path / f'{unit}.npz', **arrays)
+            source = RoomSource(tmp_path / f'{unit}.npz')
+        else:
+            source = photo_sources(folders / 'photos', [])[0][0]
+            scene = source._scene
+            T = scene.T_world_cam.copy()
+            T[:, :3, 3] *= unit
+            source = PhotoSource('hall', replace(scene, T_world_cam=T, depth=scene.depth * unit))
+        windows.append(drawn_window(source, np.random.default_rng(2), 2, (128, 96)))
+    one, other = windows
+    torch.testing.assert_close(one.T_world_cam, other.T_world_cam, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(one.depth[one.known], other.depth[other.known], atol=1e-4,
+                               rtol=1e-4)
+    distance = (one.rays * one.depth[..., None]).norm(dim=-1)[:, 0][one.known[:, 0]]
+    assert distance.median() == pytest.approx(1, abs=1e-5)
+
+
+# -- the trainer ----------------------------------------------------------------------------
 
 
 def test_muon_moves_all_directions_alike():
@@ -140,64 +276,170 @@ def test_muon_moves_all_directions_alike():
     assert moved.max() < 3 * moved.min() and (matrix.diagonal() < 0).all()
 
 
-def settings(views_folder, out, **changes):
-    return TransformerTraining(**{
-        'views': str(views_folder), 'out': str(out), 'model': 'micro', 'steps': 4,
-        'views_per_step': 8, 'save_every': 2, 'validate_every': 100, **changes})
+@pytest.fixture
+def in_plain_light(monkeypatch):
+    """Images are trained on as they are."""
+    monkeypatch.setattr(transformer, 'varied_light', lambda images, generator: images)
 
 
-def test_a_resumed_run_ends_with_the_same_weights(micro, monkeypatch, views_folder, tmp_path):
-    monkeypatch.setattr(TransformerTrainer, '_validate', lambda self: None)
-    through = TransformerTrainer(settings(views_folder, tmp_path / 'a'))
-    list(through.run())
-    halted = TransformerTrainer(settings(views_folder, tmp_path / 'b'))
+def parts_of(trainer, windows):
+    with torch.no_grad():
+        parts = trainer.losses(windows, torch.Generator().manual_seed(0))
+    assert tuple(parts) == PARTS
+    return parts
+
+
+@pytest.fixture(scope='module')
+def begun(micro, folders, tmp_path_factory):
+    """Parts of the loss before and after some steps on one batch, and the weights then."""
+    trainer = TransformerTrainer(settings(folders, tmp_path_factory.mktemp('begun'), steps=1000,
+                                          learning_rate=3e-3, warm_up=1))
+    windows = plane_windows()
+    first = parts_of(trainer, windows)
+    for _ in range(40):
+        trainer._step([windows])
+    return first, parts_of(trainer, windows), trainer.network.state_dict()
+
+
+@pytest.mark.parametrize('part', PARTS)
+def test_steps_on_one_batch_lower_every_part_of_the_loss(begun, part):
+    first, then, _ = begun
+    assert then[part] < 0.7 * first[part]
+
+
+@pytest.mark.parametrize('part', PARTS)
+def test_a_step_along_a_part_of_the_loss_lowers_it(begun, in_plain_light, folders, tmp_path,
+                                                   monkeypatch, part):
+    """Where the network is not all wrong: beyond some error a turn counts as wrong, no more."""
+    trainer = TransformerTrainer(settings(folders, tmp_path, learning_rate=1e-4, warm_up=1))
+    trainer.network.load_state_dict(begun[2])
+    windows, whole = plane_windows(), trainer.losses
+    before = parts_of(trainer, windows)[part]
+    monkeypatch.setattr(trainer, 'losses', lambda *given: {part: whole(*given)[part]})
+    trainer._step([windows])
+    monkeypatch.setattr(trainer, 'losses', whole)
+    assert parts_of(trainer, windows)[part] < before
+
+
+def test_a_resumed_run_ends_with_the_same_weights(micro, folders, tmp_path):
+    asked = {'accumulate': 2}
+    through = TransformerTrainer(settings(folders, tmp_path / 'a', **asked))
+    untouched = {k: t.clone() for k, t in through.network.state_dict().items()}
+    assert list(through.run()) == [1, 2, 3, 4]
+    halted = TransformerTrainer(settings(folders, tmp_path / 'b', **asked))
     for step in halted.run():
         if step == 3:  # the last state that was saved is that of step 2
             break
-    again = TransformerTrainer(settings(views_folder, tmp_path / 'b'))
+    again = TransformerTrainer(settings(folders, tmp_path / 'b', **asked))
     assert again.step == 2
     list(again.run())
-    untouched = build('micro').state_dict()
     for name, tensor in through.network.state_dict().items():
         assert torch.equal(tensor, again.network.state_dict()[name]), name
-    assert not torch.equal(untouched['aggregator.global_blocks.0.attn.qkv.weight'],
-                           again.network.state_dict()['aggregator.global_blocks.0.attn.qkv.weight'])
+    for name, tensor in through.average.state_dict().items():
+        assert torch.equal(tensor, again.average.state_dict()[name]), name
+    key = 'global_blocks.0.attn.qkv.weight'
+    assert not torch.equal(untouched[key], again.network.state_dict()[key])
+    assert not torch.equal(through.average.state_dict()[key],
+                           through.network.state_dict()[key])
 
 
-def test_other_attention_takes_over_what_is_shared(micro, views_folder, tmp_path, caplog):
+def test_the_stem_stays_that_of_the_encoder(micro, folders, tmp_path):
+    trainer = TransformerTrainer(settings(folders, tmp_path, steps=3))
+    list(trainer.run())
+    shipped = RayStem.shipped().state_dict()
+    for name, tensor in trainer.network.stem.state_dict().items():
+        assert torch.equal(tensor, shipped[name]), name
+        if tensor.is_floating_point():
+            assert torch.equal(trainer.average.state_dict()[f'stem.{name}'], tensor), name
+
+
+def test_accumulated_batches_give_their_mean_gradient(micro, in_plain_light, folders, tmp_path,
+                                                      monkeypatch):
+    trainer = TransformerTrainer(settings(folders, tmp_path))
+    whole, given = trainer.losses, []
+    monkeypatch.setattr(trainer, 'losses', lambda windows, generator: (
+        given.append(generator.get_state()), whole(windows, generator))[1])
+    batches = [plane_windows(), trainer.stream.batch((0, 0, 0), 4)]
+    report = trainer._gradient(batches)
+    together = [p.grad.clone() for p in trainer._parameters() if p.grad is not None]
+    alone, totals = [], []
+    for windows, state in zip(batches, list(given), strict=True):
+        generator = torch.Generator()
+        generator.set_state(state)
+        trainer.network.zero_grad()
+        parts = whole(windows, generator)
+        torch.stack(list(parts.values())).sum().backward()
+        alone.append([p.grad.clone() for p in trainer._parameters() if p.grad is not None])
+        totals.append(float(parts['depth'].detach()))
+    assert len(together) == len(alone[0]) > 50
+    for a, b, mean in zip(*alone, together, strict=True):
+        torch.testing.assert_close((a + b) / 2, mean, rtol=1e-4, atol=1e-6)
+    assert report['depth'] == pytest.approx(np.mean(totals), rel=1e-5)
+
+
+def test_a_run_writes_the_best_weights_and_another_starts_from_them(micro, folders, tmp_path,
+                                                                    caplog):
     caplog.set_level(logging.INFO)
-    one = TransformerTrainer(settings(views_folder, tmp_path / 'a', steps=1))
-    one._step()
-    one._export()
+    one = TransformerTrainer(settings(folders, tmp_path / 'a', steps=1))
+    list(one.run())
     file = tmp_path / 'a' / 'micro.safetensors'
-    other = TransformerTrainer(settings(views_folder, tmp_path / 'b', model='micro-ttt',
-                                        start=str(file), teacher=str(file)))
-    key = 'aggregator.global_blocks.1.attn.qkv.weight'
-    assert torch.equal(other.network.state_dict()[key],
-                       one.network.state_dict()[key].half().float())
-    assert '24 are new' in caplog.text and '16 left out' in caplog.text
-    assert np.isfinite(sum(other._step().values()))
-    # A network that began as its teacher says the same, apart from the rounding of the file.
-    same = TransformerTrainer(settings(views_folder, tmp_path / 'c', start=str(file),
-                                       teacher=str(file)))
-    assert same._step()['teacher'] < 0.01 * other._step()['teacher']
+    stored = load_file(file)
+    for name, tensor in one.average.state_dict().items():
+        assert torch.equal(stored[name], tensor.half()), name
+    other = TransformerTrainer(settings(folders, tmp_path / 'b', start=str(file)))
+    key = 'global_blocks.1.attn.qkv.weight'
+    assert torch.equal(other.network.state_dict()[key], stored[key].float())
+    assert '; 0 are new, 0 left out' in caplog.text
+    lines = (tmp_path / 'a' / 'log.jsonl').read_text().splitlines()
+    held_out = json.loads(lines[-1])['held_out']
+    assert set(held_out) == {'yard', 'held_out0000'} and all(held_out.values())
 
 
-def test_scores_of_the_truth_and_of_no_answer(windows):
-    perfect = errors(windows.T_cam_world, 3 * windows.depth, windows).scores()
-    assert perfect.rotation_deg < 0.1 and perfect.direction_deg < 0.1
-    assert perfect.auc30 > 99 and perfect.abs_rel < 1e-5
-    none = baseline(windows).scores()
-    assert none.direction_deg == pytest.approx(90) and none.auc30 == 0
-    assert none.rotation_deg > 1 and none.abs_rel > 0.1
+def test_weights_are_written_where_nothing_is_held_out(micro, folders, tmp_path):
+    asked = settings(folders, tmp_path, rooms='', held_out='', steps=2, validate_every=1)
+    trainer = TransformerTrainer(asked)
+    list(trainer.run())
+    stored = load_file(tmp_path / 'micro.safetensors')
+    for name, tensor in trainer.average.state_dict().items():
+        assert torch.equal(stored[name], tensor.half()), name
+
+
+@pytest.mark.parametrize(('changes', 'words'), [
+    ({'photos': 'nowhere'}, 'scenes with a cameras.json in'),
+    ({'held_out': 'hall,yard'}, 'to train on, found none'),
+    ({'held_out': 'cellar'}, r"found \['cellar'\]; choose of \['hall', 'yard'\]"),
+    ({'rooms': 'nowhere'}, 'run `ffrecon-train views` first'),
+    ({'model': 'vggt-tiny'}, "of the kind of tiny, found 'vggt-tiny'; choose tiny"),
+    ({'model': 'tinny'}, 'did you mean tiny'), ({'device': 'cuda:99'}, "found 'cuda:99'"),
+    ({'start': 'no/such.safetensors'}, 'weights to start from in no/such.safetensors')])
+def test_settings_that_do_not_fit_are_one_sentence(micro, folders, tmp_path, changes, words):
+    changes = {key: str(tmp_path / value) if value == 'nowhere' else value
+               for key, value in changes.items()}
+    with pytest.raises(ReconError, match=words) as caught:
+        TransformerTrainer(settings(folders, tmp_path / 'out', **changes))
+    said = str(caught.value)
+    assert said.startswith('expected ') and 'found' in said and ';' in said and '\n' not in said
+
+
+# -- what is shipped ------------------------------------------------------------------------
+
+
+def test_scores_of_the_truth_and_of_no_answer():
+    T = rigid_inverse(plane_windows().T_world_cam)
+    rotation, direction = pose_errors(T, T)
+    assert rotation.max() < 0.1 and direction.max() < 0.1 and len(rotation) == 3
+    rotation, direction = pose_errors(torch.eye(4).expand_as(T), T)
+    assert rotation.min() > 1 and torch.allclose(direction, torch.full((3,), 90.0).double())
 
 
 @pytest.mark.parametrize('name', SHIPPED)
-def test_shipped_weights_beat_the_baseline_in_a_room_never_seen(name, room):
+def test_shipped_weights_beat_the_baseline_in_a_room_never_seen(name, room_file):
     assert located(CHECKPOINTS[name]) is not None
-    network = load_predictor(name).network
-    assert {p.dtype for p in network.parameters()} == {torch.float32}
-    scores, without = held_out_scores(network, [room], batches=1)
-    assert scores.rotation_deg < 0.7 * without.rotation_deg
-    assert scores.direction_deg < 0.7 * without.direction_deg
-    assert scores.abs_rel < 0.8 * without.abs_rel
+    predictor = load_predictor(name)
+    assert {p.dtype for p in predictor.network.parameters()} == {torch.float32}
+    windows = benchmark.room_windows(RoomSource(room_file), 6)
+    found, without = (benchmark.scores(windows, predict)
+                      for predict in (benchmark.told(predictor), benchmark.still))
+    assert found.rotation_deg < 0.7 * without.rotation_deg
+    assert found.direction_deg < 0.7 * without.direction_deg
+    assert found.abs_rel < 0.8 * without.abs_rel

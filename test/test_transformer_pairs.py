@@ -288,67 +288,73 @@ def test_the_shipped_network_maps_a_rendered_room(photos):
     assert error_of(run, photos)[0] < 0.01
 
 
+def unknown(placed):
+    """Intrinsics that only networks that are told some would look at."""
+    return [np.eye(3)] * len(placed)
+
+
 @pytest.fixture(scope='module')
-def tiny():
-    return load_predictor('tiny')
+def vggt():
+    """The shipped network of the kind of VGGT."""
+    return load_predictor('tiny-ttt')
 
 
 @pytest.mark.parametrize('half', [False, True])
-def test_a_collection_is_seen_once_and_pairs_as_the_network_sees_them(tiny, photos, monkeypatch,
+def test_a_collection_is_seen_once_and_pairs_as_the_network_sees_them(vggt, photos, monkeypatch,
                                                                       half):
-    monkeypatch.setattr(tiny, 'half', half)
-    network = CollectionNetwork(tiny)
+    monkeypatch.setattr(vggt, 'half', half)
+    network = CollectionNetwork(vggt)
     images = [frame.image for frame in photos[:5]]
     placed = [network.prepared(image) for image in images]
     for one, all_ in zip(placed, crop(images, 112), strict=True):
         assert np.array_equal(one.image, all_.image) and one.scale_xy == all_.scale_xy
     monkeypatch.setattr(collection_module, 'ENCODED_AT_ONCE', 2)
-    collection = network.collected(placed)
+    collection = network.collected(placed, unknown(placed))
     pairs = collection.predict([(0, 1), (3, 2)])
     for window, pair in zip([(0, 1), (3, 2)], pairs, strict=True):
-        alone, _ = tiny.predict([placed[i].image for i in window])
+        alone, _ = vggt.predict([placed[i].image for i in window])
         for name in ('T_world_cam', 'K', 'depth', 'confidence'):
             np.testing.assert_allclose(getattr(pair, name), getattr(alone, name), rtol=1e-4,
                                        atol=1e-5)
 
 
-def test_large_photos_are_prepared_at_the_size_of_their_features(tiny, photos):
+def test_large_photos_are_prepared_at_the_size_of_their_features(vggt, photos):
     def made(*prepare):
         with quiet('features', 1) as bar:
             return read_photos(photos[:1], ENCODER, 160 * 120, map, bar, *prepare).shots[0]
 
-    shot = made(CollectionNetwork(tiny).prepared)
+    shot = made(CollectionNetwork(vggt).prepared)
     assert shot.gray.shape == (120, 160)
     assert shot.prepared.image.shape == (84, 112, 3)
     assert shot.prepared.scale_xy == (0.7, 0.7)
     assert made().prepared is None
 
 
-def test_images_are_encoded_once_however_often_the_focal_length_is_tried(tiny, photos,
+def test_images_are_encoded_once_however_often_the_focal_length_is_tried(vggt, photos,
                                                                        monkeypatch):
     bare = [Frame(f.stamp_ns, f.image, source=f.source) for f in photos]
-    plain, encoded = tiny.network.encode, []
-    monkeypatch.setattr(tiny.network, 'encode', lambda images: (
+    plain, encoded = vggt.network.encode, []
+    monkeypatch.setattr(vggt.network, 'encode', lambda images: (
         encoded.append(images.shape[1]), plain(images))[1])
-    run = reconstruct_frames(bare, TRANSFORMER, predictor=tiny)[0]
+    run = reconstruct_frames(bare, TRANSFORMER, predictor=vggt)[0]
     assert sum(encoded) == len(photos)
     assert run.scene.keyframes[0].camera.fx == pytest.approx(CAMERA.fx, rel=0.02)
 
 
-def test_photos_of_several_shapes_are_one_collection(tiny, photos):
-    network = CollectionNetwork(tiny)
+def test_photos_of_several_shapes_are_one_collection(vggt, photos):
+    network = CollectionNetwork(vggt)
     tall = np.ascontiguousarray(photos[1].image[:, 60:240])
     placed = [network.prepared(image) for image in (photos[0].image, tall)]
-    collection = network.collected(placed)
+    collection = network.collected(placed, unknown(placed))
     (said,) = collection.predict([(0, 1)])
     assert said.depth.shape == (2, 112, 112)
     assert [image.offset_xy for image in collection.placed] == [(0, 14), (0, -21)]
 
 
-def test_latent_alignment_is_used_where_it_is_asked_for(tiny, photos):
+def test_latent_alignment_is_used_where_it_is_asked_for(vggt, photos):
     torch.manual_seed(0)
-    network = build('tiny', alignment=4)
-    network.load_state_dict(tiny.network.state_dict(), strict=False)
+    network = build('tiny-ttt', alignment=4)
+    network.load_state_dict(vggt.network.state_dict(), strict=False)
     for parameter in network.aggregator.latent_alignment.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     predictor = NetworkPredictor(network)
@@ -356,8 +362,9 @@ def test_latent_alignment_is_used_where_it_is_asked_for(tiny, photos):
     for align in (False, True):
         collections = CollectionNetwork(predictor, align=align)
         placed = [collections.prepared(frame.image) for frame in photos[:4]]
-        said[align] = [collections.collected(placed[:count]).predict([(0, 1)])[0].depth
-                       for count in (3, 4)]
+        of_some = [collections.collected(placed[:count], unknown(placed[:count]))
+                   for count in (3, 4)]
+        said[align] = [collection.predict([(0, 1)])[0].depth for collection in of_some]
     # Another image of the collection counts with it, and not without.
     assert np.allclose(*said[False]) and not np.allclose(*said[True])
     assert not np.allclose(said[False][0], said[True][0])
@@ -367,7 +374,8 @@ def test_latent_alignment_is_used_where_it_is_asked_for(tiny, photos):
 def test_too_little_memory_is_one_sentence(few_pixels, photos, monkeypatch, kind, does):
     predictor = of_kind(kind)
     network = pair_network(TRANSFORMER.reconstruction, predictor)
-    collection = network.collected([network.prepared(frame.image) for frame in photos[:2]])
+    placed = [network.prepared(frame.image) for frame in photos[:2]]
+    collection = network.collected(placed, unknown(placed))
 
     def full(*_, **__):
         raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')
@@ -408,7 +416,8 @@ def test_networks_of_other_kinds_see_each_pair_as_by_itself(few_pixels, photos, 
     images = [frame.image for frame in photos[:4]]
     placed = [network.prepared(image) for image in images]
     windows = [(0, 1), (3, 2), (0, 2)]
-    for window, pair in zip(windows, network.collected(placed).predict(windows), strict=True):
+    collection = network.collected(placed, unknown(placed))
+    for window, pair in zip(windows, collection.predict(windows), strict=True):
         # The network is asked about the same pixels, as a window of its own.
         seen = [PreparedImage(placed[k].image, (1.0, 1.0)) for k in window]
         with torch.inference_mode():
@@ -419,6 +428,21 @@ def test_networks_of_other_kinds_see_each_pair_as_by_itself(few_pixels, photos, 
                                        atol=1e-5)
         whole, _ = predictor.predict([images[k] for k in window])
         np.testing.assert_allclose(pair.T_world_cam, whole.T_world_cam, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_that_is_told_intrinsics_is_told_those_of_the_photos(photos):
+    predictor = load_predictor('tiny')
+    network = pair_network(TRANSFORMER.reconstruction, predictor)
+    images = [frame.image for frame in photos[:2]]
+    placed = [network.prepared(image) for image in images]
+    told, found = CAMERA.K, CAMERA.with_lens(1.3, 0.0).K
+    first = network.collected(placed, [told] * 2)
+    for collection, K in ((first, told), (network.told(first, [found] * 2), found)):
+        (pair,) = collection.predict([(0, 1)])
+        alone, _ = predictor.predict(images, K=K)
+        np.testing.assert_allclose(pair.T_world_cam, alone.T_world_cam, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(alone.K, [K] * 2, rtol=1e-6)
+        np.testing.assert_allclose(pair.K, [image.prepared_K(K) for image in placed], rtol=1e-6)
 
 
 def as_trained(predictor, images):
@@ -434,7 +458,7 @@ def test_white_is_put_around_smaller_images_of_a_pair_alone(few_pixels, photos, 
     placed = [network.prepared(image) for image in (photos[0].image, tall, photos[2].image)]
     (rows, columns), (tall_rows, tall_columns) = (p.image.shape[:2] for p in placed[:2])
     assert tall_rows > rows and tall_columns < columns
-    collection = network.collected(placed)
+    collection = network.collected(placed, unknown(placed))
     assert collection.placed == placed
     mixed, wide = collection.predict([(0, 1), (0, 2)])
     assert wide.depth.shape == (2, rows, columns)
@@ -450,21 +474,22 @@ def test_white_is_put_around_smaller_images_of_a_pair_alone(few_pixels, photos, 
 def test_the_decoder_asks_networks_of_any_kind_in_batches(few_pixels, room, kind, monkeypatch):
     config, predictor = TRANSFORMER.reconstruction, of_kind(kind)
     network, plain, asked = pair_network(config, predictor), predictor.windows, []
-    monkeypatch.setattr(predictor, 'windows', lambda images: (asked.append(len(images)),
-                                                              plain(images))[1])
+    monkeypatch.setattr(predictor, 'windows', lambda images, K: (asked.append(len(images)),
+                                                                 plain(images, K))[1])
     images = [cv2.cvtColor(shot.gray, cv2.COLOR_GRAY2RGB) for shot in room.shots]
-    collection = network.collected([network.prepared(image) for image in images])
+    placed = [network.prepared(image) for image in images]
+    collection = network.collected(placed, [shot.camera.K for shot in room.shots])
     decoder = pair_decoder(room.shots, ENCODER, config, collection)
     assert len(decoder.decode(EDGES[:3], [decoder.match(*edge) for edge in EDGES[:3]])) == 3
     assert asked == [3]
 
 
-def test_settings_choose_the_decoder(room, tiny):
+def test_settings_choose_the_decoder(room, vggt):
     assert pair_network(ReconstructionConfig(), None) is None
     compact = pair_decoder(room.shots, ENCODER, ReconstructionConfig(), None)
     assert isinstance(compact, CompactPairs)
     config = TRANSFORMER.reconstruction
-    assert pair_network(config, tiny) is not None
+    assert pair_network(config, vggt) is not None
     decoder = pair_decoder(room.shots, ENCODER, config, room.oracle())
     assert isinstance(decoder, TransformerPairs) and decoder.batch == 5
 
@@ -477,7 +502,9 @@ def test_settings_choose_the_decoder(room, tiny):
     ({'decoder': 'transformer', 'latent_alignment': True}, 'pi3', ConfigError,
      'kind of VGGT, .* found Pi3; .* leave latent alignment out'),
     ({'decoder': 'transformer', 'latent_alignment': True}, 'da3', ConfigError, 'found Da3'),
-    ({'decoder': 'transformer', 'latent_alignment': True}, 'tiny', CheckpointError,
+    ({'decoder': 'transformer', 'latent_alignment': True}, 'tiny', ConfigError,
+     'found RayTransformer; choose .* tiny-ttt'),
+    ({'decoder': 'transformer', 'latent_alignment': True}, 'vggt-tiny', CheckpointError,
      'expected weights with latent alignment, found none')])
 def test_settings_that_do_not_fit_are_one_sentence(few_pixels, changes, name, error, sentence):
     predictor = of_kind(name) if name else None
@@ -492,11 +519,11 @@ def folder(photos, tmp_path_factory):
 
 
 def test_the_command_maps_with_a_network_and_its_alignment(folder, tmp_path, capsys):
-    weights, network = tmp_path / 'aligned.safetensors', load_predictor('tiny').network
-    aligning = build('tiny', alignment=4)
+    weights, network = tmp_path / 'aligned.safetensors', load_predictor('tiny-ttt').network
+    aligning = build('tiny-ttt', alignment=4)
     aligning.load_state_dict(network.state_dict(), strict=False)
     save_file(aligning.state_dict(), weights)
-    assert main(['reconstruct', str(folder), *SETTINGS, '--model', 'tiny', '--weights',
+    assert main(['reconstruct', str(folder), *SETTINGS, '--model', 'tiny-ttt', '--weights',
                  str(weights), '--set', 'reconstruction.decoder=transformer',
                  '--set', 'reconstruction.latent_alignment=true',
                  '--out', str(tmp_path / 'map'), '--json']) == 0

@@ -37,7 +37,7 @@ class Oracle:
         self.noise, self.turn, self.limit = noise, turn, limit
         self.sizes = []
 
-    def predict(self, images, memory=None, *, write=True):
+    def predict(self, images, memory=None, *, write=True, K=None):
         if len(images) > self.limit:
             raise MemoryError(f'{len(images)} images')
         self.sizes.append(len(images))

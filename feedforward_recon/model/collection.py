@@ -61,6 +61,10 @@ class PairNetwork(ABC):
         Raises ConfigError where the device has too little memory.
         """
 
+    def told(self, collection: Collection, K: Sequence[Intrinsics]) -> Collection:
+        """The same images, of which other intrinsics are known now."""
+        return self.collected(collection.placed, K)
+
     @contextmanager
     def _computing(self, what: str) -> Iterator[None]:
         try:
@@ -104,8 +108,8 @@ class CollectionNetwork(PairNetwork):
         if not isinstance(network, Vggt):
             raise ConfigError('expected a network of the kind of VGGT, which can align images '
                               'between encoding and decoding them, found '
-                              f'{type(network).__name__}; choose vggt, vgg-t3 or tiny, or leave '
-                              'latent alignment out')
+                              f'{type(network).__name__}; choose vggt, vgg-t3 or tiny-ttt, or '
+                              'leave latent alignment out')
         if align and not network.aligns:
             raise CheckpointError('expected weights with latent alignment, found none in those of '
                                   'this network; give others, or switch it off')
@@ -121,6 +125,11 @@ class CollectionNetwork(PairNetwork):
         with self._computing(f'{len(placed)} encoded images'):
             patches = self.encoded(placed)
         return Collection(placed, partial(self._answer, patches))
+
+    def told(self, collection: Collection, K: Sequence[Intrinsics]) -> Collection:
+        """The same (see ``PairNetwork``): what was encoded does not depend on intrinsics."""
+        del K
+        return collection
 
     @torch.inference_mode()
     def encoded(self, placed: Sequence[PreparedImage]) -> torch.Tensor:

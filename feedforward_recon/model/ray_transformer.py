@@ -95,16 +95,15 @@ class RayState:
         return self.view_tokens.shape[1]
 
 
-class RayTransformer(nn.Module):
-    """The network of `tiny`."""
+class RayTokens(nn.Module):
+    """Views and their intrinsics as tokens."""
 
     column_mean: torch.Tensor
     column_deviation: torch.Tensor
 
-    def __init__(self, config: RayConfig, global_attention: AttentionFactory) -> None:
+    def __init__(self, config: RayConfig) -> None:
         super().__init__()
-        self.config, dim = config, config.dim
-        self.stem = RayStem(config.stem)
+        self.stem, dim = RayStem(config.stem), config.dim
         columns = self.stem.channels
         self.register_buffer('column_mean', torch.zeros(columns))
         self.register_buffer('column_deviation', torch.ones(columns))
@@ -112,6 +111,30 @@ class RayTransformer(nn.Module):
         self.ray_embed = nn.Linear(2 + 4 * FREQUENCIES, dim)
         self.special_tokens = nn.Parameter(0.5 * torch.randn(2, SPECIAL, dim))
         self.place = nn.Parameter(0.2 * torch.randn(2, dim))  # of the first view, of others
+
+    def _tokens(self, seen: StemMaps, K: torch.Tensor, size_hw: torch.Size, *,
+                has_first: bool) -> torch.Tensor:
+        """Special tokens and patches [B, N, P, C] of the views that K [B, N, 3, 3] is of."""
+        columns = (seen.columns - self.column_mean) / self.column_deviation
+        middles = cell_pixels((size_hw[0], size_hw[1]), K.device, PATCH)
+        focal = K.diagonal(dim1=-2, dim2=-1)[..., None, :2]
+        rays = (middles - K[..., None, :2, 2]) / focal  # [B, N, T, 2]
+        patches = self.embed(columns.flatten(2)).unflatten(0, K.shape[:2]) \
+            + self.ray_embed(_waves(rays))
+        slots = torch.ones(K.shape[1], dtype=torch.long, device=K.device)
+        if has_first:
+            slots[0] = 0
+        patches = patches + self.place[slots][:, None]
+        special = self.special_tokens[slots].expand(len(K), -1, -1, -1)
+        return torch.cat([special.to(patches.dtype), patches], 2)
+
+
+class RayTransformer(RayTokens):
+    """The network of `tiny`."""
+
+    def __init__(self, config: RayConfig, global_attention: AttentionFactory) -> None:
+        super().__init__(config)
+        self.config, dim = config, config.dim
         self.frame_blocks = nn.ModuleList([Block(config.block) for _ in range(config.depth)])
         # Where views meet, a place in the image means nothing: all patches lie at one place.
         joint = replace(config.block, one_place=True)
@@ -149,22 +172,6 @@ class RayTransformer(nn.Module):
         return RayState(empty_states(self.global_blocks, batch),
                         self.norm.weight.new_zeros(batch, 0, self.config.dim))
 
-    def _tokens(self, seen: StemMaps, K: torch.Tensor, size_hw: torch.Size, *,
-                has_first: bool) -> torch.Tensor:
-        """Special tokens and patches [B, N, P, C] of the views that K [B, N, 3, 3] is of."""
-        columns = (seen.columns - self.column_mean) / self.column_deviation
-        middles = cell_pixels((size_hw[0], size_hw[1]), K.device, PATCH)
-        focal = K.diagonal(dim1=-2, dim2=-1)[..., None, :2]
-        rays = (middles - K[..., None, :2, 2]) / focal  # [B, N, T, 2]
-        patches = self.embed(columns.flatten(2)).unflatten(0, K.shape[:2]) \
-            + self.ray_embed(_waves(rays))
-        slots = torch.ones(K.shape[1], dtype=torch.long, device=K.device)
-        if has_first:
-            slots[0] = 0
-        patches = patches + self.place[slots][:, None]
-        special = self.special_tokens[slots].expand(len(K), -1, -1, -1)
-        return torch.cat([special.to(patches.dtype), patches], 2)
-
     def _joined(self, x: torch.Tensor, grid_hw: tuple[int, int], states: tuple[Any, ...],
                 write: bool, demand: Demand) -> tuple[torch.Tensor, tuple[Any, ...]]:
         """Tokens [B, N, P, C] -> [B, N, P, 2 C], of the last frame and global block; states."""
@@ -198,9 +205,10 @@ class RayTransformer(nn.Module):
         """Initial values for a short training: descriptors are those of the stem."""
         for block in self.global_blocks:
             attention = cast(GlobalBlock, block).attn
-            if attention.has_norms:
-                attention.q_norm.weight.fill_(SHARPNESS)
-                attention.k_norm.weight.fill_(SHARPNESS)
+            for name in ('q_norm', 'k_norm'):
+                norm = getattr(attention, name, None)
+                if isinstance(norm, nn.LayerNorm):  # fast weights compare unit vectors instead
+                    norm.weight.fill_(SHARPNESS)
         self.geometry.weight.mul_(0.5)
         self.describe.weight.zero_()
         self.describe.bias.zero_()

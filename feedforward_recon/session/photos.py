@@ -16,7 +16,7 @@ from feedforward_recon.config.photos import PhotoConfig
 from feedforward_recon.errors import InputError, MapError
 from feedforward_recon.mapping.scene_map import Stats
 from feedforward_recon.memory import MemoryWriter
-from feedforward_recon.model.collection import PairNetwork
+from feedforward_recon.model.collection import Collection, PairNetwork
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.model.predictor import NetworkPredictor
 from feedforward_recon.reconstruction.comparisons import Mapped
@@ -104,21 +104,24 @@ class _Pairs:
         Where the focal length was guessed far off, all is done again with the one that was found:
         motions of pairs are as wrong as it was.
         """
+        collection = self._network.collected([shot.prepared for shot in shots if shot.prepared],
+                                             [shot.camera.K for shot in shots]
+                                             ) if self._network else None
         for attempt in range(ATTEMPTS):
             calibration = open_calibration(shots)
-            done = self._attempt(shots, calibration)
+            done = self._attempt(shots, calibration, collection)
             scale = done[0].structure.cameras[0].fx / shots[0].camera.fx
             if 'focal' not in calibration or abs(np.log(scale)) < CLOSE \
                     or attempt + 1 == ATTEMPTS:
                 break
             shots = [shot.seen_by(shot.camera.with_lens(scale, 0.0)) for shot in shots]
+            if self._network and collection:
+                collection = self._network.told(collection, [shot.camera.K for shot in shots])
         return shots, done
 
-    def _attempt(self, shots: list[Shot], calibration: tuple[str, ...]) -> list[Reconstructed]:
+    def _attempt(self, shots: list[Shot], calibration: tuple[str, ...],
+                 collection: Collection | None) -> list[Reconstructed]:
         config = self._config.reconstruction
-        collection = self._network.collected([shot.prepared for shot in shots if shot.prepared],
-                                             [shot.camera.K for shot in shots]
-                                             ) if self._network else None
         decoder = pair_decoder(shots, self._encoder, config, collection)
         comparing = self._work.pairs(self._engine, shots) if self._work else self._engine
         return reconstruct(shots, decoder, config, calibration, _counting(comparing, self._bar),

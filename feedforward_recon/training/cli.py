@@ -13,9 +13,9 @@ from feedforward_recon.console.options import Flag, takes
 from feedforward_recon.console.terminal import progress_bar, run, taught
 from feedforward_recon.training.encoder import EncoderTrainer, EncoderTraining
 from feedforward_recon.training.memory import MemoryTrainer, MemoryTraining
+from feedforward_recon.training.room_views import HELD_OUT, TRAIN, render_views
 from feedforward_recon.training.rooms import render_rooms
 from feedforward_recon.training.transformer import TransformerTrainer, TransformerTraining
-from feedforward_recon.training.transformer_data import HELD_OUT, TRAIN, render_views
 
 app = typer.Typer(name='ffrecon-train', add_completion=False, no_args_is_help=False,
                   pretty_exceptions_enable=False,
@@ -45,21 +45,27 @@ ENCODER_FLAGS = {
     'save_every': Flag('--save-every', 'Steps between saves.'),
     'workers': Flag('--workers', 'Processes that make pairs.')}
 TRANSFORMER_FLAGS = {
-    'views': Flag('--views', 'Folder that `ffrecon-train views` wrote.', metavar='DIR'),
+    'photos': Flag('--photos', 'Folder of posed photos with tracks: real scenes.',
+                   metavar='DIR'),
     'out': Flag('--out', 'Folder of the run: weights, log and state; an interrupted run goes '
                 'on.', metavar='DIR'),
-    'model': Flag('--model', 'Network to train: tiny or tiny-ttt.', metavar='NAME'),
+    'rooms': Flag('--rooms', 'Folder that `ffrecon-train views` wrote: exact depth.',
+                  metavar='DIR'),
+    'held_out': Flag('--held-out', 'Scenes of --photos that are only looked at, separated by '
+                     'commas.', metavar='NAMES'),
+    'model': Flag('--model', 'Network to train: tiny.', metavar='NAME'),
     'start': Flag('--start', 'Weights to begin with; what they lack starts fresh.',
                   metavar='FILE'),
-    'teacher': Flag('--teacher', 'Weights of the same network with softmax attention to '
-                    'imitate.', metavar='FILE'),
+    'device': Flag('--device', 'What computes: cpu, cuda or cuda:1.', metavar='NAME'),
+    'photo_share': Flag('--photo-share', 'Share of the windows that come from photos.'),
     'steps': Flag('--steps', 'Optimisation steps of the whole schedule.'),
-    'views_per_step': Flag('--views-per-step', 'Images per step, in windows of 2 to 8.'),
+    'views_per_step': Flag('--views-per-step', 'Images of a batch, in windows of 2 to 8.'),
+    'accumulate': Flag('--accumulate', 'Batches of a step.'),
     'learning_rate': Flag('--learning-rate', 'Highest learning rate.'),
     'warm_up': Flag('--warm-up', 'Steps until the highest learning rate.'),
     'seed': Flag('--seed', 'Seed of every random choice.'),
     'save_every': Flag('--save-every', 'Steps between saves.'),
-    'validate_every': Flag('--validate-every', 'Steps between looks at rooms never trained on.')}
+    'validate_every': Flag('--validate-every', 'Steps between looks at scenes held out.')}
 MEMORY_FLAGS = {
     'out': Flag('--out', 'Folder of the run: keys, log, state and scenes; an interrupted run goes '
                 'on.', metavar='DIR'),
@@ -108,13 +114,14 @@ def rooms_command(out: Out, count: Count = 150) -> None:
 
 @takes(TransformerTraining, 'training', TRANSFORMER_FLAGS)
 def transformer_command(training: TransformerTraining) -> None:
-    """Train the transformer `tiny` on one CPU core, resumable at any step.
+    """Train the transformer `tiny` on posed photos and rooms, resumable at any step.
 
-    The result is OUT/tiny.safetensors, the best on rooms never trained on; use it with
+    The result is OUT/tiny.safetensors, the best on scenes and rooms held out; use it with
     `ffrecon map --model tiny --weights OUT/tiny.safetensors`.
 
-    Example:
-      ffrecon-train transformer --views views/ --out runs/tiny --steps 4000
+    Examples:
+      ffrecon-train transformer --photos posed/ --held-out fox,door --out runs/tiny
+      ffrecon-train transformer --photos posed/ --rooms views/ --device cuda --out runs/tiny
     """
     logging.getLogger('feedforward_recon.training').setLevel(logging.INFO)
     trainer = TransformerTrainer(training)
@@ -141,7 +148,7 @@ def memory_command(training: MemoryTraining) -> None:
 
 def views_command(out: Out, count: Count = 150, held_out: HeldOut = 16,
                   photos: PhotoTextures = None, device: RenderDevice = 'cpu') -> None:
-    """Render small views of rooms to train the transformer on, and of others to test it on.
+    """Render views of rooms to train the transformer on, and of others to test it on.
 
     Example:
       ffrecon-train views --out views/ --count 150 --photos photos/

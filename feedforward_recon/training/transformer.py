@@ -1,7 +1,8 @@
-"""Training of the transformer `tiny`: resumable, seeded, on one CPU core.
+"""Training of the transformer `tiny` on posed photos and rooms: seeded, resumable, on any device.
 
-Everything random in a step follows from the seed and the number of the step, so an interrupted
-run that goes on ends with the weights of one that was never interrupted.
+Everything random in a step follows from the seed, the number of the step and the process, so an
+interrupted run that goes on ends with the weights of one that was never interrupted. Under
+torchrun every process draws windows of its own, and gradients are averaged.
 """
 
 from __future__ import annotations
@@ -9,220 +10,184 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
 
-import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from feedforward_recon.errors import ConfigError
-from feedforward_recon.model.attention.ttt import ShortConv
-from feedforward_recon.model.configs import build, load
-from feedforward_recon.model.dpt import direction_embedding
-from feedforward_recon.model.heads import PASSES
-from feedforward_recon.model.layers import Block, GlobalBlock, LayerScale
-from feedforward_recon.model.vggt import Vggt
-from feedforward_recon.training.guidance import GuideInputs
+from feedforward_recon.errors import CheckpointError, ConfigError
+from feedforward_recon.model.configs import build, device_of
+from feedforward_recon.model.layers import Block
+from feedforward_recon.model.ray_stem import RayStem
+from feedforward_recon.model.ray_transformer import RayTransformer
+from feedforward_recon.synthetic.appearance import Appearance
+from feedforward_recon.training.guidance import AttentionInputs
+from feedforward_recon.training.moving_average import MovingAverage
 from feedforward_recon.training.muon import Muon
-from feedforward_recon.training.transformer_data import (
-    HEIGHTS,
-    HELD_OUT,
-    TRAIN,
-    RoomViews,
-    Windows,
-    augment_batch,
-    draw_windows,
-    load_views,
-    mirrored,
-)
+from feedforward_recon.training.processes import Processes
 from feedforward_recon.training.transformer_losses import (
-    TrainingHeads,
-    attention_logits,
-    camera_loss,
-    camera_target,
-    confident_loss,
-    feature_logits,
-    first_view_loss,
-    match_loss,
-    matching_patches,
-    patch_loss,
+    coarse_loss,
+    fine_loss,
+    geometry_losses,
+    guide_loss,
 )
-from feedforward_recon.training.transformer_scores import Scores, baseline, concatenated, errors
+from feedforward_recon.training.validation import ValidationWindows
+from feedforward_recon.training.view_sources import photo_sources, room_sources
+from feedforward_recon.training.windows import Windows, WindowStream
 
 log = logging.getLogger(__name__)
-VIEWS_PER_WINDOW = (2, 4, 4, 8)  # drawn evenly
-CAMERA_WEIGHT, PATCH_WEIGHT, MATCH_WEIGHT = 5.0, 1.0, 0.2
-BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.98), 0.05, 1.0
-FIRST_LAYER_SCALE, TOKEN_DEVIATION = 0.2, 0.5
-HELD_OUT_SEED, HELD_OUT_BATCHES, HELD_OUT_WINDOWS, HELD_OUT_VIEWS = 1, 4, 8, 8
-DENSE_WINDOWS = 4
-# Global block and head -> what its attention is told: which patches match in all pairs of
-# views, or where patches are in the first view.
-MATCHING_HEADS, FIRST_VIEW_HEADS = ((1, 0), (1, 1)), ((1, 2), (1, 3), (2, 0), (2, 1))
+BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.98), 0.02, 1.0
+# The rate falls in a line over the last part of the schedule only: until then a run may be made
+# longer or shorter (Hu et al., MiniCPM, 2024).
+DECAY_SHARE, LEAST_RATE = 0.2, 0.02
+# Heads of global blocks that are told what patches show: in all views, in the first view.
+GUIDED = {'all_views': (0, 1), 'first_view': (2, 3)}
 GUIDED_BLOCKS = (1, 2)
 LOG_EVERY = 25
-MEAN_ENCODING = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.8, 1.0)
+STATISTICS_BATCHES = 4
 
 
 @dataclass(frozen=True)
 class TransformerTraining:
     """Settings of a training run; ``steps`` is the whole schedule, resumes included.
 
-    views: folder of `render_views`. out: folder of the run. start: weights to begin with; what
-    they lack starts fresh. teacher: weights of the same network with softmax attention, whose
-    tokens are imitated.
+    photos: folder of posed scenes. rooms: folder of ``ffrecon-train views``. held_out: names of
+    scenes that are only looked at. start: weights to begin with; what they lack starts fresh.
+    accumulate: batches of ``views_per_step`` images in one step.
     """
 
-    views: str
+    photos: str
     out: str
+    rooms: str = ''
+    held_out: str = ''
     model: str = 'tiny'
     start: str = ''
-    teacher: str = ''
-    steps: int = 4000
+    device: str = 'cpu'
+    photo_share: float = 0.6
+    steps: int = 6000
     views_per_step: int = 32
-    learning_rate: float = 1e-3
-    warm_up: int = 200
+    accumulate: int = 1
+    learning_rate: float = 1.5e-3
+    warm_up: int = 100
     seed: int = 0
     save_every: int = 100
-    validate_every: int = 250
+    validate_every: int = 500
 
 
 class TransformerTrainer:
     """One training run in the folder ``settings.out``."""
 
     def __init__(self, settings: TransformerTraining) -> None:
-        self.settings = settings
+        self.settings, self.device = settings, device_of(settings.device)
+        self.processes = Processes(self.device)
         self.out = Path(settings.out)
         self.out.mkdir(parents=True, exist_ok=True)
-        self.rooms = load_views(Path(settings.views), TRAIN)
-        self.held_out = load_views(Path(settings.views), HELD_OUT)
+        held_out = [name for name in settings.held_out.split(',') if name]
+        photos, kept = photo_sources(Path(settings.photos), held_out)
+        rooms, room_kept = room_sources(Path(settings.rooms)) if settings.rooms else ([], [])
+        self.stream = WindowStream(photos, rooms, settings.photo_share, settings.seed)
+        self.validation = ValidationWindows([*kept, *room_kept])
         torch.manual_seed(settings.seed)
         network = build(settings.model)
-        if not isinstance(network, Vggt):
-            raise ConfigError('expected a network of the kind of VGGT, found '
+        if not isinstance(network, RayTransformer):
+            raise ConfigError('expected a network of the kind of tiny, found '
                               f'{settings.model!r}; choose tiny')
-        self.network = network
-        self.teacher = cast(Vggt, load(settings.model, settings.teacher, attention='softmax')) \
-            if settings.teacher else None
-        self.heads = TrainingHeads(network.config.backbone.vit.dim)
-        start_well(network)
-        if settings.start:
-            take_over(network, Path(settings.start))
+        self.network = network.to(self.device)
+        self._guide = AttentionInputs(network.global_blocks, GUIDED_BLOCKS)
         self.optimisers = self._optimisers()
+        self.average = MovingAverage(network)
         self.step, self.best = 0, -math.inf
-        self._guide = GuideInputs(network, GUIDED_BLOCKS)
-        self._resume()
+        self._begin()
 
     def run(self) -> Iterator[int]:
         """Train until ``settings.steps``, yielding every step; stop and start it at any time."""
-        while self.step < self.settings.steps:
-            report = self._step()
-            self.step += 1
-            if self.step % LOG_EVERY == 0:
-                self._log(report)
-            last = self.step == self.settings.steps
-            if last or self.step % self.settings.validate_every == 0:
-                self._validate()
-            if last or self.step % self.settings.save_every == 0:
-                self._save()
-            yield self.step
+        report: dict[str, float] = {}
+        with ThreadPoolExecutor(1) as ahead:
+            following = ahead.submit(self._batches, self.step)
+            while self.step < self.settings.steps:
+                batches = following.result()
+                following = ahead.submit(self._batches, self.step + 1)
+                report = self._step(batches)
+                self.step += 1
+                self._after(report)
+                yield self.step
 
-    def loss(self, windows: Windows, images: torch.Tensor, dense_view: torch.Tensor,
-             ) -> dict[str, torch.Tensor]:
-        """The parts of the loss, each with its weight.
+    def losses(self, windows: Windows, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """The parts of the loss, each with its weight."""
+        with torch.autocast(self.device.type, torch.bfloat16):
+            cells, _ = self.network(windows.images, windows.K)
+            compared = {block: self._guide.queries_keys(block, windows.images.shape[1])
+                        for block in GUIDED_BLOCKS}
+        parts = geometry_losses(cells, windows)
+        if windows.seen.any():
+            parts['guide'] = guide_loss(compared, windows, **GUIDED)
+            parts['coarse'] = coarse_loss(cells, windows, self.network.log_sharpness)
+            parts['fine'] = fine_loss(self.network.fine_matcher, cells, windows, generator)
+        return parts
 
-        images: those of the windows, perhaps with other exposure. dense_view: the view [B] of
-        each window on which the costly dense heads are trained.
-        """
-        with torch.autocast('cpu', torch.bfloat16):
-            memory = self.network.empty_memory(len(images))
-            tokens, states = self.network.aggregator(images, memory.states, write=True,
-                                                     has_first=True)
-            match = self._match_loss(states, windows)
-            unlike = self._teacher_loss(tokens.levels, images)
-            patches = [level.unflatten(0, images.shape[:2]) for level in tokens.patches]
-            points, depth = self.heads.points_and_depth(patches[-1], tokens.grid_hw)
-            rows = torch.arange(min(len(images), DENSE_WINDOWS))
-            shown = [level[rows, dense_view[rows]] for level in patches]
-            dense_depth = self.network.depth_head(shown, tokens.grid_hw).float()
-        encodings = self.network.camera_head(tokens.camera.float())
-        depth_error = (dense_depth[..., 0].exp() - windows.depth[rows, dense_view[rows]]).abs()
-        return {
-            'camera': CAMERA_WEIGHT * camera_loss(encodings, camera_target(windows)),
-            'depth': confident_loss(depth_error, 1 + dense_depth[..., 1].exp()),
-            'patches': PATCH_WEIGHT * patch_loss(points, depth, windows),
-            'match': MATCH_WEIGHT * match, 'teacher': unlike}
+    def _batches(self, step: int) -> list[Windows]:
+        rank = self.processes.rank
+        return [self.stream.batch((step, part, rank), self.settings.views_per_step)
+                for part in range(self.settings.accumulate)]
 
-    def _teacher_loss(self, levels: tuple[torch.Tensor, ...], images: torch.Tensor,
-                      ) -> torch.Tensor:
-        """Share of the variance of the teacher's tokens that is missed, mean over the levels."""
-        if self.teacher is None:
-            return torch.zeros(())
-        with torch.no_grad():
-            memory = self.teacher.empty_memory(len(images))
-            wanted, _ = self.teacher.aggregator(images, memory.states, write=True,
-                                                has_first=True)
-        missed = [(mine.float() - theirs.float()).square().mean() / theirs.float().var()
-                  for mine, theirs in zip(levels, wanted.levels, strict=True)]
-        return torch.stack(missed).mean()
-
-    def _match_loss(self, states: tuple[Any, ...], windows: Windows) -> torch.Tensor:
-        """Encoded patches, and queries and keys of some heads, are alike where they match."""
-        target, visible = matching_patches(windows)
-        shape, patches = windows.images.shape[:2], target.shape[-1]
-        features = self.heads.match(self._guide.encoded.unflatten(0, shape))
-        loss = match_loss(feature_logits(features), target, visible)
-        compared = {block: self._guide.queries_keys(block, states[block], shape[1])
-                    for block in GUIDED_BLOCKS}
-        for block, head in MATCHING_HEADS:
-            logits = attention_logits(*(x[:, head, :, -patches:] for x in compared[block]))
-            loss = loss + match_loss(logits, target, visible)
-        for block, head in FIRST_VIEW_HEADS:
-            q, k = (x[:, head] for x in compared[block])
-            loss = loss + first_view_loss(q, k, target, visible)
-        return loss
-
-    def _step(self) -> dict[str, float]:
-        rng = np.random.default_rng([self.settings.seed, self.step])
-        views = int(rng.choice(VIEWS_PER_WINDOW))
-        count = max(1, self.settings.views_per_step // views)
-        windows = draw_windows(self.rooms, rng, count, views, int(rng.choice(HEIGHTS)))
-        if rng.random() < 0.5:
-            windows = mirrored(windows)
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        dense_view = torch.from_numpy(rng.integers(views, size=count))
-        for optimiser in self.optimisers:
-            for group in optimiser.param_groups:
-                group['lr'] = self._learning_rate()
-        self.network.train()
-        # Plain matrix products are faster than the fused attention at this size.
-        with sdpa_kernel(SDPBackend.MATH):
-            parts = self.loss(windows, augment_batch(windows.images, generator), dense_view)
-            total = torch.stack(list(parts.values())).sum()
-        for parameter in self._parameters():
-            parameter.grad = None
-        total.backward()
+    def _step(self, batches: list[Windows]) -> dict[str, float]:
+        started = time.perf_counter()
+        self._set_rate()
+        report = self._gradient(batches)
+        self.processes.average_gradients(self._parameters())
         norm = nn.utils.clip_grad_norm_(self._parameters(), CLIP)
         if torch.isfinite(norm):
             for optimiser in self.optimisers:
                 optimiser.step()
+            self.average.update(self.network, self.step)
         else:
             log.warning('step %d: gradient is not finite, no step taken', self.step)
-        return {'views': views, **{name: float(part.detach()) for name, part in parts.items()}}
+        return {**report, 'seconds': time.perf_counter() - started}
 
-    def _learning_rate(self) -> float:
-        warm = min(1.0, (self.step + 1) / max(1, self.settings.warm_up))
-        done = min(1.0, self.step / self.settings.steps)
-        return self.settings.learning_rate * warm * (0.01 + 0.99 * 0.5
-                                                     * (1 + math.cos(math.pi * done)))
+    def _gradient(self, batches: list[Windows]) -> dict[str, float]:
+        """Leave the mean gradient of the batches in the parameters; mean parts of the loss."""
+        self.network.train()
+        for parameter in self._parameters():
+            parameter.grad = None
+        report: dict[str, float] = {'views': batches[0].images.shape[1]}
+        for part, windows in enumerate(batches):
+            generator = torch.Generator().manual_seed(
+                hash((self.settings.seed, self.step, part, self.processes.rank)) % 2**62)
+            windows = _photographed(windows, generator)
+            parts = self.losses(windows.to(self.device), generator)
+            (torch.stack(list(parts.values())).sum() / len(batches)).backward()
+            for name, value in parts.items():
+                report[name] = report.get(name, 0.0) + float(value.detach()) / len(batches)
+        return report
+
+    def _after(self, report: dict[str, float]) -> None:
+        """Log, look at what is held out, save; by the first process alone."""
+        last = self.step == self.settings.steps
+        if self.processes.rank:
+            return
+        if last or self.step % LOG_EVERY == 0:
+            self._log(report)
+        if last or self.step % self.settings.validate_every == 0:
+            self._validate()
+        if last or self.step % self.settings.save_every == 0:
+            self._save()
+
+    def _set_rate(self) -> None:
+        settings = self.settings
+        warm = (self.step + 1) / max(1, settings.warm_up)
+        left = (settings.steps - self.step) / max(1, DECAY_SHARE * settings.steps)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group['lr'] = settings.learning_rate * min(1.0, warm, max(LEAST_RATE, left))
 
     def _parameters(self) -> list[nn.Parameter]:
-        return [*self.network.parameters(), *self.heads.parameters()]
+        return [p for p in self.network.parameters() if p.requires_grad]
 
     def _optimisers(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
         """Muon for the matrices of the blocks, AdamW for all else."""
@@ -234,15 +199,18 @@ class TransformerTrainer:
                 torch.optim.AdamW(others, betas=BETAS, weight_decay=0.0))
 
     def _validate(self) -> None:
-        scores, without = held_out_scores(self.network, self.held_out)
-        self._log({'held_out': asdict(scores), 'baseline': asdict(without)})
-        if scores.auc30 > self.best:
-            self.best = scores.auc30
-            self._export()
+        with self.average.applied(self.network):
+            self.network.eval()
+            rows = self.validation.scores(self.network, self.device)
+            self._log({'held_out': rows})
+            score = self.validation.mean_auc(rows)
+            if score >= self.best:  # where nothing is held out, the latest are the best
+                self.best = score
+                self._export()
 
     def _export(self) -> None:
-        """The weights in half precision: they are read as float32 again."""
-        tensors = {name: tensor.half().contiguous()
+        """The averaged weights in half precision: they are read as float32 again."""
+        tensors = {name: tensor.half().contiguous().cpu()
                    for name, tensor in self.network.state_dict().items()}
         file = self.out / f'{self.settings.model}.safetensors'
         save_file(tensors, file.with_suffix('.tmp'))
@@ -252,78 +220,70 @@ class TransformerTrainer:
         line = {'step': self.step, **{k: round(v, 4) if isinstance(v, float) else v
                                       for k, v in report.items()}}
         log.info('%s', json.dumps(line))
-        with open(self.out / 'log.jsonl', 'a') as file:
+        with open(self.out / 'log.jsonl', 'a', encoding='utf-8') as file:
             file.write(json.dumps(line) + '\n')
 
     def _save(self) -> None:
-        state = {'network': self.network.state_dict(), 'heads': self.heads.state_dict(),
+        state = {'network': self.network.state_dict(), 'average': self.average.state_dict(),
                  'optimisers': [o.state_dict() for o in self.optimisers],
                  'step': self.step, 'best': self.best, 'settings': asdict(self.settings)}
         torch.save(state, self.out / 'state.tmp')
         (self.out / 'state.tmp').replace(self.out / 'state.pt')
 
-    def _resume(self) -> None:
+    def _begin(self) -> None:
+        """Go on where the run was left, or from given weights, or from nothing."""
         file = self.out / 'state.pt'
-        if not file.exists():
+        if file.exists():
+            state = torch.load(file, weights_only=True, map_location=self.device)
+            self.network.load_state_dict(state['network'])
+            self.average.load_state_dict(state['average'])
+            for optimiser, saved in zip(self.optimisers, state['optimisers'], strict=True):
+                optimiser.load_state_dict(saved)
+            self.step, self.best = state['step'], state['best']
+            log.info('resumed at step %d', self.step)
             return
-        state = torch.load(file, weights_only=True)
-        self.network.load_state_dict(state['network'])
-        self.heads.load_state_dict(state['heads'])
-        for optimiser, saved in zip(self.optimisers, state['optimisers'], strict=True):
-            optimiser.load_state_dict(saved)
-        self.step, self.best = state['step'], state['best']
-        log.info('resumed at step %d', self.step)
+        if self.settings.start:
+            take_over(self.network, Path(self.settings.start))
+        else:
+            self._start_fresh()
+        self.average = MovingAverage(self.network)
+
+    @torch.no_grad()
+    def _start_fresh(self) -> None:
+        """The stem of the shipped compact encoder, and what its columns are like."""
+        self.network.stem.load_state_dict(RayStem.shipped().state_dict())
+        columns = []
+        for number in range(STATISTICS_BATCHES):
+            images = self.stream.batch((number, 0, 2**16), self.settings.views_per_step).images
+            columns.append(self.network.stem(images.flatten(0, 1).to(self.device)
+                                             ).columns.flatten(0, 2))
+        everything = torch.cat(columns)
+        self.network.column_mean.copy_(everything.mean(0))
+        self.network.column_deviation.copy_(everything.std(0) + 1e-3)
 
 
-@torch.no_grad()
-def start_well(network: Vggt) -> None:
-    """Initial values for a short training from nothing; the architecture stays as it is.
-
-    The published ones suit an encoder that has been trained before. Here patches know from the
-    start where they are, blocks contribute at once, and global queries equal keys, so that
-    tokens look for their like.
-    """
-    aggregator = network.aggregator
-    side = network.config.backbone.vit.grid
-    table = direction_embedding((side, side), 1.0, network.config.backbone.vit.dim)
-    aggregator.patch_embed.pos_embed[0, 1:] = TOKEN_DEVIATION * table.flatten(1).T
-    for token in (aggregator.camera_token, aggregator.register_token,
-                  aggregator.patch_embed.register_tokens):
-        token.normal_(std=TOKEN_DEVIATION)
-    for module in network.modules():
-        if isinstance(module, LayerScale) and module.gamma[0] < FIRST_LAYER_SCALE:
-            module.gamma.fill_(FIRST_LAYER_SCALE)
-        if isinstance(module, ShortConv):
-            nn.init.dirac_(module.conv.weight, groups=module.conv.groups)
-    # A quarter per pass: no field of view starts at the dead side of its ReLU.
-    network.camera_head.pose_branch.fc2.bias.copy_(torch.tensor(MEAN_ENCODING) / PASSES)
-    for block in aggregator.global_blocks:
-        queries, keys, _ = cast(GlobalBlock, block).attn.qkv.weight.chunk(3)
-        keys.copy_(queries)
+def _photographed(windows: Windows, generator: torch.Generator) -> Windows:
+    """The windows as cameras with other settings would have taken them."""
+    shape = windows.images.shape
+    taken = Appearance.drawn(shape[0], shape[1], generator)
+    images = taken.applied(windows.images.flatten(0, 1), generator)
+    return replace(windows, images=images.view(shape))
 
 
 @torch.no_grad()
 def take_over(network: nn.Module, file: Path) -> None:
-    """Copy what a file and a network share; says in the log what they do not."""
-    stored, wanted = load_file(file), network.state_dict()
+    """Copy what a file and a network share; says in the log what they do not.
+
+    Raises CheckpointError for a file that is no weights.
+    """
+    try:
+        stored, wanted = load_file(file), network.state_dict()
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f'expected weights to start from in {file}, found {error}; give a '
+                              '.safetensors file') from error
     shared = [name for name in wanted if name in stored
               and stored[name].shape == wanted[name].shape]
     for name in shared:
         wanted[name].copy_(stored[name])
     log.info('began with %d tensors of %s; %d are new, %d left out', len(shared), file,
              len(wanted) - len(shared), len(stored) - len(shared))
-
-
-@torch.inference_mode()
-def held_out_scores(network: Vggt, rooms: list[RoomViews],
-                    batches: int = HELD_OUT_BATCHES) -> tuple[Scores, Scores]:
-    """Figures of a network on fixed windows of rooms, and those of the baseline."""
-    network.eval()
-    rng = np.random.default_rng(HELD_OUT_SEED)
-    found, without = [], []
-    for _ in range(batches):
-        windows = draw_windows(rooms, rng, HELD_OUT_WINDOWS, HELD_OUT_VIEWS, HEIGHTS[0])
-        said, _ = network(windows.images)
-        found.append(errors(said.T_cam_world, said.depth, windows))
-        without.append(baseline(windows))
-    return concatenated(found).scores(), concatenated(without).scores()

@@ -1,146 +1,167 @@
-"""Losses of the geometry transformer (VGGT: Wang et al., CVPR 2025, sec. 3.4).
+"""Losses of a `RayTransformer`: depth, world points, poses that follow from them, and matches.
 
-Lengths are in units of the mean distance of the first view's points from its camera, so
-nothing here depends on the size of a scene.
+Lengths count relative to the scene: each window is brought to one scale before it is compared.
+Errors count by a confidence C of at least 1 (Kendall and Gal 2017; DUSt3R): C e - 0.2 log C + e.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-from feedforward_recon.model.pose_encoding import encode_cameras
-from feedforward_recon.model.vit import PATCH
-from feedforward_recon.training.transformer_data import Windows
+from feedforward_recon.model.cell_matching import FineMatcher
+from feedforward_recon.model.ray_stem import CELL, PATCH, cell_pixels
+from feedforward_recon.model.ray_transformer import SPECIAL, CellMaps
+from feedforward_recon.training.windows import Windows
 
-PASS_DECAY = 0.6
-FOV_WEIGHT = 0.5
-HUBER = 0.05
-CONFIDENCE_WEIGHT = 0.2
-TEMPERATURE = 0.1
-DEPTH_TOLERANCE = 0.05
-SAMPLES = 2  # per patch and direction
+SCALE_WEIGHT, GUIDE_WEIGHT, COARSE_WEIGHT, FINE_WEIGHT = 0.1, 0.06, 0.5, 0.3
+CONFIDENCE_REWARD = 0.2
+LARGE = 1.0  # error, relative to the depth, from which it counts by its logarithm
+LARGEST_TURN = 1.5  # of the Frobenius norm between rotations: farther is equally wrong
+FINE_SAMPLES, FINE_SPREAD_PX = 2000, 7.0
+GUIDE_SHARPNESS = 1 / 0.07
 
 
-class TrainingHeads(nn.Module):
-    """Linear read-outs of patch tokens that guide the training and are thrown away after it.
+def geometry_losses(cells: CellMaps, windows: Windows) -> dict[str, torch.Tensor]:
+    """Losses of depth, points, scale, and of rotation and position of the views."""
+    maps = torch.cat([cells.log_depth[..., None], cells.points,
+                      cells.depth_confidence[..., None].log(),
+                      cells.points_confidence[..., None].log()], -1).movedim(-1, 2)
+    said = at_pixels(maps, windows.pixels)
+    known, true = windows.known, windows.depth.log()
+    count = known.flatten(1).sum(1).clamp(min=1)
+    log_scale = ((true - said[..., 0]) * known).flatten(1).sum(1) / count  # [B]
+    depth = (said[..., 0] + log_scale[:, None, None] - true).abs()
+    distance = (windows.rays * windows.depth[..., None]).norm(dim=-1)
+    moved = said[..., 1:4] * log_scale.exp()[:, None, None, None]
+    point = _mild((moved - windows.points).norm(dim=-1) / distance)
+    return {'depth': _confident(depth, said[..., 4].exp(), known),
+            'point': _confident(point, said[..., 5].exp(), known),
+            'scale': SCALE_WEIGHT * log_scale.abs().mean(),
+            **_pose_losses(cells, windows, log_scale)}
 
-    match: of the image encoder's tokens, to be alike where patches show the same place.
-    geometry: of the last tokens, SAMPLES^2 world points and log depths per patch.
+
+def _pose_losses(cells: CellMaps, windows: Windows, log_scale: torch.Tensor
+                 ) -> dict[str, torch.Tensor]:
+    """Of the poses of all views but the first that fit depths to points in closed form."""
+    size_hw = windows.images.shape[-2], windows.images.shape[-1]
+    pixels = cell_pixels((size_hw[0], size_hw[1]), windows.K.device)
+    focal = windows.K.diagonal(dim1=-2, dim2=-1)[:, 1:, None, :2]
+    rays = F.pad((pixels - windows.K[:, 1:, None, :2, 2]) / focal, (0, 1), value=1.0)
+    own = rays * cells.log_depth[:, 1:].flatten(2).exp()[..., None]
+    R, t = rigid_fit(own, cells.points[:, 1:].flatten(2, 3),
+                     cells.points_confidence[:, 1:].flatten(2))
+    true = windows.T_world_cam[:, 1:]
+    turn = (R - true[..., :3, :3]).flatten(2).norm(dim=-1)
+    apart = (t * log_scale.exp()[:, None, None] - true[..., :3, 3]).norm(dim=-1)
+    return {'turn': turn.clamp(max=LARGEST_TURN).mean(), 'place': _mild(apart).mean()}
+
+
+def rigid_fit(source: torch.Tensor, target: torch.Tensor, weights: torch.Tensor
+              ) -> tuple[torch.Tensor, torch.Tensor]:
+    """R [..., 3, 3] and t [..., 3] that move points [..., P, 3] best to others (Kabsch 1976)."""
+    share = (weights / weights.sum(-1, keepdim=True))[..., None]
+    mean_source = (share * source).sum(-2, keepdim=True)
+    mean_target = (share * target).sum(-2, keepdim=True)
+    M = ((target - mean_target) * share).transpose(-1, -2) @ (source - mean_source)
+    U, _, Vh = torch.linalg.svd(M.double())
+    sign = torch.ones_like(U[..., 0])
+    sign[..., 2] = torch.det(U @ Vh)
+    R = ((U * sign[..., None, :]) @ Vh).to(source)
+    return R, (mean_target - mean_source @ R.transpose(-1, -2))[..., 0, :]
+
+
+def coarse_loss(cells: CellMaps, windows: Windows, log_sharpness: torch.Tensor) -> torch.Tensor:
+    """InfoNCE (van den Oord et al. 2018) of points against all cells of the other views.
+
+    The four cells around the true position share the target, as in bilinear interpolation.
     """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.match = nn.Linear(dim, 64)
-        self.norm = nn.LayerNorm(2 * dim)
-        self.geometry = nn.Linear(2 * dim, 4 * SAMPLES**2)
-
-    def points_and_depth(self, tokens: torch.Tensor, grid_hw: tuple[int, int],
-                         ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens [B, N, h * w, 2 C] -> points [B, N, 2h, 2w, 3] and depth [B, N, 2h, 2w]."""
-        said = self.geometry(self.norm(tokens)).float()
-        said = said.unflatten(-1, (SAMPLES, SAMPLES, 4)).unflatten(2, grid_hw)
-        said = said.transpose(3, 4).flatten(4, 5).flatten(2, 3)
-        return said[..., :3], said[..., 3].exp()
-
-
-def camera_target(windows: Windows) -> torch.Tensor:
-    """The true pose encodings [B, N, 9]."""
-    height, width = windows.depth.shape[-2:]
-    return encode_cameras(windows.T_cam_world, windows.K, (height, width))
+    descriptors = cells.descriptors
+    query = F.normalize(at_pixels(descriptors, windows.queries), dim=-1)
+    logits = torch.einsum('bimd,bjdt->bijmt', query, descriptors.flatten(3))
+    logs = (logits * log_sharpness.exp())[windows.seen].log_softmax(-1)  # [S, cells]
+    rows, columns = descriptors.shape[-2:]
+    at = (windows.found[windows.seen] - (CELL - 1) / 2) / CELL
+    corner = at.floor()
+    share = at - corner
+    loss = logs.new_zeros(len(logs))
+    for across in (0, 1):
+        for down in (0, 1):
+            x = (corner[:, 0] + across).long().clamp(0, columns - 1)
+            y = (corner[:, 1] + down).long().clamp(0, rows - 1)
+            weight = (share[:, 0] if across else 1 - share[:, 0]) \
+                * (share[:, 1] if down else 1 - share[:, 1])
+            loss = loss - weight * logs.gather(1, (y * columns + x)[:, None])[:, 0]
+    return COARSE_WEIGHT * loss.mean()
 
 
-def camera_loss(encodings: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Huber loss of encodings [passes, B, N, 9] against [B, N, 9]; late passes count most."""
-    passes = len(encodings)
-    decay = PASS_DECAY ** torch.arange(passes - 1, -1, -1).to(encodings)
-    error = F.smooth_l1_loss(encodings, target.expand_as(encodings), reduction='none', beta=HUBER)
-    error = error.mean((1, 2))  # [passes, 9]
-    weighted = error[:, :3].sum(1) + error[:, 3:7].sum(1) + FOV_WEIGHT * error[:, 7:].sum(1)
-    return (decay * weighted).mean()
+def fine_loss(matcher: FineMatcher, cells: CellMaps, windows: Windows,
+              generator: torch.Generator) -> torch.Tensor:
+    """Error of fine matches that begin up to FINE_SPREAD_PX off, in their own deviations."""
+    rows = windows.seen.nonzero()
+    chosen = torch.randperm(len(rows), generator=generator)[:FINE_SAMPLES].to(rows.device)
+    b, i, j, m = rows[chosen].unbind(1)
+    true, views = windows.found[b, i, j, m], windows.images.shape[1]
+    spread = 2 * torch.rand(len(b), 2, generator=generator).to(true) - 1
+    said, log_deviation = matcher(cells.fine.flatten(0, 1), (b * views + i, b * views + j),
+                                  windows.queries[b, i, m], true + FINE_SPREAD_PX * spread)
+    error = (said - true).norm(dim=-1)
+    return FINE_WEIGHT * (error * (-log_deviation).exp() + log_deviation).mean()
 
 
-def confident_loss(error: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
-    """Errors, plainly and weighted by a confidence of at least 1, which is paid for.
+def guide_loss(compared: Mapping[int, tuple[torch.Tensor, torch.Tensor]], windows: Windows,
+               all_views: Sequence[int], first_view: Sequence[int]) -> torch.Tensor:
+    """Cross-entropy of attention that should find what a patch shows in other views.
 
-    Zero for no error at confidence 1; doubt lowers the cost of errors above 0.2.
+    compared: of some global blocks queries and keys [B, h, N, P, d], scaled. all_views: heads
+    whose softmax over each other view should find it there. first_view: heads whose softmax over
+    all tokens should find it in the first view, which is the world.
     """
-    weighted = error * confidence - CONFIDENCE_WEIGHT * confidence.log()
-    return (weighted + error).mean()
+    columns = windows.images.shape[-1] // PATCH
+    source, target = (_patch(x, columns) for x in (windows.queries, windows.found))
+    seen, first = windows.seen, windows.seen[:, :, 0]
+    losses = []
+    for q, k in compared.values():
+        for head in all_views:
+            logits = torch.einsum('bimd,bjtd->bijmt', _rows(q[:, head, :, SPECIAL:], source),
+                                  k[:, head, :, SPECIAL:])
+            losses.append(F.cross_entropy(logits[seen].float(), target[seen]))
+        for head in first_view:
+            logits = torch.einsum('bimd,btd->bimt', _rows(q[:, head, :, SPECIAL:], source),
+                                  k[:, head].flatten(1, 2))
+            if first.any():
+                losses.append(F.cross_entropy(logits[first].float(),
+                                              SPECIAL + target[:, :, 0][first]))
+    return GUIDE_WEIGHT * torch.stack(losses).sum()
 
 
-def patch_loss(points: torch.Tensor, depth: torch.Tensor, windows: Windows) -> torch.Tensor:
-    """Error of the points and depths that `TrainingHeads` reads from all patches."""
-    step = PATCH // SAMPLES
-    true_points = windows.points[:, :, step // 2::step, step // 2::step]
-    true_depth = windows.depth[:, :, step // 2::step, step // 2::step]
-    return (points - true_points).abs().mean() + (depth - true_depth).abs().mean()
+def at_pixels(maps: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """Bilinear values [B, N, P, C] of maps of cells [B, N, C, h, w] at pixels [B, N, P, 2]."""
+    size = torch.tensor([maps.shape[-1], maps.shape[-2]], device=maps.device)
+    grid = 2 * (pixels - (CELL - 1) / 2) / CELL / (size - 1.0) - 1
+    values = F.grid_sample(maps.flatten(0, 1), grid.flatten(0, 1)[:, None], align_corners=True,
+                           padding_mode='border')
+    return values[:, :, 0].transpose(1, 2).unflatten(0, maps.shape[:2])
 
 
-def feature_logits(features: torch.Tensor) -> torch.Tensor:
-    """Likeness [B, i, j, P, P] of the patches of all pairs of views, of features [B, N, P, C]."""
-    unit = F.normalize(features.float(), dim=-1)
-    return torch.einsum('bipc,bjqc->bijpq', unit, unit) / TEMPERATURE
+def _rows(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Tokens [B, N, T, d] at index [B, N, M]."""
+    return tokens.gather(2, index[..., None].expand(-1, -1, -1, tokens.shape[-1]))
 
 
-def attention_logits(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """What softmax attention compares [B, i, j, P, P], of queries and keys [B, N, P, d]."""
-    scale = queries.shape[-1] ** -0.5
-    return torch.einsum('bipc,bjqc->bijpq', queries.float(), keys.float()) * scale
+def _patch(pixels: torch.Tensor, columns: int) -> torch.Tensor:
+    """Number of the patch that pixels [..., 2] fall into."""
+    x, y = (pixels / PATCH).long().unbind(-1)
+    return y * columns + x
 
 
-def match_loss(logits: torch.Tensor, target: torch.Tensor, visible: torch.Tensor,
+def _mild(error: torch.Tensor) -> torch.Tensor:
+    return torch.where(error > LARGE, LARGE + error.clamp(min=1e-6).log(), error)
+
+
+def _confident(error: torch.Tensor, confidence: torch.Tensor, known: torch.Tensor
                ) -> torch.Tensor:
-    """InfoNCE (van den Oord et al. 2018) between the patches of all pairs of views.
-
-    logits: [B, i, j, P, P]; each patch p of view i whose middle is seen by view j should be
-    most like the patch that it falls into there (`matching_patches`).
-    """
-    if not visible.any():
-        return logits.sum() * 0
-    return F.cross_entropy(logits[visible], target[visible])
-
-
-def first_view_loss(queries: torch.Tensor, keys: torch.Tensor, target: torch.Tensor,
-                    visible: torch.Tensor) -> torch.Tensor:
-    """Softmax attention of later views should find their match in the first view.
-
-    queries, keys: [B, N, T, d] of all tokens, patches last; target, visible: of
-    `matching_patches`. Unlike in `match_loss` all tokens of all views compete, as they do in
-    the attention itself: this teaches which view is the world.
-    """
-    patches = target.shape[-1]
-    special = queries.shape[2] - patches
-    logits = torch.einsum('bipc,bkc->bipk', queries[:, 1:, special:].float(),
-                          keys.flatten(1, 2).float()) * queries.shape[-1] ** -0.5
-    seen = visible[:, 1:, 0]
-    if not seen.any():
-        return logits.sum() * 0
-    return F.cross_entropy(logits[seen], special + target[:, 1:, 0][seen])
-
-
-def matching_patches(windows: Windows) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each patch of view i the patch of view j that shows its middle: [B, i, j, h * w].
-
-    Returns its number, and whether it is really seen there: inside the image, not hidden,
-    and i is not j.
-    """
-    height, width = windows.depth.shape[-2:]
-    half = slice(PATCH // 2, None, PATCH)
-    middle = windows.points[:, :, half, half].flatten(2, 3)  # [B, i, P, 3]
-    T = windows.T_cam_world
-    seen = torch.einsum('bjrc,bipc->bijpr', T[..., :3, :3], middle) \
-        + T[:, None, :, None, :3, 3]
-    z = seen[..., 2].clamp(min=1e-6)
-    focal = windows.K.diagonal(dim1=-2, dim2=-1)[:, None, :, None, :2]
-    pixels = seen[..., :2] / z[..., None] * focal + windows.K[:, None, :, None, :2, 2]
-    u, v = pixels.round().long().unbind(-1)
-    inside = (u >= 0) & (v >= 0) & (u < width) & (v < height) & (seen[..., 2] > 0)
-    u, v = u.clamp(0, width - 1), v.clamp(0, height - 1)
-    batch = torch.arange(len(T))[:, None, None, None]
-    view = torch.arange(T.shape[1])[:, None]
-    found = windows.depth[batch, view, v, u]
-    visible = inside & ((found - z).abs() < DEPTH_TOLERANCE * z)
-    visible &= ~torch.eye(T.shape[1], dtype=torch.bool)[..., None]
-    return v // PATCH * (width // PATCH) + u // PATCH, visible
+    total = (confidence + 1) * error - CONFIDENCE_REWARD * confidence.log()
+    return (total * known).sum() / known.sum().clamp(min=1)

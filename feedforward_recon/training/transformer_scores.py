@@ -1,12 +1,10 @@
-"""Figures of a network on windows of views, and what they are without a network."""
+"""Figures of a network on windows of views."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-
-from feedforward_recon.training.transformer_data import Windows
 
 SHORTEST_BASELINE = 0.02  # of the scene's scale: nearer pairs have no direction
 AUC_DEG = 30
@@ -49,13 +47,6 @@ def concatenated(parts: list[PairErrors]) -> PairErrors:
                         for name in ('rotation_deg', 'direction_deg', 'abs_rel')))
 
 
-def errors(T_cam_world: torch.Tensor, depth: torch.Tensor, windows: Windows) -> PairErrors:
-    """Errors of poses [B, N, 4, 4] and depths [B, N, H, W]."""
-    rotation, direction = pose_errors(T_cam_world, windows.T_cam_world)
-    relative = [abs_rel(d, t) for d, t in zip(depth, windows.depth, strict=True)]
-    return PairErrors(rotation, direction, torch.stack(relative))
-
-
 def pose_errors(T_cam_world: torch.Tensor, truth: torch.Tensor,
                 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Degrees of rotation and direction [pairs] between poses [B, N, 4, 4] and the true ones.
@@ -75,15 +66,6 @@ def abs_rel(depth: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     known = truth > 0
     d, t = depth[known], truth[known]
     return ((d * (t / d).median() - t).abs() / t).mean()
-
-
-def baseline(windows: Windows) -> PairErrors:
-    """Errors of saying that no camera moves, and that all depths are equal.
-
-    Without motion there is no direction: its error is 90 degrees, the median of random ones.
-    """
-    still = torch.eye(4).expand_as(windows.T_cam_world)
-    return errors(still, torch.ones_like(windows.depth), windows)
 
 
 def _relative(T_cam_world: torch.Tensor) -> torch.Tensor:

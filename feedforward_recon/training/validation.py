@@ -10,7 +10,7 @@ import torch
 from feedforward_recon.model.pose_encoding import rigid_inverse
 from feedforward_recon.model.ray_cameras import cameras_of
 from feedforward_recon.model.ray_transformer import CellMaps, RayTransformer
-from feedforward_recon.training.cell_losses import at_pixels
+from feedforward_recon.training.transformer_losses import at_pixels
 from feedforward_recon.training.transformer_scores import AUC_DEG, pose_errors
 from feedforward_recon.training.view_sources import ViewSource
 from feedforward_recon.training.windows import Windows, drawn_window
@@ -46,8 +46,9 @@ class ValidationWindows:
 
     @staticmethod
     def mean_auc(rows: dict[str, dict[str, float]]) -> float:
-        """What the best weights are chosen by."""
-        return float(np.mean([row['auc30'] + row['auc30_points'] for row in rows.values() if row]))
+        """What the best weights are chosen by; 0 where nothing is held out."""
+        scored = [row['auc30'] + row['auc30_points'] for row in rows.values() if row]
+        return float(np.mean(scored)) if scored else 0.0
 
 
 def _scores(network: RayTransformer, windows: Windows) -> dict[str, float]:

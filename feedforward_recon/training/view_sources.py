@@ -16,7 +16,7 @@ import numpy as np
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.training.posed import PosedScene, read_scene
-from feedforward_recon.training.transformer_data import HELD_OUT, TRAIN
+from feedforward_recon.training.room_views import HELD_OUT, TRAIN
 from feedforward_recon.training.virtual_camera import VirtualCamera
 
 MIN_SHARED_TRACKS = 15
@@ -208,10 +208,14 @@ class RoomSource:
         """See ``ViewSource``."""
         return self._arrays['image'][view]
 
+    def depth(self, view: int) -> np.ndarray:
+        """Metres float16 [H, W]."""
+        return self._arrays['depth'][view]
+
     def points(self, view: int, through: VirtualCamera, count: int, rng: np.random.Generator
                ) -> SeenPoints:
         """Random pixels of the view, with the exact depth."""
-        depth = self._arrays['depth'][view]
+        depth = self.depth(view)
         height, width = depth.shape
         px = np.column_stack([rng.integers(width, size=2 * count),
                               rng.integers(height, size=2 * count)])
@@ -223,7 +227,7 @@ class RoomSource:
 
     def shown(self, view: int, points: np.ndarray) -> np.ndarray:
         """By the depth of the view at that pixel."""
-        depth = self._arrays['depth'][view]
+        depth = self.depth(view)
         front = points[:, 2] > 1e-6
         safe = np.where(front[:, None], points, (0.0, 0.0, 1.0))
         u, v = self.camera(view).project(safe).round().astype(int).T
@@ -239,12 +243,12 @@ def photo_sources(folder: Path, held_out: Sequence[str]
     Raises InputError for a folder without scenes, and for names that are not there.
     """
     names = [file.parent.name for file in sorted(folder.glob('*/cameras.json'))]
+    if set(names) <= set(held_out):
+        raise InputError(f'expected scenes with a cameras.json in {folder} to train on, found '
+                         'none; give another folder')
     if unknown := sorted(set(held_out) - set(names)):
         raise InputError(f'expected scenes of {folder} to hold out, found {unknown}; choose of '
                          f'{names}')
-    if len(names) <= len(held_out):
-        raise InputError(f'expected scenes with a cameras.json in {folder} to train on, found '
-                         'none; give another folder')
     sources: dict[str, ViewSource] = {name: PhotoSource(name, read_scene(folder / name))
                                       for name in names}
     return ([sources[name] for name in names if name not in held_out],

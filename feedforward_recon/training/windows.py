@@ -95,10 +95,10 @@ class WindowStream:
             window = drawn_window(sources[int(rng.integers(len(sources)))], rng, count, size_wh)
             if window is not None:
                 chosen.append(window)
-        return joined(chosen)
+        return batched(chosen)
 
 
-def joined(windows: Sequence[Windows]) -> Windows:
+def batched(windows: Sequence[Windows]) -> Windows:
     """Windows of as many views of one size in one batch."""
     return Windows(*(torch.cat([getattr(w, f.name) for w in windows]) for f in fields(Windows)))
 
