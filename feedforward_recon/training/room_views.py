@@ -63,8 +63,7 @@ def render_views(out: Path, count: int, kind: str, *, photos: str | Path | None 
         file = out / f'{kind}{index:04d}.npz'
         if not file.exists():
             part = file.with_name(f'.{file.name}')
-            np.savez(part, **vars(views_of(FIRST_ROOM[kind] + index, photos=files,
-                                          device=place)))
+            np.savez(part, **vars(views_of(FIRST_ROOM[kind] + index, SIDE, files, place)))
             part.replace(file)
         yield file
 
