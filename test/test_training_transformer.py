@@ -24,6 +24,7 @@ from feedforward_recon.training import room_views, transformer, validation
 from feedforward_recon.training import transformer_losses as losses
 from feedforward_recon.training import windows as windows_module
 from feedforward_recon.training.muon import Muon
+from feedforward_recon.training.processes import own_device
 from feedforward_recon.training.transformer import TransformerTrainer, TransformerTraining
 from feedforward_recon.training.transformer_scores import pose_errors
 from feedforward_recon.training.view_sources import PhotoSource, RoomSource, photo_sources
@@ -402,6 +403,14 @@ def test_weights_are_written_where_nothing_is_held_out(micro, folders, tmp_path)
     stored = load_file(tmp_path / 'micro.safetensors')
     for name, tensor in trainer.average.state_dict().items():
         assert torch.equal(stored[name], tensor.half()), name
+
+
+@pytest.mark.parametrize(('device', 'own'), [
+    ('cuda', 'cuda:1'), ('cuda:0', 'cuda:0'), ('cpu', 'cpu')])
+def test_processes_have_a_gpu_each(monkeypatch, device, own):
+    assert own_device(torch.device(device)) == torch.device(device)
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    assert own_device(torch.device(device)) == torch.device(own)
 
 
 @pytest.mark.parametrize(('changes', 'words'), [

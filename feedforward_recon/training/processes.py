@@ -10,6 +10,13 @@ import torch.distributed as dist
 from torch import nn
 
 
+def own_device(device: torch.device) -> torch.device:
+    """The GPU of this process under torchrun, one for each; any other device is shared."""
+    if device.type != 'cuda' or device.index is not None or 'LOCAL_RANK' not in os.environ:
+        return device
+    return torch.device('cuda', int(os.environ['LOCAL_RANK']))
+
+
 class Processes:
     """All processes of a run; one without torchrun."""
 

@@ -30,7 +30,7 @@ from feedforward_recon.synthetic.appearance import Appearance
 from feedforward_recon.training.guidance import AttentionInputs
 from feedforward_recon.training.moving_average import MovingAverage
 from feedforward_recon.training.muon import Muon
-from feedforward_recon.training.processes import Processes
+from feedforward_recon.training.processes import Processes, own_device
 from feedforward_recon.training.transformer_losses import (
     coarse_loss,
     fine_loss,
@@ -84,7 +84,7 @@ class TransformerTrainer:
     """One training run in the folder ``settings.out``."""
 
     def __init__(self, settings: TransformerTraining) -> None:
-        self.settings, self.device = settings, device_of(settings.device)
+        self.settings, self.device = settings, own_device(device_of(settings.device))
         self.processes = Processes(self.device)
         self.out = Path(settings.out)
         self.out.mkdir(parents=True, exist_ok=True)
