@@ -13,10 +13,10 @@ from feedforward_recon.model.compact import (
     CompactEncoder,
     CompactNetwork,
     CompactShape,
-    _shipped_weights,
     detect_corners,
     load_compact,
     save_compact,
+    shipped_compact,
 )
 
 
@@ -78,7 +78,7 @@ def test_brighter_image_still_matches(encoder, picture):
 
 def test_the_network_made_fast_describes_like_the_one_that_was_trained(encoder, picture):
     features = encoder.encode(picture)
-    trained = load_compact(_shipped_weights())
+    trained = load_compact(shipped_compact())
     image = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
     with torch.inference_mode():
         told, _ = trained.eval()(image, torch.from_numpy(features.keypoints)[None])

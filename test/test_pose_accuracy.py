@@ -44,7 +44,7 @@ class Oracle:
 
     frames: list
 
-    def predict(self, images):
+    def predict(self, images, K=None):
         shown = [next(f for f in self.frames if f.image is image) for image in images]
         first = np.linalg.inv(shown[0].T_map_cam)
         T = np.stack([first @ f.T_map_cam for f in shown])

@@ -280,7 +280,7 @@ def test_muon_moves_all_directions_alike():
 @pytest.fixture
 def in_plain_light(monkeypatch):
     """Images are trained on as they are."""
-    monkeypatch.setattr(transformer, 'varied_light', lambda images, generator: images)
+    monkeypatch.setattr(transformer, '_photographed', lambda windows, generator: windows)
 
 
 def parts_of(trainer, windows):

@@ -16,7 +16,7 @@ from feedforward_recon.synthetic import Room
 from feedforward_recon.training.posed import read_scene
 from feedforward_recon.training.view_sources import PhotoSource, RoomSource, photo_sources
 from feedforward_recon.training.virtual_camera import Variation, varied_view, whole_view
-from feedforward_recon.training.windows import WindowStream, drawn_window, joined, mirrored
+from feedforward_recon.training.windows import WindowStream, batched, drawn_window, mirrored
 
 VIEWS, SIDE = 8, 160
 LENS = Camera(SIDE, SIDE, 150.0, 150.0, 79.5, 79.5, (-0.1, 0.02, 0.0, 0.0))
@@ -182,7 +182,7 @@ def test_batches_follow_from_their_number(room, photos):
     distance = (first.rays * first.depth[..., None]).norm(dim=-1)[:, 0]
     for row, known in zip(distance, first.known[:, 0], strict=True):
         assert abs(float(row[known].median()) - 1) < 1e-4  # the unit
-    assert joined([first, first]).images.shape[0] == 2 * first.images.shape[0]
+    assert batched([first, first]).images.shape[0] == 2 * first.images.shape[0]
 
 
 def test_views_that_share_no_tracks_are_no_window(photo_folder):
