@@ -28,6 +28,7 @@ from feedforward_recon.training.processes import own_device
 from feedforward_recon.training.transformer import TransformerTrainer, TransformerTraining
 from feedforward_recon.training.transformer_scores import pose_errors
 from feedforward_recon.training.view_sources import PhotoSource, RoomSource, photo_sources
+from feedforward_recon.training.virtual_camera import whole_view
 from feedforward_recon.training.windows import Windows, drawn_window, mirrored
 
 MICRO = RayConfig(dim=32, heads=4, depth=3)
@@ -71,8 +72,9 @@ def as_photos(room, folder, count=12):
                                  .astype(float)) @ T[:3, :3].T + T[:3, 3]
         for other in range(count):
             seen = (world - room.pose(other)[:3, 3]) @ room.pose(other)[:3, :3]
-            rows += [(other, *(camera.project(seen[k:k + 1])[0] + 0.5), seen[k, 2], 60 * view + k)
-                     for k in np.flatnonzero(room.shown(other, seen))]
+            pixels, visible = room.found(other, whole_view(camera, camera.size_wh), world)
+            rows += [(other, *(pixels[k] + 0.5), seen[k, 2], 60 * view + k)
+                     for k in np.flatnonzero(visible)]
     (folder / 'cameras.json').write_text(json.dumps({'frames': entries}))
     table = np.array(rows)
     np.savez(folder / 'tracks.npz', image_index=table[:, 0].astype(np.int32),

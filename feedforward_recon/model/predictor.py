@@ -71,6 +71,9 @@ class NetworkPredictor:
         check_images(images)
         placed = self._prepare(images)
         given = usual_K(images[0].shape[:2]) if K is None else K
+        if K is None and isinstance(self.network, RayTransformer):
+            log.warning('no intrinsics are known: taking a focal length of %.0f px for granted',
+                        given[0, 0])
         own = torch.from_numpy(np.stack([image.prepared_K(given) for image in placed]))[None]
         try:
             answer, memory = self._run(stacked(placed), own, memory, write)

@@ -11,7 +11,7 @@ from scipy.ndimage import map_coordinates
 from torch.nn import functional as F
 
 from feedforward_recon.geometry.align import align_points
-from feedforward_recon.geometry.transforms import inverse, so3_exp
+from feedforward_recon.geometry.transforms import hat, inverse, so3_exp
 from feedforward_recon.geometry.view_graph import ViewPair, placed_views
 from feedforward_recon.model.cell_matching import matched
 from feedforward_recon.model.ray_stem import CELL, cell_pixels
@@ -38,7 +38,12 @@ def cameras_of(cells: CellMaps, K: torch.Tensor, network: RayTransformer, *, fir
 
 def _window(cells: CellMaps, index: int, K: np.ndarray, network: RayTransformer, first: bool
             ) -> np.ndarray:
+    """Poses [N, 4, 4]; world points say those that matches leave open."""
     log_depth = cells.log_depth[index].cpu().numpy()
+    placed = placed_views(_pairs(cells, index, K, log_depth, network) if first else [], len(K),
+                          float(K[0, 0, 0]))
+    if first and placed.placed.all():
+        return placed.T_world_view
     points = cells.points[index].flatten(1, 2).cpu().numpy().astype(float)
     sure = cells.points_confidence[index].flatten(1).cpu().numpy().astype(float)
     said = np.stack([pose_from_points(points[view], _rays(K[view], log_depth[view].shape),
@@ -46,9 +51,7 @@ def _window(cells: CellMaps, index: int, K: np.ndarray, network: RayTransformer,
                      for view in range(len(K))])
     if not first:
         return said
-    views = placed_views(_pairs(cells, index, K, log_depth, network), len(K), float(K[0, 0, 0]))
-    said = inverse(said[0]) @ said
-    return np.where(views.placed[:, None, None], views.T_world_view, said)
+    return np.where(placed.placed[:, None, None], placed.T_world_view, inverse(said[0]) @ said)
 
 
 def _pairs(cells: CellMaps, index: int, K: np.ndarray, log_depth: np.ndarray,
@@ -101,7 +104,7 @@ def pose_from_points(points: np.ndarray, rays: np.ndarray, depth: np.ndarray, su
         error = towards - unit
         weight = sure / (1 + (error ** 2).sum(1) / WIDE ** 2)
         across = (np.eye(3) - towards[:, :, None] * towards[:, None]) / length[:, None, None]
-        J = np.concatenate([-across @ _hats(seen), across], 2)
+        J = np.concatenate([-across @ hat(seen), across], 2)
         A = np.einsum('mri,m,mrj->ij', J, weight, J)
         step = -np.linalg.solve(A + 1e-6 * np.trace(A) / 6 * np.eye(6),
                                 np.einsum('mri,m,mr->i', J, weight, error))
@@ -116,13 +119,6 @@ def pixel_maps(cells: CellMaps) -> tuple[torch.Tensor, torch.Tensor]:
     depth, sure = (F.interpolate(x, scale_factor=CELL, mode='bilinear', align_corners=False)
                    for x in (cells.log_depth, cells.depth_confidence))
     return depth.exp(), sure
-
-
-def _hats(v: np.ndarray) -> np.ndarray:
-    """Matrices [M, 3, 3] of the cross products with vectors [M, 3]."""
-    out = np.zeros((len(v), 3, 3))
-    out[:, [2, 0, 1], [1, 2, 0]], out[:, [1, 2, 0], [2, 0, 1]] = v, -v
-    return out
 
 
 def _rays(K: np.ndarray, grid_hw: tuple[int, ...]) -> np.ndarray:

@@ -21,7 +21,6 @@ CONFIDENCE_REWARD = 0.2
 LARGE = 1.0  # error, relative to the depth, from which it counts by its logarithm
 LARGEST_TURN = 1.5  # of the Frobenius norm between rotations: farther is equally wrong
 FINE_SAMPLES, FINE_SPREAD_PX = 2000, 7.0
-GUIDE_SHARPNESS = 1 / 0.07
 
 
 def geometry_losses(cells: CellMaps, windows: Windows) -> dict[str, torch.Tensor]:

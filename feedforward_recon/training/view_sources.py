@@ -15,6 +15,7 @@ import numpy as np
 
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.geometry.transforms import inverse, transform_points
 from feedforward_recon.training.posed import PosedScene, read_scene
 from feedforward_recon.training.room_views import HELD_OUT, TRAIN
 from feedforward_recon.training.virtual_camera import VirtualCamera
@@ -30,11 +31,14 @@ HELD_OUT_ROOMS = 2
 
 @dataclass(frozen=True)
 class SeenPoints:
-    """Points that a view shows: pixels [M, 2], z-depth [M]; identity [M], or None without one."""
+    """Points that a view shows: pixels [M, 2], z-depth [M], and keys [M, ...].
+
+    keys: what their source finds them in other views by.
+    """
 
     pixels: np.ndarray
     depth: np.ndarray
-    identity: np.ndarray | None
+    keys: np.ndarray
 
 
 class ViewSource(Protocol):
@@ -71,11 +75,9 @@ class ViewSource(Protocol):
         """At most ``count`` points that a virtual camera at this view's place shows."""
         ...
 
-    def shown(self, view: int, points: np.ndarray) -> np.ndarray:
-        """Whether the view shows points [M, 3] of its camera, and nothing before them: bool [M].
-
-        Only of sources whose points have no identity.
-        """
+    def found(self, view: int, through: VirtualCamera, keys: np.ndarray
+              ) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels [M, 2] of points with keys [M, ...] in a virtual camera; seen there: bool [M]."""
         ...
 
 
@@ -151,16 +153,27 @@ class PhotoSource:
 
     def points(self, view: int, through: VirtualCamera, count: int, rng: np.random.Generator
                ) -> SeenPoints:
-        """The tracks of the view."""
+        """Tracks of the view; their keys are the numbers of their points."""
+        seen = self._tracked(view, through)
+        kept = rng.permutation(len(seen.depth))[:count]
+        return SeenPoints(seen.pixels[kept], seen.depth[kept], seen.keys[kept])
+
+    def found(self, view: int, through: VirtualCamera, keys: np.ndarray
+              ) -> tuple[np.ndarray, np.ndarray]:
+        """Where the view has tracks of the same points."""
+        seen = self._tracked(view, through)
+        if not len(seen.keys):
+            return np.zeros((len(keys), 2)), np.zeros(len(keys), bool)
+        order = np.argsort(seen.keys)
+        row = order[np.searchsorted(seen.keys[order], keys).clip(max=len(order) - 1)]
+        return seen.pixels[row], seen.keys[row] == keys
+
+    def _tracked(self, view: int, through: VirtualCamera) -> SeenPoints:
         tracks, camera = self._scene.tracks(view), self._scene.cameras[view]
         own = camera.unproject(self._scene.uv[tracks], self._scene.depth[tracks])
         pixels, depth, visible = through.seen(own)
-        kept = rng.permutation(np.flatnonzero(visible))[:count]
-        return SeenPoints(pixels[kept], depth[kept], self._scene.point_id[tracks][kept])
-
-    def shown(self, view: int, points: np.ndarray) -> np.ndarray:
-        """Tracks say it by their identity."""
-        raise NotImplementedError
+        return SeenPoints(pixels[visible], depth[visible],
+                          self._scene.point_id[tracks][visible])
 
 
 @dataclass(frozen=True)
@@ -214,7 +227,7 @@ class RoomSource:
 
     def points(self, view: int, through: VirtualCamera, count: int, rng: np.random.Generator
                ) -> SeenPoints:
-        """Random pixels of the view, with the exact depth."""
+        """Random pixels of the view, with the exact depth; their keys are points in the world."""
         depth = self.depth(view)
         height, width = depth.shape
         px = np.column_stack([rng.integers(width, size=2 * count),
@@ -223,17 +236,18 @@ class RoomSource:
         own = self.camera(view).unproject(px.astype(float), z)
         pixels, z, visible = through.seen(own)
         kept = np.flatnonzero(visible)[:count]
-        return SeenPoints(pixels[kept], z[kept], None)
+        return SeenPoints(pixels[kept], z[kept], transform_points(self.pose(view), own[kept]))
 
-    def shown(self, view: int, points: np.ndarray) -> np.ndarray:
-        """By the depth of the view at that pixel."""
-        depth = self.depth(view)
-        front = points[:, 2] > 1e-6
-        safe = np.where(front[:, None], points, (0.0, 0.0, 1.0))
+    def found(self, view: int, through: VirtualCamera, keys: np.ndarray
+              ) -> tuple[np.ndarray, np.ndarray]:
+        """By projection, where the depth of the view agrees: nothing lies before the point."""
+        depth, own = self.depth(view), transform_points(inverse(self.pose(view)), keys)
+        pixels, _, visible = through.seen(own)
+        safe = np.where(own[:, 2:] > 1e-6, own, (0.0, 0.0, 1.0))
         u, v = self.camera(view).project(safe).round().astype(int).T
-        inside = front & (u >= 0) & (v >= 0) & (u < depth.shape[1]) & (v < depth.shape[0])
-        found = depth[np.where(inside, v, 0), np.where(inside, u, 0)]
-        return inside & (np.abs(found - points[:, 2]) < SAME_DEPTH * points[:, 2])
+        inside = visible & (u >= 0) & (v >= 0) & (u < depth.shape[1]) & (v < depth.shape[0])
+        there = depth[np.where(inside, v, 0), np.where(inside, u, 0)]
+        return pixels, inside & (np.abs(there - own[:, 2]) < SAME_DEPTH * own[:, 2])
 
 
 def photo_sources(folder: Path, held_out: Sequence[str]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from feedforward_recon.geometry.transforms import inverse, transform_points
+from feedforward_recon.geometry.transforms import inverse
 from feedforward_recon.training.view_sources import SeenPoints, ViewSource
 from feedforward_recon.training.virtual_camera import (
     Variation,
@@ -122,13 +122,13 @@ def drawn_window(source: ViewSource, rng: np.random.Generator, count: int,
     images = np.stack([camera.looked_through(source.image(v), source.camera(v))
                        for v, camera in zip(views, cameras, strict=True)])
     T = np.stack([camera.pose(source.pose(v)) for v, camera in zip(views, cameras, strict=True)])
-    matches = _matches(source, views, cameras, points, T, rng)
+    matches = _matches(source, views, cameras, points, rng)
     window = _tensors(images, np.stack([c.K for c in cameras]), inverse(T[0]) @ T, points, matches)
     return mirrored(window) if varied and rng.random() < 0.5 else window
 
 
 def _matches(source: ViewSource, views: np.ndarray, cameras: Sequence[VirtualCamera],
-             points: Sequence[SeenPoints], T: np.ndarray, rng: np.random.Generator
+             points: Sequence[SeenPoints], rng: np.random.Generator
              ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """queries, found and seen of ``Windows``, of one window."""
     count = len(views)
@@ -140,40 +140,10 @@ def _matches(source: ViewSource, views: np.ndarray, cameras: Sequence[VirtualCam
         for j in range(count):
             if i == j:
                 continue
-            if own.identity is not None:
-                at, visible = _same(own.identity[rows], points[j])
-            else:
-                at, visible = _projected(source, (views[j], cameras[j], T[j]),
-                                         _in_world(own, rows, cameras[i], T[i]))
+            at, visible = source.found(views[j], cameras[j], own.keys[rows])
             found[i, j, :len(rows)][visible] = at[visible]
             seen[i, j, :len(rows)] = visible
     return queries, found, seen
-
-
-def _same(identity: np.ndarray, other: SeenPoints) -> tuple[np.ndarray, np.ndarray]:
-    assert other.identity is not None
-    order = np.argsort(other.identity)
-    if not len(order):
-        return np.zeros((len(identity), 2)), np.zeros(len(identity), bool)
-    place = np.searchsorted(other.identity[order], identity).clip(max=len(order) - 1)
-    row = order[place]
-    return other.pixels[row], other.identity[row] == identity
-
-
-def _in_world(seen: SeenPoints, rows: np.ndarray, camera: VirtualCamera, T: np.ndarray
-              ) -> np.ndarray:
-    xy = (seen.pixels[rows] - camera.K[:2, 2]) / camera.K[[0, 1], [0, 1]]
-    return transform_points(T, np.column_stack([xy, np.ones(len(xy))]) * seen.depth[rows, None])
-
-
-def _projected(source: ViewSource, view: tuple[int, VirtualCamera, np.ndarray],
-               points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    number, camera, T_world_virtual = view
-    T_world_real = T_world_virtual.copy()
-    T_world_real[:3, :3] = T_world_virtual[:3, :3] @ camera.R_virtual_real
-    own = transform_points(inverse(T_world_real), points)
-    pixels, _, inside = camera.seen(own)
-    return pixels, inside & source.shown(number, own)
 
 
 def _tensors(images: np.ndarray, K: np.ndarray, T: np.ndarray, points: Sequence[SeenPoints],
