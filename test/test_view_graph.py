@@ -7,6 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from feedforward_recon.geometry import view_graph
 from feedforward_recon.geometry.transforms import (
     inverse,
     make_transform,
@@ -94,6 +95,35 @@ def test_depth_gives_the_unit():
                for factor in (1.0, 3.0)]
     assert np.allclose(lengths[0], np.linalg.norm(T[1:, :3, 3], axis=1), rtol=0.05)
     assert np.allclose(lengths[1], 3 * lengths[0], rtol=0.02)
+
+
+def test_the_unit_is_that_of_all_pairs():
+    """The tree goes along the pairs with the most matches, whose depths are off here."""
+    T, points = scene(0)
+    off = pairs_of(T, points, 0, depth=1.3, among=[(0, j) for j in range(1, VIEWS)])
+    right = pairs_of(T, points[:150], 1, among=list(combinations(range(1, VIEWS), 2)))
+    found = placed_views([*off, *right], VIEWS, FOCAL_PX).T_world_view
+    lengths = np.linalg.norm(found[1:, :3, 3], axis=1) / np.linalg.norm(T[1:, :3, 3], axis=1)
+    assert np.ptp(lengths) < 0.05 and 1.02 < lengths.mean() < 1.2
+
+
+def test_the_gradient_is_that_of_the_robust_cost():
+    T, points = scene(1)
+    tolerance = 1 / FOCAL_PX
+    edges = [view_graph.ViewEdge(pair, inverse(T[pair.i]) @ T[pair.j], 1.0)
+             for pair in pairs_of(T, points[:60], 1, noise_px=2.0)]
+    near = view_graph._moved(T, np.random.default_rng(0).normal(0, 0.01, 6 * VIEWS))
+    norms = [view_graph._Rows.of(edge, near, tolerance).norms for edge in edges]
+
+    def rows(step):
+        at = view_graph._moved(near, step)
+        return [view_graph._Rows.of(edge, at, tolerance, norm)
+                for edge, norm in zip(edges, norms, strict=True)]
+
+    _, b = view_graph._normal_equations(rows(np.zeros(6 * VIEWS)), VIEWS)
+    steps = 1e-6 * np.eye(6 * VIEWS)[6:]
+    slope = [(sum(r.cost for r in rows(d)) - sum(r.cost for r in rows(-d))) / 4e-6 for d in steps]
+    assert np.allclose(slope, b[6:], rtol=1e-3, atol=1e-2) and not b[:6].any()
 
 
 def test_depth_that_is_wrong_over_half_of_the_image_does_not_turn_views():
