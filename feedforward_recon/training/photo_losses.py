@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+
+from feedforward_recon.training.aligning_rotation import aligning_rotation
 
 CONFIDENCE_REWARD = 0.2
 GLOBAL_WEIGHT = 0.1
 LEAST_WEIGHT = 1e-6  # of a correspondence: points of confidence 1 count a little
-LEAST_SUM = 1e-6  # of two singular values, relative to the largest
 
 
 @dataclass(frozen=True)
@@ -32,29 +32,6 @@ class PairMaps:
     confidence: torch.Tensor
 
 
-class _NearestRotation(torch.autograd.Function):
-    """The rotation R [3, 3] with the largest tr(R^T M), of M = R H with H symmetric.
-
-    From dM = dR H + R dH, the turn R^T dR solves W H + H W = R^T dM - dM^T R.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, M: torch.Tensor) -> torch.Tensor:
-        U, S, Vt = torch.linalg.svd(M)
-        signs = torch.ones_like(S)
-        signs[2] = torch.det(U @ Vt).sign()
-        R = (U * signs) @ Vt
-        ctx.save_for_backward(R, S * signs, Vt)
-        return R
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        R, S, Vt = ctx.saved_tensors
-        sums = (S[:, None] + S[None]).clamp(min=LEAST_SUM * float(S[0]))
-        turn = R.T @ gradient
-        return R @ Vt.T @ (Vt @ (turn - turn.T) @ Vt.T / sums) @ Vt
-
-
 def aligned_points(source: torch.Tensor, target: torch.Tensor, weights: torch.Tensor,
                    points: torch.Tensor, *, with_scale: bool = True) -> torch.Tensor:
     """Points [..., 3] moved as source [P, 3] is best moved to target (Umeyama 1991, weighted).
@@ -65,7 +42,7 @@ def aligned_points(source: torch.Tensor, target: torch.Tensor, weights: torch.Te
     mean_source, mean_target = share @ source, share @ target
     centred, wanted = source - mean_source, target - mean_target
     M = wanted.T @ (share[:, None] * centred)
-    R = _NearestRotation.apply(M)
+    R = aligning_rotation(M)
     scale = (R * M).sum() / (share @ centred.square().sum(1)) if with_scale else 1.0
     return scale * (points - mean_source) @ R.T + mean_target
 

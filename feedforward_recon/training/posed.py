@@ -113,16 +113,21 @@ def _read(file: Path) -> np.ndarray:
     return image
 
 
-def covisible_pairs(scene: PosedScene) -> np.ndarray:
-    """Pairs of images [M, 2] that share tracks and whose orientations differ enough."""
+def view_overlap(scene: PosedScene) -> tuple[np.ndarray, np.ndarray]:
+    """Tracks that images share, and degrees between their orientations, both [N, N]."""
     images = len(scene.files)
     _, point = np.unique(scene.point_id, return_inverse=True)
     seen = np.zeros((images, point.max(initial=-1) + 1), np.float32)
     seen[np.repeat(np.arange(images), np.diff(scene.starts)), point] = 1
     R = scene.T_world_cam[:, :3, :3]
     cosine = (np.einsum('aij,bij->ab', R, R) - 1) / 2
-    angle_deg = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
-    wanted = (seen @ seen.T >= MIN_SHARED_TRACKS) & (angle_deg >= VIEW_ANGLE_DEG[0]) \
+    return seen @ seen.T, np.degrees(np.arccos(np.clip(cosine, -1, 1)))
+
+
+def covisible_pairs(scene: PosedScene) -> np.ndarray:
+    """Pairs of images [M, 2] that share tracks and whose orientations differ enough."""
+    shared, angle_deg = view_overlap(scene)
+    wanted = (shared >= MIN_SHARED_TRACKS) & (angle_deg >= VIEW_ANGLE_DEG[0]) \
         & (angle_deg <= VIEW_ANGLE_DEG[1])
     return np.argwhere(np.triu(wanted, 1))
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from feedforward_recon.model.cell_matching import FineMatcher
 from feedforward_recon.model.ray_stem import CELL, PATCH, cell_pixels
 from feedforward_recon.model.ray_transformer import SPECIAL, CellMaps
+from feedforward_recon.training.aligning_rotation import aligning_rotation
 from feedforward_recon.training.windows import Windows
 
 SCALE_WEIGHT, GUIDE_WEIGHT, COARSE_WEIGHT, FINE_WEIGHT = 0.1, 0.06, 0.5, 0.3
@@ -60,15 +61,12 @@ def _pose_losses(cells: CellMaps, windows: Windows, log_scale: torch.Tensor
 
 def rigid_fit(source: torch.Tensor, target: torch.Tensor, weights: torch.Tensor
               ) -> tuple[torch.Tensor, torch.Tensor]:
-    """R [..., 3, 3] and t [..., 3] that move points [..., P, 3] best to others (Kabsch 1976)."""
+    """R [..., 3, 3] and t [..., 3] that move points [..., P, 3] best to others."""
     share = (weights / weights.sum(-1, keepdim=True))[..., None]
     mean_source = (share * source).sum(-2, keepdim=True)
     mean_target = (share * target).sum(-2, keepdim=True)
     M = ((target - mean_target) * share).transpose(-1, -2) @ (source - mean_source)
-    U, _, Vh = torch.linalg.svd(M.double())
-    sign = torch.ones_like(U[..., 0])
-    sign[..., 2] = torch.det(U @ Vh)
-    R = ((U * sign[..., None, :]) @ Vh).to(source)
+    R = aligning_rotation(M.double()).to(source)
     return R, (mean_target - mean_source @ R.transpose(-1, -2))[..., 0, :]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, transform_points
-from feedforward_recon.training.posed import PosedScene, read_scene
+from feedforward_recon.training.posed import PosedScene, read_scene, view_overlap
 from feedforward_recon.training.room_views import HELD_OUT, TRAIN
 from feedforward_recon.training.virtual_camera import VirtualCamera
 
@@ -101,19 +101,13 @@ class PhotoSource:
     @cached_property
     def _belong(self) -> np.ndarray:
         """Bool [N, N], which views share tracks and differ enough to show something new."""
-        scene = self._scene
-        count = len(scene.files)
-        _, point = np.unique(scene.point_id, return_inverse=True)
-        seen = np.zeros((count, point.max(initial=-1) + 1), np.float32)
-        seen[np.repeat(np.arange(count), np.diff(scene.starts)), point] = 1
-        R, centre = scene.T_world_cam[:, :3, :3], scene.T_world_cam[:, :3, 3]
-        angle = np.degrees(np.arccos(np.clip(
-            (np.einsum('aij,bij->ab', R, R) - 1) / 2, -1, 1)))
+        scene, count = self._scene, len(self._scene.files)
+        (shared, angle), centre = view_overlap(scene), scene.T_world_cam[:, :3, 3]
         depth = np.array([np.median(scene.depth[scene.tracks(i)]) if
                           scene.tracks(i).stop > scene.tracks(i).start else np.inf
                           for i in range(count)])
         apart = np.linalg.norm(centre[:, None] - centre, axis=-1) / depth[:, None]
-        found = (seen @ seen.T >= MIN_SHARED_TRACKS) & (angle <= ANGLE_DEG[1]) \
+        found = (shared >= MIN_SHARED_TRACKS) & (angle <= ANGLE_DEG[1]) \
             & ((angle >= ANGLE_DEG[0]) | (apart > MIN_BASELINE))
         return found & ~np.eye(count, dtype=bool)
 
