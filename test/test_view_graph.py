@@ -110,7 +110,7 @@ def test_the_unit_is_that_of_all_pairs():
 def test_the_gradient_is_that_of_the_robust_cost():
     T, points = scene(1)
     tolerance = 1 / FOCAL_PX
-    edges = [view_graph.ViewEdge(pair, inverse(T[pair.i]) @ T[pair.j], 1.0)
+    edges = [view_graph.ViewEdge(pair, inverse(T[pair.i]) @ T[pair.j], 1.0, 0.1)
              for pair in pairs_of(T, points[:60], 1, noise_px=2.0)]
     near = view_graph._moved(T, np.random.default_rng(0).normal(0, 0.01, 6 * VIEWS))
     norms = [view_graph._Rows.of(edge, near, tolerance).norms for edge in edges]
@@ -150,3 +150,14 @@ def test_a_turn_on_the_spot_keeps_its_place():
     found = placed_views(pairs_of(T, points, 0, noise_px=1e-3), VIEWS, FOCAL_PX)
     length, angle_deg = pose_error(found.T_world_view[1], T[1])
     assert angle_deg < 0.1 and length < 0.02
+
+
+@pytest.mark.parametrize(('seed', 'length'), [(3, 0.05), (2, 0.1), (6, 0.2)])
+def test_the_pair_with_most_matches_does_not_lead_all_astray(seed, length):
+    """Hardly any parallax, and a step the wrong way: what is clear about the others decides."""
+    T, points = scene(seed)
+    astray = T.copy()
+    astray[1, :3, 3] *= -length
+    many = pairs_of(astray, points, seed, noise_px=0.6, wrong=0.3, among=[(0, 1)])
+    few = [pair for pair in pairs_of(T, points[:80], seed) if (pair.i, pair.j) != (0, 1)]
+    assert errors(placed_views(many + few, VIEWS, FOCAL_PX).T_world_view, T) < 3

@@ -1,8 +1,12 @@
 """Poses of a few calibrated views from matches of pairs and rough depths.
 
     motion of each pair by itself (`epipolar`), its unit from the depths of its first view
-      -> maximum spanning tree by the number of matches that agree
-      -> all views together: epipolar errors of all matches, and one length per pair
+      -> maximum spanning trees: by the number of matches that agree, and by how clear a motion is
+      -> all views together, from each tree: epipolar errors of all matches, and one length per
+         pair; what explains the matches better stays
+
+The pairs with the most matches are the nearest ones, whose motion may be any of two where all
+that they see is flat; pairs with parallax are few and clear. Neither tree is always right.
 
 Depths of a network are wrong together, over whole walls, and not at random: as errors of each
 point they would pull poses off by degrees. So matches say rotations and directions, and depth only
@@ -11,7 +15,7 @@ how long a pair's baseline is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +28,7 @@ MIN_AGREEING, MIN_SHARE = 30, 0.4  # of a pair that the views are refined with
 BEST_SHARE = 0.5  # of the matches of a pair, surest first, that are used
 TOLERANCE_PX = 1.0  # of a match that agrees with the motion of its pair, at a focal length of 220
 ROBUST = 4.0  # square of the errors, in deviations, from which they count less (Cauchy)
+CLEAR_DEG = 6.0  # between the rays of a pair's points: with more, a motion gets no clearer
 LENGTH_DEVIATION = 0.1  # of the logarithm of the length of a baseline
 STEPS, TRIALS = 12, 5
 FLAT = 1e-9
@@ -56,11 +61,25 @@ class ViewPair:
 
 @dataclass(frozen=True)
 class ViewEdge:
-    """A pair whose motion T_i_j [4, 4] is known, in the unit of the depths, and who agrees."""
+    """A pair whose motion T_i_j [4, 4] is known, in the unit of the depths, and who agrees.
+
+    share: of the matches. angle: between the rays of most points, radians.
+    """
 
     pair: ViewPair
     T_i_j: np.ndarray
     share: float
+    angle: float
+
+    @property
+    def matches(self) -> int:
+        """How many agree."""
+        return len(self.pair.xy_i)
+
+    @property
+    def clarity(self) -> float:
+        """How little doubt there is about the motion: most agree, and there is parallax."""
+        return self.share * min(self.angle, np.radians(CLEAR_DEG))
 
     @property
     def length(self) -> float:
@@ -84,8 +103,9 @@ def placed_views(pairs: Sequence[ViewPair], count: int, focal_px: float, seed: i
     """
     tolerance = TOLERANCE_PX / focal_px
     edges = [edge for pair in pairs if (edge := _edge(pair, tolerance, seed)) is not None]
-    views = _along_tree(edges, count)
-    return PlacedViews(_refined(views, edges, tolerance), views.placed)
+    trees = (_along_tree(edges, count, lambda edge: edge.matches),
+             _along_tree(edges, count, lambda edge: edge.clarity))
+    return min((_refined(views, edges, tolerance) for views in trees), key=lambda x: x[1])[0]
 
 
 def _edge(pair: ViewPair, tolerance: float, seed: int) -> ViewEdge | None:
@@ -97,7 +117,8 @@ def _edge(pair: ViewPair, tolerance: float, seed: int) -> ViewEdge | None:
         return None
     T_i_j = motion.T_a_b.copy()
     T_i_j[:3, 3] *= _unit(motion, sure.depth_i)
-    return ViewEdge(sure.only(motion.inliers), T_i_j, float(motion.inliers.mean()))
+    return ViewEdge(sure.only(motion.inliers), T_i_j, float(motion.inliers.mean()),
+                    float(np.median(motion.angle[motion.inliers])))
 
 
 def _unit(motion: PairMotion, depth: np.ndarray) -> float:
@@ -106,15 +127,16 @@ def _unit(motion: PairMotion, depth: np.ndarray) -> float:
     return float(np.nanmedian(ratio)) if np.isfinite(ratio).any() else 1.0
 
 
-def _along_tree(edges: Sequence[ViewEdge], count: int) -> PlacedViews:
-    """Views placed one by one, always by the edge with the most matches (Prim 1957)."""
+def _along_tree(edges: Sequence[ViewEdge], count: int, worth: Callable[[ViewEdge], float]
+                ) -> PlacedViews:
+    """Views placed one by one, always by the edge that is worth most (Prim 1957)."""
     T = np.tile(np.eye(4), (count, 1, 1))
     placed = np.arange(count) == 0
     while True:
         open_edges = [e for e in edges if placed[e.pair.i] != placed[e.pair.j]]
         if not open_edges:
             return PlacedViews(T, placed)
-        best = max(open_edges, key=lambda edge: len(edge.pair.xy_i))
+        best = max(open_edges, key=worth)
         i, j = best.pair.i, best.pair.j
         if placed[i]:
             T[j] = T[i] @ best.T_i_j
@@ -123,13 +145,14 @@ def _along_tree(edges: Sequence[ViewEdge], count: int) -> PlacedViews:
         placed[[i, j]] = True
 
 
-def _refined(views: PlacedViews, edges: Sequence[ViewEdge], tolerance: float) -> np.ndarray:
-    """Poses [N, 4, 4] after Levenberg-Marquardt on all matches; the first stays."""
+def _refined(views: PlacedViews, edges: Sequence[ViewEdge], tolerance: float
+             ) -> tuple[PlacedViews, float]:
+    """Views after Levenberg-Marquardt on all matches, and the cost; the first stays."""
     good = [edge for edge in edges if views.placed[edge.pair.i] and edge.share >= MIN_SHARE
-            and len(edge.pair.xy_i) >= MIN_AGREEING and edge.length > 0]
+            and edge.matches >= MIN_AGREEING and edge.length > 0]
     T, damping = views.T_world_view, 1e-3
     if not good:
-        return T
+        return views, 0.0
     for _ in range(STEPS):
         rows = [_Rows.of(edge, T, tolerance) for edge in good]
         A, b = _normal_equations(rows, len(T))
@@ -142,7 +165,8 @@ def _refined(views: PlacedViews, edges: Sequence[ViewEdge], tolerance: float) ->
                 T, damping = moved, max(damping / 5, 1e-7)
                 break
             damping *= 5
-    return T
+    cost = sum(_Rows.of(edge, T, tolerance).cost for edge in good)
+    return PlacedViews(T, views.placed), cost
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from feedforward_recon.model.preprocess import (
     stacked,
     whole_patches,
 )
-from feedforward_recon.model.ray_cameras import cameras_of, pixel_maps
+from feedforward_recon.model.ray_cameras import geometry_of, pixel_maps
 from feedforward_recon.model.ray_stem import PATCH as RAY_PATCH
 from feedforward_recon.model.ray_transformer import RayConfig, RayTransformer
 from feedforward_recon.model.vggt import VggtConfig
@@ -119,8 +119,8 @@ class NetworkPredictor:
         images, K = images.to(self.device), K.to(self.device)
         with self.precision():
             cells, after = network(images, K, memory, write=write, demand=demand)
-        T = cameras_of(cells, K, network, first=memory is None)
-        depth, sure = pixel_maps(cells)
+        T, log_depth = geometry_of(cells, K, network, first=memory is None)
+        depth, sure = pixel_maps(log_depth, cells.depth_confidence)
         return (T, K, depth, sure), after
 
     def precision(self) -> torch.autocast:

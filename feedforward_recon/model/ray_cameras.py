@@ -1,9 +1,13 @@
-"""Poses of the views that a `RayTransformer` describes: from matches, else from world points."""
+"""Poses and depth of the views that a `RayTransformer` describes.
+
+Poses are from matches, else from world points; depth is bent to where matches meet.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,8 +15,9 @@ from scipy.ndimage import map_coordinates
 from torch.nn import functional as F
 
 from feedforward_recon.geometry.align import align_points
+from feedforward_recon.geometry.depth_correction import corrected, sparse_depths
 from feedforward_recon.geometry.transforms import hat, inverse, so3_exp
-from feedforward_recon.geometry.view_graph import ViewPair, placed_views
+from feedforward_recon.geometry.view_graph import PlacedViews, ViewPair, placed_views
 from feedforward_recon.model.cell_matching import matched
 from feedforward_recon.model.ray_stem import CELL, cell_pixels
 from feedforward_recon.model.ray_transformer import CellMaps, RayTransformer
@@ -24,34 +29,50 @@ STEPS = 10  # of a pose from world points
 WIDE = 0.03  # angle in radians from which their errors count less
 
 
-def cameras_of(cells: CellMaps, K: torch.Tensor, network: RayTransformer, *, first: bool
-               ) -> torch.Tensor:
-    """Poses T_world_cam [B, N, 4, 4] of views with K [B, N, 3, 3].
+class ViewGeometry(NamedTuple):
+    """T_world_cam [B, N, 4, 4] of views and log depth [B, N, h, w] of their cells, in one unit."""
+
+    T_world_cam: torch.Tensor
+    log_depth: torch.Tensor
+
+
+def geometry_of(cells: CellMaps, K: torch.Tensor, network: RayTransformer, *, first: bool
+                ) -> ViewGeometry:
+    """Poses and depth of views with K [B, N, 3, 3].
 
     first: the first view is the world, and views are matched with each other. Without, all are
     queries of a scene that was written before, whose world their points are in.
     """
-    poses = [_window(cells, index, K[index].double().cpu().numpy(), network, first)
-             for index in range(len(K))]
-    return torch.from_numpy(np.stack(poses)).to(K)
+    windows = [_matched_window(cells, index, _float64(K[index]), network) if first
+               else _queries(cells, index, _float64(K[index])) for index in range(len(K))]
+    poses, log_depth = (torch.from_numpy(np.stack(x)) for x in zip(*windows, strict=True))
+    return ViewGeometry(poses.to(K), log_depth.to(cells.log_depth))
 
 
-def _window(cells: CellMaps, index: int, K: np.ndarray, network: RayTransformer, first: bool
-            ) -> np.ndarray:
-    """Poses [N, 4, 4]; world points say those that matches leave open."""
-    log_depth = cells.log_depth[index].cpu().numpy()
-    placed = placed_views(_pairs(cells, index, K, log_depth, network) if first else [], len(K),
-                          float(K[0, 0, 0]))
-    if first and placed.placed.all():
-        return placed.T_world_view
-    points = cells.points[index].flatten(1, 2).cpu().numpy().astype(float)
-    sure = cells.points_confidence[index].flatten(1).cpu().numpy().astype(float)
-    said = np.stack([pose_from_points(points[view], _rays(K[view], log_depth[view].shape),
-                                      np.exp(log_depth[view]).ravel(), sure[view])
-                     for view in range(len(K))])
-    if not first:
-        return said
-    return np.where(placed.placed[:, None, None], placed.T_world_view, inverse(said[0]) @ said)
+def _matched_window(cells: CellMaps, index: int, K: np.ndarray, network: RayTransformer
+                    ) -> tuple[np.ndarray, np.ndarray]:
+    """Poses [N, 4, 4], log depth [N, h, w]; world points say poses that matches leave open."""
+    focal_px, log_depth = float(K[0, 0, 0]), _float64(cells.log_depth[index])
+    pairs = _pairs(cells, index, K, log_depth, network)
+    views = placed_views(pairs, len(K), focal_px)
+    if not views.placed.all():
+        said = _queries(cells, index, K)[0]
+        T = np.where(views.placed[:, None, None], views.T_world_view, inverse(said[0]) @ said)
+        views = PlacedViews(T, views.placed)
+    bent = [corrected(view, _cell(seen.xy * k[[0, 1], [0, 1]] + k[:2, 2]), seen) for view, k, seen
+            in zip(log_depth, K, sparse_depths(pairs, views, focal_px), strict=True)]
+    return views.T_world_view, np.stack(bent)
+
+
+def _queries(cells: CellMaps, index: int, K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Poses [N, 4, 4] from world points, and log depth [N, h, w]."""
+    log_depth = _float64(cells.log_depth[index])
+    points, sure = (_float64(x[index].flatten(1, 2)) for x in (
+        cells.points, cells.points_confidence))
+    said = [pose_from_points(points[view], _rays(K[view], log_depth[view].shape),
+                             np.exp(log_depth[view]).ravel(), sure[view])
+            for view in range(len(K))]
+    return np.stack(said), log_depth
 
 
 def _pairs(cells: CellMaps, index: int, K: np.ndarray, log_depth: np.ndarray,
@@ -62,10 +83,10 @@ def _pairs(cells: CellMaps, index: int, K: np.ndarray, log_depth: np.ndarray,
     found = []
     for i, j in similar_pairs(descriptors):
         same = matched(network.fine_matcher, descriptors, fine, (i, j), sharpness)
-        pixels_i, pixels_j, deviation = (x.double().cpu().numpy() for x in (
+        pixels_i, pixels_j, deviation = (_float64(x) for x in (
             same.pixels_i, same.pixels_j, same.deviation))
-        cell = (pixels_i - (CELL - 1) / 2) / CELL
-        depth = np.exp(map_coordinates(log_depth[i], cell[:, ::-1].T, order=1, mode='nearest'))
+        depth = np.exp(map_coordinates(log_depth[i], _cell(pixels_i)[:, ::-1].T, order=1,
+                                       mode='nearest'))
         found.append(ViewPair(i, j, _normalised(pixels_i, K[i]), _normalised(pixels_j, K[j]),
                               deviation / K[j, 0, 0], depth))
     return found
@@ -114,10 +135,11 @@ def pose_from_points(points: np.ndarray, rays: np.ndarray, depth: np.ndarray, su
     return inverse(T)
 
 
-def pixel_maps(cells: CellMaps) -> tuple[torch.Tensor, torch.Tensor]:
-    """Depth and its confidence [B, N, H, W] of all pixels, between the middles of cells."""
+def pixel_maps(log_depth: torch.Tensor, confidence: torch.Tensor
+               ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Depth and confidence [B, N, H, W] of all pixels, of those of cells [B, N, h, w]."""
     depth, sure = (F.interpolate(x, scale_factor=CELL, mode='bilinear', align_corners=False)
-                   for x in (cells.log_depth, cells.depth_confidence))
+                   for x in (log_depth, confidence))
     return depth.exp(), sure
 
 
@@ -128,3 +150,12 @@ def _rays(K: np.ndarray, grid_hw: tuple[int, ...]) -> np.ndarray:
 
 def _normalised(pixels: np.ndarray, K: np.ndarray) -> np.ndarray:
     return (pixels - K[:2, 2]) / K[[0, 1], [0, 1]]
+
+
+def _cell(pixels: np.ndarray) -> np.ndarray:
+    """Places [M, 2] on the grid of cells, the middle of the first at 0."""
+    return (pixels - (CELL - 1) / 2) / CELL
+
+
+def _float64(values: torch.Tensor) -> np.ndarray:
+    return np.asarray(values.detach().double().cpu().numpy())

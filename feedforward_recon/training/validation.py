@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from feedforward_recon.model.pose_encoding import rigid_inverse
-from feedforward_recon.model.ray_cameras import cameras_of
-from feedforward_recon.model.ray_transformer import CellMaps, RayTransformer
+from feedforward_recon.model.ray_cameras import geometry_of
+from feedforward_recon.model.ray_transformer import RayTransformer
 from feedforward_recon.training.transformer_losses import at_pixels
 from feedforward_recon.training.transformer_scores import AUC_DEG, pose_errors
 from feedforward_recon.training.view_sources import ViewSource
@@ -36,12 +36,12 @@ class ValidationWindows:
     @torch.inference_mode()
     def scores(self, network: RayTransformer, device: torch.device
                ) -> dict[str, dict[str, float]]:
-        """Of each source: AUC@30 of the poses, and of those from world points alone; AbsRel."""
+        """Of each source: AUC@30 of poses and AbsRel of depth, from matches and without them."""
         rows: dict[str, dict[str, float]] = {}
         for name, windows in self._windows.items():
             each = [_scores(network, window.to(device)) for window in windows]
             rows[name] = {key: round(float(np.mean([s[key] for s in each])), 4)
-                          for key in ('auc30', 'auc30_points', 'abs_rel')} if each else {}
+                          for key in each[0]} if each else {}
         return rows
 
     @staticmethod
@@ -53,10 +53,12 @@ class ValidationWindows:
 
 def _scores(network: RayTransformer, windows: Windows) -> dict[str, float]:
     cells, _ = network(windows.images, windows.K)
-    found = {'auc30': True, 'auc30_points': False}
-    scores = {name: _auc(cameras_of(cells, windows.K, network, first=first), windows)
-              for name, first in found.items()}
-    return {**scores, 'abs_rel': _abs_rel(cells, windows)}
+    matched, said = (geometry_of(cells, windows.K, network, first=first)
+                     for first in (True, False))
+    return {'auc30': _auc(matched.T_world_cam, windows),
+            'auc30_points': _auc(said.T_world_cam, windows),
+            'abs_rel': _abs_rel(matched.log_depth, windows),
+            'abs_rel_said': _abs_rel(said.log_depth, windows)}
 
 
 def _auc(T_world_cam: torch.Tensor, windows: Windows) -> float:
@@ -66,7 +68,7 @@ def _auc(T_world_cam: torch.Tensor, windows: Windows) -> float:
     return float((1 - worst / AUC_DEG).clamp(min=0).mean()) if len(worst) else 1.0
 
 
-def _abs_rel(cells: CellMaps, windows: Windows) -> float:
-    said = at_pixels(cells.log_depth[:, :, None], windows.pixels)[..., 0]
+def _abs_rel(log_depth: torch.Tensor, windows: Windows) -> float:
+    said = at_pixels(log_depth[:, :, None], windows.pixels)[..., 0]
     error = (windows.depth.log() - said)[windows.known]
     return float(((error - error.median()).exp() - 1).abs().mean())
