@@ -15,7 +15,7 @@ import torch
 from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, quat_xyzw_from_matrix, transform_points
-from feedforward_recon.synthetic import Room
+from feedforward_recon.synthetic import Room, lighting
 from feedforward_recon.training import (
     colmap_scenes,
     covisible_views,
@@ -24,7 +24,7 @@ from feedforward_recon.training import (
     room_views,
     windows,
 )
-from feedforward_recon.training.covisible_views import ANGLE_DEG, CovisibleViews
+from feedforward_recon.training.covisible_views import CovisibleViews
 from feedforward_recon.training.depth_source import DepthSource
 from feedforward_recon.training.photo_source import PhotoSource
 from feedforward_recon.training.room_files import room_source
@@ -39,7 +39,15 @@ FORMATS = ('colmap', 'freiburg', 'kitchen')
 
 
 @pytest.fixture(scope='module')
-def walk(tmp_path_factory):
+def in_even_light():
+    """Rooms without shadows: they take most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lighting, 'irradiance', lambda *given: np.ones((2, 2, 3), np.float32))
+        yield
+
+
+@pytest.fixture(scope='module')
+def walk(in_even_light, tmp_path_factory):
     """A room's file with the views of a walk, and its arrays."""
     room = Room.generate(5)
     room = replace(room, pyramids={}, faces=[replace(face, texels_per_m=face.texels_per_m / 4)
@@ -243,7 +251,7 @@ def test_published_cameras_are_known(tmp_path, name, focal, distorted):
     assert len(views) == 2
 
 
-def small_recording(folder, size_wh, seven_scenes=None):
+def small_recording(folder, size_wh):
     """Two frames of a recording: 7-Scenes where it is called heads, else TUM."""
     arrays = {'image': np.full((2, *size_wh[::-1], 3), 90, np.uint8),
               'depth': np.full((2, *size_wh[::-1]), 2.0),
@@ -255,7 +263,29 @@ def small_recording(folder, size_wh, seven_scenes=None):
     return read(folder)
 
 
-def test_only_frames_with_a_pose_are_views_and_not_all_of_a_long_recording(scenes, tmp_path, walk,
+def test_images_of_two_sizes_are_refused_when_they_are_met(tmp_path):
+    views = small_recording(tmp_path / 'fr1', (640, 480))
+    cv2.imwrite(str(tmp_path / 'fr1/rgb/1.png'), np.zeros((240, 320, 3), np.uint8))
+    with pytest.raises(InputError, match=r'\(640, 480\) like .* found \(320, 240\); use one'):
+        views.view(1)
+
+
+def test_the_longest_tracks_of_an_image_are_read(tmp_path, monkeypatch):
+    pytest.importorskip('pycolmap', reason='needs the extra [offline]')
+    monkeypatch.setattr(colmap_scenes, 'MOST_TRACKS', 3)
+    points = np.column_stack([np.arange(6) / 10, np.zeros(6), np.full(6, 2.0)])
+    uv = CAMERA.project(points)
+    rows = [[(*px, k) for k, px in enumerate(uv)], [(*uv[k], k) for k in (5, 1, 3)]]
+    (tmp_path / 'images').mkdir()
+    for view in range(2):
+        cv2.imwrite(str(tmp_path / f'images/{view}.png'), np.zeros((120, 160, 3), np.uint8))
+    write_model(tmp_path / 'sparse/0', 'SIMPLE_PINHOLE', (120.0, 81.0, 58.5),
+                dict.fromkeys(range(2), np.eye(4)), rows, points)
+    scene = colmap_scenes.read_colmap(tmp_path)
+    assert sorted(scene.point_id[scene.tracks(0)]) == [2, 4, 6]
+
+
+def test_only_frames_with_a_pose_are_views_and_not_all_of_a_long_recording(tmp_path, walk,
                                                                            monkeypatch):
     write_7scenes(tmp_path, walk[1])
     (tmp_path / 'seq-01/frame-000001.pose.txt').write_text('nan ' * 16)
@@ -390,6 +420,7 @@ def test_a_stream_of_photos_of_another_shape_alone_cuts_them(sources, monkeypatc
 
 
 def test_only_a_few_rooms_are_in_memory(walk, tmp_path, monkeypatch):
+    assert room_files.opened_room.cache_info().maxsize == room_files.OPEN_ROOMS
     monkeypatch.setattr(room_files, 'opened_room',
                         lru_cache(maxsize=2)(room_files.opened_room.__wrapped__))
     rooms, alive, drawn = [], [], []
@@ -413,7 +444,7 @@ def test_only_a_few_rooms_are_in_memory(walk, tmp_path, monkeypatch):
 def test_a_damaged_room_is_one_sentence(tmp_path):
     np.savez(tmp_path / 'train0000.npz', image=np.zeros(3))
     with pytest.raises(InputError, match='remove it and run `ffrecon-train views` again'):
-        room_source(tmp_path / 'train0000.npz').size_wh
+        room_source(tmp_path / 'train0000.npz').image(0)
 
 
 # What moves
@@ -445,7 +476,7 @@ def test_nothing_in_a_window_depends_on_what_moves(walk, tmp_path):
         assert one.known.sum() > 300 and one.seen.sum() > 50
 
 
-def test_views_with_things_that_move_say_where(monkeypatch):
+def test_views_with_things_that_move_say_where(in_even_light, monkeypatch):
     """Everywhere else they are those of the room without them."""
     for name, value in (('WALK_VIEWS', 3), ('PLACES', 1), ('VIEWS_PER_PLACE', 2), ('COARSER', 8)):
         monkeypatch.setattr(room_views, name, value)
