@@ -19,7 +19,7 @@ from feedforward_recon.training.virtual_camera import VirtualCamera
 
 SAME_DEPTH = 0.05  # share by which depths of one point differ
 COARSE_WH = (32, 24)  # pixels by which it is found out what views share
-MIN_SHARED = 0.25  # of what two views show, the mean of both
+MIN_SHARED = 0.15  # of what two views show, the mean of both; less leaves a walk in pieces
 
 
 @dataclass(frozen=True)
