@@ -23,6 +23,8 @@ from benchmarks.common import KITCHEN, load_frames, write_result
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse
 from feedforward_recon.model.predictor import NetworkPredictor, load_predictor
+from feedforward_recon.training.depth_source import DepthSource
+from feedforward_recon.training.room_files import room_source
 from feedforward_recon.training.room_views import HELD_OUT, render_views
 from feedforward_recon.training.transformer_scores import (
     PairErrors,
@@ -31,7 +33,6 @@ from feedforward_recon.training.transformer_scores import (
     concatenated,
     pose_errors,
 )
-from feedforward_recon.training.view_sources import RoomSource
 from feedforward_recon.types import Frame, Prediction
 
 NAMES = ('tiny', 'tiny-ttt')
@@ -51,13 +52,14 @@ def windows_of(name: str) -> list[list[Frame]]:
     return [frames[i:i + span:step] for i in range(0, len(frames) - span + 1, apart)]
 
 
-def room_windows(room: RoomSource, count: int) -> list[list[Frame]]:
+def room_windows(room: DepthSource, count: int) -> list[list[Frame]]:
     """Windows of a room, its views cut to 4:3."""
     rng = np.random.default_rng(0)
-    return [[_frame(room, int(view)) for view in room.window(rng, VIEWS)] for _ in range(count)]
+    drawn = [room.window(rng, VIEWS) for _ in range(count)]
+    return [[_frame(room, int(view)) for view in views] for views in drawn if views is not None]
 
 
-def _frame(room: RoomSource, view: int) -> Frame:
+def _frame(room: DepthSource, view: int) -> Frame:
     whole, (width, height) = room.camera(view), room.size_wh
     top = height // 8
     rows = slice(top, top + 3 * height // 4)
@@ -101,7 +103,7 @@ def rows(rooms_folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row of the table."""
     ways: dict[str, Predict] = {name: told(load_predictor(name)) for name in NAMES}
     ways['nothing'] = still
-    rooms = [RoomSource(file) for file in render_views(rooms_folder, HELD_OUT_ROOMS, HELD_OUT)]
+    rooms = [room_source(file) for file in render_views(rooms_folder, HELD_OUT_ROOMS, HELD_OUT)]
     sets = {'rooms never trained on': [window for room in rooms
                                        for window in room_windows(room, WINDOWS_PER_ROOM)],
             **{place: windows_of(place) for place in SETS}}

@@ -23,11 +23,14 @@ from feedforward_recon.model.weights.registry import CHECKPOINTS, located
 from feedforward_recon.training import room_views, transformer, validation
 from feedforward_recon.training import transformer_losses as losses
 from feedforward_recon.training import windows as windows_module
+from feedforward_recon.training.depth_source import DepthSource
 from feedforward_recon.training.muon import Muon
+from feedforward_recon.training.photo_source import PhotoSource
 from feedforward_recon.training.processes import own_device
+from feedforward_recon.training.room_files import room_source
+from feedforward_recon.training.scene_folders import photo_sources
 from feedforward_recon.training.transformer import TransformerTrainer, TransformerTraining
 from feedforward_recon.training.transformer_scores import pose_errors
-from feedforward_recon.training.view_sources import PhotoSource, RoomSource, photo_sources
 from feedforward_recon.training.virtual_camera import whole_view
 from feedforward_recon.training.windows import Windows, drawn_window, mirrored
 
@@ -53,7 +56,7 @@ def folders(room_file, tmp_path_factory):
     for kind in room_views.FIRST_ROOM:
         (root / 'rooms' / f'{kind}0000.npz').write_bytes(room_file.read_bytes())
     for name in ('hall', 'yard'):
-        as_photos(RoomSource(room_file), root / 'photos' / name)
+        as_photos(room_source(room_file), root / 'photos' / name)
     return root
 
 
@@ -219,9 +222,9 @@ def test_a_fit_of_points_finds_the_motion():
 @pytest.mark.parametrize('change', [lambda windows: windows, mirrored])
 @pytest.mark.parametrize('kind', ['photos', 'room'])
 def test_a_point_that_two_views_see_has_one_place(folders, room_file, kind, change):
-    source = RoomSource(room_file) if kind == 'room' else \
+    source = room_source(room_file) if kind == 'room' else \
         photo_sources(folders / 'photos', [])[0][0]
-    assert isinstance(source, (RoomSource, PhotoSource))
+    assert isinstance(source, (DepthSource, PhotoSource))
     rng, checked = np.random.default_rng(1), 0
     for _ in range(4):
         windows = change(drawn_window(source, rng, 2, (128, 96)))
@@ -250,7 +253,7 @@ def test_lengths_do_not_depend_on_the_unit_of_a_scene(folders, room_file, kind, 
             arrays['depth'] = (arrays['depth'] * np.float16(unit)).astype(np.float16)
             arrays['T_world_cam'][:, :3, 3] *= unit
             np.savez(tmp_path / f'{unit}.npz', **arrays)
-            source = RoomSource(tmp_path / f'{unit}.npz')
+            source = room_source(tmp_path / f'{unit}.npz')
         else:
             source = photo_sources(folders / 'photos', [])[0][0]
             scene = source._scene
@@ -416,7 +419,7 @@ def test_processes_have_a_gpu_each(monkeypatch, device, own):
 
 
 @pytest.mark.parametrize(('changes', 'words'), [
-    ({'photos': 'nowhere'}, 'scenes with a cameras.json in'),
+    ({'photos': 'nowhere'}, 'expected folders with cameras.json and'),
     ({'held_out': 'hall,yard'}, 'to train on, found none'),
     ({'held_out': 'cellar'}, r"found \['cellar'\]; choose of \['hall', 'yard'\]"),
     ({'rooms': 'nowhere'}, 'run `ffrecon-train views` first'),
@@ -448,7 +451,7 @@ def test_shipped_weights_beat_the_baseline_in_a_room_never_seen(name, room_file)
     assert located(CHECKPOINTS[name]) is not None
     predictor = load_predictor(name)
     assert {p.dtype for p in predictor.network.parameters()} == {torch.float32}
-    windows = benchmark.room_windows(RoomSource(room_file), 6)
+    windows = benchmark.room_windows(room_source(room_file), 6)
     found, without = (benchmark.scores(windows, predict)
                       for predict in (benchmark.told(predictor), benchmark.still))
     assert found.rotation_deg < 0.7 * without.rotation_deg

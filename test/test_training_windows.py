@@ -13,8 +13,10 @@ from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, transform_points
 from feedforward_recon.synthetic import Room
+from feedforward_recon.training.photo_source import PhotoSource
 from feedforward_recon.training.posed import read_scene
-from feedforward_recon.training.view_sources import PhotoSource, RoomSource, photo_sources
+from feedforward_recon.training.room_files import room_source
+from feedforward_recon.training.scene_folders import photo_sources
 from feedforward_recon.training.virtual_camera import Variation, varied_view, whole_view
 from feedforward_recon.training.windows import WindowStream, batched, drawn_window, mirrored
 
@@ -40,7 +42,7 @@ def room(room_views, tmp_path_factory):
     file = tmp_path_factory.mktemp('rooms') / 'train0000.npz'
     np.savez(file, image=images, depth=depth.astype(np.float16), T_world_cam=T,
              K=np.tile(STRAIGHT.K, (VIEWS, 1, 1)), group=np.repeat([0, 1], VIEWS // 2))
-    return RoomSource(file)
+    return room_source(file)
 
 
 @pytest.fixture(scope='module')

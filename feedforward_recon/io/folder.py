@@ -98,6 +98,11 @@ class FolderSource(Source):
                                                     for e in entries)
 
     @property
+    def entries(self) -> Sequence[ImageEntry]:
+        """What is known of all images without reading them, before step and max_frames."""
+        return self._entries
+
+    @property
     def total(self) -> int:
         """Images in the folder."""
         return len(self._entries)

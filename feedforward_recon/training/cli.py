@@ -45,8 +45,8 @@ ENCODER_FLAGS = {
     'save_every': Flag('--save-every', 'Steps between saves.'),
     'workers': Flag('--workers', 'Processes that make pairs.')}
 TRANSFORMER_FLAGS = {
-    'photos': Flag('--photos', 'Folder of posed photos with tracks: real scenes.',
-                   metavar='DIR'),
+    'photos': Flag('--photos', 'Folder of real scenes: posed photos with tracks, COLMAP models, '
+                   'TUM RGB-D, 7-Scenes.', metavar='DIR'),
     'out': Flag('--out', 'Folder of the run: weights, log and state; an interrupted run goes '
                 'on.', metavar='DIR'),
     'rooms': Flag('--rooms', 'Folder that `ffrecon-train views` wrote: exact depth.',
@@ -85,6 +85,9 @@ HeldOut = Annotated[int, typer.Option('--held-out', min=1, help='Number of rooms
 PhotoTextures = Annotated[Path | None, typer.Option(
     '--photos', help='Folder of *.jpg photos for about half of the faces.', metavar='DIR',
     show_default=False)]
+MovingShare = Annotated[float, typer.Option(
+    '--moving-share', min=0.0, max=1.0, help='Share of the rooms to train on in which things '
+    'move.')]
 RenderDevice = Annotated[str, typer.Option('--device', help='What renders: cpu or cuda.')]
 
 
@@ -147,15 +150,18 @@ def memory_command(training: MemoryTraining) -> None:
 
 
 def views_command(out: Out, count: Count = 150, held_out: HeldOut = 16,
-                  photos: PhotoTextures = None, device: RenderDevice = 'cpu') -> None:
+                  photos: PhotoTextures = None, device: RenderDevice = 'cpu',
+                  moving_share: MovingShare = 0.0) -> None:
     """Render views of rooms to train the transformer on, and of others to test it on.
 
     Example:
-      ffrecon-train views --out views/ --count 150 --photos photos/
+      ffrecon-train views --out views/ --count 150 --photos photos/ --moving-share 0.3
     """
     for kind, number in ((HELD_OUT, held_out), (TRAIN, count)):
         with progress_bar(f'rendering {kind}', number) as bar:
-            for _ in bar.over(render_views(out, number, kind, photos=photos, device=device)):
+            share = moving_share if kind == TRAIN else 0.0  # held out: figures stay comparable
+            for _ in bar.over(render_views(out, number, kind, photos=photos, device=device,
+                                           moving_share=share)):
                 pass
 
 

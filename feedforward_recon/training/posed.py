@@ -17,6 +17,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from scipy.sparse import csr_array
 from scipy.spatial import cKDTree
 
 from feedforward_recon.errors import InputError
@@ -59,7 +60,7 @@ class PosedScene:
 
     def image(self, index: int) -> np.ndarray:
         """The image as RGB uint8 [H, W, 3]."""
-        return cv2.cvtColor(_read(self.files[index]), cv2.COLOR_BGR2RGB)
+        return posed_image(self.files[index], self.cameras[index].size_wh)
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,20 @@ def _camera(frame: dict, file: Path) -> Camera:
     return Camera.from_matrix(K, (width, height), tuple(frame['distortion']))
 
 
+def posed_image(file: Path, size_wh: tuple[int, int]) -> np.ndarray:
+    """RGB uint8 [H, W, 3] of a file at the size (width, height) of its camera.
+
+    Raises InputError for a file that is no image.
+    """
+    image = cv2.cvtColor(_read(file), cv2.COLOR_BGR2RGB)
+    if image.shape[1::-1] != size_wh:
+        image = cv2.resize(image, size_wh, interpolation=cv2.INTER_AREA)
+    return np.asarray(image, np.uint8)
+
+
 def _read(file: Path) -> np.ndarray:
-    image = cv2.imread(str(file))
+    """As stored: calibrations do not know of EXIF rotations."""
+    image = cv2.imread(str(file), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     if image is None:
         raise InputError(f'expected an image at {file}, found no readable one; restore it')
     return image
@@ -117,11 +130,13 @@ def view_overlap(scene: PosedScene) -> tuple[np.ndarray, np.ndarray]:
     """Tracks that images share, and degrees between their orientations, both [N, N]."""
     images = len(scene.files)
     _, point = np.unique(scene.point_id, return_inverse=True)
-    seen = np.zeros((images, point.max(initial=-1) + 1), np.float32)
-    seen[np.repeat(np.arange(images), np.diff(scene.starts)), point] = 1
+    view = np.repeat(np.arange(images), np.diff(scene.starts))
+    ones = np.ones(len(point), np.float32)
+    seen = csr_array((ones, (view, point)), shape=(images, point.max(initial=-1) + 1))
+    seen.data[:] = 1  # a point that an image shows twice counts once
     R = scene.T_world_cam[:, :3, :3]
     cosine = (np.einsum('aij,bij->ab', R, R) - 1) / 2
-    return seen @ seen.T, np.degrees(np.arccos(np.clip(cosine, -1, 1)))
+    return (seen @ seen.T).toarray(), np.degrees(np.arccos(np.clip(cosine, -1, 1)))
 
 
 def covisible_pairs(scene: PosedScene) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 Rooms are rendered once, to files of a few dozen views, square and large enough to be cut; every
 training step draws windows from them. Nearly half of a room's views follow a walk, the others look
-at one place each from around.
+at one place each from around. In some rooms things move: they are elsewhere in every view.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.model.configs import device_of
 from feedforward_recon.synthetic import Room
 from feedforward_recon.synthetic.batch import render_batch
+from feedforward_recon.synthetic.moving import MovingThings
 from feedforward_recon.synthetic.photos import photo_files
+from feedforward_recon.synthetic.views import RenderedViews
 from feedforward_recon.synthetic.walk import look
 
 SIDE = 288
@@ -31,6 +33,7 @@ WALK_VIEWS, WALK_FPS = 24, 2.0
 PLACES, VIEWS_PER_PLACE = 4, 8
 CLEARANCE_M, SMALLEST_SPREAD_M = 0.15, 0.05
 COARSER = 2
+MOST_THINGS = 3  # that move
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class RoomViews:
     """Views of one room; the principal point is the middle.
 
     image uint8 [V, H, W, 3] RGB; depth float16 [V, H, W] metres; K [V, 3, 3];
-    T_world_cam [V, 4, 4]; group [V]: 0 for the walk, in its order, then one number per place.
+    T_world_cam [V, 4, 4]; group [V]: 0 for the walk, in its order, then one number per place;
+    moving uint8 [V, H, W / 8]: bits of the pixels of what moves, see ``np.packbits``.
     """
 
     image: NDArray[np.uint8]
@@ -46,15 +50,17 @@ class RoomViews:
     K: NDArray[np.float64]
     T_world_cam: NDArray[np.float64]
     group: NDArray[np.int8]
+    moving: NDArray[np.uint8]
 
 
 def render_views(out: Path, count: int, kind: str, *, photos: str | Path | None = None,
-                 device: str = 'cpu') -> Iterator[Path]:
+                 device: str = 'cpu', moving_share: float = 0.0) -> Iterator[Path]:
     """Render ``count`` rooms of a kind (`FIRST_ROOM`) to out/<kind>NNNN.npz; yields each file.
 
-    photos: folder of *.jpg for the faces of the rooms, see `Room.with_photos`. Files that are
-    there are kept, whatever they were rendered with. Raises InputError for a folder without
-    photos, ConfigError for a device that does not work.
+    photos: folder of *.jpg for the faces of the rooms, see `Room.with_photos`. moving_share: of
+    the rooms with things that move. Files that are there are kept, whatever they were rendered
+    with. Raises InputError for a folder without photos, ConfigError for a device that does not
+    work.
     """
     place = device_of(device)
     files = photo_files(photos) if photos else []
@@ -62,38 +68,58 @@ def render_views(out: Path, count: int, kind: str, *, photos: str | Path | None 
     for index in range(count):
         file = out / f'{kind}{index:04d}.npz'
         if not file.exists():
-            part = file.with_name(f'.{file.name}')
-            np.savez(part, **vars(views_of(FIRST_ROOM[kind] + index, SIDE, files, place)))
+            part, seed = file.with_name(f'.{file.name}'), FIRST_ROOM[kind] + index
+            things = things_in(seed, moving_share)
+            np.savez(part, **vars(views_of(seed, SIDE, files, place, things)))
             part.replace(file)
         yield file
 
 
+def things_in(seed: int, moving_share: float) -> int:
+    """How many things move in the room of a seed: none, or 1 to 3 in a share of the rooms."""
+    rng = np.random.default_rng([seed, 1])
+    return int(rng.integers(1, MOST_THINGS + 1)) if rng.random() < moving_share else 0
+
+
 def views_of(seed: int, side: int = SIDE, photos: Sequence[Path] = (),
-             device: str | torch.device = 'cpu') -> RoomViews:
+             device: str | torch.device = 'cpu', things: int = 0) -> RoomViews:
     """The views of one room, square of ``side`` pixels, with photos on its faces if there are any.
 
-    device: what renders them; on a GPU they differ in single grey levels.
+    device: what renders them; on a GPU they differ in single grey levels. things: how many move.
     """
-    rng = np.random.default_rng(seed)
-    room = _coarse(Room.generate(seed))
-    if photos:
-        room = room.with_photos(photos, seed)
-    walk = list(room.walk(WALK_VIEWS, seed, WALK_FPS))
-    cameras = [_camera(rng, side)] * len(walk)
-    rendered = render_batch(room, cameras, walk, device=device)
-    around: list[NDArray[np.float64]] = []
+    rng, their_rng = np.random.default_rng(seed), np.random.default_rng([seed, 2])
+    stage = _stage(seed, photos, things, their_rng)
+    walk = np.stack(stage.room.walk(WALK_VIEWS, seed, WALK_FPS))
+    walk_camera = _camera(rng, side)
+    walked = render_batch(stage.room, walk_camera, walk, device=device,
+                          moving=stage.before(walk, their_rng))
+    poses, cameras, anchors = [walk], [walk_camera] * len(walk), []
     for _ in range(PLACES):
         index = int(rng.integers(WALK_VIEWS))
-        distance = float(np.median(rendered.depth[index].cpu()))
-        around += _poses_around(room, walk[index], distance, rng)
+        distance = float(np.median(walked.depth[index][~walked.moving[index]].cpu()))
+        poses.append(_poses_around(stage.room, walk[index], distance, rng))
+        anchors += [walk[index]] * VIEWS_PER_PLACE
         cameras += [_camera(rng, side)] * VIEWS_PER_PLACE
-    more = render_batch(room, cameras[WALK_VIEWS:], around, device=device)
-    image, depth = (torch.cat([getattr(part, name) for part in (rendered, more)]).cpu().numpy()
-                    for name in ('image', 'depth'))
-    groups = [0] * WALK_VIEWS + [1 + k // VIEWS_PER_PLACE for k in range(len(around))]
+    around = render_batch(stage.room, cameras[len(walk):], np.concatenate(poses[1:]),
+                          device=device, moving=stage.before(np.stack(anchors), their_rng))
+    groups = np.repeat(np.arange(1 + PLACES), [len(each) for each in poses])
+    return _stored([walked, around], cameras, np.concatenate(poses), groups)
+
+
+def _stage(seed: int, photos: Sequence[Path], things: int, rng: np.random.Generator
+           ) -> MovingThings:
+    stage = MovingThings.drawn(Room.generate(seed), things, rng)
+    room = _coarse(stage.room)
+    return replace(stage, room=room.with_photos(photos, seed) if photos else room)
+
+
+def _stored(parts: Sequence[RenderedViews], cameras: Sequence[Camera], T_world_cam: NDArray,
+            groups: NDArray) -> RoomViews:
+    image, depth, moving = (torch.cat([getattr(part, name) for part in parts]).cpu().numpy()
+                            for name in ('image', 'depth', 'moving'))
     return RoomViews(np.ascontiguousarray(image.transpose(0, 2, 3, 1)), depth.astype(np.float16),
-                     np.stack([c.K for c in cameras]), np.stack(walk + around),
-                     np.array(groups, np.int8))
+                     np.stack([c.K for c in cameras]), T_world_cam, groups.astype(np.int8),
+                     np.packbits(moving, axis=-1))
 
 
 def _coarse(room: Room) -> Room:
@@ -108,8 +134,8 @@ def _camera(rng: np.random.Generator, side: int) -> Camera:
 
 
 def _poses_around(room: Room, T_world_cam: NDArray, distance: float,
-                  rng: np.random.Generator) -> list[NDArray[np.float64]]:
-    """Poses in free space near a pose that look roughly at what it looks at."""
+                  rng: np.random.Generator) -> NDArray[np.float64]:
+    """Poses [VIEWS_PER_PLACE, 4, 4] in free space near a pose, looking roughly where it does."""
     target = T_world_cam[:3, 3] + distance * T_world_cam[:3, 2]
     spread = distance * rng.uniform(0.1, 0.6)
     found: list[NDArray[np.float64]] = []
@@ -125,4 +151,4 @@ def _poses_around(room: Room, T_world_cam: NDArray, distance: float,
         pose[:3, :3] = look(*np.array([[yaw], [pitch], [roll]]))[0]
         pose[:3, 3] = position
         found.append(pose)
-    return found
+    return np.stack(found)

@@ -31,6 +31,8 @@ from feedforward_recon.training.guidance import AttentionInputs
 from feedforward_recon.training.moving_average import MovingAverage
 from feedforward_recon.training.muon import Muon
 from feedforward_recon.training.processes import Processes, own_device
+from feedforward_recon.training.room_files import room_sources
+from feedforward_recon.training.scene_folders import photo_sources
 from feedforward_recon.training.transformer_losses import (
     coarse_loss,
     fine_loss,
@@ -38,7 +40,6 @@ from feedforward_recon.training.transformer_losses import (
     guide_loss,
 )
 from feedforward_recon.training.validation import ValidationWindows
-from feedforward_recon.training.view_sources import photo_sources, room_sources
 from feedforward_recon.training.windows import Windows, WindowStream
 
 log = logging.getLogger(__name__)
@@ -57,9 +58,9 @@ STATISTICS_BATCHES = 4
 class TransformerTraining:
     """Settings of a training run; ``steps`` is the whole schedule, resumes included.
 
-    photos: folder of posed scenes. rooms: folder of ``ffrecon-train views``. held_out: names of
-    scenes that are only looked at. start: weights to begin with; what they lack starts fresh.
-    accumulate: batches of ``views_per_step`` images in one step.
+    photos: folder of scenes, see ``scene_folders``. rooms: folder of ``ffrecon-train views``.
+    held_out: names of scenes that are only looked at. start: weights to begin with; what they lack
+    starts fresh. accumulate: batches of ``views_per_step`` images in one step.
     """
 
     photos: str

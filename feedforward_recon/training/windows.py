@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from feedforward_recon.errors import InputError
 from feedforward_recon.geometry.transforms import inverse
+from feedforward_recon.training.covisible_views import ANGLE_DEG
 from feedforward_recon.training.view_sources import SeenPoints, ViewSource
 from feedforward_recon.training.virtual_camera import (
     Variation,
@@ -27,6 +29,7 @@ MIN_KNOWN = 10  # points of the first view, which set the unit
 # About as many pixels each. Most cameras are 4:3 and lie; cars are wide.
 SIZES_WH = ((256, 192), (256, 192), (256, 192), (192, 256), (192, 256), (288, 176), (176, 288),
             (320, 160), (224, 224), (384, 128))
+MOST_DRAWS = 500  # of scenes, until one has a window
 MAX_ASPECT = 1.9  # of a photo and the view cut from it, one over the other
 
 
@@ -38,8 +41,9 @@ class Windows:
 
     images: [B, N, 3, H, W] in 0..1. K: [B, N, 3, 3], pixel centres at integers. T_world_cam:
     [B, N, 4, 4]. pixels, depth, known: [B, N, P, 2], [B, N, P], bool [B, N, P]: where z-depth is
-    known. queries: [B, N, M, 2] pixels of some of these points. found, seen: [B, N, N, M, 2],
-    bool [B, N, N, M]: where view j shows those of view i.
+    known and nothing moves. queries: [B, N, M, 2] pixels of some of these points. found, seen:
+    [B, N, N, M, 2], bool [B, N, N, M]: where view j shows those of view i. What moves between the
+    views is in none of them, so no loss speaks of it.
     """
 
     images: torch.Tensor
@@ -74,7 +78,7 @@ class Windows:
 class WindowStream:
     """Batches of windows of photos and rooms.
 
-    photo_share: of the windows.
+    photo_share: of the windows. Drawing one raises InputError where no scene has enough views.
     """
 
     def __init__(self, photos: Sequence[ViewSource], rooms: Sequence[ViewSource],
@@ -88,14 +92,22 @@ class WindowStream:
         count = int(rng.choice(VIEWS))
         size_wh = SIZES_WH[int(rng.integers(len(SIZES_WH)))]
         photos = [p for p in self._photos if _alike(p.size_wh, size_wh)]
-        chosen: list[Windows] = []
-        while len(chosen) < max(1, views // count):
+        if not photos and not self._rooms:  # rather cut much than nothing
+            photos = list(self._photos)
+        return batched([self._window(photos, rng, count, size_wh)
+                        for _ in range(max(1, views // count))])
+
+    def _window(self, photos: Sequence[ViewSource], rng: np.random.Generator, count: int,
+                size_wh: tuple[int, int]) -> Windows:
+        for _ in range(MOST_DRAWS):
             from_photos = photos and rng.random() < self._share
             sources = photos if from_photos or not self._rooms else self._rooms
             window = drawn_window(sources[int(rng.integers(len(sources)))], rng, count, size_wh)
             if window is not None:
-                chosen.append(window)
-        return batched(chosen)
+                return window
+        raise InputError(f'expected scenes with {count} overlapping views that differ by '
+                         f'{ANGLE_DEG[0]:.0f} to {ANGLE_DEG[1]:.0f} degrees, found none in '
+                         f'{MOST_DRAWS} draws; add scenes, or views between those there are')
 
 
 def batched(windows: Sequence[Windows]) -> Windows:
