@@ -21,47 +21,46 @@ ROOM = 1.0 + 0.02 * COLUMN + 0.4 * (COLUMN > 20)  # log depth: a slanted wall, a
 
 
 def seen(truth, count, seed, *, noise=0.0, wrong=0.0):
-    """Points of a log depth map at random cells, and these cells [M, 2]."""
+    """Points of a log depth map at random cells."""
     rng = np.random.default_rng(seed)
     cells = np.stack([rng.integers(0, WIDTH, count), rng.integers(0, HEIGHT, count)], 1)
     said = truth[cells[:, 1], cells[:, 0]] + rng.normal(0, noise, count)
     false = rng.random(count) < wrong
     said[false] += rng.choice([-1.0, 1.0], false.sum())
-    return cells, SparseDepth(np.zeros((count, 2)), said, np.full(count, max(noise, 0.02)))
+    return SparseDepth(cells, said, np.full(count, max(noise, 0.02)))
 
 
 @pytest.mark.parametrize('seed', range(3))
 def test_what_is_wrong_over_the_whole_image_is_mended_between_the_matches(seed):
     bend = 0.5 + 0.3 * np.sin(COLUMN / 8) * np.cos(ROW / 10)
-    said = corrected(ROOM + bend, *seen(ROOM, 250, seed, noise=0.03, wrong=0.1))
+    said = corrected(ROOM + bend, seen(ROOM, 250, seed, noise=0.03, wrong=0.1))
     error = np.abs(said - ROOM)
     assert error.mean() < 0.03 < 5 * error.mean() < np.abs(bend).mean()
 
 
 def test_a_correction_may_jump_where_depth_does_and_nowhere_else():
     wrong = 0.3 * (COLUMN > 20)  # what lies behind is too far, all of it
-    cells, points = seen(ROOM, 120, 0)
-    jumped = corrected(ROOM + wrong, cells, points) - ROOM
-    level = corrected(1.0 + wrong - 0.3 * (COLUMN > 20), cells, points) - ROOM
+    points = seen(ROOM, 120, 0)
+    jumped = corrected(ROOM + wrong, points) - ROOM
+    level = corrected(1.0 + wrong - 0.3 * (COLUMN > 20), points) - ROOM
     at_the_step = np.abs(COLUMN - 20.5) < 1
     assert np.abs(jumped)[at_the_step].mean() < 0.03
     assert np.abs(level)[at_the_step].mean() > 0.05
 
 
 def test_one_exact_point_says_the_unit_and_no_more():
-    cells, points = seen(ROOM - 0.7, 1, 0)
-    np.testing.assert_allclose(corrected(ROOM, cells, points), ROOM - 0.7, atol=1e-6)
+    points = seen(ROOM - 0.7, 1, 0)
+    np.testing.assert_allclose(corrected(ROOM, points), ROOM - 0.7, atol=1e-6)
 
 
 def test_without_matches_depth_stays_as_it_is():
-    assert corrected(ROOM, *seen(ROOM, 0, 0)) is ROOM
+    assert corrected(ROOM, seen(ROOM, 0, 0)) is ROOM
 
 
 def test_unsure_points_count_less():
-    cells = np.array([[15, 12], [15, 12]])
-    points = SparseDepth(np.zeros((2, 2)), ROOM[12, 15] + np.array([0.0, 0.4]),
+    points = SparseDepth(np.array([[15, 12], [15, 12]]), ROOM[12, 15] + np.array([0.0, 0.4]),
                          np.array([0.02, 0.5]))
-    assert corrected(ROOM, cells, points)[12, 15] == pytest.approx(ROOM[12, 15], abs=0.01)
+    assert corrected(ROOM, points)[12, 15] == pytest.approx(ROOM[12, 15], abs=0.01)
 
 
 def test_matches_say_the_depth_of_both_views():

@@ -181,8 +181,10 @@ class CloudConfig:
     voxel_m: float = option(0.02, 'one point per cube of this side; without metric scale in '
                             'units of the median scene depth / 2', low=1e-4, high=10, unit='m')
     max_points: int = option(500_000, 'largest number of points', low=1000, high=50_000_000)
-    stride_px: int = option(4, 'every how many pixels sensor depth is sampled', low=1, high=64,
+    stride_px: int = option(4, 'every how many pixels depth is sampled', low=1, high=64,
                             unit='px')
+    dense: bool = option(False, 'a dense cloud without a depth sensor: depth of the network tiny, '
+                         'bent to the landmarks of the map')
 
 
 @dataclass(frozen=True)

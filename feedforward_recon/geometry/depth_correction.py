@@ -29,7 +29,10 @@ ROBUST, ROUNDS = 3.0, 3  # square of the errors from which matches count less (C
 
 @dataclass(frozen=True)
 class SparseDepth:
-    """Depth of M points of one view: xy [M, 2] normalised; log_depth [M] and its deviation."""
+    """Depth of M points of one view: places xy [M, 2] in it; log_depth [M] and its deviation.
+
+    xy: normalised coordinates, or cells of a map with the middle of the first at 0.
+    """
 
     xy: np.ndarray
     log_depth: np.ndarray
@@ -38,9 +41,10 @@ class SparseDepth:
 
 def sparse_depths(pairs: Sequence[ViewPair], views: PlacedViews, focal_px: float
                   ) -> list[SparseDepth]:
-    """What matches that agree with the poses say of each view; nothing of those not placed.
+    """What matches that agree with the poses say of each view, at normalised coordinates.
 
-    focal_px: of the pixels in which matches were found, for tolerances.
+    Nothing of views that are not placed. focal_px: of the pixels in which matches were found,
+    for tolerances.
     """
     found: list[list[SparseDepth]] = [[] for _ in views.placed]
     for pair in pairs:
@@ -52,11 +56,11 @@ def sparse_depths(pairs: Sequence[ViewPair], views: PlacedViews, focal_px: float
     return [_joined(parts) for parts in found]
 
 
-def corrected(log_depth: np.ndarray, at: np.ndarray, seen: SparseDepth) -> np.ndarray:
-    """Log depth [h, w] bent to points at cells ``at`` [M, 2], (x, y) with the first cell at 0."""
-    if not len(at):
+def corrected(log_depth: np.ndarray, seen: SparseDepth) -> np.ndarray:
+    """Log depth [h, w] bent to points that are seen at its cells."""
+    if not len(seen.xy):
         return log_depth
-    read = _reading(at, log_depth.shape)
+    read = _reading(seen.xy, log_depth.shape)
     missing = seen.log_depth - read @ log_depth.ravel()
     whole = _weighted_median(missing, seen.deviation ** -2)
     smooth = _likeness(log_depth)

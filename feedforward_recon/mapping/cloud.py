@@ -70,7 +70,7 @@ class CloudSource:
 
 def cloud_source(map_: GrowingMap, config: CloudConfig, newest_only: bool = False
                  ) -> CloudSource:
-    """Sensor depth of the keyframes, or of the newest alone; or else its landmarks.
+    """Depth of the keyframes, or of the newest alone; or else its landmarks.
 
     A map without metric scale has a median depth of about one unit, as a room has about two
     metres: its voxels are half as large.
@@ -78,10 +78,11 @@ def cloud_source(map_: GrowingMap, config: CloudConfig, newest_only: bool = Fals
     if any(len(k.cloud_cam) for k in map_.keyframes):
         chosen = slice(-1, None) if newest_only else slice(None)
         keyframes = map_.keyframes[chosen]
+        measured = any(np.isfinite(k.points_cam[:, 2]).any() for k in keyframes)
         return CloudSource(tuple(k.cloud_cam for k in keyframes),
                            tuple(k.cloud_rgb for k in keyframes),
-                           tuple(map_.T_map_cam[chosen].copy()), config.voxel_m,
-                           config.max_points)
+                           tuple(map_.T_map_cam[chosen].copy()),
+                           config.voxel_m if measured else config.voxel_m / 2, config.max_points)
     table = map_.landmarks
     firm = table.has_point & (table.views() >= 3)
     if newest_only and len(map_):

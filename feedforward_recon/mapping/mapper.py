@@ -31,6 +31,7 @@ from feedforward_recon.mapping.association import (
 from feedforward_recon.mapping.backlog import Backlog
 from feedforward_recon.mapping.cloud import sampled_depth
 from feedforward_recon.mapping.coverage import covering_tracks
+from feedforward_recon.mapping.dense_clouds import DenseClouds
 from feedforward_recon.mapping.estimates import EstimateHistory
 from feedforward_recon.mapping.feed import MemoryFeed
 from feedforward_recon.mapping.frame_tracks import FrameTracks
@@ -59,11 +60,13 @@ class Mapper:
     start: a map of earlier sessions to go on with: frames are located in it first, and extend it
     once one is found; the mapper changes it in place. results: the map as it is now, for reading.
     backlog: what the keyframes so far are followed by; ``work`` does it.
+    dense: gives clouds to keyframes without depth.
     """
 
     def __init__(self, config: MapperConfig, encoder: Encoder, memory: Memory | None = None, *,
-                 source: PoseSource | None = None, start: StartingMap | None = None) -> None:
-        self.encoder = encoder
+                 source: PoseSource | None = None, start: StartingMap | None = None,
+                 dense: DenseClouds | None = None) -> None:
+        self.encoder, self._dense = encoder, dense
         self.source: PoseSource = source or FeaturePoses(config, encoder)
         config = self.source.mapping_config(config)
         self._map = GrowingMap(config, encoder.dim) if start is None else start.map
@@ -116,8 +119,9 @@ class Mapper:
         wait: for a network that is at work. final: no frame will follow soon.
         Raises what a network raises; the frames of its window have no pose then.
         """
-        return self._work_on_backlog() or self.source.work(self, self._map, wait=wait,
-                                                           final=final)
+        return (self._work_on_backlog()
+                or (self._dense is not None and self._dense.work(self._map))
+                or self.source.work(self, self._map, wait=wait, final=final))
 
     def finish(self) -> SceneMap:
         """Refine the whole map, write the rest of the memory, and return the result.
@@ -131,6 +135,8 @@ class Mapper:
             self.backlog.finish(settings, calibrate=self.source.refines_calibration,
                                 exact=self.source.holds_poses)
             self._tracks.refit(self._map, self._history, self._map.config.tracking)
+        if self._dense is not None:
+            self._dense.finish(self._map)
         self.backlog.feed.finish(self._map)
         return self.results.scene_map()
 
@@ -176,6 +182,8 @@ class Mapper:
     def _start_again(self, *, restarts: bool) -> None:
         self.stats.restarts += restarts
         self._map.clear()
+        if self._dense is not None:
+            self._dense.clear()
         self.backlog.clear()
         self._history.forget_poses()
         self._tracks.clear()
@@ -256,6 +264,8 @@ class Mapper:
         triangulate_matches(map_, newest)
         keyframe = map_.keyframes[newest]
         keyframe.cloud_cam, keyframe.cloud_rgb = sampled_depth(view, map_.config.cloud.stride_px)
+        if self._dense is not None:
+            self._dense.saw(newest, view)
         self.stats.keyframes += 1
         T_map_cam = map_.T_map_cam[newest].copy()
         self._policy.kept(view, tracks)

@@ -6,6 +6,7 @@ Poses are from matches, else from world points; depth is bent to where matches m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import NamedTuple
 
@@ -59,8 +60,9 @@ def _matched_window(cells: CellMaps, index: int, K: np.ndarray, network: RayTran
         said = _queries(cells, index, K)[0]
         T = np.where(views.placed[:, None, None], views.T_world_view, inverse(said[0]) @ said)
         views = PlacedViews(T, views.placed)
-    bent = [corrected(view, _cell(seen.xy * k[[0, 1], [0, 1]] + k[:2, 2]), seen) for view, k, seen
-            in zip(log_depth, K, sparse_depths(pairs, views, focal_px), strict=True)]
+    bent = [corrected(view, replace(seen, xy=_cell(seen.xy * k[[0, 1], [0, 1]] + k[:2, 2])))
+            for view, k, seen in zip(log_depth, K, sparse_depths(pairs, views, focal_px),
+                                     strict=True)]
     return views.T_world_view, np.stack(bent)
 
 

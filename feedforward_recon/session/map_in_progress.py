@@ -21,6 +21,7 @@ from feedforward_recon.session.map_folder import (
     nothing_found,
     save_map,
 )
+from feedforward_recon.session.networks import dense_clouds
 from feedforward_recon.types import FloatArray, Frame
 
 SaveJob = Callable[[], SavedMap]
@@ -45,7 +46,8 @@ class MapInProgress:
     def __init__(self, config: MapperConfig, encoder: Encoder, writer: MemoryWriter,
                  source: PoseSource, *, network: NetworkMemory | None = None,
                  start: StartingMap | None = None, sha256: str = '') -> None:
-        self.mapper = Mapper(config, encoder, writer, source=source, start=start)
+        self.mapper = Mapper(config, encoder, writer, source=source, start=start,
+                             dense=dense_clouds(config.cloud))
         self.metres_per_unit: float | None = None
         self._config, self._encoder, self._writer = config, encoder, writer
         self._network = network

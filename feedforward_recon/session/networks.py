@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from feedforward_recon.config.network import ModelOptions, WindowConfig
+from feedforward_recon.config.schema import CloudConfig
 from feedforward_recon.errors import ConfigError, MapError
 from feedforward_recon.localization.localizer import Localizer
 from feedforward_recon.localization.network_localizer import NetworkLocalizer, SavedFastWeights
 from feedforward_recon.localization.scene_network import NetworkMemory
+from feedforward_recon.mapping.dense_clouds import DenseClouds
 from feedforward_recon.mapping.sources.window import FeedForward
-from feedforward_recon.model.predictor import is_out_of_memory, load_predictor
+from feedforward_recon.model.predictor import NetworkPredictor, is_out_of_memory, load_predictor
+
+DEPTH_NETWORK = 'tiny'  # ships with the package, and knows its camera
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,16 @@ def load_network(options: ModelOptions) -> SessionNetwork:
     feeds = FeedForward(predictor, windows)
     memory = NetworkMemory(predictor, options.model, options.weights, feeds.turn)
     return SessionNetwork(feeds, None if memory.unsupported else memory)
+
+
+def dense_clouds(config: CloudConfig) -> DenseClouds | None:
+    """What gives keyframes without depth their clouds, if the settings want it."""
+    return DenseClouds(_depth_network(), config) if config.dense else None
+
+
+@cache
+def _depth_network() -> NetworkPredictor:
+    return load_predictor(DEPTH_NETWORK)
 
 
 class NetworkInUse:

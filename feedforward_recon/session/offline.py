@@ -31,6 +31,7 @@ from feedforward_recon.session.map_folder import (
     save_map,
     settings_to_go_on,
 )
+from feedforward_recon.session.networks import dense_clouds
 from feedforward_recon.session.newest_memory import NewestMemory
 from feedforward_recon.types import Frame, Trajectory
 
@@ -124,7 +125,8 @@ def map_frames(frames: Iterable[Frame], config: MapperConfig | None = None,
     relocalise = NewestMemory(writer, encoder, config.localizer).relocalise
     poses = FeaturePoses(config, encoder, relocalise=relocalise) if source is None \
         else source(relocalise)
-    mapper = Mapper(config, encoder, writer, source=poses, start=start)
+    mapper = Mapper(config, encoder, writer, source=poses, start=start,
+                    dense=dense_clouds(config.cloud))
     truth: list[tuple[int, np.ndarray]] = []
     started, mapping_s = time.perf_counter(), 0.0
     with progress('mapping', total) as bar:
