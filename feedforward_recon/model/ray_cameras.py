@@ -24,7 +24,9 @@ from feedforward_recon.model.ray_stem import CELL, cell_pixels
 from feedforward_recon.model.ray_transformer import CellMaps, RayTransformer
 
 ALL_PAIRS = 10  # with more views only pairs that look alike are compared
-NEIGHBOURS = 6  # of each view then
+# Of each view then, in order of likeness: in a walk the most alike are so near that they say
+# little of depth, and a chain of them drifts (docs/experiments.md).
+RANKS = (0, 1, 2, 4, 8, 16)
 COARSE_CELLS = 4  # cells that are one when views are compared as wholes
 STEPS = 10  # of a pose from world points
 WIDE = 0.03  # angle in radians from which their errors count less
@@ -97,7 +99,8 @@ def _pairs(cells: CellMaps, index: int, K: np.ndarray, log_depth: np.ndarray,
 def similar_pairs(descriptors: torch.Tensor) -> Sequence[tuple[int, int]]:
     """Pairs of views worth matching, of their descriptors [N, D, h, w].
 
-    All of few views. Of many, each with those whose parts find the most similar parts there.
+    All of few views. Of many, each with some of those whose parts find similar parts there: the
+    most similar ones, and ever fewer of the others.
     """
     count = len(descriptors)
     if count <= ALL_PAIRS:
@@ -106,8 +109,9 @@ def similar_pairs(descriptors: torch.Tensor) -> Sequence[tuple[int, int]]:
     alike = torch.stack([torch.einsum('dp,ndq->npq', view, parts).amax(2).mean(1)
                          for view in parts])
     alike = (alike + alike.T).fill_diagonal_(-1)
-    nearest = alike.topk(NEIGHBOURS, 1).indices.tolist()
-    return sorted({(min(i, j), max(i, j)) for i, row in enumerate(nearest) for j in row})
+    ranks = [rank for rank in RANKS if rank < count - 1]
+    others = alike.argsort(1, descending=True)[:, ranks].tolist()
+    return sorted({(min(i, j), max(i, j)) for i, row in enumerate(others) for j in row})
 
 
 def pose_from_points(points: np.ndarray, rays: np.ndarray, depth: np.ndarray, sure: np.ndarray
