@@ -9,6 +9,7 @@ from ros_support.harness import missing_ros
 if missing_ros():
     pytest.skip(missing_ros(), allow_module_level=True)
 
+from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import PoseWithCovarianceStamped
 from ros_support.camera import (
     CAMERA,
@@ -56,25 +57,16 @@ class StereoCamera(FakeCamera):
         self.node, self.baseline_m, self.late_ns = node, baseline_m, 0
         self.right = probe.publisher(Image, '/right/image')
         self.right_info = probe.publisher(CameraInfo, '/right/camera_info')
+        self.diagnostics = probe.collect(DiagnosticArray, '/diagnostics')
 
-    def ready(self, timeout_s=20.0):
-        """True once a node listens to both cameras."""
-        return super().ready(timeout_s) and self.probe.spin_until(
-            lambda: self._is_heard(self.right) and self._is_heard(self.right_info), timeout_s)
+    def topics(self):
+        """What both cameras publish."""
+        return {**super().topics(), 'right': self.right, 'right_info': self.right_info}
 
-    def heard(self):
-        """A matched publisher may lose its first messages; a pair of the past goes first."""
-        if not self.ready():
-            return False
-        black = Frame(START_NS - 10**10, np.zeros((240, 320, 3), np.uint8), None, CAMERA)
-        for number in range(40):
-            self.send(replace(black, stamp_ns=black.stamp_ns + number * 10**7, right=right_image(
-                Room.generate(5), CAMERA, np.eye(4), BASELINE_M)))
-            if self.probe.spin_until(lambda: all(
-                    int(self.told().get(f'inputs.{kind}.messages', 0)) > 0
-                    for kind in ('image', 'camera_info', 'right', 'right_info')), 0.5):
-                return True
-        return False
+    def black(self):
+        """A pair that shows nothing."""
+        right = right_image(Room.generate(5), CAMERA, np.eye(4), BASELINE_M)
+        return replace(super().black(), depth=None, right=right)
 
     def told(self):
         """Keys and values of the newest diagnostics of the node."""

@@ -93,3 +93,21 @@ class Probe:
     def wait_for_state(self, node: str, state: str, timeout_s: float = 30.0) -> bool:
         """True once a node reports this lifecycle state."""
         return self.spin_until(lambda: self.state(node, timeout_s) == state, timeout_s)
+
+    def publisher_of(self, topic: str, timeout_s: float = 30.0) -> str:
+        """Full name of the node that publishes a topic; AssertionError when none does in time."""
+        def found() -> list[str]:
+            return [f'{publisher.node_namespace.rstrip("/")}/{publisher.node_name}'
+                    for publisher in self.node.get_publishers_info_by_topic(topic)
+                    if 'UNKNOWN' not in publisher.node_name]
+        assert self.spin_until(found, timeout_s), f'nobody publishes {topic}'
+        return found()[0]
+
+    def is_known_to(self, node: str) -> bool:
+        """True once a lifecycle node is active and sends to the subscriptions made so far.
+
+        A publisher may have matched on this side alone, and what it sends then is lost. Fast DDS
+        tells a process of another's subscriptions in the order of their making: who answers a
+        new client knows the one for its answers, and all before.
+        """
+        return self.wait_for_state(node, 'active')
