@@ -108,6 +108,7 @@ def test_a_bag_of_pairs_becomes_a_metric_map(start_node, play, tmp_path):
     assert stamps(poses) == [f.stamp_ns for f in frames], node.output
     assert position_error_m(poses, frames) < 0.03
     node.wait_for_output('scale: stereo')
+    assert 'subscribing as' not in node.output, 'what is on its way meanwhile would be lost'
 
 
 def test_a_real_drive_is_in_metres_over_dds(start_node, play, data_dir):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,13 +25,20 @@ OPTICAL = 'camera_optical_frame'
 START_NS = 1_700_000_000_000_000_000
 
 
+@lru_cache
+def _film(seed: int, every: int) -> tuple[list[Frame], Iterator[Frame]]:
+    """Frames of a walk that were rendered so far, and those that were not."""
+    room = Room.generate(seed)
+    steps = room.walk(240, seed=0, fps=FPS)[::every]
+    return [], render_walk(room, CAMERA, steps, fps=FPS / every, noise=1.0, seed=1)
+
+
 def walk(seed: int = 5, poses: int = 60, *, every: int = 1) -> list[Frame]:
     """Frames of a room with depth and exact poses, stamped like a clock of today."""
-    room = Room.generate(seed)
-    steps = room.walk(240, seed=0, fps=FPS)[:poses:every]
-    frames = render_walk(room, CAMERA, steps, fps=FPS / every, noise=1.0, seed=1)
-    return [Frame(START_NS + f.stamp_ns, f.image, f.depth, f.camera, f.source, f.T_map_cam)
-            for f in frames]
+    rendered, rest = _film(seed, every)
+    rendered += islice(rest, max(0, -(-poses // every) - len(rendered)))
+    return [replace(frame, stamp_ns=START_NS + frame.stamp_ns)
+            for frame in rendered[:-(-poses // every)]]
 
 
 class FakeCamera:
