@@ -141,7 +141,7 @@ def test_stamps_of_now_and_no_end_until_interrupted(play, probe):
 
     images, infos = probe.collect(Image, IMAGE), probe.collect(CameraInfo, INFO)
     before_ns = probe.node.get_clock().now().nanoseconds
-    player = play(parameters={'stamps': 'now', 'loop': True})
+    player = play(parameters={'stamps': 'now', 'loop': True}, fresh=True)
     assert probe.spin_until(lambda: len(images) > FRAMES + 2, 30), player.output
     player.interrupt()
     assert player.wait(5) == 0

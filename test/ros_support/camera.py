@@ -89,7 +89,7 @@ class FakeCamera:
 
     def _has_counted(self, node: str) -> bool:
         """The node tells of messages of every kind."""
-        inputs = json.loads(self.probe.call(Trigger, f'{node}/doctor').message)['inputs']
+        inputs = json.loads(self.probe.ask(Trigger, f'{node}/doctor').message)['inputs']
         return all(inputs[kind]['messages'] for kind in self.topics())
 
     def _is_heard(self, publisher: Any) -> bool:

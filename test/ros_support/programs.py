@@ -5,6 +5,7 @@ Importing torch takes two to four seconds, and nearly every test starts a node.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -80,3 +81,4 @@ def _become(words: Sequence[str], log: Path, environment: dict[str, str]) -> Non
                               for number in (1, 2))
     sys.argv = list(words)
     runpy.run_module(words[0], run_name='__main__', alter_sys=True)
+    gc.collect()  # what is left of a node leaves the graph, as when an interpreter ends
