@@ -38,13 +38,18 @@ MOUNTED = make_transform(so3_exp(np.array([0.01, -0.02, 0.01])), np.array([0.12,
 
 
 @lru_cache
+def room():
+    """Painting its walls takes longer than showing them."""
+    return Room.generate(5)
+
+
+@lru_cache
 def pairs(*, mounted=False):
     """Twenty pairs; mounted: neither camera looks along the other."""
-    room, T_left_right = Room.generate(5), MOUNTED if mounted else None
-    frames = []
-    for index, pose in enumerate(room.walk(240, seed=0, fps=10.0)[:40:2]):
-        right = right_image(room, CAMERA, pose, BASELINE_M, T_left_right=T_left_right)
-        frames.append(Frame(START_NS + index * 2 * 10**8, room.render(CAMERA, pose)[0], None,
+    frames, T_left_right = [], MOUNTED if mounted else None
+    for index, pose in enumerate(room().walk(240, seed=0, fps=10.0)[:40:2]):
+        right = right_image(room(), CAMERA, pose, BASELINE_M, T_left_right=T_left_right)
+        frames.append(Frame(START_NS + index * 2 * 10**8, room().render(CAMERA, pose)[0], None,
                             CAMERA, f'{index}', pose, right))
     return frames
 
@@ -68,7 +73,7 @@ class StereoCamera(FakeCamera):
 
     def black(self):
         """A pair that shows nothing."""
-        right = right_image(Room.generate(5), CAMERA, np.eye(4), BASELINE_M)
+        right = right_image(room(), CAMERA, np.eye(4), BASELINE_M)
         return replace(super().black(), depth=None, right=right)
 
     def told(self):
