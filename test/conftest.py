@@ -140,6 +140,7 @@ def play(start_node, probe):
 
     def run(source, count, **parameters):
         poses = probe.collect(PoseWithCovarianceStamped, '/pose', depth=1000)
+        assert probe.is_known_to(probe.publisher_of('/pose'))
         player = start_node('player_node', parameters={
             'source': source, 'rate': 0.0, 'frame_id': OPTICAL, **parameters},
             remap={topic: name for name, topic in CAMERA_TOPICS.items()})

@@ -36,7 +36,7 @@ class Robot:
         self.node, self.probe = node, probe
         self.poses = probe.collect(PoseWithCovarianceStamped, '/pose')
         self.camera = FakeCamera(probe, **driver)
-        assert self.camera.ready(), node.output
+        assert self.camera.ready() and probe.is_known_to('/mapping_node'), node.output
 
     def report(self):
         """What ~/doctor tells."""

@@ -154,7 +154,7 @@ def test_a_camera_with_compressed_images_alone_is_mapped_without_a_setting(
     poses = probe.collect(PoseWithCovarianceStamped, '/pose')
     assert says(probe, node, f'image: listening to {topic} (CompressedImage)')
     assert says(probe, node, 'depth: listening to /depth/compressedDepth')
-    assert camera.ready()
+    assert camera.ready() and probe.is_known_to(NAME)
     assert camera.play(frames[:10], poses) >= 8, node.output
     told = report(probe)
     assert told['inputs']['image']['topic'] == topic

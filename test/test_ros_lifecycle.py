@@ -32,7 +32,7 @@ def frames():
 
 
 def test_every_transition_works_also_while_inferring(start_node, probe, frames):
-    node = start_node('mapping_node', parameters={**QUICK, 'autostart': False})
+    node = start_node('mapping_node', parameters={**QUICK, 'autostart': False}, fresh=True)
     poses = probe.collect(PoseWithCovarianceStamped, '/pose')
     name = '/mapping_node'
     assert probe.state(name) == 'unconfigured'

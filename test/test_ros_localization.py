@@ -50,7 +50,7 @@ def true_positions(frames):
 def test_images_are_found_in_the_map_and_other_places_are_not(start_node, probe, frames, saved,
                                                               true_positions):
     node = start_node('localization_node', parameters={**QUICK, 'map': saved.path,
-                                                       'cloud_period_s': 0.2})
+                                                       'cloud_period_s': 0.2}, fresh=True)
     poses = probe.collect(PoseWithCovarianceStamped, '/pose')
     clouds = probe.collect(PointCloud2, '/cloud_map', latched=True)
     answers = probe.collect(PoseWithCovarianceStamped, '/query_pose')

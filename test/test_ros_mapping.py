@@ -11,7 +11,7 @@ if missing_ros():
 
 from geometry_msgs.msg import PoseWithCovarianceStamped
 from nav_msgs.msg import Odometry, Path
-from ros_support.camera import OPTICAL, FakeCamera, positions, stamps, walk
+from ros_support.camera import CAMERA, OPTICAL, FakeCamera, positions, stamps, walk
 from sensor_msgs.msg import CameraInfo, CompressedImage, PointCloud2
 from std_srvs.srv import SetBool, Trigger
 from visualization_msgs.msg import MarkerArray
@@ -188,3 +188,20 @@ def test_compressed_images_wait_for_a_calibration_of_their_size(start_node, prob
                 right.resized((640, 480))), node.output
     assert not poses
     assert sees(lambda: len(poses) > 0, right), node.output
+
+
+def test_offline_no_image_is_lost_that_waits_for_its_calibration(start_node, probe, frames):
+    node = start_node('mapping_node', parameters={**QUICK, 'info_wait_s': 60.0,
+                                                  'queue': 'offline'})
+    poses = probe.collect(PoseWithCovarianceStamped, '/pose')
+    camera = FakeCamera(probe)
+    assert camera.ready() and probe.is_known_to('/mapping_node'), node.output
+    info, camera.info = camera.info, None
+    sent = frames[:40:2]
+    for frame in sent:
+        camera.send(frame)
+        probe.spin_for(0.05)
+    assert not poses
+    info.publish(info_msg(CAMERA, OPTICAL, sent[-1].stamp_ns))
+    assert probe.spin_until(lambda: len(poses) == len(sent)), node.output
+    assert stamps(poses) == [f.stamp_ns for f in sent]

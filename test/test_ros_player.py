@@ -1,6 +1,7 @@
 """player_node over DDS: everything arrives, with equal stamps, in time; then it ends."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -111,6 +112,20 @@ def test_a_clock_leads_through_the_recording(play, probe):
     assert times[-1] == stamps(images)[-1]
 
 
+def test_a_node_that_is_seen_topic_by_topic_misses_nothing(play, probe):
+    """The last subscriber is waited for, not the first."""
+    from sensor_msgs.msg import Image
+
+    images, arrived_s = probe.collect(Image, IMAGE), []
+    probe.node.create_subscription(Image, IMAGE, lambda _: arrived_s.append(time.monotonic()), 10)
+    player = play(parameters={'start_delay_s': 2.0})
+    assert probe.spin_until(lambda: probe.node.count_publishers(f'/{IMAGE}'), 30), player.output
+    probe.spin_for(0.5)
+    came_s, depths = time.monotonic(), probe.collect(Image, DEPTH)
+    assert probe.spin_until(lambda: len(images) == len(depths) == FRAMES, 30), player.output
+    assert arrived_s[0] - came_s >= 2.0
+
+
 def test_as_fast_as_it_is_taken_loses_nothing(play, probe):
     from sensor_msgs.msg import Image
 
@@ -126,7 +141,7 @@ def test_stamps_of_now_and_no_end_until_interrupted(play, probe):
 
     images, infos = probe.collect(Image, IMAGE), probe.collect(CameraInfo, INFO)
     before_ns = probe.node.get_clock().now().nanoseconds
-    player = play(parameters={'stamps': 'now', 'loop': True})
+    player = play(parameters={'stamps': 'now', 'loop': True}, fresh=True)
     assert probe.spin_until(lambda: len(images) > FRAMES + 2, 30), player.output
     player.interrupt()
     assert player.wait(5) == 0

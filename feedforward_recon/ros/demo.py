@@ -112,6 +112,14 @@ class Observer:
             self._rclpy.spin_once(self.node, timeout_sec=0.05)
         return True
 
+    def introduce(self, node: str) -> None:
+        """Return once a node sends its poses here as well.
+
+        DDS tells a node of our subscriptions in their order: who answers a new client knows the
+        one for its answers, and all before.
+        """
+        self.call(f'{node}/doctor')
+
     def call(self, name: str, timeout_s: float = ANSWER_S) -> tuple[bool, str]:
         """Call a std_srvs/Trigger service."""
         from std_srvs.srv import Trigger
@@ -144,10 +152,11 @@ def _trajectory(poses: dict[int, np.ndarray]) -> Trajectory:
 
 def map_room(observer: Observer, folder: Path, log: Path) -> dict[str, Any]:
     """Part one: map the room, save the map; figures and the alignment of the map with the room."""
-    with running('mapping_node', log, map=folder, fresh=True), \
-            running('player_node', log, source=f'synthetic:{ROOM}', stamps='now') as player:
-        observer.watch(lambda: player.poll() is not None, MAP_S)
-        observer.watch(lambda: False, 1.0)
+    with running('mapping_node', log, map=folder, fresh=True):
+        observer.introduce('mapping_node')
+        with running('player_node', log, source=f'synthetic:{ROOM}', stamps='now') as player:
+            observer.watch(lambda: player.poll() is not None, MAP_S)
+            observer.watch(lambda: False, 1.0)
         found, truth = observer.trajectories()
         saved, message = observer.call('mapping_node/save_map')
         _, report = observer.call('mapping_node/doctor')
@@ -166,6 +175,7 @@ def find_views(observer: Observer, folder: Path, log: Path, fit: Alignment) -> d
     """Part two: views beside the walk, found in the saved map by a new process."""
     observer.forget()
     with running('localization_node', log, map=folder):
+        observer.introduce('localization_node')
         with running('player_node', log, source=f'synthetic:{ROOM}', stamps='now', rate=0.5,
                      use_depth=False, synthetic__held_out=VIEWS) as player:
             observer.watch(lambda: player.poll() is not None, MAP_S)

@@ -31,7 +31,7 @@ from feedforward_recon.ros.stereo import PairCalibration
 from feedforward_recon.ros.subscriptions import SensorSubscriptions
 from feedforward_recon.ros.topic_sources import first_message
 
-WAITING_OFFLINE = 64  # images that wait for depth where none may be lost and no pose is urgent
+WAITING_OFFLINE = 64  # images that may wait where none may be lost and no pose is urgent
 REFUSED = (StampFault.ZERO, StampFault.EQUAL, StampFault.REVERSED)
 
 
@@ -76,7 +76,7 @@ class Inputs:
         patience = WAITING_OFFLINE if config.queue == 'offline' else WAITING_IMAGES
         self._pairings = {kind: DepthPairing(slop_ns, patience)
                           for kind, slop_ns in _slops(config).items()}
-        self._held: deque[tuple[_Waiting, Any | None]] = deque(maxlen=WAITING_IMAGES)
+        self._held: deque[tuple[_Waiting, Any | None]] = deque(maxlen=patience)
         self._calibrations = Calibrations(config, health)
         self._pair_calibration = PairCalibration(rectified=config.rectified)
         self._paired: set[str] = set()  # kinds of what some image had of its moment

@@ -43,7 +43,7 @@ class PlayerConfig:
     loop: bool = option(False, 'start again at the end; stamps go on rising', fixed=True)
     wait_for_subscribers: bool = option(True, 'send nothing before somebody listens to the '
                                         'images', fixed=True)
-    start_delay_s: float = option(1.5, 'pause after the first subscriber was seen', low=0.0,
+    start_delay_s: float = option(1.5, 'pause after the last subscriber came', low=0.0,
                                   high=60.0, unit='s', fixed=True)
     image_transport: str = option('raw', 'compressed sends JPEG on <image>/compressed and PNG '
                                   'on <depth>/compressedDepth', choices=('raw', 'compressed'),

@@ -89,7 +89,7 @@ class PlayerNode(Node):
 
     def play(self) -> int:
         """Send every frame at its time; the number sent. Raises InputError for bad frames."""
-        self._wait_for_subscriber()
+        self._wait_for_subscribers()
         timeline = Timeline(self.config.rate)
         sent = 0
         for frame in rounds(self._source, self.config.loop):
@@ -105,13 +105,27 @@ class PlayerNode(Node):
 
     # -- time ------------------------------------------------------------------------------
 
-    def _wait_for_subscriber(self) -> None:
-        """DDS tells this side of a match a little before the other: hence the delay."""
+    def _wait_for_subscribers(self) -> None:
+        """Until somebody listens to the images, and the last one who came is there for a while.
+
+        A node is seen topic by topic, may subscribe anew once it knows how this side publishes,
+        and learns of a match a little later than this side.
+        """
         if not self.config.wait_for_subscribers:
             return
-        while rclpy.ok() and not self._topics['image'].get_subscription_count():
+        listeners, since_s = self._listeners(), time.monotonic()
+        while rclpy.ok() and (not self._topics['image'].get_subscription_count()
+                              or time.monotonic() < since_s + self.config.start_delay_s):
             self._spinner.spin_once(timeout_sec=CLOCK_STEP_S)
-        self._spin_until(time.monotonic() + self.config.start_delay_s)
+            if (found := self._listeners()) != listeners:
+                listeners, since_s = found, time.monotonic()
+
+    def _listeners(self) -> list[tuple[int, set[bytes]]]:
+        """The subscriptions to each topic: how many match, and which the graph shows."""
+        return [(publisher.get_subscription_count(), {
+            bytes(endpoint.endpoint_gid)
+            for endpoint in self.get_subscriptions_info_by_topic(publisher.topic_name)})
+            for publisher in self._topics.values()]
 
     def _wait(self, timeline: Timeline, stamp_ns: int) -> None:
         """Until the frame is due; simulated time goes on meanwhile."""

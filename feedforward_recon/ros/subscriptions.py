@@ -80,10 +80,16 @@ class SensorSubscriptions:
         return sources
 
     def _reliable(self, topic: str) -> bool:
+        """How to ask for messages: like the publishers; before there are any, as is expected.
+
+        Where nothing may be lost a sender finds its final subscriber: subscribing anew loses
+        what is on its way.
+        """
         if self._config.image_qos != 'auto':
             return self._config.image_qos == 'reliable'
         publishers = self._node.get_publishers_info_by_topic(topic)
-        return bool(publishers) and all(map(_is_reliable, publishers))
+        return all(map(_is_reliable, publishers)) if publishers \
+            else self._config.queue == 'offline'
 
     def _subscribe(self, kind: str) -> None:
         source, connection = self._choices[kind].chosen, self._inputs[kind].connection

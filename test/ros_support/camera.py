@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
-from diagnostic_msgs.msg import DiagnosticArray
 from sensor_msgs.msg import CameraInfo, Image
+from std_srvs.srv import Trigger
 
 from feedforward_recon.geometry.align import align_points
 from feedforward_recon.geometry.camera import Camera
@@ -22,13 +25,20 @@ OPTICAL = 'camera_optical_frame'
 START_NS = 1_700_000_000_000_000_000
 
 
+@lru_cache
+def _film(seed: int, every: int) -> tuple[list[Frame], Iterator[Frame]]:
+    """Frames of a walk that were rendered so far, and those that were not."""
+    room = Room.generate(seed)
+    steps = room.walk(240, seed=0, fps=FPS)[::every]
+    return [], render_walk(room, CAMERA, steps, fps=FPS / every, noise=1.0, seed=1)
+
+
 def walk(seed: int = 5, poses: int = 60, *, every: int = 1) -> list[Frame]:
     """Frames of a room with depth and exact poses, stamped like a clock of today."""
-    room = Room.generate(seed)
-    steps = room.walk(240, seed=0, fps=FPS)[:poses:every]
-    frames = render_walk(room, CAMERA, steps, fps=FPS / every, noise=1.0, seed=1)
-    return [Frame(START_NS + f.stamp_ns, f.image, f.depth, f.camera, f.source, f.T_map_cam)
-            for f in frames]
+    rendered, rest = _film(seed, every)
+    rendered += islice(rest, max(0, -(-poses // every) - len(rendered)))
+    return [replace(frame, stamp_ns=START_NS + frame.stamp_ns)
+            for frame in rendered[:-(-poses // every)]]
 
 
 class FakeCamera:
@@ -43,41 +53,44 @@ class FakeCamera:
         self.probe, self.frame_id = probe, frame_id
         name = f'{namespace}/' if namespace else '/'
         self.namespace = name
-        self.diagnostics = probe.collect(DiagnosticArray, '/diagnostics')
         self.image = probe.publisher(Image, f'{name}image', reliable=reliable)
         self.depth = probe.publisher(Image, f'{name}depth', reliable=reliable) if depth else None
         self.info = probe.publisher(CameraInfo, f'{name}camera_info', reliable=reliable) \
             if info else None
 
+    def topics(self) -> dict[str, Any]:
+        """What is published, by the name that the node has for it."""
+        topics = {'image': self.image, 'depth': self.depth, 'camera_info': self.info}
+        return {kind: topic for kind, topic in topics.items() if topic is not None}
+
     def ready(self, timeout_s: float = 20.0) -> bool:
         """True once a node listens to everything that is published, as it is published."""
-        topics = [t for t in (self.image, self.depth, self.info) if t is not None]
-        return self.probe.spin_until(lambda: all(map(self._is_heard, topics)), timeout_s)
+        return self.probe.spin_until(lambda: all(map(self._is_heard, self.topics().values())),
+                                     timeout_s)
 
     def heard(self) -> bool:
-        """True once the node has counted a message of every kind.
+        """True once the node has counted a message of every kind and knows who listens to it.
 
-        A matched publisher may still lose its first messages: black frames go first.
+        A matched publisher may still lose its first messages: black frames of the past go first.
         """
         if not self.ready():
             return False
-        self.diagnostics.clear()
-        black = Frame(START_NS - 2 * 10**9, np.zeros((240, 320, 3), np.uint8),
-                      np.zeros((240, 320), np.float32), CAMERA)
+        node, black = self.probe.publisher_of(f'{self.namespace}pose'), self.black()
         for number in range(40):
             self.send(replace(black, stamp_ns=black.stamp_ns + number * 10**7))
-            if self.probe.spin_until(self._has_counted, 0.5):
-                return True
+            if self.probe.spin_until(lambda: self._has_counted(node), 0.5):
+                return self.probe.is_known_to(node)
         return False
 
-    def _has_counted(self) -> bool:
-        """The newest diagnostics tell of messages of every kind."""
-        wanted = [f'inputs.{kind}.messages' for kind, topic in (
-            ('image', self.image), ('depth', self.depth), ('camera_info', self.info)) if topic]
-        told = [{pair.key: pair.value for pair in status.values} for message in self.diagnostics
-                for status in message.status
-                if status.name.startswith(self.namespace)]
-        return bool(told) and all(int(told[-1].get(key, 0)) > 0 for key in wanted)
+    def black(self) -> Frame:
+        """A frame of two seconds before the others that shows nothing."""
+        return Frame(START_NS - 2 * 10**9, np.zeros((240, 320, 3), np.uint8),
+                     np.zeros((240, 320), np.float32), CAMERA)
+
+    def _has_counted(self, node: str) -> bool:
+        """The node tells of messages of every kind."""
+        inputs = json.loads(self.probe.ask(Trigger, f'{node}/doctor').message)['inputs']
+        return all(inputs[kind]['messages'] for kind in self.topics())
 
     def _is_heard(self, publisher: Any) -> bool:
         listeners = self.probe.node.get_subscriptions_info_by_topic(publisher.topic_name)

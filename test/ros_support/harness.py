@@ -10,7 +10,6 @@ import importlib.util
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import zlib
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ros_support import shared_memory
+from ros_support.programs import FreshProcess, WarmProcess
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -89,15 +89,17 @@ class NodeProcess:
     """A program in its own process group, with its output in a file.
 
     module: dotted name; a node of the package may be named alone (``mapping_node``).
+    fresh: a new interpreter, for tests of how a process begins and ends; others are forked from
+    a server that has imported everything already.
     """
 
     def __init__(self, domain: RosDomain, log: Path, module: str, *arguments: str,
                  parameters: Mapping[str, Any] | None = None,
                  remap: Mapping[str, str] | None = None, environment: Mapping[str, str] | None
-                 = None) -> None:
+                 = None, fresh: bool = False) -> None:
         """Start it."""
         module = module if '.' in module else f'feedforward_recon.ros.{module}'
-        words = [sys.executable, '-m', module, *arguments]
+        words = [module, *arguments]
         ros = [*(word for name, value in (parameters or {}).items()
                  for word in ('-p', f'{name}:={yaml_value(value)}')),
                *(word for old, new in (remap or {}).items() for word in ('-r', f'{old}:={new}'))]
@@ -105,11 +107,9 @@ class NodeProcess:
         self.name, self.log = module, log
         path = os.pathsep.join([str(ROOT), str(ROOT / 'test'), os.environ.get('PYTHONPATH', '')])
         self._leftovers = domain.leftovers
-        with log.open('w') as output:
-            self.process = subprocess.Popen(
-                words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**os.environ, **domain.environment, 'PYTHONPATH': path,
-                     **(environment or {})})
+        variables = {**os.environ, **domain.environment, 'PYTHONPATH': path,
+                     **(environment or {})}
+        self.process = (FreshProcess if fresh else WarmProcess)(words, log, variables)
 
     @property
     def pid(self) -> int:

@@ -80,6 +80,27 @@ class Probe:
         finally:
             self.node.destroy_client(client)
 
+    def ask(self, service_type: Any, name: str, timeout_s: float = 30.0) -> Any:
+        """The answer of a service that changes nothing; AssertionError when there is none in time.
+
+        Asked again each second: what is ready may be the service of a node of this name that was
+        killed, which DDS shows for another 20 s.
+        """
+        client, futures = self.node.create_client(service_type, name), []
+
+        def answered() -> Any:
+            return next((future for future in futures if future.done()), None)
+
+        def answers_now() -> bool:
+            if self.spin_until(client.service_is_ready, 1.0):
+                futures.append(client.call_async(service_type.Request()))
+            return self.spin_until(answered, 1.0)
+        try:
+            assert self.spin_until(answers_now, timeout_s), f'no answer from {name}'
+            return answered().result()
+        finally:
+            self.node.destroy_client(client)
+
     def change_state(self, node: str, transition: str, timeout_s: float = 30.0) -> bool:
         """Send a lifecycle transition (configure, activate, deactivate, cleanup) to a node."""
         request = ChangeState.Request()
@@ -88,8 +109,26 @@ class Probe:
 
     def state(self, node: str, timeout_s: float = 15.0) -> str:
         """Lifecycle state of a node: unconfigured, inactive, active, finalized."""
-        return self.call(GetState, f'{node}/get_state', None, timeout_s).current_state.label
+        return self.ask(GetState, f'{node}/get_state', timeout_s).current_state.label
 
     def wait_for_state(self, node: str, state: str, timeout_s: float = 30.0) -> bool:
         """True once a node reports this lifecycle state."""
         return self.spin_until(lambda: self.state(node, timeout_s) == state, timeout_s)
+
+    def publisher_of(self, topic: str, timeout_s: float = 30.0) -> str:
+        """Full name of the node that publishes a topic; AssertionError when none does in time."""
+        def found() -> list[str]:
+            return [f'{publisher.node_namespace.rstrip("/")}/{publisher.node_name}'
+                    for publisher in self.node.get_publishers_info_by_topic(topic)
+                    if 'UNKNOWN' not in publisher.node_name]
+        assert self.spin_until(found, timeout_s), f'nobody publishes {topic}'
+        return found()[0]
+
+    def is_known_to(self, node: str) -> bool:
+        """True once a lifecycle node is active and sends to the subscriptions made so far.
+
+        A publisher may have matched on this side alone, and what it sends then is lost. Fast DDS
+        tells a process of another's subscriptions in the order of their making: who answers a
+        new client knows the one for its answers, and all before.
+        """
+        return self.wait_for_state(node, 'active')
