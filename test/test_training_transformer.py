@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.pose_accuracy import VIEWS, Answer, Errors, relative, still
+from benchmarks.rendered_photos import write_scene
 from feedforward_recon.errors import ReconError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.model import configs
@@ -29,7 +30,6 @@ from feedforward_recon.training.processes import own_device
 from feedforward_recon.training.transformer import TransformerTrainer, TransformerTraining
 from feedforward_recon.training.transformer_scores import pose_errors
 from feedforward_recon.training.view_sources import PhotoSource, RoomSource, photo_sources
-from feedforward_recon.training.virtual_camera import whole_view
 from feedforward_recon.training.windows import Windows, drawn_window, mirrored
 from feedforward_recon.types import Frame
 
@@ -55,33 +55,8 @@ def folders(room_file, tmp_path_factory):
     for kind in room_views.FIRST_ROOM:
         (root / 'rooms' / f'{kind}0000.npz').write_bytes(room_file.read_bytes())
     for name in ('hall', 'yard'):
-        as_photos(RoomSource(room_file), root / 'photos' / name)
+        write_scene(RoomSource(room_file), root / 'photos' / name)
     return root
-
-
-def as_photos(room, folder, count=12):
-    """The first views of a walk as photos, with tracks where points are seen."""
-    (folder / 'images').mkdir(parents=True)
-    entries, rows, rng = [], [], np.random.default_rng(0)
-    for view in range(count):
-        camera, T = room.camera(view), room.pose(view)
-        cv2.imwrite(str(folder / f'images/{view}.png'), room.image(view)[..., ::-1])
-        entries.append({'file': f'images/{view}.png', 'distortion': [0.0] * 4,
-                        'K': (camera.K + [[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]]).tolist(),
-                        'T_world_camera': T.tolist()})
-        uv = rng.integers(2, 126, (60, 2))
-        world = camera.unproject(uv.astype(float), room.depth(view)[uv[:, 1], uv[:, 0]]
-                                 .astype(float)) @ T[:3, :3].T + T[:3, 3]
-        for other in range(count):
-            seen = (world - room.pose(other)[:3, 3]) @ room.pose(other)[:3, :3]
-            pixels, visible = room.found(other, whole_view(camera, camera.size_wh), world)
-            rows += [(other, *(pixels[k] + 0.5), seen[k, 2], 60 * view + k)
-                     for k in np.flatnonzero(visible)]
-    (folder / 'cameras.json').write_text(json.dumps({'frames': entries}))
-    table = np.array(rows)
-    np.savez(folder / 'tracks.npz', image_index=table[:, 0].astype(np.int32),
-             uv=table[:, 1:3].astype(np.float32), depth=table[:, 3].astype(np.float32),
-             point_id=table[:, 4].astype(np.int32))
 
 
 @pytest.fixture(scope='module')
@@ -302,7 +277,7 @@ def begun(micro, folders, tmp_path_factory):
     windows = plane_windows()
     first = parts_of(trainer, windows)
     for _ in range(40):
-        trainer._step([windows])
+        trainer.learn([windows])
     return first, parts_of(trainer, windows), trainer.network.state_dict()
 
 
@@ -321,7 +296,7 @@ def test_a_step_along_a_part_of_the_loss_lowers_it(begun, in_plain_light, folder
     windows, whole = plane_windows(), trainer.losses
     before = parts_of(trainer, windows)[part]
     monkeypatch.setattr(trainer, 'losses', lambda *given: {part: whole(*given)[part]})
-    trainer._step([windows])
+    trainer.learn([windows])
     monkeypatch.setattr(trainer, 'losses', whole)
     assert parts_of(trainer, windows)[part] < before
 
