@@ -32,16 +32,18 @@ TRUTH = (
 
 GPU = """## On a GPU
 
-Not measured yet: no GPU was available. `make bench-gpu` (`benchmarks/gpu_day.sh`) measures in parts of less than nine
-minutes, goes on where it stopped, and writes JSON files to a folder; on a CPU `DEVICE=cpu` rehearses it. Parts:
+Not measured yet: no GPU was available. `make bench-gpu` (`benchmarks/gpu_day.sh`) measures in
+parts of less than nine minutes, goes on where it stopped, and writes JSON files to a folder; on a
+CPU `DEVICE=cpu` rehearses it.
 
-| part | what |
-|---|---|
-| `attention_*` | whole network of VGGT-1B's size, random weights, bfloat16, 50 to 1000 views of 518x392: `ttt`, `sparse`, flash softmax; goals at 1000 views: 11.6 and 12.4 times faster than softmax |
-| `update` | share of the bfloat16 peak that the update of a `ttt` layer reaches |
-| `pieces` | `ffrecon map --model vggt` and `vgg-t3`, seconds of preparation, parts of the network and mapping |
-| `rooms`, `throughput`, `training` | views of rooms, steps of training, and a training of `tiny` |
-| `goals` | what was reached of the goals |
+- `attention_*`: the whole network of VGGT-1B's size, random weights, bfloat16, 50 to 1000 views of
+  518x392, with `ttt`, `sparse` and flash softmax. Goals at 1000 views: 11.6 and 12.4 times faster
+  than softmax.
+- `update`: share of the bfloat16 peak that the update of a `ttt` layer reaches.
+- `pieces`: `ffrecon map --model vggt` and `vgg-t3`, seconds of preparation, parts of the network
+  and mapping.
+- `rooms`, `throughput`, `training`: views of rooms, steps of training, a training of `tiny`.
+- `goals`: what was reached of the goals.
 """
 
 

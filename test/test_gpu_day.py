@@ -1,4 +1,4 @@
-"""The script for a day on a GPU: what it asks for exists, parts are done once, failures are said."""
+"""The script for a day on a GPU: what it asks for exists, and parts are done once."""
 
 import importlib
 import json
