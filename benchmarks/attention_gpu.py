@@ -4,7 +4,9 @@ Random weights and images (time does not depend on them), bfloat16 autocast with
 float32, as the published networks run. One call maps all views of a scene: encoder, frame and
 global blocks, camera head, depth and points of every view. The scene's memory is not kept, for
 any attention. Results are written after each point, and a later call goes on where one
-stopped: points that are there already are not measured again.
+stopped: points that are there already are not measured again. The exit code is 3 where
+`--limit-s` left points for it. A point that does not fit into memory is written as such, and no
+larger one is tried.
 
     python -m benchmarks.attention_gpu --variants ttt sparse --views 50 100 200
     python -m benchmarks.attention_gpu --table              only the table of what is there
@@ -45,6 +47,7 @@ VIEWS = (50, 100, 200, 400, 700, 1000, 1500)
 VARIANTS = ('ttt', 'sparse', 'sparse_linear', 'latent', 'hybrid', 'softmax')
 REPEATED_BELOW_S, REPEATS = 20.0, 3
 WARM_UP_VIEWS = 8
+LEFT = 3  # exit code
 KERNELS = {'flash': SDPBackend.FLASH_ATTENTION, 'cudnn': SDPBackend.CUDNN_ATTENTION}
 Row = dict[str, Any]
 
@@ -126,6 +129,7 @@ def points(variant: str, options: argparse.Namespace, known: dict[str, Row],
     for views in wanted:
         if last and time.monotonic() + _predicted(last, views) > deadline:
             print(f'{variant}: {views} views are left for another call', flush=True)
+            options.left = True
             return
         try:
             last = measure(network, views, options)
@@ -298,7 +302,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     add('--compile', action='store_true', help='with --update: its gradients compiled, too')
     add('--check-processes', action='store_true', help='under torchrun')
     add('--table', action='store_true', help='measure nothing')
-    return parser.parse_args(arguments)
+    return parser.parse_args(arguments, argparse.Namespace(left=False))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -318,7 +322,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(key, {name: value for name, value in row.items() if value is not None},
                   flush=True)
     print('\n'.join(table(rows)))
-    return 0
+    return LEFT if options.left else 0
 
 
 def _measured(options: argparse.Namespace, rows: dict[str, Row],

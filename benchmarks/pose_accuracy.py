@@ -30,12 +30,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
+import torch
 
 from benchmarks.common import DRIVE, KITCHEN, data_root, load_frames, write_result
 from benchmarks.covisible_windows import covisible, drawn_windows
 from benchmarks.pairs import FEATURES, auc, relative_pose
-from benchmarks.tiny import VIEWS, depth_error, still
 from benchmarks.window_refinement import refined_poses, shared_tracks
 from feedforward_recon.config.photos import PHOTO_ENCODER
 from feedforward_recon.console.terminal import print_json
@@ -47,10 +48,10 @@ from feedforward_recon.model import Predictor
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.model.predictor import load_predictor
 from feedforward_recon.reconstruction.shots import Shot, shot_of
-from feedforward_recon.training.transformer_scores import AUC_DEG, SHORTEST_BASELINE
+from feedforward_recon.training.transformer_scores import AUC_DEG, SHORTEST_BASELINE, abs_rel
 from feedforward_recon.types import Frame, Prediction
 
-MODEL, WINDOWS = 'tiny', 8
+MODEL, WINDOWS, VIEWS = 'tiny', 8, 8
 SETS = (KITCHEN, 'llff_fortress', 'llff_room', 'llff_flower', 'tabletop_cup', 'ngp_fox',
         'strecha_Herz-Jesus-P25', 'lund_door', DRIVE)
 WITHIN_DEG = 15.0
@@ -137,6 +138,14 @@ def _degrees(cosine: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(degrees), np.inf, degrees)
 
 
+def depth_error(frames: Sequence[Frame], depth: np.ndarray) -> float:
+    """`abs_rel` of depths [N, h, w] of frames that all have depth."""
+    truth = np.stack([f.depth for f in frames if f.depth is not None])
+    guess = np.stack([cv2.resize(d, truth.shape[:0:-1]) for d in depth])
+    # Pixels that the preparation cut off have no depth.
+    return float(abs_rel(torch.from_numpy(guess), torch.from_numpy(truth * (guess > 0))))
+
+
 # -- systems ------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -172,6 +181,13 @@ class Systems:
         depth = [self.network.predict([frame.image], K=intrinsics(frames))[0].depth[0]
                  for frame in frames]
         return Answer(relative(still(frames).T_world_cam), np.stack(depth))
+
+
+def still(frames: Sequence[Frame]) -> Prediction:
+    """The answer that needs no network: no camera moves, all depths are equal."""
+    shape = (len(frames), *frames[0].image.shape[:2])
+    return Prediction(np.stack([np.eye(4)] * len(frames)), np.stack([np.eye(3)] * len(frames)),
+                      np.ones(shape, np.float32), np.ones(shape, np.float32))
 
 
 def _steps(nothing: Prediction, axis: Sequence[float]) -> np.ndarray:

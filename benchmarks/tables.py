@@ -30,6 +30,22 @@ TRUTH = (
     'KinectFusion, which is itself 5.0 cm and 2.4 deg off: against it this package had 4.5 cm '
     'with depth and 5.6 cm without, COLMAP 5.2 cm.')
 
+GPU = """## On a GPU
+
+Not measured yet: no GPU was available. `make bench-gpu` (`benchmarks/gpu_day.sh`) measures in
+parts of less than nine minutes, goes on where it stopped, and writes JSON files to a folder; on a
+CPU `DEVICE=cpu` rehearses it.
+
+- `attention_*`: the whole network of VGGT-1B's size, random weights, bfloat16, 50 to 1000 views of
+  518x392, with `ttt`, `sparse` and flash softmax. Goals at 1000 views: 11.6 and 12.4 times faster
+  than softmax.
+- `update`: share of the bfloat16 peak that the update of a `ttt` layer reaches.
+- `pieces`: `ffrecon map --model vggt` and `vgg-t3`, seconds of preparation, parts of the network
+  and mapping.
+- `rooms`, `throughput`, `training`: views of rooms, steps of training, a training of `tiny`.
+- `goals`: what was reached of the goals.
+"""
+
 
 def page(results: Path = RESULTS) -> str:
     """The whole page, from the results that are there."""
@@ -41,7 +57,7 @@ def page(results: Path = RESULTS) -> str:
             rows = {key: row for content in contents for key, row in content['rows'].items()}
             parts += [f'## {title}', notes, table(rows, columns),
                       '\n'.join(map(_origin, contents))]
-    return '\n\n'.join(part.strip() for part in parts) + '\n'
+    return '\n\n'.join(part.strip() for part in [*parts, GPU]) + '\n'
 
 
 def front_page(text: str, results: Path = RESULTS) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 M_ARENA_MAX = -8  # parameter of mallopt(3) in glibc
 HEAPS = 2  # shared by all threads
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # more of these parameters
 
 
 def share_heaps() -> None:
@@ -30,6 +31,19 @@ def give_back_freed_memory() -> None:
     trim = _function('malloc_trim')
     if trim is not None:
         trim(0)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep all that was freed for what is allocated next: for a process that trains.
+
+    A step allocates the same tensors again, and fresh pages for each cost some percent of its
+    time. A user who sets MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_MAX_ has decided.
+    """
+    mallopt = _function('mallopt')
+    for parameter, value, variable in ((M_TRIM_THRESHOLD, -1, 'MALLOC_TRIM_THRESHOLD_'),
+                                       (M_MMAP_MAX, 0, 'MALLOC_MMAP_MAX_')):
+        if mallopt is not None and variable not in os.environ:
+            mallopt(parameter, value)
 
 
 def _function(name: str) -> Any:

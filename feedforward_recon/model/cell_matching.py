@@ -122,7 +122,7 @@ def _read(maps: torch.Tensor, view: torch.Tensor, pixels: torch.Tensor) -> torch
     corner, share = at.long(), (at - at.floor())[..., None]
     table = maps.permute(0, 2, 3, 1).reshape(-1, channels)
     row = (view[:, None] * height + corner[..., 1]) * width + corner[..., 0]
-    across, down = share[..., 0, :], share[..., 1, :]
-    above = table[row].lerp(table[row + 1], across)
-    below = table[row + width].lerp(table[row + width + 1], across)
-    return above.lerp(below, down)
+    x, y = share.unbind(-2)  # [M, K, 1] each
+    weight = torch.stack([(1 - x) * (1 - y), x * (1 - y), (1 - x) * y, x * y])
+    around = torch.stack([row, row + 1, row + width, row + width + 1])
+    return (table[around] * weight).sum(0)  # read at once: backwards, each read costs a table

@@ -67,10 +67,8 @@ class RayStem(nn.Module):
     def forward(self, images: torch.Tensor) -> StemMaps:
         """Images [V, 3, H, W] in 0..1, whose sides are multiples of a patch."""
         first, maps = self.network.levels_of(images.contiguous(memory_format=torch.channels_last))
-        maps = [level.float() for level in maps]
-        pyramid = torch.cat([_at_cells(level, stride, images.shape[-2:])
-                             for level, stride in zip(maps, STRIDES, strict=True)], 1)
-        pyramid = pyramid.permute(0, 2, 3, 1)
+        pyramid = torch.cat([_at_cells(level.float(), stride, images.shape[-2:])
+                             for level, stride in zip(maps, STRIDES, strict=True)], -1)
         descriptors = F.normalize(self.network.head(pyramid)[..., :-1].float(), dim=-1)
         columns = by_patch(torch.cat([pyramid, descriptors], -1))
         return StemMaps(columns, columns[..., -descriptors.shape[-1]:], _fine(first, maps))
@@ -98,16 +96,26 @@ def cell_pixels(size_hw: tuple[int, int], device: torch.device | None = None,
 
 
 def _at_cells(level: torch.Tensor, stride: int, size_hw: torch.Size) -> torch.Tensor:
-    """A level [V, C, h, w], whose entry i stands at pixel ``stride`` i, at the cells."""
-    pixels = cell_pixels((size_hw[0], size_hw[1]), level.device)
-    size = torch.tensor([level.shape[-1], level.shape[-2]], device=level.device)
-    grid = (2 * (pixels / stride) / (size - 1.0) - 1).unflatten(0, (size_hw[0] // CELL, -1))
-    return F.grid_sample(level, grid.expand(len(level), -1, -1, -1), align_corners=True,
-                         padding_mode='border')
+    """A level [V, C, h, w], whose entry i stands at pixel ``stride`` i, at cells [V, y, x, C].
+
+    Bilinear. Cells stand in rows and columns, so one product after the other does it.
+    """
+    rows, columns = (_shares(size // CELL, entries, stride, level.device)
+                     for size, entries in zip(size_hw, level.shape[-2:], strict=True))
+    with torch.autocast(level.device.type, enabled=False):
+        values = rows @ level.permute(0, 2, 3, 1).flatten(2)  # [V, y, w * C]
+        return columns @ values.unflatten(2, (level.shape[-1], -1))
+
+
+def _shares(cells: int, entries: int, stride: int, device: torch.device) -> torch.Tensor:
+    """How much each of the entries of a line counts at each of its cells, [cells, entries]."""
+    at = (torch.arange(cells, device=device) * CELL + (CELL - 1) / 2) / stride
+    apart = at.clamp(max=entries - 1)[:, None] - torch.arange(entries, device=device)
+    return (1 - apart.abs()).clamp(min=0)
 
 
 def _fine(first: torch.Tensor, maps: list[torch.Tensor]) -> torch.Tensor:
-    half, quarter, eighth = first.float(), maps[0], maps[1]
+    half, quarter, eighth = first, maps[0], maps[1]
     height, width = quarter.shape[-2:]
     up = F.interpolate(eighth, scale_factor=2, mode='bilinear', align_corners=False)
     return torch.cat([quarter, up[..., :height, :width], half[..., ::2, ::2]], 1)

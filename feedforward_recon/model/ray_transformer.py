@@ -115,7 +115,7 @@ class RayTokens(nn.Module):
     def _tokens(self, seen: StemMaps, K: torch.Tensor, size_hw: torch.Size, *,
                 has_first: bool) -> torch.Tensor:
         """Special tokens and patches [B, N, P, C] of the views that K [B, N, 3, 3] is of."""
-        columns = (seen.columns - self.column_mean) / self.column_deviation
+        columns = (seen.columns - self.column_mean).div_(self.column_deviation)
         middles = cell_pixels((size_hw[0], size_hw[1]), K.device, PATCH)
         focal = K.diagonal(dim1=-2, dim2=-1)[..., None, :2]
         rays = (middles - K[..., None, :2, 2]) / focal  # [B, N, T, 2]

@@ -5,6 +5,7 @@ Everything random comes from a generator, so a seed decides it; views need not b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -54,12 +55,23 @@ class Appearance:
         """Images [V, 3, H, W] in 0..1 as they would have been taken; noise from the generator."""
         defocus_px, motion_px, saturation, gamma, gain, noise = (
             tensor.to(images.device) for tensor in vars(self).values())
-        blurry = motion_blurred(defocused(images, defocus_px), motion_px)
+        blurry = _changed(images, defocused, defocus_px, defocus_px > SHARPEST_PX)
+        blurry = _changed(blurry, motion_blurred, motion_px, motion_px.any(1))
         grey = blurry.mean(1, keepdim=True)
         blurry = grey + saturation[:, None, None, None] * (blurry - grey)
         grain = torch.randn(images.shape, generator=generator, device=generator.device)
         return exposed(blurry, gamma[:, None, None, None], gain[..., None, None],
                        noise[:, None, None, None] * grain.to(images.device))
+
+
+def _changed(images: torch.Tensor, blurred: Callable[..., torch.Tensor], how: torch.Tensor,
+             which: torch.Tensor) -> torch.Tensor:
+    """The images, of which those that need it are blurred: half of them would be for nothing."""
+    if not which.any():
+        return images
+    images = images.clone()
+    images[which] = blurred(images[which], how[which])
+    return images
 
 
 def exposed(images: torch.Tensor, gamma: torch.Tensor, gain: torch.Tensor, grain: torch.Tensor

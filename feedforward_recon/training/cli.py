@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from feedforward_recon.console.heap import keep_freed_memory
 from feedforward_recon.console.options import Flag, takes
 from feedforward_recon.console.terminal import progress_bar, run, taught
 from feedforward_recon.training.encoder import EncoderTrainer, EncoderTraining
@@ -127,6 +128,7 @@ def transformer_command(training: TransformerTraining) -> None:
       ffrecon-train transformer --photos posed/ --rooms views/ --device cuda --out runs/tiny
     """
     logging.getLogger('feedforward_recon.training').setLevel(logging.INFO)
+    keep_freed_memory()
     trainer = TransformerTrainer(training)
     with progress_bar('training', training.steps - trainer.step) as bar:
         for _ in bar.over(trainer.run()):

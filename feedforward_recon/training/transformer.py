@@ -114,7 +114,7 @@ class TransformerTrainer:
             while self.step < self.settings.steps:
                 batches = following.result()
                 following = ahead.submit(self._batches, self.step + 1)
-                report = self._step(batches)
+                report = self.learn(batches)
                 self.step += 1
                 self._after(report)
                 yield self.step
@@ -132,12 +132,8 @@ class TransformerTrainer:
             parts['fine'] = fine_loss(self.network.fine_matcher, cells, windows, generator)
         return parts
 
-    def _batches(self, step: int) -> list[Windows]:
-        rank = self.processes.rank
-        return [self.stream.batch((step, part, rank), self.settings.views_per_step)
-                for part in range(self.settings.accumulate)]
-
-    def _step(self, batches: list[Windows]) -> dict[str, float]:
+    def learn(self, batches: list[Windows]) -> dict[str, float]:
+        """One step along the mean gradient of batches; parts of the loss, and its seconds."""
         started = time.perf_counter()
         self._set_rate()
         report = self._gradient(batches)
@@ -150,6 +146,11 @@ class TransformerTrainer:
         else:
             log.warning('step %d: gradient is not finite, no step taken', self.step)
         return {**report, 'seconds': time.perf_counter() - started}
+
+    def _batches(self, step: int) -> list[Windows]:
+        rank = self.processes.rank
+        return [self.stream.batch((step, part, rank), self.settings.views_per_step)
+                for part in range(self.settings.accumulate)]
 
     def _gradient(self, batches: list[Windows]) -> dict[str, float]:
         """Leave the mean gradient of the batches in the parameters; mean parts of the loss."""

@@ -76,11 +76,12 @@ def coarse_loss(cells: CellMaps, windows: Windows, log_sharpness: torch.Tensor) 
     The four cells around the true position share the target, as in bilinear interpolation.
     """
     descriptors = cells.descriptors
-    query = F.normalize(at_pixels(descriptors, windows.queries), dim=-1)
-    logits = torch.einsum('bimd,bjdt->bijmt', query, descriptors.flatten(3))
-    logs = (logits * log_sharpness.exp())[windows.seen].log_softmax(-1)  # [S, cells]
+    query = log_sharpness.exp() * F.normalize(at_pixels(descriptors, windows.queries), dim=-1)
+    logits = torch.einsum('bimd,bjdt->bimjt', query, descriptors.flatten(3))
+    seen, found = windows.seen.transpose(2, 3), windows.found.transpose(2, 3)
+    logs = logits[seen].log_softmax(-1)  # [S, cells]
     rows, columns = descriptors.shape[-2:]
-    at = (windows.found[windows.seen] - (CELL - 1) / 2) / CELL
+    at = (found[seen] - (CELL - 1) / 2) / CELL
     corner = at.floor()
     share = at - corner
     loss = logs.new_zeros(len(logs))

@@ -2,49 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 SHORTEST_BASELINE = 0.02  # of the scene's scale: nearer pairs have no direction
 AUC_DEG = 30
-
-
-@dataclass(frozen=True)
-class Scores:
-    """rotation_deg, direction_deg: medians over all pairs of views of a window.
-
-    auc30: area under the recall of the larger of both errors up to 30 degrees, in percent
-    (VGGT, sec. 4.1). abs_rel: median over windows of the mean of |d - d*| / d* after one scale
-    per window.
-    """
-
-    rotation_deg: float
-    direction_deg: float
-    auc30: float
-    abs_rel: float
-
-
-@dataclass(frozen=True)
-class PairErrors:
-    """Errors in degrees of all pairs [pairs] and depth errors [windows]."""
-
-    rotation_deg: torch.Tensor
-    direction_deg: torch.Tensor
-    abs_rel: torch.Tensor
-
-    def scores(self) -> Scores:
-        """The figures over all of them."""
-        worst = torch.maximum(self.rotation_deg, self.direction_deg)
-        auc = (1 - worst / AUC_DEG).clamp(min=0).mean()
-        return Scores(float(self.rotation_deg.median()), float(self.direction_deg.median()),
-                      100 * float(auc), float(self.abs_rel.median()))
-
-
-def concatenated(parts: list[PairErrors]) -> PairErrors:
-    """The errors of several batches of windows."""
-    return PairErrors(*(torch.cat([getattr(part, name) for part in parts])
-                        for name in ('rotation_deg', 'direction_deg', 'abs_rel')))
 
 
 def pose_errors(T_cam_world: torch.Tensor, truth: torch.Tensor,

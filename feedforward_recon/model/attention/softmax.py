@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from feedforward_recon.model.attention.base import (
     Layout,
@@ -21,6 +20,7 @@ from feedforward_recon.model.attention.base import (
     join,
     require_written,
 )
+from feedforward_recon.model.layers import attended
 
 
 @dataclass(frozen=True)
@@ -60,5 +60,4 @@ class SoftmaxAttention(QkvAttention):
              layout: Layout) -> torch.Tensor:
         """Attend to every token."""
         q = self.turned(self.q_norm, self.raw_queries(chunk), layout.positions)
-        return F.scaled_dot_product_attention(q.to(memory.values.dtype), memory.keys,
-                                              memory.values)
+        return attended(q, memory.keys, memory.values)
