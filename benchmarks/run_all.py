@@ -19,6 +19,7 @@ ENTRIES = {
     'mapping': ('mapping', 'run'),
     'stress': ('stress', 'run'),
     'sparse_depth': ('sparse_depth', 'run'),
+    'dense_cloud': ('dense_cloud', 'run'),
     'sessions': ('sessions', 'run'),
     'pairs': ('pairs', 'run'),
     'pose_accuracy': ('pose_accuracy', 'run'),

@@ -96,15 +96,14 @@ class RayState:
 
 
 class RayTokens(nn.Module):
-    """Views and their intrinsics as tokens."""
+    """Maps of the stem, of so many columns, and intrinsics as tokens."""
 
     column_mean: torch.Tensor
     column_deviation: torch.Tensor
 
-    def __init__(self, config: RayConfig) -> None:
+    def __init__(self, config: RayConfig, columns: int) -> None:
         super().__init__()
-        self.stem, dim = RayStem(config.stem), config.dim
-        columns = self.stem.channels
+        dim = config.dim
         self.register_buffer('column_mean', torch.zeros(columns))
         self.register_buffer('column_deviation', torch.ones(columns))
         self.embed = nn.Linear(CELLS * columns, dim)
@@ -112,7 +111,7 @@ class RayTokens(nn.Module):
         self.special_tokens = nn.Parameter(0.5 * torch.randn(2, SPECIAL, dim))
         self.place = nn.Parameter(0.2 * torch.randn(2, dim))  # of the first view, of others
 
-    def _tokens(self, seen: StemMaps, K: torch.Tensor, size_hw: torch.Size, *,
+    def forward(self, seen: StemMaps, K: torch.Tensor, size_hw: torch.Size, *,
                 has_first: bool) -> torch.Tensor:
         """Special tokens and patches [B, N, P, C] of the views that K [B, N, 3, 3] is of."""
         columns = (seen.columns - self.column_mean).div_(self.column_deviation)
@@ -129,12 +128,14 @@ class RayTokens(nn.Module):
         return torch.cat([special.to(patches.dtype), patches], 2)
 
 
-class RayTransformer(RayTokens):
+class RayTransformer(nn.Module):
     """The network of `tiny`."""
 
     def __init__(self, config: RayConfig, global_attention: AttentionFactory) -> None:
-        super().__init__(config)
+        super().__init__()
         self.config, dim = config, config.dim
+        self.stem = RayStem(config.stem)
+        self.tokens = RayTokens(config, self.stem.channels)
         self.frame_blocks = nn.ModuleList([Block(config.block) for _ in range(config.depth)])
         # Where views meet, a place in the image means nothing: all patches lie at one place.
         joint = replace(config.block, one_place=True)
@@ -159,7 +160,7 @@ class RayTransformer(RayTokens):
         state = self.empty_state(len(images)) if state is None else state
         seen = self.stem(images.flatten(0, 1))
         grid_hw = images.shape[-2] // PATCH, images.shape[-1] // PATCH
-        x = self._tokens(seen, K, images.shape[-2:], has_first=not state.written)
+        x = self.tokens(seen, K, images.shape[-2:], has_first=not state.written)
         levels, states = self._joined(x, grid_hw, state.states, write, demand)
         cells = self._cells(levels[:, :, SPECIAL:], seen, grid_hw)
         if not (write and demand.memory):

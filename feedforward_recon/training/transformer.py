@@ -260,8 +260,8 @@ class TransformerTrainer:
             columns.append(self.network.stem(images.flatten(0, 1).to(self.device)
                                              ).columns.flatten(0, 2))
         everything = torch.cat(columns)
-        self.network.column_mean.copy_(everything.mean(0))
-        self.network.column_deviation.copy_(everything.std(0) + 1e-3)
+        self.network.tokens.column_mean.copy_(everything.mean(0))
+        self.network.tokens.column_deviation.copy_(everything.std(0) + 1e-3)
 
 
 def _photographed(windows: Windows, generator: torch.Generator) -> Windows:

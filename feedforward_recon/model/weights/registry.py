@@ -88,8 +88,8 @@ _ALL = (
         'compact', 'compact', APACHE, 4_292_338, file='compact.safetensors',
         sha256='f5da2afe4c872010e131a7b726f6b0733854f91572d2fa1ae75a42d4ef2300d4'),
     Checkpoint(
-        'tiny', 'tiny', APACHE, 14_502_362, file='tiny.safetensors',
-        sha256='ac3ac38054167763fbf79996c609a1f37d95da0538dfb1c2af5675616d455848'),
+        'tiny', 'tiny', APACHE, 14_502_290, file='tiny.safetensors',
+        sha256='a3d0439be8cda63c0ea09ef8ed5e94db81dca9badec26420c4c534a24c9b3588'),
     Checkpoint(
         'tiny-ttt', 'tiny-ttt', APACHE, 7_404_688, file='tiny-ttt.safetensors',
         sha256='1bb2c1ac5bd48601382b59703766a07a2ee530d117de3666daae2cf5a02e7cd2'),
