@@ -12,7 +12,12 @@ from feedforward_recon.evaluation import absolute_trajectory_error
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import make_transform, so3_exp
 from feedforward_recon.mapping.mapper import Mapper
-from feedforward_recon.mapping.sources.window_geometry import agreement
+from feedforward_recon.mapping.sources.window_geometry import (
+    agreement,
+    alignments,
+    residual,
+    samples,
+)
 from feedforward_recon.mapping.sources.windows import WindowPoses
 from feedforward_recon.memory import MemoryWriter
 from feedforward_recon.session.map_folder import save_map
@@ -27,14 +32,15 @@ FPS = 6.0
 class Oracle:
     """Exact poses and depth of known images, in a random frame and unit per call.
 
-    noise: relative error of depth, constant over an image; turn: of poses, in radians and
-    metres. limit: images that fit into memory.
+    noise: relative error of depth, constant over an image; bend: of its logarithm from the
+    middle to the border, of all images of a call; turn: of poses, in radians and metres.
+    limit: images that fit into memory.
     """
 
-    def __init__(self, frames, seed=0, noise=0.0, turn=0.0, limit=1000):
+    def __init__(self, frames, seed=0, noise=0.0, turn=0.0, limit=1000, bend=0.0):
         self.known = {frame.image.tobytes(): frame for frame in frames}
         self.rng = np.random.default_rng(seed)
-        self.noise, self.turn, self.limit = noise, turn, limit
+        self.noise, self.turn, self.limit, self.bend = noise, turn, limit, bend
         self.sizes = []
 
     def predict(self, images, memory=None, *, write=True, K=None):
@@ -49,6 +55,9 @@ class Oracle:
                                self.turn * rng.normal(size=(count, 3)))
         T[:, :3, 3] *= scale
         error = 1 + self.noise * rng.normal(size=(count, 1, 1))
+        if self.bend:
+            side = rng.choice([-self.bend, self.bend])
+            error = error * np.exp(side * np.linspace(-1, 1, CAMERA.width))
         depth = np.stack([frame.depth for frame in frames]) * scale * error
         return Prediction(gauge @ T, np.repeat(CAMERA.K[None], count, 0),
                           depth.astype(np.float32), np.full_like(depth, 2, np.float32)), memory
@@ -168,6 +177,26 @@ def test_noise_stays_small_for_every_size_of_window(frames, encoder):
     rmse = [error(mapped(frames, encoder, Oracle(frames, 3, noise=0.01, turn=0.003), size),
                   frames).rmse for size in (6, 12, 40)]
     assert max(rmse) < 0.06
+
+
+def test_depth_that_is_bent_over_whole_windows_does_not_turn_them(frames, encoder):
+    found = mapped(frames, encoder, Oracle(frames, bend=0.06))
+    assert error(found, frames).rmse < 0.01
+    assert error(found, frames).rotation_median_deg < 0.5
+
+
+def test_one_wrong_camera_does_not_lose_a_window(frames):
+    """The points of the others say where it belongs: the second alignment."""
+    oracle = Oracle(frames)
+    shown = [frame.image for frame in frames[:4]]
+    source, there = (oracle.predict(shown)[0] for _ in range(2))
+    turned = source.T_world_cam.copy()
+    turned[3] = turned[3] @ make_transform(so3_exp(np.array([0.0, 0.7, 0.0])), np.array([1, 0, 0]))
+    by_cameras, by_points = alignments(replace(source, T_world_cam=turned), there.T_world_cam,
+                                       samples(there), with_scale=True)
+    assert residual(by_points, samples(there)) < 0.01 < residual(by_cameras, samples(there))
+    for exact in alignments(source, there.T_world_cam, samples(there), with_scale=True):
+        assert residual(exact, samples(there)) < 1e-5
 
 
 def test_refinement_helps_where_the_network_is_far_off(frames, encoder):

@@ -24,7 +24,7 @@ from feedforward_recon.mapping.sources.anchors import AnchorImages, Anchors
 from feedforward_recon.mapping.sources.window import PlacedView, WaitingView, Window
 from feedforward_recon.mapping.sources.window_geometry import (
     agreement,
-    aligned,
+    alignments,
     depth_ratio,
     moved,
     pose_spread,
@@ -117,16 +117,16 @@ class WindowPlacement:
         usable = member[:len(anchors)]
         worst = 0.0
         for part in _parts(usable, anchors.recent):
+            target = anchors.select(part).samples
             try:
-                fit = aligned(selected(again, part), anchors.T_map_cam[part],
-                              anchors.select(part).samples, with_scale=metres is None)
+                for fit in alignments(selected(again, part), anchors.T_map_cam[part], target,
+                                      with_scale=metres is None):
+                    off = residual(fit, target)
+                    if off <= MAX_RESIDUAL:
+                        return replace(fit, scale=fit.scale * (metres or 1.0))
+                    worst = max(worst, off)
             except DegenerateError as problem:
                 log.info('anchors of a window do not determine its place: %s', problem)
-                continue
-            off = residual(fit, anchors.select(part).samples)
-            if off <= MAX_RESIDUAL:
-                return replace(fit, scale=fit.scale * (metres or 1.0))
-            worst = max(worst, off)
         log.warning('a window of %d images was lost: its anchors miss the map by %.0f %% of '
                     'their depth', len(prediction), 100 * worst)
         return None

@@ -6,14 +6,23 @@ image with the network's confidence as their weight.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import sparse
 
-from feedforward_recon.geometry.align import Alignment, align_points_robust
-from feedforward_recon.geometry.transforms import inverse, pose_error, transform_points
+from feedforward_recon.geometry.align import (
+    Alignment,
+    align_orientations,
+    align_points_robust,
+)
+from feedforward_recon.geometry.transforms import (
+    inverse,
+    make_transform,
+    pose_error,
+    transform_points,
+)
 from feedforward_recon.types import FloatArray, Prediction
 
 GRID = 20  # samples along the longer side of an image: 300 points of a 4:3 image
@@ -84,20 +93,35 @@ def scaling(scale: float) -> Alignment:
     return Alignment(np.eye(4), scale, np.ones(0), np.zeros(0))
 
 
-def aligned(source: Prediction, T_map_cam: np.ndarray, target: Samples, *,
-            with_scale: bool) -> Alignment:
-    """The transform that brings ``source`` onto samples of the same images in the map.
+def alignments(source: Prediction, T_map_cam: np.ndarray, target: Samples, *,
+               with_scale: bool) -> Iterator[Alignment]:
+    """Transforms that bring ``source`` onto samples of the same images in the map, best first.
 
-    Weighted Procrustes alignment (Umeyama 1991), robust to outliers.
+    By the cameras and the ratio of depths: a network turns its cameras right to parts of a
+    degree where errors of its depth, which go together over walls, would tilt a window. Then by
+    the points alone, for a window whose cameras contradict the map: weighted Procrustes (Umeyama
+    1991), robust to outliers.
     T_map_cam [N, 4, 4]: where the cameras of the samples are now.
     Raises DegenerateError when the points do not determine it.
     """
     found = samples(source)
     weight = np.sqrt(found.weight * target.weight).ravel()
     both = weight > 0
-    points = transform_points(T_map_cam, target.points_cam)
-    return align_points_robust(found.points_world.reshape(-1, 3)[both],
-                               points.reshape(-1, 3)[both], weight[both], with_scale=with_scale)
+    points = transform_points(T_map_cam, target.points_cam).reshape(-1, 3)[both]
+    there = found.points_world.reshape(-1, 3)[both]
+    by_points = align_points_robust(there, points, weight[both], with_scale=with_scale)
+    scale = float(np.median(target.depth.ravel()[both] / found.depth.ravel()[both])) \
+        if with_scale else 1.0
+    T = _between_cameras(source.T_world_cam, T_map_cam, scale)
+    by_cameras = replace(by_points, T_target_source=T, scale=scale)
+    yield replace(by_cameras, residuals=np.linalg.norm(by_cameras.apply(there) - points, axis=1))
+    yield by_points
+
+
+def _between_cameras(T_source_cam: np.ndarray, T_map_cam: np.ndarray, scale: float) -> np.ndarray:
+    """T_map_source [4, 4]: mean turn and shift between poses [N, 4, 4] of the same cameras."""
+    R = align_orientations(T_source_cam[:, :3, :3], T_map_cam[:, :3, :3])
+    return make_transform(R, (T_map_cam[:, :3, 3] - scale * T_source_cam[:, :3, 3] @ R.T).mean(0))
 
 
 def residual(fit: Alignment, target: Samples) -> float:
