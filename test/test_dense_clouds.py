@@ -127,6 +127,15 @@ def test_a_depth_sensor_is_believed_instead(room_walk, encoder):
     assert network.asked == 0 and len(mapper._map.keyframes[0].cloud_cam)
 
 
+def test_the_newest_keyframe_shows_its_landmarks_until_its_cloud_is_made(walked):
+    mapper = walked[0]
+    keyframe = mapper._map.keyframes[-1]
+    kept, keyframe.cloud_cam = keyframe.cloud_cam, keyframe.cloud_cam[:0]
+    landmarks = mapper.results.cloud_source(newest_only=True).fused()
+    keyframe.cloud_cam = kept
+    assert 10 < len(landmarks) < len(mapper.results.cloud_source(newest_only=True).fused())
+
+
 def test_few_images_wait(room_walk, encoder):
     mapper = mapped(room_walk[:40], BentDepth(room_walk), encoder)
     assert len(mapper._dense._waiting) + len(mapper._dense._seen) <= 6
@@ -134,13 +143,17 @@ def test_few_images_wait(room_walk, encoder):
     assert not mapper._dense.work(mapper._map, final=True)
 
 
-def test_an_option_of_map_and_nodes(room_walk, encoder):
+def test_an_option_of_map_and_nodes(room_walk, encoder, tmp_path):
     """With the network that ships: many points where landmarks are few, offline and live."""
     frames = without_depth(room_walk[:36])
     landmarks = map_frames(frames, MapperConfig(), encoder).scene.cloud
     dense = replace(MapperConfig(), cloud=CloudConfig(dense=True))
-    cloud = map_frames(frames, dense, encoder).scene.cloud
-    assert len(cloud) > 5 * len(landmarks)
+    run = map_frames(frames, dense, encoder)
+    assert len(run.scene.cloud) > 5 * len(landmarks)
+    run.save(tmp_path / 'map')
+    later = LiveSession(dense, encoder, 'localization')
+    later.load(tmp_path / 'map')
+    assert len(later.cloud_source().fused()) == len(run.scene.cloud)
     session = LiveSession(dense, encoder)
     for frame in frames:
         session.process(frame)

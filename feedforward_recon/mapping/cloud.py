@@ -75,8 +75,8 @@ def cloud_source(map_: GrowingMap, config: CloudConfig, newest_only: bool = Fals
     A map without metric scale has a median depth of about one unit, as a room has about two
     metres: its voxels are half as large.
     """
-    if any(len(k.cloud_cam) for k in map_.keyframes):
-        chosen = slice(-1, None) if newest_only else slice(None)
+    chosen = slice(-1, None) if newest_only else slice(None)
+    if any(len(k.cloud_cam) for k in map_.keyframes[chosen]):
         keyframes = map_.keyframes[chosen]
         measured = any(np.isfinite(k.points_cam[:, 2]).any() for k in keyframes)
         return CloudSource(tuple(k.cloud_cam for k in keyframes),

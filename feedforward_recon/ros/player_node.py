@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from itertools import chain, islice
 
 import numpy as np
 import rclpy
@@ -89,10 +90,12 @@ class PlayerNode(Node):
 
     def play(self) -> int:
         """Send every frame at its time; the number sent. Raises InputError for bad frames."""
+        frames = rounds(self._source, self.config.loop)
+        first = list(islice(frames, 1))  # may take seconds to make: not once somebody waits for it
         self._wait_for_subscribers()
         timeline = Timeline(self.config.rate)
         sent = 0
-        for frame in rounds(self._source, self.config.loop):
+        for frame in chain(first, frames):
             self._wait(timeline, frame.stamp_ns)
             if not rclpy.ok():
                 break

@@ -35,7 +35,12 @@ from feedforward_recon.model import Encoder
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.session.map_folder import SavedMap, is_map, load_map, settings_to_go_on
 from feedforward_recon.session.map_in_progress import MapInProgress, SaveJob, no_map_yet
-from feedforward_recon.session.networks import NetworkInUse, SessionNetwork, load_network
+from feedforward_recon.session.networks import (
+    NetworkInUse,
+    SessionNetwork,
+    dense_clouds,
+    load_network,
+)
 from feedforward_recon.session.newest_memory import NO_MAP, NewestMemory, no_map
 from feedforward_recon.session.stream import LocalizedStream, with_camera
 from feedforward_recon.types import Estimate, Frame, Trajectory
@@ -107,8 +112,9 @@ class LiveSession:
         self.mode: Mode = mode
         self.on_ready = on_ready
         self._network = NetworkInUse(load_network, localize_with)
-        if mode == 'mapping':
+        if mode == 'mapping':  # what takes a second is loaded now, not with the first image
             self._network.loaded()
+            dense_clouds(config.cloud)
         self._memory_bytes = MemoryWriter(config.memory, encoder.dim).snapshot().nbytes
         self._map: MapInProgress | None = None
         self._newest: NewestMemory | None = None  # of the map that is being made
@@ -336,8 +342,9 @@ class LiveSession:
         """
         if self._loaded is not None:
             cloud = self._loaded[0].cloud()
+            # Fused already, without metres by cubes of half the side: a finer grid keeps all.
             return CloudSource((cloud.xyz,), (cloud.rgb,), (np.eye(4),),
-                               self.config.cloud.voxel_m, self.config.cloud.max_points)
+                               self.config.cloud.voxel_m / 2, self.config.cloud.max_points)
         return None if self._map is None else self._map.mapper.results.cloud_source(newest_only)
 
 
