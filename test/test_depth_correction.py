@@ -5,7 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from feedforward_recon.geometry.depth_correction import SparseDepth, corrected, sparse_depths
+from feedforward_recon.geometry.depth_correction import (
+    SparseDepth,
+    corrected,
+    corrected_views,
+    sparse_depths,
+)
 from feedforward_recon.geometry.transforms import (
     inverse,
     make_transform,
@@ -55,6 +60,20 @@ def test_one_exact_point_says_the_unit_and_no_more():
 
 def test_without_matches_depth_stays_as_it_is():
     assert corrected(ROOM, seen(ROOM, 0, 0)) is ROOM
+
+
+def test_a_view_whose_points_want_another_unit_keeps_its_shape():
+    """So does one with few points; both get the unit of the others."""
+    few, none = seen(ROOM + 0.5, 20, 3), seen(ROOM, 0, 4)
+    points = [seen(ROOM - 0.3, 200, 0), seen(ROOM - 0.25, 200, 1), seen(ROOM - 2.0, 200, 2), few,
+              none]
+    bent = 0.05 * np.sin(COLUMN / 8)
+    said = corrected_views([ROOM + bent] * 5, points)
+    assert np.abs(said[0] - (ROOM - 0.3)).mean() < 0.01
+    for view in said[2:]:
+        np.testing.assert_allclose(np.diff(view), np.diff(ROOM + bent), atol=1e-9)
+        assert abs((view - ROOM).mean() - (said[1] - ROOM).mean()) < 0.1
+    assert corrected_views([ROOM], [none])[0] is ROOM
 
 
 def test_unsure_points_count_less():

@@ -24,6 +24,8 @@ LEAST_DEVIATION_PX, LEAST_DEVIATION = 0.5, 0.02  # of a match; of the logarithm 
 STEP = 0.06  # deviation of the correction from cell to cell, where depth is level
 JUMP = 0.05  # step of the logarithm of depth at which that deviation is doubled
 SIZE = 2.0  # deviation of the correction about that of the whole view
+# Of a view in a window: points that say its unit; the logarithm of a unit that cannot be its own.
+MIN_POINTS, OTHER_UNIT = 50, 0.4
 ROBUST, ROUNDS = 3.0, 3  # square of the errors from which matches count less (Cauchy)
 
 
@@ -56,8 +58,31 @@ def sparse_depths(pairs: Sequence[ViewPair], views: PlacedViews, focal_px: float
     return [_joined(parts) for parts in found]
 
 
+def corrected_views(log_depth: Sequence[np.ndarray], seen: Sequence[SparseDepth]
+                    ) -> list[np.ndarray]:
+    """Log depth [h, w] of views whose unit is the same, each bent to points seen at its cells.
+
+    A view with few points, or whose points want another unit than those of most views, stands
+    where its pose is wrong: it gets the unit of the others and keeps its shape.
+    """
+    units = np.array([_unit(view, points) for view, points in zip(log_depth, seen, strict=True)])
+    if np.isnan(units).all():
+        return list(log_depth)
+    usual = np.nanmedian(units)
+    return [corrected(view, points) if abs(unit - usual) < OTHER_UNIT else view + usual
+            for view, points, unit in zip(log_depth, seen, units, strict=True)]
+
+
+def _unit(log_depth: np.ndarray, seen: SparseDepth) -> float:
+    """By how much points are farther than a view says, NaN for few; a logarithm."""
+    if len(seen.xy) < MIN_POINTS:
+        return np.nan
+    missing = seen.log_depth - _reading(seen.xy, log_depth.shape) @ log_depth.ravel()
+    return _weighted_median(missing, seen.deviation ** -2)
+
+
 def corrected(log_depth: np.ndarray, seen: SparseDepth) -> np.ndarray:
-    """Log depth [h, w] bent to points that are seen at its cells."""
+    """Log depth [h, w] of one view bent to points that are seen at its cells."""
     if not len(seen.xy):
         return log_depth
     read = _reading(seen.xy, log_depth.shape)

@@ -16,7 +16,7 @@ from scipy.ndimage import map_coordinates
 from torch.nn import functional as F
 
 from feedforward_recon.geometry.align import align_points
-from feedforward_recon.geometry.depth_correction import corrected, sparse_depths
+from feedforward_recon.geometry.depth_correction import corrected_views, sparse_depths
 from feedforward_recon.geometry.transforms import hat, inverse, so3_exp
 from feedforward_recon.geometry.view_graph import PlacedViews, ViewPair, placed_views
 from feedforward_recon.model.cell_matching import matched
@@ -62,10 +62,9 @@ def _matched_window(cells: CellMaps, index: int, K: np.ndarray, network: RayTran
         said = _queries(cells, index, K)[0]
         T = np.where(views.placed[:, None, None], views.T_world_view, inverse(said[0]) @ said)
         views = PlacedViews(T, views.placed)
-    bent = [corrected(view, replace(seen, xy=_cell(seen.xy * k[[0, 1], [0, 1]] + k[:2, 2])))
-            for view, k, seen in zip(log_depth, K, sparse_depths(pairs, views, focal_px),
-                                     strict=True)]
-    return views.T_world_view, np.stack(bent)
+    seen = [replace(points, xy=_cell(points.xy * k[[0, 1], [0, 1]] + k[:2, 2]))
+            for points, k in zip(sparse_depths(pairs, views, focal_px), K, strict=True)]
+    return views.T_world_view, np.stack(corrected_views(list(log_depth), seen))
 
 
 def _queries(cells: CellMaps, index: int, K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -89,7 +89,7 @@ _ALL = (
         sha256='f5da2afe4c872010e131a7b726f6b0733854f91572d2fa1ae75a42d4ef2300d4'),
     Checkpoint(
         'tiny', 'tiny', APACHE, 14_502_290, file='tiny.safetensors',
-        sha256='a3d0439be8cda63c0ea09ef8ed5e94db81dca9badec26420c4c534a24c9b3588'),
+        sha256='606f39e6c3c3d4631379a03a88eeb102856b76859d778456950d249d73eed4dc'),
     Checkpoint(
         'tiny-ttt', 'tiny-ttt', APACHE, 7_404_688, file='tiny-ttt.safetensors',
         sha256='1bb2c1ac5bd48601382b59703766a07a2ee530d117de3666daae2cf5a02e7cd2'),
