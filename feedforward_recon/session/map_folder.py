@@ -312,8 +312,8 @@ def _write_description(folder: Path, scene: SceneMap, encoder: Encoder,
         'scale': {'metres_per_unit': scene.metres_per_unit, 'source': scene.scale_source},
         'counts': {'images': len(scene.estimates), 'tracked': len(scene.trajectory),
                    'keyframes': len(scene.keyframes), 'points': len(scene.cloud)},
-        'files': files,
-        'config': to_dict(config)}
+        'config': to_dict(config),
+        'files': files}  # last: where a file is cut off a key is missed, a setting would not be
     plain = json.loads(json.dumps(description))  # no tuples, no NumPy numbers
     (folder / MAP_MARKER).write_text(yaml.safe_dump(plain, sort_keys=False), encoding='utf-8')
 
