@@ -17,10 +17,11 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from benchmarks.common import KITCHEN, Clock, backwards, load_frames
+from benchmarks.pose_accuracy import true_poses
 from feedforward_recon.config.schema import MapperConfig
 from feedforward_recon.geometry.align import Alignment, align_points
 from feedforward_recon.geometry.transforms import transform_points
-from feedforward_recon.mapping.cloud import voxel_fused
+from feedforward_recon.mapping.cloud import sampled_depth, voxel_fused
 from feedforward_recon.mapping.mapper import Mapper
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.session.networks import dense_clouds
@@ -30,9 +31,9 @@ NEAR_M, VOXEL_M = 0.1, 0.05
 STRIDE_PX = 4
 
 
-def run(images: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of landmarks and of dense clouds, each way; images: of the kitchen, by default all."""
-    frames, encoder = load_frames(KITCHEN)[:images], CompactEncoder.load()
+def run() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of landmarks and of dense clouds, each way."""
+    frames, encoder = load_frames(KITCHEN), CompactEncoder.load()
     for way, walk in (('forwards', frames), ('backwards', backwards(frames))):
         for dense in (False, True):
             name = 'compact, dense' if dense else 'compact'
@@ -47,33 +48,24 @@ def _row(frames: list[Frame], encoder: CompactEncoder, dense: bool) -> dict[str,
         mapper.process(replace(frame, depth=None, T_map_cam=None))
     scene = mapper.finish()
     clock.stop()
-    truth = {frame.stamp_ns: frame for frame in frames}
-    keyframes = mapper.results.keyframes
+    truth, keyframes = {frame.stamp_ns: frame for frame in frames}, mapper.results.keyframes
+    shown = [truth[keyframe.stamp_ns] for keyframe in keyframes]
     alignment = align_points(
         np.stack([keyframe.T_map_cam[:3, 3] for keyframe in keyframes]),
-        np.stack([true_pose(truth[keyframe.stamp_ns])[:3, 3] for keyframe in keyframes]),
-        with_scale=True)
+        true_poses(shown)[:, :3, 3], with_scale=True)
     mine = alignment.apply(scene.cloud.xyz.astype(float))
-    there = measured_cloud([truth[keyframe.stamp_ns] for keyframe in keyframes])
+    there = measured_cloud(shown)
     return {'keyframes': len(keyframes), 'points': len(mine), 'cpu_seconds': clock.cpu_seconds,
-            'abs_rel': _depth_error(mapper, truth, alignment) if dense else None,
+            'abs_rel': _depth_error(mapper, shown, alignment) if dense else None,
             'accuracy': share_near(mine, there), 'completeness': share_near(there, mine)}
-
-
-def true_pose(frame: Frame) -> np.ndarray:
-    """Given pose [4, 4] of a frame that has one."""
-    assert frame.T_map_cam is not None
-    return frame.T_map_cam
 
 
 def measured_cloud(frames: list[Frame]) -> np.ndarray:
     """Points [P, 3] in metres of what the sensor saw from the true poses, one per voxel."""
     def part(frame: Frame) -> tuple[np.ndarray, np.ndarray]:
-        assert frame.depth is not None and frame.camera is not None
-        v, u = np.mgrid[:frame.depth.shape[0]:STRIDE_PX, :frame.depth.shape[1]:STRIDE_PX]
-        v, u = v[frame.depth[v, u] > 0], u[frame.depth[v, u] > 0]
-        points = frame.camera.unproject(np.stack([u, v], 1), frame.depth[v, u])
-        return transform_points(true_pose(frame), points), frame.image[v, u]
+        assert frame.camera is not None
+        points, colours = sampled_depth(frame.camera, frame.image, frame.depth, STRIDE_PX)
+        return transform_points(true_poses([frame])[0], points), colours
     return voxel_fused([partial(part, frame) for frame in frames], VOXEL_M, 10**7).xyz
 
 
@@ -83,12 +75,12 @@ def share_near(points: np.ndarray, others: np.ndarray) -> float:
     return float(np.isfinite(distance).mean())
 
 
-def _depth_error(mapper: Mapper, truth: dict[int, Frame], alignment: Alignment) -> float:
+def _depth_error(mapper: Mapper, shown: list[Frame], alignment: Alignment) -> float:
     """Mean of |d - d*| / d* over the points of the clouds of keyframes."""
     errors = []
-    for keyframe, points in zip(mapper.results.keyframes, mapper.results.cloud_source().xyz,
-                                strict=True):
-        depth, cloud = truth[keyframe.stamp_ns].depth, points.astype(float)
+    for keyframe, frame, points in zip(mapper.results.keyframes, shown,
+                                       mapper.results.cloud_source().xyz, strict=True):
+        depth, cloud = frame.depth, points.astype(float)
         assert depth is not None
         last = np.array(depth.shape[::-1]) - 1
         u, v = np.clip(np.rint(keyframe.camera.project(cloud)), 0, last).astype(int).T

@@ -98,7 +98,7 @@ def align_points_robust(source: np.ndarray, target: np.ndarray,
     fit = align_points(source, target, weights, with_scale=with_scale)
     prior = fit.weights
     for _ in range(iterations):
-        scale = max(MAD_TO_STD * _weighted_median(fit.residuals, prior), noise)
+        scale = max(MAD_TO_STD * weighted_median(fit.residuals, prior), noise)
         if scale <= np.finfo(float).eps * np.abs(target).max():
             return fit  # at least half of the points already fit exactly
         previous = fit
@@ -152,7 +152,8 @@ def _checked(source: np.ndarray, target: np.ndarray, weights: np.ndarray | None
     return source, target, weights / weights.max()
 
 
-def _weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
+def weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
+    """The value [N] below which lies half of the weight [N]."""
     order = np.argsort(values)
     cumulated = np.cumsum(weights[order])
     return float(values[order][np.searchsorted(cumulated, 0.5 * cumulated[-1])])

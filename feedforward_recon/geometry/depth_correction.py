@@ -15,6 +15,7 @@ import numpy as np
 from scipy.sparse import csr_matrix, diags, vstack
 from scipy.sparse.linalg import spsolve
 
+from feedforward_recon.geometry.align import weighted_median
 from feedforward_recon.geometry.epipolar import checked
 from feedforward_recon.geometry.transforms import inverse
 from feedforward_recon.geometry.view_graph import TOLERANCE_PX, PlacedViews, ViewPair
@@ -77,25 +78,30 @@ def _unit(log_depth: np.ndarray, seen: SparseDepth) -> float:
     """By how much points are farther than a view says, NaN for few; a logarithm."""
     if len(seen.xy) < MIN_POINTS:
         return np.nan
-    missing = seen.log_depth - _reading(seen.xy, log_depth.shape) @ log_depth.ravel()
-    return _weighted_median(missing, seen.deviation ** -2)
+    return _missing(log_depth, seen)[0]
 
 
 def corrected(log_depth: np.ndarray, seen: SparseDepth) -> np.ndarray:
     """Log depth [h, w] of one view bent to points that are seen at its cells."""
     if not len(seen.xy):
         return log_depth
-    read = _reading(seen.xy, log_depth.shape)
-    missing = seen.log_depth - read @ log_depth.ravel()
-    whole = _weighted_median(missing, seen.deviation ** -2)
+    whole, missing, read = _missing(log_depth, seen)
     smooth = _likeness(log_depth)
     bent = np.zeros(log_depth.size)
     for _ in range(ROUNDS):
-        errors = (missing - whole - read @ bent) / seen.deviation
+        errors = (missing - read @ bent) / seen.deviation
         weights = seen.deviation ** -2 / (1 + errors ** 2 / ROBUST)
         weighted = read.T @ diags(weights)
-        bent = spsolve((smooth + weighted @ read).tocsc(), weighted @ (missing - whole))
+        bent = spsolve((smooth + weighted @ read).tocsc(), weighted @ missing)
     return log_depth + whole + bent.reshape(log_depth.shape)
+
+
+def _missing(log_depth: np.ndarray, seen: SparseDepth) -> tuple[float, np.ndarray, csr_matrix]:
+    """What a view lacks to its points: as a whole, each [M] beyond that; what reads it there."""
+    read = _reading(seen.xy, log_depth.shape)
+    missing = seen.log_depth - read @ log_depth.ravel()
+    whole = weighted_median(missing, seen.deviation ** -2)
+    return whole, missing - whole, read
 
 
 def _of_pair(pair: ViewPair, T_i_j: np.ndarray, pixel: float) -> tuple[SparseDepth, SparseDepth]:
@@ -144,9 +150,3 @@ def _likeness(log_depth: np.ndarray) -> csr_matrix:
                        (len(first), flat.size))
     everything = vstack([steps, diags(np.full(flat.size, 1 / SIZE))])
     return (everything.T @ everything).tocsr()
-
-
-def _weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
-    order = np.argsort(values)
-    below = np.cumsum(weights[order])
-    return float(values[order][np.searchsorted(below, below[-1] / 2)])

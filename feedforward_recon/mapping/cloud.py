@@ -9,8 +9,8 @@ from functools import partial
 import numpy as np
 
 from feedforward_recon.config.schema import CloudConfig
+from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import transform_points
-from feedforward_recon.mapping.keyframes import View
 from feedforward_recon.mapping.map import GrowingMap
 from feedforward_recon.types import PointCloud
 
@@ -18,16 +18,17 @@ FUSED_AT_ONCE = 200_000  # points; each takes about 200 bytes while it is fused,
 Part = Callable[[], tuple[np.ndarray, np.ndarray]]  # makes points [N, 3] and colours [N, 3]
 
 
-def sampled_depth(view: View, stride_px: int) -> tuple[np.ndarray, np.ndarray]:
+def sampled_depth(camera: Camera, image: np.ndarray, depth: np.ndarray | None, stride_px: int
+                  ) -> tuple[np.ndarray, np.ndarray]:
     """Camera-frame points float32 [N, 3] and colours uint8 [N, 3] of every ``stride_px`` pixel."""
-    if view.depth is None:
+    if depth is None:
         return np.zeros((0, 3), np.float32), np.zeros((0, 3), np.uint8)
     half = stride_px // 2
-    v, u = np.mgrid[half:view.depth.shape[0]:stride_px, half:view.depth.shape[1]:stride_px]
-    seen = view.depth[v, u] > 0
+    v, u = np.mgrid[half:depth.shape[0]:stride_px, half:depth.shape[1]:stride_px]
+    seen = depth[v, u] > 0
     v, u = v[seen], u[seen]
-    points = view.camera.unproject(np.stack([u, v], 1), view.depth[v, u])
-    return points.astype(np.float32), view.image[v, u]
+    points = camera.unproject(np.stack([u, v], 1), depth[v, u])
+    return points.astype(np.float32), image[v, u]
 
 
 @dataclass(frozen=True)

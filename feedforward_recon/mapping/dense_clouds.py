@@ -13,7 +13,7 @@ A network's own confidence is no help here: points that it is sure of are no bet
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -99,9 +99,10 @@ class DenseClouds:
         """Bend all clouds to the landmarks as they are now."""
         while self.work(map_, final=True):
             pass
+        firm = _firm(map_)
         for number, before in self._cells.items():
             keyframe = map_.keyframes[number]
-            cells = bent_to_landmarks(map_, number, before.said)
+            cells = bent_to_landmarks(map_, number, before.said, firm)
             if cells is None or not len(keyframe.cloud_cam):
                 continue
             at, size_wh = keyframe.camera.project(keyframe.cloud_cam), keyframe.camera.size_wh
@@ -113,14 +114,14 @@ class DenseClouds:
     def _look(self, map_: GrowingMap, number: int, view: View) -> None:
         """Ask the network, and bend what it says."""
         said = self._network.predict([view.image], K=view.camera.K)[0].depth[0]
-        cells = bent_to_landmarks(map_, number, _on_cells(said))
+        cells = bent_to_landmarks(map_, number, _on_cells(said), _firm(map_))
         if cells is not None:
             self._cells[number] = cells
             self._seen.append((number, view, said))
 
     def _give_cloud(self, map_: GrowingMap, number: int, view: View, said: np.ndarray) -> None:
         depth = self._cells[number].corrected_depth(said)
-        points, colours = sampled_depth(replace(view, depth=depth), self._stride_px)
+        points, colours = sampled_depth(view.camera, view.image, depth, self._stride_px)
         kept = self._agreed(map_, number, points)
         keyframe = map_.keyframes[number]
         keyframe.cloud_cam, keyframe.cloud_rgb = points[kept], colours[kept]
@@ -140,14 +141,23 @@ class DenseClouds:
         return (agreed > 0) & (agreed >= SHARE * seen)
 
 
-def bent_to_landmarks(map_: GrowingMap, number: int, said: np.ndarray) -> CellDepth | None:
-    """Log depth [h, w] of a keyframe, bent to the landmarks it sees; None if these are few."""
+def _firm(map_: GrowingMap) -> np.ndarray:
+    """Mask [L] of the landmarks whose depth is believed."""
+    return map_.landmarks.has_point & (map_.landmarks.views() >= MIN_VIEWS)
+
+
+def bent_to_landmarks(map_: GrowingMap, number: int, said: np.ndarray, firm: np.ndarray
+                      ) -> CellDepth | None:
+    """Log depth [h, w] of a keyframe, bent to the firm landmarks it sees; None if these are few.
+
+    firm: mask [L] of all landmarks.
+    """
     keyframe, table = map_.keyframes[number], map_.landmarks
     ids = np.maximum(keyframe.landmark, 0)
-    firm = (keyframe.landmark >= 0) & (table.has_point & (table.views() >= MIN_VIEWS))[ids]
-    points = table.points_map(ids[firm], map_.T_map_cam)
+    shown = (keyframe.landmark >= 0) & firm[ids]
+    points = table.points_map(ids[shown], map_.T_map_cam)
     z = transform_points(inverse(map_.T_map_cam[number]), points)[:, 2]
-    at = _cell(keyframe.features.keypoints[firm], keyframe.camera.size_wh, said.shape)[z > 0]
+    at = _cell(keyframe.features.keypoints[shown], keyframe.camera.size_wh, said.shape)[z > 0]
     if len(at) < MIN_LANDMARKS:
         return None
     seen = SparseDepth(at, np.log(z[z > 0]), np.full(len(at), DEVIATION))

@@ -263,7 +263,8 @@ class Mapper:
         tracks = reassociate(map_, newest, view, tracks)
         triangulate_matches(map_, newest)
         keyframe = map_.keyframes[newest]
-        keyframe.cloud_cam, keyframe.cloud_rgb = sampled_depth(view, map_.config.cloud.stride_px)
+        keyframe.cloud_cam, keyframe.cloud_rgb = sampled_depth(
+            view.camera, view.image, view.depth, map_.config.cloud.stride_px)
         if self._dense is not None:
             self._dense.saw(newest, view)
         self.stats.keyframes += 1

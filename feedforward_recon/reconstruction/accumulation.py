@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from feedforward_recon.errors import DegenerateError
-from feedforward_recon.geometry.align import align_points_robust
+from feedforward_recon.geometry.align import align_points_robust, weighted_median
 from feedforward_recon.geometry.transforms import inverse, transform_points
 from feedforward_recon.reconstruction.pairs import Edge, PairGeometry, Pairs
 from feedforward_recon.reconstruction.shots import Shot
@@ -87,7 +87,7 @@ class DepthRatios:
         if shared.sum() < MIN_SHARED:
             return None
         ratio = np.log(depth[shared] / pair.points[shared, 2])
-        return PairPlacement(T_map_i, float(np.exp(_weighted_median(ratio, confidence[shared]))))
+        return PairPlacement(T_map_i, float(np.exp(weighted_median(ratio, confidence[shared]))))
 
     def better(self, new: Known, known: Known) -> np.ndarray:
         """The surer ones."""
@@ -228,9 +228,3 @@ def accumulate(shots: Sequence[Shot], pairs: Pairs, root: int, edges: Iterable[E
             if known.sum() == 1:
                 progress |= done.register(pair.seen_from(pair.i if known[0] else pair.j))
     return done
-
-
-def _weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
-    order = np.argsort(values)
-    total = np.cumsum(weights[order])
-    return float(values[order][np.searchsorted(total, 0.5 * total[-1])])

@@ -41,7 +41,7 @@ class RoomViews:
     """Views of one room; the principal point is the middle.
 
     image uint8 [V, H, W, 3] RGB; depth float16 [V, H, W] metres; K [V, 3, 3];
-    T_world_cam [V, 4, 4]; group [V]: 0 for the walk, in its order, then one number per place;
+    T_world_cam [V, 4, 4];
     moving uint8 [V, H, W / 8]: bits of the pixels of what moves, see ``np.packbits``.
     """
 
@@ -49,7 +49,6 @@ class RoomViews:
     depth: NDArray[np.float16]
     K: NDArray[np.float64]
     T_world_cam: NDArray[np.float64]
-    group: NDArray[np.int8]
     moving: NDArray[np.uint8]
 
 
@@ -102,8 +101,7 @@ def views_of(seed: int, side: int = SIDE, photos: Sequence[Path] = (),
         cameras += [_camera(rng, side)] * VIEWS_PER_PLACE
     around = render_batch(stage.room, cameras[len(walk):], np.concatenate(poses[1:]),
                           device=device, moving=stage.before(np.stack(anchors), their_rng))
-    groups = np.repeat(np.arange(1 + PLACES), [len(each) for each in poses])
-    return _stored([walked, around], cameras, np.concatenate(poses), groups)
+    return _stored([walked, around], cameras, np.concatenate(poses))
 
 
 def _stage(seed: int, photos: Sequence[Path], things: int, rng: np.random.Generator
@@ -113,12 +111,12 @@ def _stage(seed: int, photos: Sequence[Path], things: int, rng: np.random.Genera
     return replace(stage, room=room.with_photos(photos, seed) if photos else room)
 
 
-def _stored(parts: Sequence[RenderedViews], cameras: Sequence[Camera], T_world_cam: NDArray,
-            groups: NDArray) -> RoomViews:
+def _stored(parts: Sequence[RenderedViews], cameras: Sequence[Camera], T_world_cam: NDArray
+            ) -> RoomViews:
     image, depth, moving = (torch.cat([getattr(part, name) for part in parts]).cpu().numpy()
                             for name in ('image', 'depth', 'moving'))
     return RoomViews(np.ascontiguousarray(image.transpose(0, 2, 3, 1)), depth.astype(np.float16),
-                     np.stack([c.K for c in cameras]), T_world_cam, groups.astype(np.int8),
+                     np.stack([c.K for c in cameras]), T_world_cam,
                      np.packbits(moving, axis=-1))
 
 
