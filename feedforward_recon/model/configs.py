@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from feedforward_recon.errors import ConfigError
-from feedforward_recon.model.attention.config import SparseLinearOptions, TttOptions
+from feedforward_recon.model.attention.config import SparseLinearOptions, SparseOptions, TttOptions
 from feedforward_recon.model.attention.registry import attention_factory
 from feedforward_recon.model.attention.sparse_linear import replace_local
 from feedforward_recon.model.backbone import SPECIAL, BackboneConfig
@@ -52,7 +52,9 @@ CONFIGS: dict[str, Config] = {
     # Shipped with the package: small enough for every machine, for images 112 px wide.
     'tiny': RayConfig(),
     'vggt-tiny': TINY,
-    'tiny-ttt': dataclasses.replace(TINY, attention='ttt'),
+    'tiny-ttt': RayConfig(attention='ttt'),
+    'tiny-sparse': RayConfig(attention='sparse'),
+    'tiny-sla': RayConfig(attention='sparse_linear'),
     # Sizes of the reference outputs that every part is checked against.
     'vggt-small': VggtConfig(
         BackboneConfig(VitConfig(384, 6, 12, grid=5), 4, (0, 1, 2, 3)),
@@ -61,9 +63,11 @@ CONFIGS: dict[str, Config] = {
 }
 # What the attentions of a name do, where it is not their default. VGG-T3 was trained with one
 # step and evaluated with two, which its paper finds best at every number of images.
-OPTIONS: dict[str, dict[str, Any]] = {'vgg-t3': {'ttt': TttOptions(steps=2)}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    'vgg-t3': {'ttt': TttOptions(steps=2)},
+    'tiny-sparse': {'sparse': SparseOptions(visible_every=100)}}
 # Networks whose attentions within images are of the sparse kind too, as Lite3R has them.
-SPARSE_EVERYWHERE = {'lite3r-vggt', 'lite3r-da3'}
+SPARSE_EVERYWHERE = {'lite3r-vggt', 'lite3r-da3', 'tiny-sla'}
 ALIGNMENT_NAME = re.compile(r'aggregator\.latent_alignment\.blocks\.(\d+)\.')
 
 
@@ -99,13 +103,13 @@ def build(name: str, attention: str | None = None, device: str | torch.device = 
         network = network_of(config, **options)
         if key in SPARSE_EVERYWHERE:
             kept = options.get('sparse_linear', SparseLinearOptions())
-            replace_local(network, kept, _special(config))
+            replace_local(network, kept, special_tokens(config))
     return network
 
 
 def network_of(config: Config, **options: Any) -> Network:
     """The network of a configuration, in evaluation mode; options as for `build`."""
-    factory = attention_factory(config.attention, special=_special(config), **options)
+    factory = attention_factory(config.attention, special=special_tokens(config), **options)
     if isinstance(config, Pi3Config):
         return Pi3(config, factory).eval()
     if isinstance(config, Da3Config):
@@ -156,7 +160,7 @@ def device_of(name: str | torch.device) -> torch.device:
     return device
 
 
-def _special(config: Config) -> int:
+def special_tokens(config: Config) -> int:
     """Number of tokens before the patches of each frame."""
     if isinstance(config, Pi3Config):
         return config.registers

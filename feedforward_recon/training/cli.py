@@ -11,11 +11,17 @@ import typer
 
 from feedforward_recon.console.heap import keep_freed_memory
 from feedforward_recon.console.options import Flag, takes
-from feedforward_recon.console.terminal import progress_bar, run, taught
+from feedforward_recon.console.terminal import print_table, progress_bar, run, taught
 from feedforward_recon.training.encoder import EncoderTrainer, EncoderTraining
 from feedforward_recon.training.memory import MemoryTrainer, MemoryTraining
 from feedforward_recon.training.room_views import HELD_OUT, TRAIN, render_views
 from feedforward_recon.training.rooms import render_rooms
+from feedforward_recon.training.students import (
+    RECIPES,
+    StudentTrainer,
+    StudentTraining,
+    what_learns,
+)
 from feedforward_recon.training.transformer import TransformerTrainer, TransformerTraining
 
 app = typer.Typer(name='ffrecon-train', add_completion=False, no_args_is_help=False,
@@ -67,6 +73,20 @@ TRANSFORMER_FLAGS = {
     'seed': Flag('--seed', 'Seed of every random choice.'),
     'save_every': Flag('--save-every', 'Steps between saves.'),
     'validate_every': Flag('--validate-every', 'Steps between looks at scenes held out.')}
+STUDENT_FLAGS = {
+    **{name: TRANSFORMER_FLAGS[name] for name in (
+        'photos', 'out', 'rooms', 'held_out', 'device', 'photo_share', 'steps', 'views_per_step',
+        'warm_up', 'seed', 'save_every', 'validate_every')},
+    'teacher': Flag('--teacher', 'Network whose student it is: tiny, vggt, ...', metavar='NAME'),
+    'weights': Flag('--weights', 'Weights of the teacher; without, those of its name.',
+                    metavar='FILE|NAME'),
+    'attention': Flag('--attention', 'Another attention than that of the recipe: hybrid.',
+                      metavar='NAME'),
+    'transfer_steps': Flag('--transfer-steps', 'Steps at first in which each attention learns '
+                           'alone what the one of the teacher answers.'),
+    'learning_rate': Flag('--learning-rate', 'Highest learning rate; 0: that of the recipe.'),
+    'distillation': Flag('--distillation', 'Weight of the answers of the attentions later on.'),
+    'dry_run': Flag('--dry-run', 'Say what would learn, without weights, and stop.')}
 MEMORY_FLAGS = {
     'out': Flag('--out', 'Folder of the run: keys, log, state and scenes; an interrupted run goes '
                 'on.', metavar='DIR'),
@@ -135,6 +155,73 @@ def transformer_command(training: TransformerTraining) -> None:
             pass
 
 
+def student_command(recipe: str, training: StudentTraining) -> None:
+    """Train a student, or say what of it would learn."""
+    if training.dry_run:
+        rows = what_learns(training.teacher, RECIPES[recipe], training.attention)
+        print_table(f'{recipe} {training.teacher}: what would learn', rows)
+        return
+    logging.getLogger('feedforward_recon.training').setLevel(logging.INFO)
+    keep_freed_memory()
+    trainer = StudentTrainer(RECIPES[recipe], training)
+    with progress_bar('training', training.steps - trainer.step) as bar:
+        for _ in bar.over(trainer.run()):
+            pass
+
+
+@takes(StudentTraining, 'training', STUDENT_FLAGS)
+def linearize_command(training: StudentTraining) -> None:
+    """Teach fast weights what the joint attentions of a network do (VGG-T3).
+
+    Their projections, rates and short convolutions learn; all else stays the teacher's. The
+    result is OUT/TEACHER-ttt.safetensors; use it with `--model TEACHER --attention ttt --weights`.
+
+    Examples:
+      ffrecon-train linearize --photos posed/ --out runs/ttt
+      ffrecon-train linearize --photos posed/ --out runs/hybrid --attention hybrid
+      ffrecon-train linearize --photos posed/ --out runs/vggt --teacher vggt --device cuda
+    """
+    student_command('linearize', training)
+
+
+@takes(StudentTraining, 'training', STUDENT_FLAGS)
+def sparsify_command(training: StudentTraining) -> None:
+    """Teach a network to look at everything coarsely and at little exactly (Speed3R).
+
+    The blocks in which views meet learn, with the gate between both. The result is
+    OUT/TEACHER-sparse.safetensors.
+
+    Example:
+      ffrecon-train sparsify --photos posed/ --out runs/sparse
+    """
+    student_command('sparsify', training)
+
+
+@takes(StudentTraining, 'training', STUDENT_FLAGS)
+def sla_command(training: StudentTraining) -> None:
+    """Teach linear branches beside attentions that keep few keys (Lite3R).
+
+    Only the projections of these branches learn. The result is OUT/TEACHER-sla.safetensors.
+
+    Example:
+      ffrecon-train sla --photos posed/ --out runs/sla
+    """
+    student_command('sla', training)
+
+
+@takes(StudentTraining, 'training', STUDENT_FLAGS)
+def qat_command(training: StudentTraining) -> None:
+    """Teach a network to bear eight-bit weights and inputs (Lite3R).
+
+    Its linear layers learn while they are rounded to E4M3. OUT/TEACHER-qat.safetensors fits where
+    the teacher's weights did; use it with `--precision fp8`.
+
+    Example:
+      ffrecon-train qat --teacher tiny-sla --photos posed/ --out runs/qat
+    """
+    student_command('qat', training)
+
+
 @takes(MemoryTraining, 'training', MEMORY_FLAGS)
 def memory_command(training: MemoryTraining) -> None:
     """Train the keys of the scene memory, resumable at any step.
@@ -169,6 +256,10 @@ def views_command(out: Out, count: Count = 150, held_out: HeldOut = 16,
 
 app.command('encoder', help=taught(encoder_command))(encoder_command)
 app.command('transformer', help=taught(transformer_command))(transformer_command)
+app.command('linearize', help=taught(linearize_command))(linearize_command)
+app.command('sparsify', help=taught(sparsify_command))(sparsify_command)
+app.command('sla', help=taught(sla_command))(sla_command)
+app.command('qat', help=taught(qat_command))(qat_command)
 app.command('memory', help=taught(memory_command))(memory_command)
 app.command('views', help=taught(views_command))(views_command)
 app.command('rooms', help=taught(rooms_command))(rooms_command)

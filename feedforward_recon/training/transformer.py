@@ -7,7 +7,6 @@ torchrun every process draws windows of its own, and gradients are averaged.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from feedforward_recon.errors import CheckpointError, ConfigError
@@ -32,13 +31,9 @@ from feedforward_recon.training.moving_average import MovingAverage
 from feedforward_recon.training.muon import Muon
 from feedforward_recon.training.processes import Processes, own_device
 from feedforward_recon.training.room_files import room_sources
+from feedforward_recon.training.run_folder import RunFolder
 from feedforward_recon.training.scene_folders import photo_sources
-from feedforward_recon.training.transformer_losses import (
-    coarse_loss,
-    fine_loss,
-    geometry_losses,
-    guide_loss,
-)
+from feedforward_recon.training.transformer_losses import guide_loss, task_losses
 from feedforward_recon.training.validation import ValidationWindows
 from feedforward_recon.training.windows import Windows, WindowStream
 
@@ -87,8 +82,7 @@ class TransformerTrainer:
     def __init__(self, settings: TransformerTraining) -> None:
         self.settings, self.device = settings, own_device(device_of(settings.device))
         self.processes = Processes(self.device)
-        self.out = Path(settings.out)
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.folder = RunFolder(settings.out)
         held_out = [name for name in settings.held_out.split(',') if name]
         photos, kept = photo_sources(Path(settings.photos), held_out)
         rooms, room_kept = room_sources(Path(settings.rooms)) if settings.rooms else ([], [])
@@ -125,11 +119,9 @@ class TransformerTrainer:
             cells, _ = self.network(windows.images, windows.K)
             compared = {block: self._guide.queries_keys(block, windows.images.shape[1])
                         for block in GUIDED_BLOCKS}
-        parts = geometry_losses(cells, windows)
+        parts = task_losses(self.network, cells, windows, generator)
         if windows.seen.any():
             parts['guide'] = guide_loss(compared, windows, **GUIDED)
-            parts['coarse'] = coarse_loss(cells, windows, self.network.log_sharpness)
-            parts['fine'] = fine_loss(self.network.fine_matcher, cells, windows, generator)
         return parts
 
     def learn(self, batches: list[Windows]) -> dict[str, float]:
@@ -161,7 +153,7 @@ class TransformerTrainer:
         for part, windows in enumerate(batches):
             generator = torch.Generator().manual_seed(
                 hash((self.settings.seed, self.step, part, self.processes.rank)) % 2**62)
-            windows = _photographed(windows, generator)
+            windows = photographed(windows, generator)
             parts = self.losses(windows.to(self.device), generator)
             (torch.stack(list(parts.values())).sum() / len(batches)).backward()
             for name, value in parts.items():
@@ -174,7 +166,7 @@ class TransformerTrainer:
         if self.processes.rank:
             return
         if last or self.step % LOG_EVERY == 0:
-            self._log(report)
+            self.folder.note(self.step, report)
         if last or self.step % self.settings.validate_every == 0:
             self._validate()
         if last or self.step % self.settings.save_every == 0:
@@ -204,39 +196,23 @@ class TransformerTrainer:
         with self.average.applied(self.network):
             self.network.eval()
             rows = self.validation.scores(self.network, self.device)
-            self._log({'held_out': rows})
+            self.folder.note(self.step, {'held_out': rows})
             score = self.validation.mean_auc(rows)
             if score >= self.best:  # where nothing is held out, the latest are the best
                 self.best = score
-                self._export()
-
-    def _export(self) -> None:
-        """The averaged weights in half precision: they are read as float32 again."""
-        tensors = {name: tensor.half().contiguous().cpu()
-                   for name, tensor in self.network.state_dict().items()}
-        file = self.out / f'{self.settings.model}.safetensors'
-        save_file(tensors, file.with_suffix('.tmp'))
-        file.with_suffix('.tmp').replace(file)
-
-    def _log(self, report: dict) -> None:
-        line = {'step': self.step, **{k: round(v, 4) if isinstance(v, float) else v
-                                      for k, v in report.items()}}
-        log.info('%s', json.dumps(line))
-        with open(self.out / 'log.jsonl', 'a', encoding='utf-8') as file:
-            file.write(json.dumps(line) + '\n')
+                self.folder.export(self.network, self.settings.model)
 
     def _save(self) -> None:
-        state = {'network': self.network.state_dict(), 'average': self.average.state_dict(),
-                 'optimisers': [o.state_dict() for o in self.optimisers],
-                 'step': self.step, 'best': self.best, 'settings': asdict(self.settings)}
-        torch.save(state, self.out / 'state.tmp')
-        (self.out / 'state.tmp').replace(self.out / 'state.pt')
+        self.folder.save({'network': self.network.state_dict(),
+                          'average': self.average.state_dict(),
+                          'optimisers': [o.state_dict() for o in self.optimisers],
+                          'step': self.step, 'best': self.best,
+                          'settings': asdict(self.settings)})
 
     def _begin(self) -> None:
         """Go on where the run was left, or from given weights, or from nothing."""
-        file = self.out / 'state.pt'
-        if file.exists():
-            state = torch.load(file, weights_only=True, map_location=self.device)
+        state = self.folder.saved(self.device)
+        if state is not None:
             self.network.load_state_dict(state['network'])
             self.average.load_state_dict(state['average'])
             for optimiser, saved in zip(self.optimisers, state['optimisers'], strict=True):
@@ -264,7 +240,7 @@ class TransformerTrainer:
         self.network.tokens.column_deviation.copy_(everything.std(0) + 1e-3)
 
 
-def _photographed(windows: Windows, generator: torch.Generator) -> Windows:
+def photographed(windows: Windows, generator: torch.Generator) -> Windows:
     """The windows as cameras with other settings would have taken them."""
     shape = windows.images.shape
     taken = Appearance.drawn(shape[0], shape[1], generator)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from feedforward_recon.model.cell_matching import FineMatcher
 from feedforward_recon.model.ray_stem import CELL, PATCH, cell_pixels
-from feedforward_recon.model.ray_transformer import SPECIAL, CellMaps
+from feedforward_recon.model.ray_transformer import SPECIAL, CellMaps, RayTransformer
 from feedforward_recon.training.aligning_rotation import aligning_rotation
 from feedforward_recon.training.windows import Windows
 
@@ -22,6 +22,16 @@ CONFIDENCE_REWARD = 0.2
 LARGE = 1.0  # error, relative to the depth, from which it counts by its logarithm
 LARGEST_TURN = 1.5  # of the Frobenius norm between rotations: farther is equally wrong
 FINE_SAMPLES, FINE_SPREAD_PX = 2000, 7.0
+
+
+def task_losses(network: RayTransformer, cells: CellMaps, windows: Windows,
+                generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """All that a `RayTransformer` is trained for, each part with its weight."""
+    parts = geometry_losses(cells, windows)
+    if windows.seen.any():
+        parts['coarse'] = coarse_loss(cells, windows, network.log_sharpness)
+        parts['fine'] = fine_loss(network.fine_matcher, cells, windows, generator)
+    return parts
 
 
 def geometry_losses(cells: CellMaps, windows: Windows) -> dict[str, torch.Tensor]:

@@ -196,6 +196,22 @@ def mirrored(windows: Windows) -> Windows:
                    found=turned(windows.found))
 
 
+def cropped(windows: Windows, multiple: int) -> Windows:
+    """The windows with sides that are multiples of some number of pixels.
+
+    What is cut off on the right and below is no longer known. The camera stays.
+    """
+    height, width = (side // multiple * multiple for side in windows.images.shape[-2:])
+    last = torch.tensor([width - 1, height - 1])
+
+    def inside(pixels: torch.Tensor) -> torch.Tensor:
+        return (pixels <= last.to(pixels.device)).all(-1)
+
+    seen = windows.seen & inside(windows.found) & inside(windows.queries)[:, :, None]
+    return replace(windows, images=windows.images[..., :height, :width],
+                   known=windows.known & inside(windows.pixels), seen=seen)
+
+
 def _alike(a_wh: tuple[int, int], b_wh: tuple[int, int]) -> bool:
     ratio = np.log(a_wh[0] / a_wh[1]) - np.log(b_wh[0] / b_wh[1])
     return bool(abs(ratio) < np.log(MAX_ASPECT))

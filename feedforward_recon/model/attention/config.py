@@ -23,11 +23,14 @@ class SparseOptions:
 
     repeat_last: with fewer than ``kept`` blocks in the scene, count the last one as often as
     the published kernel does; otherwise each block counts once.
+    visible_every: the first of so many frames each is read by all blocks beside those they
+    choose, as in the form for VGGT; 0: none is.
     """
 
     window: int = 4
     kept: int = 32
     repeat_last: bool = False
+    visible_every: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ need the code's form. Indices carry no gradient. With every block selected and g
 layer is exact attention.
 The published model (pi3) has no special tokens. Where there are some (VGGT), they form one
 block per frame that competes like any window, and their queries read every token, as the paper
-says for VGGT; its always-visible reference frames are left out.
+says for VGGT. Its reference frames, the first and every hundredth, which all blocks read beside
+what they choose, are `visible_every`.
 Cost: N^2 / 256 + 512 N pairs: the quadratic part is small but there. State: about 2.1 N C.
 """
 
@@ -122,18 +123,30 @@ class SparseAttention(QkvAttention):
         coarse = F.scaled_dot_product_attention(pooled, memory.blocks.pooled_keys,
                                                 memory.blocks.pooled_values)
         coarse = coarse[..., None, :].expand(-1, -1, -1, blocks.order.shape[1], -1)
-        chosen = self._chosen(pooled @ memory.blocks.pooled_keys.transpose(-1, -2))
+        chosen = self._chosen(pooled @ memory.blocks.pooled_keys.transpose(-1, -2),
+                              len(blocks.order))
         q = blocks.split(self.turned(self.q_norm, raw, blocks.tokens.positions))
         exact = self._exact(q, memory, chosen, blocks)
         return blocks.joined(coarse), blocks.joined(exact), chosen
 
-    def _chosen(self, scores: torch.Tensor) -> torch.Tensor:
-        """Indices of the blocks with the highest scores, best first."""
+    def _chosen(self, scores: torch.Tensor, per_frame: int) -> torch.Tensor:
+        """Indices of the blocks with the highest scores, best first; before them those all see."""
         total, kept = scores.shape[-1], self.config.sparse.kept
-        chosen = scores.topk(min(kept, total), -1).indices
+        visible = self._visible(total, per_frame, scores.device)
+        if len(visible):
+            scores = scores.index_fill(-1, visible, -torch.inf)
+        chosen = scores.topk(min(kept, total - len(visible)), -1).indices
         if self.config.sparse.repeat_last and total < kept:
             chosen = F.pad(chosen, (0, kept - total), value=total - 1)
-        return chosen
+        return torch.cat([visible.expand(*chosen.shape[:-1], -1), chosen], -1)
+
+    def _visible(self, total: int, per_frame: int, device: torch.device) -> torch.Tensor:
+        """Indices of the blocks of the frames that everyone sees."""
+        every = self.config.sparse.visible_every
+        if not every:
+            return torch.zeros(0, dtype=torch.long, device=device)
+        frames = torch.arange(0, total // per_frame, every, device=device)
+        return (frames[:, None] * per_frame + torch.arange(per_frame, device=device)).flatten()
 
     def _exact(self, q: torch.Tensor, memory: SparseMemory, chosen: torch.Tensor,
                blocks: Blocks) -> torch.Tensor:

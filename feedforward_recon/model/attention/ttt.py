@@ -84,11 +84,15 @@ class PatchLayout(NamedTuple):
 
 
 class ShortConv(nn.Module):
-    """A 3x3 convolution of each channel over the patch grid; special tokens pass by."""
+    """A 3x3 convolution of each channel over the patch grid; special tokens pass by.
+
+    At first the identity: values are those of the network that the layer is put into.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        nn.init.dirac_(self.conv.weight, groups=dim)
 
     def forward(self, x: torch.Tensor, grid_hw: tuple[int, int]) -> torch.Tensor:
         """Tokens of frames [F, P, C], patches last and row by row -> the same shape."""

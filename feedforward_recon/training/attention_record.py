@@ -1,0 +1,55 @@
+"""What attentions are given and answer in a pass, to compare those of two networks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from feedforward_recon.model.attention.base import QkvAttention
+from feedforward_recon.model.layers import Attention
+
+
+class AttentionRecord:
+    """Inputs and outputs of some attentions of a network in its last pass, by their paths."""
+
+    def __init__(self, network: nn.Module, paths: Collection[str]) -> None:
+        """Hooks stay in the network as long as it lives."""
+        self.inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.outputs: dict[str, torch.Tensor] = {}
+        for path in paths:
+            network.get_submodule(path).register_forward_hook(
+                partial(self._keep, path), with_kwargs=True)
+
+    def _keep(self, path: str, module: nn.Module, given: tuple[Any, ...],
+              named: dict[str, Any], answer: Any) -> None:
+        del module
+        self.inputs[path] = given, named
+        self.outputs[path] = tokens_of(answer)
+
+    def repeated(self, path: str, attention: nn.Module) -> torch.Tensor:
+        """What another attention answers to what the one at ``path`` was given."""
+        (x, *others), named = self.inputs[path]
+        if 'frames' in named:  # joins frames: a scene that nothing was written to
+            others[0] = attention.empty_state(len(x))  # type: ignore[operator]
+        return tokens_of(attention(x, *others, **named))
+
+
+def attention_paths(network: nn.Module) -> list[str]:
+    """Where a network has attentions, joint ones and those within images."""
+    return [path for path, module in network.named_modules()
+            if isinstance(module, (QkvAttention, Attention))]
+
+
+def tokens_of(answer: Any) -> torch.Tensor:
+    """The tokens [B, T, C] of an attention's answer, which may have a state beside them."""
+    return answer[0] if isinstance(answer, tuple) else answer
+
+
+def unlikeness(said: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference of tokens, as a share of the mean square of those wanted."""
+    wanted = wanted.detach().float()
+    return (said.float() - wanted).square().mean() / wanted.square().mean().clamp(min=1e-12)
