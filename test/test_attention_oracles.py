@@ -127,6 +127,30 @@ def test_sparse_with_everything_selected_is_softmax(one_place):
     torch.testing.assert_close(call(sparse, tokens(4))[0], call(softmax, tokens(4))[0])
 
 
+@pytest.mark.parametrize('every', [1, 2, 100])
+def test_frames_that_everyone_sees_are_read_beside_what_is_chosen(every):
+    """The exact branch is softmax over the visible frames and the best of all other blocks."""
+    options = SparseOptions(window=3, kept=2, visible_every=every)
+    layer, x = make('sparse', sparse=options), tokens(3)
+    blocks = layer.prepared(Layout(POSITIONS, TOKENS))
+    memory = layer.readable(layer.write(layer._chunks(x, TOKENS), layer.empty_state(len(x)),
+                                        blocks))
+    _, exact, chosen = layer.branches(x, memory, blocks)
+    per_frame = len(blocks.order)
+    visible = [frame * per_frame + block for frame in range(0, 3, every)
+               for block in range(per_frame)]
+    assert all(set(visible) <= set(row.tolist()) for row in chosen.flatten(0, 2))
+    sets = [set(row.tolist()) for row in chosen.flatten(0, 2)]
+    assert {len(row) for row in sets} == {min(len(visible) + 2, 3 * per_frame)}
+    if every == 1:  # nothing is left to choose
+        softmax = make('softmax')
+        softmax.load_state_dict(layer.state_dict(), strict=False)
+        q = softmax.turned(softmax.q_norm, softmax.raw_queries(x), POSITIONS)
+        keys, values = memory.tokens
+        torch.testing.assert_close(
+            exact, torch.nn.functional.scaled_dot_product_attention(q, keys, values))
+
+
 @pytest.mark.parametrize('options', [SparseLinearOptions(window=3, kept=1000),
                                      SparseLinearOptions(keep_ratio=1.0)])
 def test_sparse_linear_with_everything_kept_and_no_correction_is_softmax(options):

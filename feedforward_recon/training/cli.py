@@ -82,6 +82,8 @@ STUDENT_FLAGS = {
                     metavar='FILE|NAME'),
     'attention': Flag('--attention', 'Another attention than that of the recipe: hybrid.',
                       metavar='NAME'),
+    'start': Flag('--start', 'Weights to begin with, such as those of another student.',
+                  metavar='FILE'),
     'transfer_steps': Flag('--transfer-steps', 'Steps at first in which each attention learns '
                            'alone what the one of the teacher answers.'),
     'learning_rate': Flag('--learning-rate', 'Highest learning rate; 0: that of the recipe.'),
@@ -178,7 +180,8 @@ def linearize_command(training: StudentTraining) -> None:
 
     Examples:
       ffrecon-train linearize --photos posed/ --out runs/ttt
-      ffrecon-train linearize --photos posed/ --out runs/hybrid --attention hybrid
+      ffrecon-train linearize --photos posed/ --out runs/hybrid --attention hybrid \
+        --start runs/ttt/tiny-ttt.safetensors
       ffrecon-train linearize --photos posed/ --out runs/vggt --teacher vggt --device cuda
     """
     student_command('linearize', training)

@@ -59,7 +59,12 @@ from feedforward_recon.training.processes import Processes, own_device
 from feedforward_recon.training.room_files import room_sources
 from feedforward_recon.training.run_folder import RunFolder
 from feedforward_recon.training.scene_folders import photo_sources
-from feedforward_recon.training.transformer import DECAY_SHARE, LEAST_RATE, photographed
+from feedforward_recon.training.transformer import (
+    DECAY_SHARE,
+    LEAST_RATE,
+    photographed,
+    take_over,
+)
 from feedforward_recon.training.transformer_losses import task_losses
 from feedforward_recon.training.validation import ValidationWindows
 from feedforward_recon.training.windows import Windows, WindowStream, cropped
@@ -129,9 +134,10 @@ class StudentTraining:
     """Settings of a student's training; ``steps`` is the whole schedule, resumes included.
 
     photos, rooms, held_out: as in ``TransformerTraining``. teacher, weights: name and weights of
-    the teacher. attention: another than that of the recipe. transfer_steps: those at first in
-    which each attention learns alone. distillation: weight of the answers of the attentions.
-    learning_rate: 0: that of the recipe. dry_run: see ``what_learns``; nothing is trained.
+    the teacher. attention: another than that of the recipe. start: weights to begin with; what
+    they lack is the teacher's. transfer_steps: those at first in which each attention learns
+    alone. distillation: weight of the answers of the attentions. learning_rate: 0: that of the
+    recipe. dry_run: see ``what_learns``; nothing is trained.
     """
 
     photos: str
@@ -141,6 +147,7 @@ class StudentTraining:
     teacher: str = 'tiny'
     weights: str = ''
     attention: str = ''
+    start: str = ''
     device: str = 'cpu'
     photo_share: float = 0.6
     steps: int = 1000
@@ -303,6 +310,9 @@ class StudentTrainer:
             self.optimiser.load_state_dict(state['optimiser'])
             self.step, self.best = state['step'], state['best']
             log.info('resumed at step %d', self.step)
+        elif self.settings.start:
+            take_over(self.network, Path(self.settings.start))
+            self.average = MovingAverage(self.network)
 
 
 def what_learns(teacher: str, recipe: Recipe, attention: str = '') -> dict[str, str]:

@@ -1,0 +1,186 @@
+"""Students of `tiny` beside their teacher: what their attentions cost, and what they lose.
+
+    python -m benchmarks.students                     # all that ships: writes the result
+    python -m benchmarks.students accuracy NAME VIEWS # one row, as JSON
+    python -m benchmarks.students cost NAME VIEWS
+
+Accuracy: windows of shuffled photos of the sets of benchmarks/pose_accuracy.py, of 8 images and of
+ten times as many, on which nothing was trained. auc30: poses as users get them, from matches of
+the network's descriptors; auc30_points: poses from its world points alone, which only know of the
+other views through the joint attention; abs_rel: depth after one median scale, where it is known.
+without: the teacher whose joint attentions say nothing, to see how much is due to them.
+Cost: seconds and peak memory of one pass over that many images, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.common import (
+    DRIVE,
+    KITCHEN,
+    REPOSITORY,
+    Clock,
+    forget_peak,
+    load_frames,
+    memory_bytes,
+    write_result,
+)
+from benchmarks.pose_accuracy import (
+    SETS,
+    Answer,
+    Errors,
+    intrinsics,
+    relative,
+    resolved,
+    windows_of,
+)
+from feedforward_recon.console.threads import one_thread
+from feedforward_recon.model.attention.config import TttOptions
+from feedforward_recon.model.backbone import Demand
+from feedforward_recon.model.configs import load
+from feedforward_recon.model.layers import GlobalBlock
+from feedforward_recon.model.predictor import NetworkPredictor, preparation
+from feedforward_recon.model.preprocess import stacked
+from feedforward_recon.model.ray_cameras import geometry_of
+from feedforward_recon.model.ray_transformer import RayTransformer
+from feedforward_recon.types import Frame
+
+WITHOUT = 'without'
+# Of each system its network, and what is asked of it.
+SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
+    'dense': ('tiny', {}),
+    WITHOUT: ('tiny', {}),
+    'ttt': ('tiny-ttt', {}),
+    'ttt, 2 steps': ('tiny-ttt', {'ttt': TttOptions(steps=2)}),
+    'sparse': ('tiny-sparse', {}),
+    'sla': ('tiny-sla', {})}
+VIEWS, WINDOWS = 8, 4
+FEW, MANY = 24, 80  # views; a set with fewer images is left out
+LARGE_SETS = (KITCHEN, 'ngp_fox', DRIVE)
+PASSES = (8, 64, 256, 1024)
+Row = dict[str, Any]
+
+
+def opened(system: str) -> NetworkPredictor:
+    """The network of a system."""
+    name, options = SYSTEMS[system]
+    network = load(name, **options)
+    if system == WITHOUT:
+        silence(network)
+    return NetworkPredictor(network)
+
+
+@torch.no_grad()
+def silence(network: nn.Module) -> None:
+    """Joint attentions answer 0: views know of themselves alone."""
+    for block in network.modules():
+        if isinstance(block, GlobalBlock):
+            for parameter in block.attn.proj.parameters():
+                parameter.zero_()
+
+
+def accuracy(system: str, views: int) -> Row:
+    """A row per set, and means over the sets that have a figure."""
+    predictor, rows = opened(system), {}
+    for name in SETS if views == VIEWS else LARGE_SETS:
+        windows = windows_of(resolved(name), WINDOWS if views == VIEWS else 1, views)
+        rows[name] = set_row(predictor, windows)
+    return {**_means(list(rows.values())), 'sets': rows}
+
+
+def set_row(predictor: NetworkPredictor, windows: Sequence[list[Frame]]) -> Row:
+    """Figures over the windows of one set."""
+    matched, points = Errors(), Errors()
+    for frames in windows:
+        said = predictor.predict([frame.image for frame in frames], K=intrinsics(frames))[0]
+        matched.add(frames, Answer(relative(said.T_world_cam), said.depth))
+        points.add(frames, Answer(relative(from_points(predictor, frames))))
+    row = matched.row()
+    return {'auc30': row['auc30'], 'auc30_points': points.row()['auc30'],
+            'abs_rel': row['abs_rel']}
+
+
+@torch.inference_mode()
+def from_points(predictor: NetworkPredictor, frames: Sequence[Frame]) -> np.ndarray:
+    """Poses [N, 4, 4] from world points alone."""
+    network = predictor.network
+    assert isinstance(network, RayTransformer)
+    placed = preparation(network)([frame.image for frame in frames])
+    K = intrinsics(frames)
+    assert K is not None
+    own = torch.from_numpy(np.stack([image.prepared_K(K) for image in placed]))[None].float()
+    cells, _ = network(stacked(placed), own, demand=Demand(memory=False))
+    return geometry_of(cells, own, network, first=False).T_world_cam[0].double().numpy()
+
+
+def _means(rows: Sequence[Row]) -> Row:
+    known = {key: [row[key] for row in rows if row[key] is not None]
+             for key in ('auc30', 'auc30_points', 'abs_rel')}
+    return {key: float(np.mean(values)) if values else None for key, values in known.items()}
+
+
+def cost(system: str, views: int) -> Row:
+    """Seconds and peak memory of one pass over images of the kitchen, each as often as needed."""
+    network = opened(system).network
+    assert isinstance(network, RayTransformer)
+    frames = load_frames(KITCHEN, use_depth=False)
+    chosen = [frames[k % len(frames)] for k in range(views)]
+    placed = preparation(network)([frame.image for frame in chosen])
+    camera = chosen[0].camera
+    assert camera is not None
+    K = torch.from_numpy(np.stack([image.prepared_K(camera.K) for image in placed]))[None].float()
+    images = stacked(placed)
+    with torch.inference_mode():
+        network(images[:, :2], K[:, :2], demand=Demand(memory=False))  # first-call costs
+        before, clock = forget_peak(), Clock()
+        network(images, K, demand=Demand(memory=False))
+        clock.stop()
+    return {'views': views, 'seconds': clock.seconds, 'cpu_seconds': clock.cpu_seconds,
+            'peak_mb': (memory_bytes('VmHWM') - before) / 1e6}
+
+
+def in_own_process(what: str, system: str, views: int) -> Row:
+    """A row from a new interpreter."""
+    command = [sys.executable, '-m', 'benchmarks.students', what, system, str(views)]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True,
+                            env={**os.environ, 'PYTHONPATH': str(REPOSITORY)})
+    return json.loads(result.stdout)
+
+
+def run() -> Iterator[tuple[str, Row]]:
+    """All rows."""
+    for system in SYSTEMS:
+        for views in (VIEWS, FEW, MANY):
+            yield f'accuracy | {system} | {views} views', in_own_process('accuracy', system, views)
+    for views in PASSES:
+        for system in SYSTEMS:
+            yield f'cost | {system} | {views} views', in_own_process('cost', system, views)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """One row as JSON, or all into the results."""
+    if arguments:
+        what, system, views = arguments
+        with one_thread():
+            print(json.dumps({'accuracy': accuracy, 'cost': cost}[what](system, int(views))))
+        return 0
+    rows = {}
+    for case, row in run():
+        rows[case] = row
+        print(case, {key: value for key, value in row.items() if key != 'sets'}, flush=True)
+    print(write_result('students', rows))
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
