@@ -21,10 +21,11 @@ from benchmarks.common import KITCHEN, load_frames, write_result
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import pose_error
 from feedforward_recon.localization.network_link import align_cameras
+from feedforward_recon.model.network_state import NetworkState
 from feedforward_recon.model.pose_encoding import decode_cameras, rigid_inverse
 from feedforward_recon.model.predictor import load_predictor, orthonormal, preparation
 from feedforward_recon.model.preprocess import stacked
-from feedforward_recon.model.vggt import NetworkState, Vggt
+from feedforward_recon.model.vggt import Vggt
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Frame
 

@@ -17,8 +17,9 @@ from feedforward_recon.model.backbone import BackboneConfig
 from feedforward_recon.model.configs import CONFIGS, build
 from feedforward_recon.model.da3 import Da3, Da3Config
 from feedforward_recon.model.dpt import DptConfig
+from feedforward_recon.model.network_state import NetworkState
 from feedforward_recon.model.pi3 import Pi3, Pi3Config
-from feedforward_recon.model.vggt import NetworkState, Vggt, VggtConfig
+from feedforward_recon.model.vggt import Vggt, VggtConfig
 from feedforward_recon.model.vit import VitConfig
 from feedforward_recon.model.weights.checkpoints import expected_tensors
 

@@ -61,11 +61,11 @@ class Oracle:
         self.T_net_map = make_transform(so3_exp(np.array([0.5, -1, 0.3])), np.array([3, -2, 1.0]))
         self.writes = 0
 
-    def write(self, images):
+    def write(self, images, K=None):
         self.writes += 1
         return self.predict(images), tuple(images)
 
-    def query(self, image, memory):
+    def query(self, image, memory, K=None):
         return self.predict([image]), self.novelty
 
     def predict(self, images):

@@ -57,16 +57,20 @@ NOVELTY_FACTOR = 2.0
 class SceneNetwork(Protocol):
     """A network that writes a scene into a state, and answers queries without changing it."""
 
-    def write(self, images: Sequence[NDArray[np.uint8]]) -> tuple[Prediction, Any]:
+    def write(self, images: Sequence[NDArray[np.uint8]], K: NDArray[np.float64] | None = None
+              ) -> tuple[Prediction, Any]:
         """What images show together, and the state after writing them, of bounded size.
 
+        K: [3, 3] of their camera, None where it is not known. Cameras and depth are those that
+        queries of the same images would get, or better known ones in the same world and unit.
         Raises InputError for images that cannot be used, MemoryError when they are too many
         for the device.
         """
         ...
 
-    def query(self, image: NDArray[np.uint8], state: Any) -> tuple[Prediction, float]:
-        """What one image shows in the world of a state, and how novel it is there.
+    def query(self, image: NDArray[np.uint8], state: Any, K: NDArray[np.float64] | None = None
+              ) -> tuple[Prediction, float]:
+        """What one image, of a camera K, shows in the world of a state, and how novel it is there.
 
         Novelty is about 0 for an image that was written, at most 2; only ratios mean something.
         Raises InputError for an image that cannot be used.
@@ -137,7 +141,7 @@ def write_keyframes(network: SceneNetwork, walk: Sequence[Frame], others: Sequen
     written, prediction, state = _written(network, walk, spanning_poses(poses, KEYFRAMES, unit))
     seen = [walk[index] for index in written]
     queried = _evenly(others or seen, CHECKED)
-    answers = [network.query(frame.image, state) for frame in queried]
+    answers = [network.query(frame.image, state, intrinsics_of(frame)) for frame in queried]
     links = [_checked(link, answers, queried, points)
              for link in _links(prediction, seen, points, unit)]
     best = min(links, key=lambda link: (not link.recognised, link.position))
@@ -179,7 +183,8 @@ def _written(network: SceneNetwork, walk: Sequence[Frame], order: np.ndarray
     while True:
         chosen = np.sort(order)
         try:
-            prediction, state = network.write([walk[i].image for i in chosen])
+            prediction, state = network.write([walk[i].image for i in chosen],
+                                              intrinsics_of(walk[chosen[0]]))
             return chosen, prediction, state
         except MemoryError:
             if len(order) // 2 < MIN_CAMERAS:
@@ -199,6 +204,11 @@ def _checked(link: NetworkLink, answers: Sequence[tuple[Prediction, float]],
     return replace(link, checked=len(frames), position=position, angle=angle,
                    agreement=float(np.median(shares)),
                    novelty=max(novelty for _, novelty in answers))
+
+
+def intrinsics_of(frame: Frame) -> NDArray[np.float64] | None:
+    """K [3, 3] of the camera of a frame, None where it is not known."""
+    return None if frame.camera is None else frame.camera.K
 
 
 def _evenly(frames: Sequence[Frame], count: int) -> list[Frame]:
@@ -228,7 +238,8 @@ class NetworkLocalizer:
         cannot be used.
         """
         started = time.perf_counter()
-        prediction, novelty = self.network.query(frame.image, self.state)
+        prediction, novelty = self.network.query(frame.image, self.state,
+                                                 intrinsics_of(frame))
         answer = self._judged(prediction, novelty, frame)
         if self.refiner is not None:
             camera = self._camera(frame, prediction)

@@ -30,8 +30,10 @@ from feedforward_recon.localization.network_localizer import (
 from feedforward_recon.mapping.scene_map import SceneMap
 from feedforward_recon.model.attention.registry import ATTENTION
 from feedforward_recon.model.configs import ALIASES, Network
+from feedforward_recon.model.network_state import NetworkState
 from feedforward_recon.model.predictor import NetworkPredictor, load_predictor
-from feedforward_recon.model.vggt import NetworkState, Vggt
+from feedforward_recon.model.ray_transformer import RayTransformer
+from feedforward_recon.model.vggt import Vggt
 from feedforward_recon.model.weights.checkpoints import file_sha256
 from feedforward_recon.model.weights.registry import find_weights, is_path
 from feedforward_recon.types import FloatArray, Frame, Keyframe, Prediction
@@ -53,15 +55,18 @@ class VggtSceneNetwork:
         self.predictor, self.network = predictor, predictor.network
         self._turn = nullcontext() if turn is None else turn
 
-    def write(self, images: Sequence[NDArray[np.uint8]]) -> tuple[Prediction, NetworkState]:
-        """One joint pass over all images; few camera tokens are kept."""
+    def write(self, images: Sequence[NDArray[np.uint8]], K: NDArray[np.float64] | None = None
+              ) -> tuple[Prediction, NetworkState]:
+        """One joint pass over all images; few camera tokens are kept. K is not used."""
+        del K
         with self._turn:
             prediction, state = self.predictor.predict(images)
         return prediction, state.with_few_camera_tokens(CAMERA_TOKENS)
 
-    def query(self, image: NDArray[np.uint8], state: NetworkState
-              ) -> tuple[Prediction, float]:
+    def query(self, image: NDArray[np.uint8], state: NetworkState,
+              K: NDArray[np.float64] | None = None) -> tuple[Prediction, float]:
         """The pass without writing. Novelty: cosine distance to the nearest camera token kept."""
+        del K
         tokens = []
         with self._turn:
             hook = self.network.camera_head.register_forward_pre_hook(
@@ -71,8 +76,7 @@ class VggtSceneNetwork:
             finally:
                 hook.remove()
         *stored, query = tokens[0]
-        similarity = torch.cosine_similarity(torch.stack(stored), query, dim=-1)
-        return prediction, float(1 - similarity.max())
+        return prediction, novelty(torch.stack(stored), query)
 
     def state_from(self, tensors: Mapping[str, torch.Tensor]) -> NetworkState:
         """The state of these tensors on the device of the network."""
@@ -80,9 +84,53 @@ class VggtSceneNetwork:
         return self.network.state_from({key: t.to(device) for key, t in tensors.items()})
 
 
+class RaySceneNetwork:
+    """A network of the kind of `tiny` as a ``SceneNetwork``; turn: held while it is at work.
+
+    What a query shows follows from its world points; so do the cameras of what is written, since
+    those from matches may be in another unit.
+    """
+
+    def __init__(self, predictor: NetworkPredictor, network: RayTransformer,
+                 turn: AbstractContextManager[Any] | None = None) -> None:
+        self.predictor, self.network = predictor, network
+        self._turn = nullcontext() if turn is None else turn
+
+    def write(self, images: Sequence[NDArray[np.uint8]], K: NDArray[np.float64] | None = None
+              ) -> tuple[Prediction, NetworkState]:
+        """One joint pass over all images, then one that reads; few tokens of views are kept."""
+        with self._turn:
+            _, written = self.predictor.predict(images, K=K)
+            state = written.with_few_camera_tokens(CAMERA_TOKENS)
+            return self.predictor.predict(images, state, write=False, K=K)
+
+    def query(self, image: NDArray[np.uint8], state: NetworkState,
+              K: NDArray[np.float64] | None = None) -> tuple[Prediction, float]:
+        """The pass without writing. Novelty: cosine distance to the nearest view token kept."""
+        tokens = []
+        with self._turn:
+            hook = self.network.global_blocks[-1].register_forward_hook(
+                lambda _, given, said: tokens.append(said[0][0, 0].float()))
+            try:
+                prediction, _ = self.predictor.predict([image], state, write=False, K=K)
+            finally:
+                hook.remove()
+        return prediction, novelty(state.camera_tokens[0], tokens[0])
+
+    def state_from(self, tensors: Mapping[str, torch.Tensor]) -> NetworkState:
+        """The state of these tensors on the device of the network."""
+        device = self.predictor.device
+        return self.network.state_from({key: t.to(device) for key, t in tensors.items()})
+
+
+def novelty(kept: torch.Tensor, token: torch.Tensor) -> float:
+    """Cosine distance of a token [C] to the nearest of those kept [S, C]."""
+    return float(1 - torch.cosine_similarity(kept, token, dim=-1).max())
+
+
 def unsupported_reason(network: Network) -> str:
     """Why a network cannot write a state of a fixed size, in a sentence; '' when it can."""
-    if not isinstance(network, Vggt):
+    if not isinstance(network, (Vggt, RayTransformer)):
         return (f'{type(network).__name__} has no cameras in its state: only the landmarks of '
                 'this map can be localised against')
     if not ATTENTION[network.config.attention].fixed_size:
@@ -161,7 +209,9 @@ class NetworkMemory:
     def _attention(self) -> str:
         return self._predictor.network.config.attention
 
-    def _scene_network(self) -> VggtSceneNetwork:
+    def _scene_network(self) -> VggtSceneNetwork | RaySceneNetwork:
+        if isinstance(self._predictor.network, RayTransformer):
+            return RaySceneNetwork(self._predictor, self._predictor.network, self._turn)
         return VggtSceneNetwork(self._predictor, self._turn)
 
 

@@ -30,9 +30,10 @@ from feedforward_recon.model.attention.base import QkvAttention
 from feedforward_recon.model.backbone import EVERYTHING, Demand
 from feedforward_recon.model.collection import CollectionNetwork
 from feedforward_recon.model.latent_alignment import LatentAlignment
+from feedforward_recon.model.network_state import NetworkState
 from feedforward_recon.model.predictor import Answer, NetworkPredictor
 from feedforward_recon.model.preprocess import PreparedImage
-from feedforward_recon.model.vggt import NetworkState, Reconstruction, Vggt
+from feedforward_recon.model.vggt import Reconstruction, Vggt
 
 
 class AcrossProcesses:

@@ -16,6 +16,7 @@ scene that was written before has no other view to match: its pose comes from wo
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ from feedforward_recon.model.backbone import EVERYTHING, AttentionFactory, Deman
 from feedforward_recon.model.cell_matching import FineMatcher
 from feedforward_recon.model.compact import CompactShape
 from feedforward_recon.model.layers import Block, BlockConfig, GlobalBlock, empty_states
+from feedforward_recon.model.network_state import NetworkState, state_of
 from feedforward_recon.model.ray_stem import (
     CELLS,
     PATCH,
@@ -76,23 +78,6 @@ class CellMaps:
     points_confidence: torch.Tensor
     descriptors: torch.Tensor
     fine: torch.Tensor
-
-
-@dataclass(frozen=True)
-class RayState:
-    """State of the network after writing a scene.
-
-    states: one per global block, of the kind that its attention makes.
-    view_tokens: float32 [B, S, C], one of each view written so far.
-    """
-
-    states: tuple[Any, ...]
-    view_tokens: torch.Tensor
-
-    @property
-    def written(self) -> int:
-        """Number of views."""
-        return self.view_tokens.shape[1]
 
 
 class RayTokens(nn.Module):
@@ -148,8 +133,8 @@ class RayTransformer(nn.Module):
         self.log_sharpness = nn.Parameter(torch.tensor(3.0))
         self._start_well()
 
-    def forward(self, images: torch.Tensor, K: torch.Tensor, state: RayState | None = None, *,
-                write: bool = True, demand: Demand = EVERYTHING) -> tuple[CellMaps, RayState]:
+    def forward(self, images: torch.Tensor, K: torch.Tensor, state: NetworkState | None = None, *,
+                write: bool = True, demand: Demand = EVERYTHING) -> tuple[CellMaps, NetworkState]:
         """Images [B, N, 3, H, W] in 0..1 with K [B, N, 3, 3] -> their cells, the state after.
 
         K: in pixels of the images, whose centres are integers. With ``write=False`` the state
@@ -166,12 +151,19 @@ class RayTransformer(nn.Module):
         if not (write and demand.memory):
             return cells, state
         views = levels[:, :, 0, self.config.dim:].float()
-        return cells, RayState(states, torch.cat([state.view_tokens, views], 1))
+        return cells, NetworkState(states, torch.cat([state.camera_tokens, views], 1))
 
-    def empty_state(self, batch: int = 1) -> RayState:
+    def empty_state(self, batch: int = 1) -> NetworkState:
         """The state of a scene of which nothing was written."""
-        return RayState(empty_states(self.global_blocks, batch),
+        return NetworkState(empty_states(self.global_blocks, batch),
                         self.norm.weight.new_zeros(batch, 0, self.config.dim))
+
+    def state_from(self, tensors: Mapping[str, torch.Tensor]) -> NetworkState:
+        """The state that ``tensors`` were taken from (`NetworkState.tensors`).
+
+        Raises InputError when they belong to another network.
+        """
+        return state_of(self.global_blocks, self.config.attention, tensors)
 
     def _joined(self, x: torch.Tensor, grid_hw: tuple[int, int], states: tuple[Any, ...],
                 write: bool, demand: Demand) -> tuple[torch.Tensor, tuple[Any, ...]]:

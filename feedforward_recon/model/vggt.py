@@ -8,9 +8,9 @@ modules keep nothing of a scene.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +26,8 @@ from feedforward_recon.model.backbone import (
 )
 from feedforward_recon.model.dpt import FRAMES_PER_CHUNK, DptConfig, DptHead, Scratch
 from feedforward_recon.model.heads import CameraHead
-from feedforward_recon.model.layers import GlobalBlock, empty_states, in_chunks
+from feedforward_recon.model.layers import empty_states, in_chunks
+from feedforward_recon.model.network_state import NetworkState, state_of
 from feedforward_recon.model.pose_encoding import decode_cameras, unprojected
 from feedforward_recon.model.vit import size_of
 from feedforward_recon.model.weights.checkpoints import KeyRules
@@ -45,40 +46,6 @@ class VggtConfig:
     camera_depth: int = 4
     attention: str = 'softmax'
     point_head: bool = True
-
-
-@dataclass(frozen=True)
-class NetworkState:
-    """State of the network after writing a scene.
-
-    states: one per global block, of the kind that its attention makes.
-    camera_tokens: float32 [B, S, 2 C], of the frames written so far.
-    """
-
-    states: tuple[Any, ...]
-    camera_tokens: torch.Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The state as named tensors, for saving."""
-        named = {f'{index}.{name}': tensor for index, state in enumerate(self.states)
-                 for name, tensor in state.tensors().items()}
-        return {'camera_tokens': self.camera_tokens, **named}
-
-    def with_few_camera_tokens(self, limit: int) -> NetworkState:
-        """The same state with at most ``limit`` camera tokens per scene.
-
-        Kept are the first, whose camera is the world, and then always the one that differs
-        most from those already kept (Gonzalez 1985): the views that span the scene.
-        """
-        if self.camera_tokens.shape[1] <= limit:
-            return self
-        kept = torch.stack([scene[_spread_out(scene, limit)] for scene in self.camera_tokens])
-        return replace(self, camera_tokens=kept)
 
 
 @dataclass(frozen=True)
@@ -131,17 +98,7 @@ class Vggt(nn.Module):
 
         Raises InputError when they belong to another network.
         """
-        states = []
-        for index, block in enumerate(self.aggregator.global_blocks):
-            kind = cast(GlobalBlock, block).attn.state_type
-            names = [field.name for field in fields(kind)]
-            missing = [name for name in names if f'{index}.{name}' not in tensors]
-            if missing or 'camera_tokens' not in tensors:
-                raise InputError(f'expected the state of {self.config.attention} attention in '
-                                 f'{len(self.aggregator.global_blocks)} blocks, found none of '
-                                 f'block {index}; map again with this model')
-            states.append(kind.from_tensors({n: tensors[f'{index}.{n}'] for n in names}))
-        return NetworkState(tuple(states), tensors['camera_tokens'])
+        return state_of(self.aggregator.global_blocks, self.config.attention, tensors)
 
     def forward(self, images: torch.Tensor, memory: NetworkState | None = None, *,
                 write: bool = True, demand: Demand = EVERYTHING,
@@ -223,16 +180,6 @@ class Vggt(nn.Module):
             return depth, sure, unprojected(depth, T_cam_world, K), sure
         said = self.point_head(levels, grid_hw)
         return depth, sure, _signed_expm1(said[..., :3]), 1 + said[..., 3].exp()
-
-
-def _spread_out(points: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices, in ascending order, of ``count`` points [S, C] far from each other."""
-    chosen = [0]
-    distance = (points - points[0]).norm(dim=-1)
-    while len(chosen) < count:
-        chosen.append(int(distance.argmax()))
-        distance = torch.minimum(distance, (points - points[chosen[-1]]).norm(dim=-1))
-    return torch.tensor(sorted(chosen), device=points.device)
 
 
 def _signed_expm1(x: torch.Tensor) -> torch.Tensor:
