@@ -30,12 +30,14 @@ from feedforward_recon.localization.network_localizer import (
     write_keyframes,
 )
 from feedforward_recon.localization.scene_network import (
+    RaySceneNetwork,
     VggtSceneNetwork,
     load_network_memory,
     unsupported_reason,
 )
-from feedforward_recon.model.configs import CONFIGS, build
+from feedforward_recon.model.configs import CONFIGS, build, network_of
 from feedforward_recon.model.predictor import NetworkPredictor
+from feedforward_recon.model.ray_transformer import RayConfig
 from feedforward_recon.session.map_folder import NETWORK, load_map
 from feedforward_recon.synthetic import Room, render_walk
 from feedforward_recon.types import Estimate, Prediction, Status
@@ -258,8 +260,27 @@ def images():
     return [rng.integers(0, 255, (60, 80, 3)).astype(np.uint8) for _ in range(40)]
 
 
-def test_the_memory_has_a_fixed_size_and_queries_leave_it_alone(small, images):
-    network, sizes = VggtSceneNetwork(NetworkPredictor(small)), []
+def scene_network(kind, small):
+    """A network as what is asked."""
+    if kind == 'vggt':
+        return VggtSceneNetwork(NetworkPredictor(small))
+    torch.manual_seed(0)
+    ray = network_of(RayConfig(dim=32, heads=4, depth=3, attention='ttt'))
+    return RaySceneNetwork(NetworkPredictor(ray), ray)
+
+
+@pytest.mark.parametrize('kind', ['vggt', 'tiny'])
+def test_a_query_knows_whether_it_was_written(small, images, kind):
+    network = scene_network(kind, small)
+    _, memory = network.write(images[:20])
+    again = network.state_from(memory.tensors())
+    written, other = (network.query(image, again)[1] for image in (images[3], images[30]))
+    assert -1e-6 < written < 0.2 * other
+
+
+@pytest.mark.parametrize('kind', ['vggt', 'tiny'])
+def test_the_memory_has_a_fixed_size_and_queries_leave_it_alone(small, images, kind):
+    network, sizes = scene_network(kind, small), []
     for count in (35, 40):
         _, memory = network.write(images[:count])
         before = {name: tensor.clone() for name, tensor in memory.tensors().items()}
