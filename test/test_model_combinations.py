@@ -1,5 +1,6 @@
 """Every network with every global attention: it runs, remembers and keeps its symmetries."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -14,11 +15,12 @@ from feedforward_recon.model.attention.config import (
     TttOptions,
 )
 from feedforward_recon.model.attention.registry import ATTENTION
-from feedforward_recon.model.attention.sparse_linear import replace_local
+from feedforward_recon.model.attention.sparse_linear import SparseLinearAttention, replace_local
 from feedforward_recon.model.backbone import BackboneConfig
 from feedforward_recon.model.configs import CONFIGS, OPTIONS, SPARSE_EVERYWHERE, build, network_of
 from feedforward_recon.model.da3 import Da3Config
 from feedforward_recon.model.dpt import DptConfig
+from feedforward_recon.model.fp8 import StoredFp8Matrices, stored_in_fp8
 from feedforward_recon.model.pi3 import Pi3Config
 from feedforward_recon.model.vggt import VggtConfig
 from feedforward_recon.model.vit import VitConfig
@@ -92,6 +94,38 @@ def test_the_order_of_images_matters_as_little_as_the_network_says(model, attent
     assert difference(dense(mixed), dense(straight)[:, order]) < 1e-4
 
 
+def widened(net):
+    """The stored layers of a network as the numbers that they stand for, by name."""
+    for name, part in net.named_modules():
+        if hasattr(part, 'scale') and part.weight.element_size() == 1:
+            matrices = isinstance(part, StoredFp8Matrices)
+            outputs = (part.weight.ndim - 1 if matrices else
+                       int(getattr(part, 'transposed', False)))
+            shape = [-1 if dim == outputs else 1 for dim in range(part.weight.ndim)]
+            yield (name if matrices else f'{name}.weight',
+                   part.weight.float() * part.scale.view(shape))
+
+
+@pytest.mark.parametrize(('model', 'attention'), ALL)
+@torch.inference_mode()
+def test_every_network_in_fp8_is_the_network_of_the_rounded_weights(model, attention):
+    """In float32 to its rounding, and under autocast, of mapping and of a query."""
+    net = network(model, attention)
+    stored = stored_in_fp8(copy.deepcopy(net))
+    rounded = dict(widened(stored))
+    assert {name for name, tensor in net.state_dict().items() if tensor.ndim > 1
+            and name.rpartition('.')[2] in ('weight', 'w0', 'w1', 'w2')} == rounded.keys()
+    net.load_state_dict(rounded, strict=False)
+    for half in (False, True):
+        with torch.autocast('cpu', torch.bfloat16, enabled=half):
+            (answer, memory), (expected, known) = stored(images(3)), net(images(3))
+            query, _ = stored(images(1, seed=1), memory, write=False)
+            wanted, _ = net(images(1, seed=1), known, write=False)
+        for said, right in ((answer, expected), (query, wanted)):
+            assert dense(said).dtype == dense(right).dtype
+            assert difference(dense(said), dense(right)) < (0.2 if half else 1e-4)
+
+
 @pytest.mark.parametrize('attention', ['sparse', 'sparse_linear'])
 @torch.inference_mode()
 def test_sparse_is_sparse_in_da3_too(attention):
@@ -135,6 +169,19 @@ def test_lite3r_runs(model):
         seen = answer.points[0, 0] @ answer.T_cam_world[0, 0, :3, :3].mT
         z = seen[..., 2] + answer.T_cam_world[0, 0, 2, 3]
         torch.testing.assert_close(z, answer.depth[0, 0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('name', ['lite3r-vggt', 'lite3r-da3'])
+def test_the_published_form_of_lite3r_keeps_a_share_of_the_tokens_everywhere(name):
+    def shares(net):
+        return [part.config.sparse_linear.keep_ratio for part in net.modules()
+                if isinstance(part, SparseLinearAttention)]
+    published, blocks = (build(name, attention, device='meta') for attention in ('lite3r', None))
+    assert published.state_dict().keys() == blocks.state_dict().keys()
+    assert set(shares(published)) == {0.3} and set(shares(blocks)) == {None}
+    assert len(shares(published)) == len(shares(blocks)) == (76 if name == 'lite3r-vggt' else 28)
+    other = build(name, 'lite3r', device='meta', sparse_linear=SparseLinearOptions(keep_ratio=0.2))
+    assert set(shares(other)) == {0.2}
 
 
 def test_exceptions_are_about_networks_that_there_are():

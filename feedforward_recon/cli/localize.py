@@ -57,14 +57,15 @@ class NetworkChoice:
     model: str
     device: str
     weights: str
+    precision: str
     refine: bool
 
     def __post_init__(self) -> None:
         """Refuse options of a network without one."""
-        plain = self.device == 'cpu' and not self.weights and self.refine
+        plain = self.device == 'cpu' and not (self.weights or self.precision) and self.refine
         if not (self.model or plain):
-            raise ConfigError('expected --device, --weights and --no-refine beside a network, '
-                              'found none; add --model')
+            raise ConfigError('expected --device, --weights, --precision and --no-refine beside a '
+                              'network, found none; add --model')
 
 
 Out = Annotated[Path | None, typer.Option('--out', '-o', help='Also write the JSON list here.',
@@ -81,6 +82,9 @@ NetworkWeights = Annotated[str, typer.Option('--weights', help='File of weights,
                                              '`ffrecon weights list`; default: what made the '
                                              'map.', metavar='FILE|NAME',
                                              rich_help_panel='Network')]
+Precision = Annotated[str, typer.Option('--precision', help='full or fp8, as that network was '
+                                        'used for the map; default: that.', metavar='full|fp8',
+                                        rich_help_panel='Network')]
 Refine = Annotated[bool, typer.Option('--refine/--no-refine', help='Let the landmarks of the map '
                                       'decide, with the pose of the network as a hint; or '
                                       'answer with its pose.', rich_help_panel='Network')]
@@ -91,7 +95,7 @@ def localize_command(map_: MapFolder, source: Source, options: SourceOptions, ou
                      align: Align = False, json_: Json = False, config: Config = None,
                      set_: Set = None, encoder: Weights = None, model: Model = '',
                      device: Device = 'cpu', weights: NetworkWeights = '',
-                     refine: Refine = True) -> int:
+                     precision: Precision = '', refine: Refine = True) -> int:
     """Find images in a map: a pose with covariance, or the reason why there is none.
 
     Only reads the map (map.yaml and memory.safetensors are enough). The camera comes from the
@@ -111,7 +115,7 @@ def localize_command(map_: MapFolder, source: Source, options: SourceOptions, ou
       ffrecon localize maps/kitchen walk/ --align --out poses.json
       ffrecon localize maps/atrium photos/ --model vgg-t3 --device cuda
     """
-    network = NetworkChoice(model, device, weights, refine)
+    network = NetworkChoice(model, device, weights, precision, refine)
     if out is not None:
         check_place(out)
     saved = load_map(map_)
@@ -148,7 +152,8 @@ def _network_localizer(saved: SavedMap, network: NetworkChoice, encoder: Path | 
         raise MapError(f'{saved.path}: expected a map with the fast weights of a network, found '
                        'none in it; map with --model vgg-t3 (or --attention ttt or hybrid), or '
                        'leave --model out')
-    memory = load_network_memory(fast_weights, network.model, network.device, network.weights)
+    memory = load_network_memory(fast_weights, network.model, network.device, network.weights,
+                                 network.precision)
     refiner = saved.localizer(saved.load_encoder(encoder)) if network.refine else None
     return memory.localizer(fast_weights, saved.memory.points, refiner)
 

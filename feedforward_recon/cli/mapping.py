@@ -153,7 +153,7 @@ def _map_windows(frames: FrameSource, network: NetworkOptions, poses: Poses, enc
                           'leave one of --poses and --model out')
     windows = WindowConfig(network.window, network.anchors)
     predictor = load_predictor(network.model, network.attention or None, network.device,
-                               network.weights or None)
+                               network.weights or None, network.precision)
     run = map_frames(frames, config, encoder, total=len(frames), progress=progress_bar,
                      source=lambda _: WindowPoses(config, predictor, encoder, windows=windows,
                                                   refine=network.refine))

@@ -83,7 +83,8 @@ def _rows(saved: SavedMap, missing: list[str]) -> dict[str, str]:
         'written by': f'feedforward_recon {info.package_version}'}
     network = _network(saved)
     if network is not None:
-        rows['network'] = (f'{network["model"]} ({network["attention"]}) '
+        rows['network'] = (f'{network["model"]} ({network["attention"]}, '
+                           f'{network["precision"]}) '
                            f'{network["sha256"][:12]}, {network["keyframes"]} keyframes; queries '
                            f'{network["position"]:.3f} units, {network["angle_deg"]:.1f} deg off')
     for name, entry in info.files.items():
@@ -99,6 +100,7 @@ def _network(saved: SavedMap) -> dict | None:
     found = saved.fast_weights()
     return None if found is None else {
         'model': found.model, 'attention': found.attention, 'sha256': found.sha256,
+        'precision': found.precision,
         'keyframes': found.link.keyframes, 'position': found.link.position,
         'angle_deg': float(np.rad2deg(found.link.angle))}
 

@@ -113,7 +113,7 @@ def _predictor(network: NetworkOptions) -> NetworkPredictor | None:
     if not network.feeds_forward:
         return None
     return load_predictor(network.model, network.attention or None, network.device,
-                          network.weights or None)
+                          network.weights or None, network.precision)
 
 
 def _engine(workers: int, address: str) -> AbstractContextManager[Mapped]:

@@ -12,7 +12,8 @@ from feedforward_recon.errors import ConfigError
 # and a test compares them.
 NETWORKS = ('vggt', 'vgg-t3', 'pi3', 'speed3r', 'da3', 'tiny', 'tiny-ttt')
 MORE_NETWORKS = ('vggt-1b', 'da3-large', 'da3-base', 'da3-small', 'lite3r-vggt', 'lite3r-da3')
-ATTENTIONS = ('softmax', 'ttt', 'sparse', 'sparse_linear', 'latent', 'hybrid')
+ATTENTIONS = ('softmax', 'ttt', 'sparse', 'sparse_linear', 'lite3r', 'latent', 'hybrid')
+PRECISIONS = ('full', 'fp8')
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class ModelOptions:
     device: str = option('cpu', 'where the network runs: cpu, cuda, cuda:1')
     weights: str = option('', 'file of weights, or a name of `ffrecon weights list`; empty: the '
                           'name of the model')
+    precision: str = option('full', 'weights of the network: full keeps them as float32, fp8 in a '
+                            'quarter of the memory, rounded to three bits after the first',
+                            choices=PRECISIONS)
     window: int = option(32, 'images predicted together; halved when memory runs out', low=2,
                          high=1000)
     anchors: int = option(4, 'how many of them are mapped already and tie the window to the map',

@@ -12,7 +12,7 @@ import typer
 import yaml
 
 from feedforward_recon.config.files import mapper_settings
-from feedforward_recon.config.network import ModelOptions
+from feedforward_recon.config.network import PRECISIONS, ModelOptions
 from feedforward_recon.config.schema import MapperConfig, from_dict, option, to_dict
 from feedforward_recon.errors import ConfigError, InputError
 from feedforward_recon.io import SourceOptions
@@ -159,7 +159,8 @@ def _described(doc: str) -> str:
     return f'{doc[0].upper()}{doc[1:]}.'
 
 
-METAVARS = {'window': 'COUNT', 'anchors': 'COUNT', 'weights': 'FILE|NAME', 'refine': None}
+METAVARS = {'window': 'COUNT', 'anchors': 'COUNT', 'weights': 'FILE|NAME', 'refine': None,
+            'precision': '|'.join(PRECISIONS)}
 MODEL_FLAGS = {
     spec.name: Flag('--refine/--no-refine' if spec.name == 'refine' else f'--{spec.name}',
                     _described(spec.metadata['doc']), 'Network',
@@ -167,7 +168,7 @@ MODEL_FLAGS = {
     for spec in dataclasses.fields(NetworkOptions)}
 takes_model_options = takes(NetworkOptions, 'network', MODEL_FLAGS)
 takes_network = takes(NetworkOptions, 'network', {
-    name: MODEL_FLAGS[name] for name in ('model', 'attention', 'device', 'weights')})
+    name: MODEL_FLAGS[name] for name in ('model', 'attention', 'device', 'weights', 'precision')})
 
 
 def settings(base: C, file: Path | None, assignments: list[str] | None) -> C:

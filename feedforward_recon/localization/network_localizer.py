@@ -83,7 +83,7 @@ class SavedFastWeights:
     """Fast weights that a network wrote for a map, with all that is needed to query them.
 
     model, attention, weights, sha256: the network; weights is a name, '' for a file.
-    tensors: its state, on the CPU.
+    tensors: its state, on the CPU. precision: how the network kept its weights, full or fp8.
     """
 
     model: str
@@ -92,6 +92,7 @@ class SavedFastWeights:
     sha256: str
     link: NetworkLink
     tensors: dict[str, torch.Tensor]
+    precision: str = 'full'
 
     @property
     def nbytes(self) -> int:
@@ -100,7 +101,7 @@ class SavedFastWeights:
 
     def save(self, path: Path) -> None:
         """Write one file; the tensors are those of the network, the rest is its metadata."""
-        names = ('model', 'attention', 'weights', 'sha256')
+        names = ('model', 'attention', 'weights', 'sha256', 'precision')
         metadata = {name: str(getattr(self, name)) for name in names}
         save_file(self.tensors, path, {**metadata, 'link': json.dumps(asdict(self.link))})
 

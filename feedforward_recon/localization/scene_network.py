@@ -30,6 +30,7 @@ from feedforward_recon.localization.network_localizer import (
 from feedforward_recon.mapping.scene_map import SceneMap
 from feedforward_recon.model.attention.registry import ATTENTION
 from feedforward_recon.model.configs import ALIASES, Network
+from feedforward_recon.model.fp8 import precision_of
 from feedforward_recon.model.network_state import NetworkState
 from feedforward_recon.model.predictor import NetworkPredictor, load_predictor
 from feedforward_recon.model.ray_transformer import RayTransformer
@@ -180,7 +181,8 @@ class NetworkMemory:
                         100 * link.agreement)
         name = '' if is_path(self._name) else self._name
         tensors = {key: t.detach().cpu().contiguous() for key, t in state.tensors().items()}
-        return SavedFastWeights(self._model, self._attention, name, self._sha256, link, tensors)
+        return SavedFastWeights(self._model, self._attention, name, self._sha256, link, tensors,
+                                self._precision)
 
     def localizer(self, saved: SavedFastWeights, points: FloatArray,
                   refiner: Localizer | None = None) -> NetworkLocalizer:
@@ -196,6 +198,10 @@ class NetworkMemory:
         if self._attention != saved.attention:
             raise MapError(f'expected {saved.attention} attention, which wrote the fast weights '
                            f'of this map, found {self._attention}; choose that, or map again')
+        if self._precision != saved.precision:
+            raise MapError(f'expected the network in precision {saved.precision}, which wrote the '
+                           f'fast weights of this map, found {self._precision}; choose that, or '
+                           'map again')
         network = self._scene_network()
         return NetworkLocalizer(network, network.state_from(saved.tensors), saved.link, points,
                                 refiner)
@@ -209,6 +215,10 @@ class NetworkMemory:
     def _attention(self) -> str:
         return self._predictor.network.config.attention
 
+    @property
+    def _precision(self) -> str:
+        return precision_of(self._predictor.network)
+
     def _scene_network(self) -> VggtSceneNetwork | RaySceneNetwork:
         if isinstance(self._predictor.network, RayTransformer):
             return RaySceneNetwork(self._predictor, self._predictor.network, self._turn)
@@ -216,15 +226,17 @@ class NetworkMemory:
 
 
 def load_network_memory(saved: SavedFastWeights, model: str, device: str = 'cpu',
-                        weights: str = '') -> NetworkMemory:
+                        weights: str = '', precision: str = '') -> NetworkMemory:
     """The network that wrote fast weights.
 
-    weights: file or name; '' takes the name that wrote them.
+    weights: file or name; precision: full or fp8; '' takes what wrote them.
     Raises MapError for another model, CheckpointError and ConfigError as `load_predictor`.
     """
     _check_model(saved, model)
     file = str(find_weights(weights or saved.weights or saved.model))
-    return NetworkMemory(load_predictor(saved.model, saved.attention, device, file), model, file)
+    predictor = load_predictor(saved.model, saved.attention, device, file,
+                               precision or saved.precision)
+    return NetworkMemory(predictor, model, file)
 
 
 def _check_model(saved: SavedFastWeights, model: str) -> None:

@@ -17,11 +17,12 @@ import torch
 
 from feedforward_recon.errors import ConfigError
 from feedforward_recon.model.attention.config import SparseLinearOptions, SparseOptions, TttOptions
-from feedforward_recon.model.attention.registry import attention_factory
+from feedforward_recon.model.attention.registry import attention_factory, what_is_kept
 from feedforward_recon.model.attention.sparse_linear import replace_local
 from feedforward_recon.model.backbone import SPECIAL, BackboneConfig
 from feedforward_recon.model.da3 import Da3, Da3Config
 from feedforward_recon.model.dpt import DptConfig
+from feedforward_recon.model.fp8 import PRECISIONS, storage_note
 from feedforward_recon.model.pi3 import Pi3, Pi3Config
 from feedforward_recon.model.ray_transformer import SPECIAL as RAY_SPECIAL
 from feedforward_recon.model.ray_transformer import RayConfig, RayTransformer
@@ -103,7 +104,7 @@ def build(name: str, attention: str | None = None, device: str | torch.device = 
         network = network_of(config, **options)
         if key in SPARSE_EVERYWHERE:
             kept = options.get('sparse_linear', SparseLinearOptions())
-            replace_local(network, kept, special_tokens(config))
+            replace_local(network, what_is_kept(config.attention, kept), special_tokens(config))
     return network
 
 
@@ -120,23 +121,38 @@ def network_of(config: Config, **options: Any) -> Network:
 
 
 def load(name: str, weights: str | Path | None = None, *, attention: str | None = None,
-         sha256: str = '', device: str | torch.device = 'cpu', **options: Any) -> Network:
+         sha256: str = '', device: str | torch.device = 'cpu', precision: str = 'full',
+         **options: Any) -> Network:
     """A network with its weights, on ``device``; nothing exists twice on the way.
 
     weights: a file, or a name that `ffrecon weights list` shows; without, the checkpoint that is
         named like the network. Where they have latent alignment, so has the network.
     sha256: what the file must hash to; '' skips the check.
+    precision: full keeps weights as float32; fp8 keeps them in a quarter (`model.fp8`).
     attention, options: as for `build`.
-    Raises ConfigError for an unknown name or a device that is not there, CheckpointError for
-    weights that are missing or do not fit (`checkpoints.load_weights`).
+    Raises ConfigError for an unknown name or precision or a device that is not there,
+    CheckpointError for weights that are missing or do not fit (`checkpoints.load_weights`).
     """
-    place = device_of(device)
+    place, fp8 = device_of(device), is_fp8(precision)
     config_of(name, attention)
     file = find_weights(weights or ALIASES.get(name, name))
     network = build(name, attention, 'meta', alignment=alignment_blocks(tensor_shapes(file)),
                     **options)
-    load_weights(network, file, sha256=sha256, device=place)
+    load_weights(network, file, sha256=sha256, device=place, fp8=fp8)
+    if fp8:
+        log.info('%s', storage_note(place))
     return network
+
+
+def is_fp8(precision: str) -> bool:
+    """Whether weights of that precision are kept in fp8.
+
+    Raises ConfigError for a precision that does not exist.
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(f'expected {" or ".join(PRECISIONS)} as precision of the weights, found '
+                          f'{precision!r}; choose one of them')
+    return precision == 'fp8'
 
 
 def alignment_blocks(names: Iterable[str]) -> int:

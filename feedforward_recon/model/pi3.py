@@ -232,7 +232,7 @@ class Pi3(nn.Module):
                  last: Sequence[torch.Tensor]) -> torch.Tensor:
         """Patch tokens of some frames after one of the decoders, in the precision of heads."""
         x = decoder(torch.cat(list(last), -1), positions)[:, self.config.registers:]
-        return x.to(self.conf_head.proj.weight.dtype)
+        return x.to(self.conf_head.proj.bias.dtype)
 
     def _poses(self, positions: torch.Tensor, *last: torch.Tensor) -> tuple[torch.Tensor]:
         x = self._decoded(self.camera_decoder, positions, last)

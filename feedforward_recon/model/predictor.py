@@ -137,9 +137,11 @@ class NetworkPredictor:
 
 
 def load_predictor(name: str, attention: str | None = None, device: str = 'cpu',
-                   weights: str | Path | None = None) -> NetworkPredictor:
+                   weights: str | Path | None = None, precision: str = 'full'
+                   ) -> NetworkPredictor:
     """The network of a name, with its weights, on a device (`configs.load`)."""
-    return NetworkPredictor(load(name, weights, attention=attention, device=device), device)
+    return NetworkPredictor(load(name, weights, attention=attention, device=device,
+                                 precision=precision), device)
 
 
 def half_precision_pays(network: Network, device: torch.device) -> bool:

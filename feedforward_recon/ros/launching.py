@@ -15,6 +15,7 @@ from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterFile, ParameterValue
 from launch_ros.substitutions import FindPackageShare
 
+from feedforward_recon.config.network import PRECISIONS
 from feedforward_recon.model.weights.registry import is_path
 from feedforward_recon.ros.camera_topics import CAMERA_TOPICS
 
@@ -23,7 +24,8 @@ PACKAGE = 'feedforward_recon'
 TF = [('/tf', 'tf'), ('/tf_static', 'tf_static')]
 INPUTS = ('image', 'camera_info', 'depth', 'right/image', 'right/camera_info', 'odom', 'imu')
 # Left empty, these keep what params_file says.
-SETTINGS = ('image_transport', 'depth_transport', 'map', 'model', 'attention', 'device', 'weights')
+SETTINGS = ('image_transport', 'depth_transport', 'map', 'model', 'attention', 'device', 'weights',
+            'precision')
 TRUTH = ['true', 'false', 'True', 'False']
 TRANSPORTS = ['', 'raw', 'compressed', 'auto']
 RESPAWN_DELAY_S = 2.0
@@ -77,6 +79,8 @@ def arguments(mode: str | Substitution, use_sim_time: str = 'false') -> list[Act
                               description='where the network runs; empty: as in params_file'),
         DeclareLaunchArgument('weights', default_value='',
                               description='weights of the network; empty: as in params_file'),
+        DeclareLaunchArgument('precision', default_value='', choices=['', *PRECISIONS],
+                              description='how they are kept; empty: as in params_file'),
     ]
 
 

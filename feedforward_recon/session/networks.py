@@ -36,7 +36,7 @@ def load_network(options: ModelOptions) -> SessionNetwork:
     windows = WindowConfig(options.window, options.anchors)
     try:
         predictor = load_predictor(options.model, options.attention or None, options.device,
-                                   options.weights or None)
+                                   options.weights or None, options.precision)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

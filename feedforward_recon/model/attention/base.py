@@ -180,8 +180,8 @@ class QkvAttention(nn.Module, ABC):
         return x.unflatten(-1, (self.config.heads, -1)).transpose(1, 2)
 
     def no_tokens(self, *shape: int) -> torch.Tensor:
-        """Zeros with dtype and device of the projections; at least one side of shape is 0."""
-        return self.qkv.weight.new_zeros(shape)
+        """Zeros with device of the projections and dtype of their biases, which are never fp8."""
+        return self.proj.bias.new_zeros(shape)
 
 
 def merge_heads(x: torch.Tensor) -> torch.Tensor:

@@ -38,7 +38,8 @@ class SparseLinearOptions:
     """Lite3R. window: side of a block in patches; kept: blocks that each block reads exactly.
 
     keep_ratio: the form that the published weights were trained with: every token reads this
-    share of all tokens. It computes all N^2 scores; None keeps whole blocks instead.
+    share of all tokens. It computes all N^2 scores; None keeps whole blocks instead, and the
+        published 0.3 where the attention is called `lite3r`.
     """
 
     window: int = 8

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from feedforward_recon.errors import ConfigError
 from feedforward_recon.model.attention.base import QkvAttention
-from feedforward_recon.model.attention.config import AttentionConfig
+from feedforward_recon.model.attention.config import AttentionConfig, SparseLinearOptions
 from feedforward_recon.model.attention.hybrid import HybridAttention
 from feedforward_recon.model.attention.latent import LatentAttention
 from feedforward_recon.model.attention.softmax import SoftmaxAttention
@@ -22,9 +23,13 @@ ATTENTION: dict[str, type[QkvAttention]] = {
     'ttt': TttAttention,
     'sparse': SparseAttention,
     'sparse_linear': SparseLinearAttention,
+    'lite3r': SparseLinearAttention,
     'latent': LatentAttention,
     'hybrid': HybridAttention,
 }
+# `lite3r` is `sparse_linear` in the form that Lite3R's weights were trained in: each token keeps
+# this share of all tokens.
+LITE3R_KEEP_RATIO = 0.3
 
 
 def global_attention(config: AttentionConfig, layer_index: int = 0) -> QkvAttention:
@@ -36,7 +41,15 @@ def global_attention(config: AttentionConfig, layer_index: int = 0) -> QkvAttent
         near = difflib.get_close_matches(config.name, ATTENTION, 1)
         hint = f'did you mean {near[0]}?' if near else f'choose one of {", ".join(ATTENTION)}'
         raise ConfigError(f'expected the name of an attention, found {config.name!r}; {hint}')
+    config = replace(config, sparse_linear=what_is_kept(config.name, config.sparse_linear))
     return ATTENTION[config.name](config, layer_index)
+
+
+def what_is_kept(name: str, given: SparseLinearOptions) -> SparseLinearOptions:
+    """The options of `sparse_linear`, and of its form `lite3r`, which keeps a share of tokens."""
+    if name == 'lite3r' and given.keep_ratio is None:
+        return replace(given, keep_ratio=LITE3R_KEEP_RATIO)
+    return given
 
 
 def attention_factory(name: str, **options: Any) -> Callable[[BlockConfig, int], QkvAttention]:

@@ -8,8 +8,9 @@ rotation:
 P = `proj_lin` [d, d] is shared by the heads and starts near zero, so the layer starts as its
 exact branch. (`lam` is in the checkpoints and unused.)
 Two ways to keep keys. `keep_ratio`: each token keeps a share of all tokens, with all N^2 scores
-computed; this is the published training form, and saves nothing. Otherwise each block of tokens
-keeps a *fixed number* of blocks, ranked by their mean keys, and nothing else is computed.
+computed; this is the published training form (the attention `lite3r`), and saves nothing.
+Otherwise each block of tokens keeps a *fixed number* of blocks, ranked by their mean keys, and
+nothing else is computed.
 Every attention of a network can be replaced this way, as Lite3R does: the global ones by their
 name in the configuration, those within images by `replace_local`.
 Cost with blocks of b tokens, k kept: N (k b + 2 d) pairs, and N^2 / b^2 for the ranking, which

@@ -39,6 +39,7 @@ from feedforward_recon.model.attention.fast_weights import (
     apply,
     summed_gradients,
 )
+from feedforward_recon.model.fp8 import widened_matrices
 from feedforward_recon.model.rope import rotate
 
 BASE_RATE = 0.01
@@ -109,9 +110,10 @@ class TttAttention(QkvAttention):
     fixed_size = True
     has_norms = False
     state_type: ClassVar[type[State]] = TttState
-    w0: torch.Tensor
-    w1: torch.Tensor
-    w2: torch.Tensor
+    fp8_matrices: ClassVar[tuple[str, ...]] = ('w0', 'w1', 'w2')
+    w0: torch.Tensor | nn.Module
+    w1: torch.Tensor | nn.Module
+    w2: torch.Tensor | nn.Module
 
     def __init__(self, config: AttentionConfig, layer_index: int = 0) -> None:
         super().__init__(config, layer_index)
@@ -121,10 +123,15 @@ class TttAttention(QkvAttention):
         for name, value in initial_weights(config, layer_index)._asdict().items():
             self.register_buffer(name, value)
 
+    @property
+    def initial(self) -> FastWeights:
+        """The fast weights that nothing was learned with."""
+        return FastWeights(*map(widened_matrices, (self.w0, self.w1, self.w2)))
+
     def empty_state(self, batch: int) -> TttState:
         """No gradients: reading it gives what the initial weights give."""
-        weights = FastWeights(self.w0, self.w1, self.w2)
-        return TttState(*(w.new_zeros(1, batch, *w.shape, dtype=sum_dtype(w)) for w in weights))
+        return TttState(*(w.new_zeros(1, batch, *w.shape, dtype=sum_dtype(w))
+                          for w in self.initial))
 
     def prepared(self, layout: Layout) -> PatchLayout:
         """Raises InputError without positions, or when the patches do not fill a rectangle."""
@@ -150,7 +157,7 @@ class TttAttention(QkvAttention):
         if steps > 1 and (state.steps > 1 or state.g1.any()):
             raise InputError(f'expected an empty state for {steps} update steps, found one '
                              'that was written to; write all frames at once or use steps=1')
-        weights, sums = FastWeights(self.w0, self.w1, self.w2), list[FastWeights]()
+        weights, sums = self.initial, list[FastWeights]()
         for step in range(steps):
             if step:
                 weights = self._advanced(weights, sums[-1])
@@ -163,7 +170,7 @@ class TttAttention(QkvAttention):
 
     def readable(self, state: Any) -> Any:
         """The fast weights after the steps of the state."""
-        weights = FastWeights(self.w0, self.w1, self.w2)
+        weights = self.initial
         for step in range(state.steps):
             weights = self._advanced(weights, state.gradient(step))
         return weights
@@ -194,8 +201,7 @@ class TttAttention(QkvAttention):
         return self.split_heads(mixed)
 
     def _advanced(self, weights: FastWeights, gradient: FastWeights) -> FastWeights:
-        initial = FastWeights(self.w0, self.w1, self.w2)
-        return advanced(weights, gradient, initial, self.config.ttt.newton_schulz)
+        return advanced(weights, gradient, self.initial, self.config.ttt.newton_schulz)
 
 
 def unit(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

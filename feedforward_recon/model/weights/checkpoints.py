@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from feedforward_recon.errors import CheckpointError
+from feedforward_recon.model.fp8 import Stored, stored_in_fp8
 
 log = logging.getLogger(__name__)
 TORCH_SUFFIXES = ('.pt', '.pth', '.bin')
@@ -84,10 +85,16 @@ def expected_tensors(model: nn.Module) -> dict[str, Shape]:
 
 
 def put_tensor(model: nn.Module, key: str, tensor: torch.Tensor) -> None:
-    """Make ``tensor`` the parameter or buffer of that published name, without a copy."""
+    """Make ``tensor`` the parameter or buffer of that published name, without a copy.
+
+    Layers that keep their weights in fp8 take them as they are in a file.
+    """
     path, _, name = key.removeprefix(key_rules(model).prefix).rpartition('.')
     module = model.get_submodule(path)
-    if name in module._buffers:
+    layer = module if name == 'weight' else module._modules.get(name)
+    if isinstance(layer, Stored):
+        layer.keep(tensor)
+    elif name in module._buffers:
         module._buffers[name] = tensor
     else:
         old = module._parameters[name]
@@ -135,12 +142,13 @@ def file_sha256(file: Path) -> str:
 
 
 def load_weights(model: nn.Module, path: str | Path, *, sha256: str = '',
-                 device: str | torch.device = 'cpu') -> KeyReport:
+                 device: str | torch.device = 'cpu', fp8: bool = False) -> KeyReport:
     """Put the weights of a file into a network as float32 on ``device``.
 
     path: `.safetensors`, or `.pt`, `.pth`, `.bin` that hold nothing but tensors, also in the
         checkpoint of a training, under `model`.
     sha256: what the file must hash to; '' skips the check.
+    fp8: keep the weights of its layers in E4M3 (`model.fp8`); each is converted as it is read.
     Raises CheckpointError, in one sentence, for a missing or damaged file, another hash, and
     names or shapes that do not fit.
     """
@@ -153,6 +161,8 @@ def load_weights(model: nn.Module, path: str | Path, *, sha256: str = '',
     report = match_keys(model, shapes)
     if not report.fits:
         raise mismatch_error(_described(model), file, report)
+    if fp8:
+        stored_in_fp8(model)
     for name, key in report.sources.items():
         tensor = _read(read, key, file)
         put_tensor(model, name, tensor.to(device, torch.float32))
