@@ -10,7 +10,8 @@ from feedforward_recon.errors import ConfigError
 
 # The names that can be chosen; `model.configs` and `model.attention.registry` make what they name,
 # and a test compares them.
-NETWORKS = ('vggt', 'vgg-t3', 'pi3', 'speed3r', 'da3', 'tiny', 'tiny-ttt')
+NETWORKS = ('vggt', 'vgg-t3', 'pi3', 'speed3r', 'da3', 'tiny', 'tiny-ttt', 'tiny-sparse',
+            'tiny-sla')
 MORE_NETWORKS = ('vggt-1b', 'da3-large', 'da3-base', 'da3-small', 'lite3r-vggt', 'lite3r-da3')
 ATTENTIONS = ('softmax', 'ttt', 'sparse', 'sparse_linear', 'lite3r', 'latent', 'hybrid')
 PRECISIONS = ('full', 'fp8')
