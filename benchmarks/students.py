@@ -1,8 +1,8 @@
 """Students of `tiny` beside their teacher: what their attentions cost, and what they lose.
 
-    python -m benchmarks.students                     # all that ships: writes the result
-    python -m benchmarks.students accuracy NAME VIEWS # one row, as JSON
-    python -m benchmarks.students cost NAME VIEWS
+    python -m benchmarks.students    # all that ships: writes the result
+    python -m benchmarks.students accuracy NAME VIEWS [WEIGHTS]   # one row, as JSON
+    python -m benchmarks.students cost NAME VIEWS [WEIGHTS]
 
 Accuracy: windows of shuffled photos of the sets of benchmarks/pose_accuracy.py, of 8 images and of
 ten times as many, on which nothing was trained. auc30: poses as users get them, from matches of
@@ -55,7 +55,7 @@ from feedforward_recon.model.ray_cameras import geometry_of
 from feedforward_recon.model.ray_transformer import RayTransformer
 from feedforward_recon.types import Frame
 
-WITHOUT = 'without'
+WITHOUT, BFLOAT16 = 'without', 'sla, bfloat16'
 # Of each system its network, and what is asked of it.
 SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     'dense': ('tiny', {}),
@@ -63,7 +63,11 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     'ttt': ('tiny-ttt', {}),
     'ttt, 2 steps': ('tiny-ttt', {'ttt': TttOptions(steps=2)}),
     'sparse': ('tiny-sparse', {}),
-    'sla': ('tiny-sla', {})}
+    'sla': ('tiny-sla', {}),
+    BFLOAT16: ('tiny-sla', {}),
+    'sla, fp8': ('tiny-sla', {'precision': 'fp8'}),
+    'hybrid': ('tiny-ttt', {'attention': 'hybrid'})}
+UNSHIPPED = {'hybrid'}  # have weights of their own, which are given
 VIEWS, WINDOWS = 8, 4
 FEW, MANY = 24, 80  # views; a set with fewer images is left out
 LARGE_SETS = (KITCHEN, 'ngp_fox', DRIVE)
@@ -71,13 +75,14 @@ PASSES = (8, 64, 256, 1024)
 Row = dict[str, Any]
 
 
-def opened(system: str) -> NetworkPredictor:
-    """The network of a system."""
+def opened(system: str, weights: str = '') -> NetworkPredictor:
+    """The network of a system, with weights that ship or others."""
     name, options = SYSTEMS[system]
-    network = load(name, **options)
+    predictor = NetworkPredictor(load(name, weights or None, **options))
     if system == WITHOUT:
-        silence(network)
-    return NetworkPredictor(network)
+        silence(predictor.network)
+    predictor.half = system == BFLOAT16
+    return predictor
 
 
 @torch.no_grad()
@@ -89,9 +94,9 @@ def silence(network: nn.Module) -> None:
                 parameter.zero_()
 
 
-def accuracy(system: str, views: int) -> Row:
+def accuracy(system: str, views: int, weights: str = '') -> Row:
     """A row per set, and means over the sets that have a figure."""
-    predictor, rows = opened(system), {}
+    predictor, rows = opened(system, weights), {}
     for name in SETS if views == VIEWS else LARGE_SETS:
         windows = windows_of(resolved(name), WINDOWS if views == VIEWS else 1, views)
         rows[name] = set_row(predictor, windows)
@@ -129,9 +134,9 @@ def _means(rows: Sequence[Row]) -> Row:
     return {key: float(np.mean(values)) if values else None for key, values in known.items()}
 
 
-def cost(system: str, views: int) -> Row:
+def cost(system: str, views: int, weights: str = '') -> Row:
     """Seconds and peak memory of one pass over images of the kitchen, each as often as needed."""
-    network = opened(system).network
+    network = opened(system, weights).network
     assert isinstance(network, RayTransformer)
     frames = load_frames(KITCHEN, use_depth=False)
     chosen = [frames[k % len(frames)] for k in range(views)]
@@ -159,20 +164,22 @@ def in_own_process(what: str, system: str, views: int) -> Row:
 
 def run() -> Iterator[tuple[str, Row]]:
     """All rows."""
-    for system in SYSTEMS:
+    shipped = [system for system in SYSTEMS if system not in UNSHIPPED]
+    for system in shipped:
         for views in (VIEWS, FEW, MANY):
             yield f'accuracy | {system} | {views} views', in_own_process('accuracy', system, views)
     for views in PASSES:
-        for system in SYSTEMS:
+        for system in shipped:
             yield f'cost | {system} | {views} views', in_own_process('cost', system, views)
 
 
 def main(arguments: Sequence[str]) -> int:
     """One row as JSON, or all into the results."""
     if arguments:
-        what, system, views = arguments
+        what, system, views, *weights = arguments
         with one_thread():
-            print(json.dumps({'accuracy': accuracy, 'cost': cost}[what](system, int(views))))
+            measure = {'accuracy': accuracy, 'cost': cost}[what]
+            print(json.dumps(measure(system, int(views), *weights)))
         return 0
     rows = {}
     for case, row in run():

@@ -71,7 +71,7 @@ def test_only_what_the_recipe_names_moves(prepared, tmp_path, recipe, transfer_s
     list(trainer.run())
     moved = {name for name, tensor in trainer.network.state_dict().items()
              if not torch.equal(tensor, before[name])}
-    assert moved and moved <= set(trainer.learns)
+    assert moved and moved <= set(trainer.lesson.learns)
     part, where = TAUGHT[recipe]
     assert all(where in name for name in moved) and any(part in name for name in moved)
     if recipe == 'qat':
@@ -140,7 +140,6 @@ def test_a_student_begins_with_the_weights_of_its_teacher(prepared):
 def test_attentions_taught_the_same_answer_the_same(prepared, tmp_path):
     """A student whose attention is the teacher's has nothing to learn from it."""
     trainer = trainer_of(prepared, tmp_path, 'linearize', attention='softmax')
-    trainer._precision = lambda: torch.autocast('cpu', enabled=False)
     assert trainer.losses(plane_windows())['transfer'] < 1e-9
     trainer.step = trainer.settings.transfer_steps
     assert trainer.losses(plane_windows())['distil'] < 1e-9

@@ -56,9 +56,8 @@ from feedforward_recon.training.attention_record import (
 )
 from feedforward_recon.training.moving_average import MovingAverage
 from feedforward_recon.training.processes import Processes, own_device
-from feedforward_recon.training.room_files import room_sources
 from feedforward_recon.training.run_folder import RunFolder
-from feedforward_recon.training.scene_folders import photo_sources
+from feedforward_recon.training.scenes import open_scenes
 from feedforward_recon.training.transformer import (
     DECAY_SHARE,
     LEAST_RATE,
@@ -66,8 +65,7 @@ from feedforward_recon.training.transformer import (
     take_over,
 )
 from feedforward_recon.training.transformer_losses import task_losses
-from feedforward_recon.training.validation import ValidationWindows
-from feedforward_recon.training.windows import Windows, WindowStream, cropped
+from feedforward_recon.training.windows import Windows, cropped
 
 log = logging.getLogger(__name__)
 BETAS, CLIP = (0.9, 0.95), 1.0
@@ -162,29 +160,52 @@ class StudentTraining:
     dry_run: bool = False
 
 
-class StudentTrainer:
-    """One training run of a recipe in the folder ``settings.out``.
+class Lesson:
+    """A teacher, its student, and what the attentions of both answered in their last pass.
 
-    On the way: ``name`` and ``network`` of the student, and names of what of it ``learns``.
+    learns: names of the student's parameters that do.
     """
+
+    def __init__(self, teacher: Network, recipe: Recipe) -> None:
+        self.teacher, self.student = teacher.requires_grad_(False), student_of(teacher, recipe)
+        self.learns = learning(self.student, recipe)
+        compared = [path for path in attention_paths(self.student)
+                    if any(name.startswith(f'{path}.') for name in self.learns)]
+        self._taught = AttentionRecord(teacher, compared)
+        self._said = AttentionRecord(self.student, compared)
+
+    def transfer(self) -> torch.Tensor:
+        """How far attentions are from the teacher's where they are given the same."""
+        said = {path: self._taught.repeated(path, self.student.get_submodule(path))
+                for path in self._taught.outputs}
+        return self._apart(said)
+
+    def distillation(self) -> torch.Tensor:
+        """How far attentions are from the teacher's, each network going its own way."""
+        return self._apart(self._said.outputs)
+
+    def _apart(self, said: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return torch.stack([unlikeness(said[path], wanted)
+                            for path, wanted in self._taught.outputs.items()]).mean()
+
+
+class StudentTrainer:
+    """One training run of a recipe in the folder ``settings.out``."""
 
     def __init__(self, recipe: Recipe, settings: StudentTraining) -> None:
         recipe = replace(recipe, attention=settings.attention or recipe.attention)
         self.settings, self.device = settings, own_device(device_of(settings.device))
         self.name = student_name(settings.teacher, recipe)
         self.processes, self.folder = Processes(self.device), RunFolder(settings.out)
-        self._open_scenes()
+        self.scenes = open_scenes(settings.photos, settings.rooms, settings.held_out,
+                                  settings.photo_share, settings.seed)
         torch.manual_seed(settings.seed)
-        self._teacher = load(settings.teacher, settings.weights or None, device=self.device)
-        self._teacher.requires_grad_(False)
-        self.network = student_of(self._teacher, recipe).to(self.device)
-        self.learns = learning(self.network, recipe)
-        compared = [path for path in attention_paths(self.network)
-                    if any(name.startswith(f'{path}.') for name in self.learns)]
-        self._taught = AttentionRecord(self._teacher, compared)
-        self._said = AttentionRecord(self.network, compared)
-        self.rate = settings.learning_rate or recipe.learning_rate
-        self.optimiser = torch.optim.AdamW(self._parameters(), self.rate, BETAS, weight_decay=0.0)
+        self.lesson = Lesson(load(settings.teacher, settings.weights or None,
+                                  device=self.device), recipe)
+        self.network = self.lesson.student.to(self.device)
+        self.optimiser = torch.optim.AdamW(
+            self._parameters(), settings.learning_rate or recipe.learning_rate, BETAS,
+            weight_decay=0.0)
         self.average = MovingAverage(self.network)
         self.step, self.best = 0, -math.inf
         self._begin()
@@ -204,22 +225,22 @@ class StudentTrainer:
     def batch(self, step: int) -> Windows:
         """The windows of a step, as cameras with other settings would have taken them."""
         number = step, 0, self.processes.rank
-        windows = self._stream.batch(number, self.settings.views_per_step)
+        windows = self.scenes.stream.batch(number, self.settings.views_per_step)
         multiple = side_multiple(self.network)
         return photographed(cropped(windows, multiple), self._generator(step))
 
     def losses(self, windows: Windows) -> dict[str, torch.Tensor]:
         """The parts of the loss, each with its weight."""
-        with torch.no_grad(), self._precision():
-            answer(self._teacher, windows)
+        precision = torch.autocast(self.device.type, torch.bfloat16)
+        with torch.no_grad(), precision:
+            answer(self.lesson.teacher, windows)
         if self.step < self.settings.transfer_steps:
-            return {'transfer': self._transfer()}
-        with self._precision():
+            with precision:
+                return {'transfer': self.lesson.transfer()}
+        with precision:
             said = answer(self.network, windows)
-        parts = losses_of(self.network, said, windows, self._generator(self.step))
-        apart = [unlikeness(said, self._taught.outputs[path])
-                 for path, said in self._said.outputs.items()]
-        return {**parts, 'distil': self.settings.distillation * torch.stack(apart).mean()}
+        return {**losses_of(self.network, said, windows, self._generator(self.step)),
+                'distil': self.settings.distillation * self.lesson.distillation()}
 
     def learn(self, windows: Windows) -> dict[str, float]:
         """One step; parts of the loss, and its seconds."""
@@ -240,28 +261,9 @@ class StudentTrainer:
                 **{name: float(value.detach()) for name, value in parts.items()},
                 'seconds': time.perf_counter() - started}
 
-    def _transfer(self) -> torch.Tensor:
-        """How far attentions are from the teacher's where they are given the same."""
-        with self._precision():
-            said = {path: self._taught.repeated(path, self.network.get_submodule(path))
-                    for path in self._taught.outputs}
-        return torch.stack([unlikeness(said[path], wanted)
-                            for path, wanted in self._taught.outputs.items()]).mean()
-
-    def _open_scenes(self) -> None:
-        settings = self.settings
-        held_out = [name for name in settings.held_out.split(',') if name]
-        photos, kept = photo_sources(Path(settings.photos), held_out)
-        rooms, room_kept = room_sources(Path(settings.rooms)) if settings.rooms else ([], [])
-        self._stream = WindowStream(photos, rooms, settings.photo_share, settings.seed)
-        self._validation = ValidationWindows([*kept, *room_kept])
-
     def _generator(self, step: int) -> torch.Generator:
         return torch.Generator().manual_seed(
             hash((self.settings.seed, step, self.processes.rank)) % 2**62)
-
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for p in self.network.parameters() if p.requires_grad]
@@ -271,7 +273,7 @@ class StudentTrainer:
         warm = (self.step + 1) / max(1, self.settings.warm_up)
         left = (self.settings.steps - self.step) / max(1, DECAY_SHARE * self.settings.steps)
         for group in self.optimiser.param_groups:
-            group['lr'] = self.rate * min(1.0, warm, max(LEAST_RATE, left))
+            group['lr'] = self.optimiser.defaults['lr'] * min(1.0, warm, max(LEAST_RATE, left))
 
     def _after(self, report: dict[str, float]) -> None:
         """Log, look at what is held out, save; by the first process alone."""
@@ -294,9 +296,9 @@ class StudentTrainer:
             self.network.eval()
             score = 0.0
             if isinstance(self.network, RayTransformer):
-                rows = self._validation.scores(self.network, self.device)
+                rows = self.scenes.validation.scores(self.network, self.device)
                 self.folder.note(self.step, {'held_out': rows})
-                score = self._validation.mean_auc(rows)
+                score = self.scenes.validation.mean_auc(rows)
             if score >= self.best:  # where nothing is held out, the latest are the best
                 self.best = score
                 self.folder.export(self.network, self.name)

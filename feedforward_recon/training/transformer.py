@@ -30,12 +30,10 @@ from feedforward_recon.training.guidance import AttentionInputs
 from feedforward_recon.training.moving_average import MovingAverage
 from feedforward_recon.training.muon import Muon
 from feedforward_recon.training.processes import Processes, own_device
-from feedforward_recon.training.room_files import room_sources
 from feedforward_recon.training.run_folder import RunFolder
-from feedforward_recon.training.scene_folders import photo_sources
+from feedforward_recon.training.scenes import open_scenes
 from feedforward_recon.training.transformer_losses import guide_loss, task_losses
-from feedforward_recon.training.validation import ValidationWindows
-from feedforward_recon.training.windows import Windows, WindowStream
+from feedforward_recon.training.windows import Windows
 
 log = logging.getLogger(__name__)
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.98), 0.02, 1.0
@@ -83,11 +81,9 @@ class TransformerTrainer:
         self.settings, self.device = settings, own_device(device_of(settings.device))
         self.processes = Processes(self.device)
         self.folder = RunFolder(settings.out)
-        held_out = [name for name in settings.held_out.split(',') if name]
-        photos, kept = photo_sources(Path(settings.photos), held_out)
-        rooms, room_kept = room_sources(Path(settings.rooms)) if settings.rooms else ([], [])
-        self.stream = WindowStream(photos, rooms, settings.photo_share, settings.seed)
-        self.validation = ValidationWindows([*kept, *room_kept])
+        self.stream, self.validation = open_scenes(
+            settings.photos, settings.rooms, settings.held_out, settings.photo_share,
+            settings.seed)
         torch.manual_seed(settings.seed)
         network = build(settings.model)
         if not isinstance(network, RayTransformer):
