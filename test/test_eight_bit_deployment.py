@@ -38,8 +38,8 @@ def one_error(capsys):
     return lines[0]
 
 
-@pytest.mark.parametrize('name', CONFIGS)
-def test_every_network_takes_a_quarter_of_its_bytes(name):
+@pytest.mark.parametrize('name', ['tiny', 'tiny-ttt', 'vggt-tiny', 'da3-small', 'vggt-1b'])
+def test_a_network_takes_a_quarter_of_its_bytes(name):
     network = build(name, device='meta')
     full = network_bytes(network)
     assert full >= 4 * sum(p.numel() for p in network.parameters())
@@ -79,7 +79,7 @@ def test_weights_in_half_precision_are_taken_too(tmp_path, monkeypatch):
 def test_tiny_says_nearly_the_same_in_eight_bits():
     """Measured here: depth 1.0 % off in the mean, poses of neighbours 0.05 degrees."""
     room = Room.generate(7)
-    images = [f.image for f in render_walk(room, CAMERA, room.walk(90, seed=0)[:15:5])]
+    images = [f.image for f in render_walk(room, CAMERA, room.walk(90, seed=0)[:10:5])]
     full, eight = (load_predictor('tiny', precision=p).predict(images, K=CAMERA.K)[0]
                    for p in PRECISIONS)
     seen = (full.depth > 0) & (eight.depth > 0)
@@ -122,7 +122,7 @@ def test_photos_are_reconstructed_in_eight_bits(walk_folder, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         assert command('reconstruct', walk_folder, '--out', tmp_path / 'm', '--model', 'tiny',
                        '--precision', 'fp8', '--set', 'reconstruction.decoder=transformer',
-                       '--step', 5) == 0
+                       '--step', 5, '--max-frames', 4) == 0
     assert 'weights are kept in fp8' in caplog.text
     assert load_map(tmp_path / 'm').info.keyframes > 0
 
