@@ -17,7 +17,7 @@ LAZY = {'rclpy', 'matplotlib', 'pycolmap', 'rosbags', 'evo', 'rerun', 'huggingfa
         'ray', 'faiss'}
 ENTRY_POINTS = {'main'}
 # Names of libraries that begin with an underscore and are documented all the same.
-LIBRARY_PRIVATE = {'_exit', '_asdict', '_buffers', '_parameters'}
+LIBRARY_PRIVATE = {'_exit', '_asdict', '_buffers', '_parameters', '_scaled_mm'}
 # From the top: a room may know those below it.
 FLOORS = ['ros', 'cli', 'training', 'console', 'synthetic', 'session', 'localization',
           'reconstruction', 'mapping', 'memory', 'model', 'io', 'config', 'evaluation', 'types',

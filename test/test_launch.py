@@ -22,7 +22,7 @@ NAV2 = {'namespace', 'use_sim_time', 'params_file', 'autostart', 'use_respawn', 
 OWN = {'image_topic', 'camera_info_topic', 'depth_topic', 'odom_topic', 'imu_topic',
        'right_image_topic', 'right_camera_info_topic',
        'image_transport', 'depth_transport', 'map', 'fresh', 'model', 'attention', 'device',
-       'weights'}
+       'weights', 'precision'}
 REPLAY = {'source', 'bag', 'rate', 'loop', 'mode'}
 REAL = importlib.util.find_spec('launch_ros') is not None
 needs_real = pytest.mark.skipif(not REAL, reason='launch: launch_ros is not installed and PyPI '
@@ -154,6 +154,7 @@ def test_arguments_reach_the_node(launched, tmp_path, monkeypatch):
         odom_topic='/odometry/filtered', imu_topic='/imu/data', image_transport='compressed',
         depth_transport='auto', map='maps/home',
         model='tiny', attention='ttt', device='cpu', weights='mine.safetensors',
+        precision='fp8',
         log_level='debug')
     node = started['localization_node']
     assert node.rules == {
@@ -163,7 +164,7 @@ def test_arguments_reach_the_node(launched, tmp_path, monkeypatch):
         'odom': '/odometry/filtered', 'imu': '/imu/data'}
     expected = {'use_sim_time': True, 'autostart': False, 'image_transport': 'compressed',
                 'depth_transport': 'auto', 'map': str(tmp_path / 'maps' / 'home'),
-                'model': 'tiny', 'attention': 'ttt', 'device': 'cpu',
+                'model': 'tiny', 'attention': 'ttt', 'device': 'cpu', 'precision': 'fp8',
                 'weights': str(tmp_path / 'mine.safetensors')}
     assert {name: node.parameters[name] for name in expected} == expected
     assert node.words[node.words.index('--log-level') + 1] == 'debug'

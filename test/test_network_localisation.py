@@ -341,7 +341,7 @@ def test_a_map_is_asked_as_it_was_written(folder, weights, walk_folder, points, 
     assert len(entries) == 3 and {e['status'] for e in entries} <= {'UNCERTAIN', 'NOT_LOCALISED'}
     assert command('info', folder) == 0
     shown = capsys.readouterr().out
-    assert NETWORK in shown and 'vggt-tiny (ttt)' in shown
+    assert NETWORK in shown and 'vggt-tiny (ttt, full)' in shown
 
 
 def test_another_network_is_refused_in_one_sentence(folder, weights, walk_folder, tmp_path,

@@ -83,7 +83,7 @@ def by_name():
 
 def test_the_command_line_and_the_nodes_share_the_options_of_the_network():
     shared = {spec.name for spec in fields(ModelOptions)}
-    assert shared == {'model', 'attention', 'device', 'weights', 'window', 'anchors'}
+    assert shared == {'model', 'attention', 'device', 'weights', 'precision', 'window', 'anchors'}
     assert {flag.name for flag in MODEL_FLAGS.values()} == {
         *(f'--{name}' for name in shared), '--refine/--no-refine'}
     assert all(by_name()[name].when == 'configure' for name in shared)

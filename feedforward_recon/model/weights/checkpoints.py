@@ -91,7 +91,7 @@ def put_tensor(model: nn.Module, key: str, tensor: torch.Tensor) -> None:
     """
     path, _, name = key.removeprefix(key_rules(model).prefix).rpartition('.')
     module = model.get_submodule(path)
-    layer = module if name == 'weight' else module._modules.get(name)
+    layer = module if name == 'weight' else getattr(module, name, None)
     if isinstance(layer, Stored):
         layer.keep(tensor)
     elif name in module._buffers:
