@@ -43,7 +43,7 @@ class Oracle:
         self.noise, self.turn, self.limit, self.bend = noise, turn, limit, bend
         self.sizes = []
 
-    def predict(self, images, memory=None, *, write=True, K=None):
+    def predict(self, images, memory=None, *, write=True, keep=True, K=None):
         if len(images) > self.limit:
             raise MemoryError(f'{len(images)} images')
         self.sizes.append(len(images))

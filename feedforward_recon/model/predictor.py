@@ -65,8 +65,8 @@ class NetworkPredictor:
                  'bfloat16, heads in float32,' if self.half else 'float32', self.device)
 
     def predict(self, images: Sequence[NDArray[np.uint8]], memory: Any = None, *,
-                write: bool = True, K: NDArray[np.float64] | None = None
-                ) -> tuple[Prediction, Any]:
+                write: bool = True, keep: bool = True,
+                K: NDArray[np.float64] | None = None) -> tuple[Prediction, Any]:
         """What images of one size show together (see ``model.Predictor``)."""
         check_images(images)
         placed = self._prepare(images)
@@ -76,7 +76,7 @@ class NetworkPredictor:
                         given[0, 0])
         own = torch.from_numpy(np.stack([image.prepared_K(given) for image in placed]))[None]
         try:
-            answer, memory = self._run(stacked(placed), own, memory, write)
+            answer, memory = self._run(stacked(placed), own, memory, write, keep)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -94,10 +94,12 @@ class NetworkPredictor:
         """
         return self._said(images, K, None, True, Demand(points=False, memory=False))[0]
 
-    def _run(self, images: torch.Tensor, K: torch.Tensor, memory: Any, write: bool
+    def _run(self, images: torch.Tensor, K: torch.Tensor, memory: Any, write: bool, keep: bool
              ) -> tuple[Answer, Any]:
-        answer, memory = self._said(images, K, memory, write, self._demand(images.shape[1]))
-        return tuple(x[0] for x in answer), memory  # type: ignore[return-value]
+        demand = self._demand(images.shape[1], keep)
+        answer, after = self._said(images, K, memory, write, demand)
+        said = tuple(x[0] for x in answer)
+        return said, after if keep else memory  # type: ignore[return-value]
 
     @torch.inference_mode()
     def _said(self, images: torch.Tensor, K: torch.Tensor, memory: Any, write: bool,
@@ -127,13 +129,13 @@ class NetworkPredictor:
         """The context in which the network computes; what it says is read outside."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
 
-    def _demand(self, count: int) -> Demand:
+    def _demand(self, count: int, keep: bool) -> Demand:
         """Depth alone; of many images on a GPU, what waits for the heads waits outside."""
         offload = self.device.type == 'cuda' and count > OFFLOAD_VIEWS
         if self.device.type == 'cuda':
             log.info('%d images on %s: tokens and depth wait in %s memory', count, self.device,
                      'main' if offload else 'its own')
-        return Demand(points=False, offload=offload)
+        return Demand(points=False, memory=keep, offload=offload)
 
 
 def load_predictor(name: str, attention: str | None = None, device: str = 'cpu',

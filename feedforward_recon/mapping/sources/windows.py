@@ -112,7 +112,8 @@ class WindowQueue:
         self.views = self.views[len(window.views):]
         self._window = window
         self._call = BackgroundCall(
-            lambda: self.network.predict(window.images, K=window.K)[0], self._on_ready)
+            lambda: self.network.predict(window.images, keep=False, K=window.K)[0],
+            self._on_ready)
 
     def receive(self) -> Prediction:
         """The prediction of the window that was sent; waits for it.
