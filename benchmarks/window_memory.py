@@ -47,7 +47,7 @@ def measure(views: int, *, keep: bool, model: str = MODEL,
     clock.stop()
     return {'views': views, 'peak_mb': (memory_bytes('VmHWM') - before) / 1e6,
             'seconds': clock.seconds, 'cpu_seconds': clock.cpu_seconds,
-            'precision': 'bfloat16' if predictor.half else 'float32'}
+            'precision': str(predictor.half or torch.float32).removeprefix('torch.')}
 
 
 def network_of_few_weights(model: str) -> Vggt:

@@ -230,8 +230,8 @@ def test_out_of_memory_means_smaller_windows_and_the_same_map(frames, encoder, l
 
 
 def test_half_a_window_has_half_the_anchors():
-    assert WindowConfig(16, 12).halved() == WindowConfig(8, 4)
-    assert WindowConfig(3, 2).halved() == WindowConfig(2, 1)
+    assert WindowConfig(16, 12).of_size(8) == WindowConfig(8, 4)
+    assert WindowConfig(3, 2).of_size(1) == WindowConfig(2, 1)
 
 
 def test_no_room_for_two_images_is_an_error(frames, encoder):
