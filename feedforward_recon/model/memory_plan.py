@@ -24,6 +24,7 @@ from feedforward_recon.model.vggt import Vggt
 from feedforward_recon.model.vit import PATCH, VitConfig
 
 FLOAT = 4  # bytes
+MEMORY = Path('/proc/meminfo')
 LEVELS = 4
 # Maps of the size of an image, with half of the features of a dense head, that exist at once: of
 # each image of a chunk, and once for all of them. One view of VGGT-1B adds 0.31 GB.
@@ -64,7 +65,7 @@ def available_bytes(device: torch.device) -> int | None:
     if device.type == 'cuda':
         return torch.cuda.mem_get_info(device)[0]
     try:
-        lines = Path('/proc/meminfo').read_text(encoding='ascii').splitlines()
+        lines = MEMORY.read_text(encoding='ascii').splitlines()
     except OSError:
         return None
     return next((1024 * int(line.split()[1]) for line in lines
