@@ -107,12 +107,12 @@ class WatchedPredictor:
         self.pieces, self.windows = Pieces(predictor.network), 0
 
     def predict(self, images: Sequence[np.ndarray], memory: Any = None, *, write: bool = True,
-                K: np.ndarray | None = None) -> tuple[Prediction, Any]:
+                keep: bool = True, K: np.ndarray | None = None) -> tuple[Prediction, Any]:
         """As `NetworkPredictor.predict`."""
         self.windows += 1
         began = self.pieces.now()
         try:
-            said = self.predictor.predict(images, memory, write=write, K=K)
+            said = self.predictor.predict(images, memory, write=write, keep=keep, K=K)
         except CheckpointError:  # random weights may say no camera at all
             if self._truth is None:
                 raise

@@ -21,5 +21,13 @@ class CheckpointError(ReconError):
     """Model weights are missing, damaged or do not fit the architecture."""
 
 
+class TooManyImagesError(MemoryError):
+    """More images at once than there is memory for; fits: how many there is room for."""
+
+    def __init__(self, found: str, fits: int) -> None:
+        super().__init__(found)
+        self.fits = fits
+
+
 class DegenerateError(ReconError):
     """Geometry is not determined by the data (collinear points, no parallax, too few)."""

@@ -240,9 +240,9 @@ class Slow(Oracle):
         super().__init__(frames)
         self.go = threading.Event()
 
-    def predict(self, images, memory=None, *, write=True, K=None):
+    def predict(self, images, memory=None, *, write=True, keep=True, K=None):
         assert self.go.wait(60)
-        return super().predict(images, memory, write=write, K=K)
+        return super().predict(images, memory, write=write, keep=keep, K=K)
 
 
 def test_the_camera_goes_on_while_the_network_works(frames, encoder):

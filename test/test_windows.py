@@ -7,7 +7,7 @@ import pytest
 
 from feedforward_recon.config.network import WindowConfig
 from feedforward_recon.config.schema import MapperConfig
-from feedforward_recon.errors import ConfigError, InputError
+from feedforward_recon.errors import ConfigError, InputError, TooManyImagesError
 from feedforward_recon.evaluation import absolute_trajectory_error
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import make_transform, so3_exp
@@ -43,7 +43,7 @@ class Oracle:
         self.noise, self.turn, self.limit, self.bend = noise, turn, limit, bend
         self.sizes = []
 
-    def predict(self, images, memory=None, *, write=True, K=None):
+    def predict(self, images, memory=None, *, write=True, keep=True, K=None):
         if len(images) > self.limit:
             raise MemoryError(f'{len(images)} images')
         self.sizes.append(len(images))
@@ -229,9 +229,28 @@ def test_out_of_memory_means_smaller_windows_and_the_same_map(frames, encoder, l
     assert error(scene, frames).rmse < 1e-5
 
 
+class Short(Oracle):
+    """An oracle that says how many images it has room for."""
+
+    def predict(self, images, *given, **how):
+        if len(images) > self.limit:
+            raise TooManyImagesError(f'{len(images)} images need 9 GB', self.limit)
+        return super().predict(images, *given, **how)
+
+
+def test_foreseen_windows_are_as_large_as_fits_after_one_sentence(frames, encoder, caplog):
+    oracle = Short(frames, limit=7)
+    scene = mapped(frames, encoder, oracle, size=16)
+    assert max(oracle.sizes) == 7 and caplog.text.count('going on with windows of 7') == 1
+    assert len(scene.trajectory) == len(frames)
+    assert error(scene, frames).rmse < 1e-5
+    with pytest.raises(InputError, match=r'found less \(10 images need 9 GB\); use smaller'):
+        mapped(frames, encoder, Short(frames, limit=1))
+
+
 def test_half_a_window_has_half_the_anchors():
-    assert WindowConfig(16, 12).halved() == WindowConfig(8, 4)
-    assert WindowConfig(3, 2).halved() == WindowConfig(2, 1)
+    assert WindowConfig(16, 12).of_size(8) == WindowConfig(8, 4)
+    assert WindowConfig(3, 2).of_size(1) == WindowConfig(2, 1)
 
 
 def test_no_room_for_two_images_is_an_error(frames, encoder):

@@ -34,7 +34,7 @@ class ModelOptions:
     precision: str = option('full', 'weights of the network: full keeps them as float32, fp8 in a '
                             'quarter of the memory, rounded to three bits after the first',
                             choices=PRECISIONS)
-    window: int = option(32, 'images predicted together; halved when memory runs out', low=2,
+    window: int = option(32, 'images predicted together; fewer where memory is short', low=2,
                          high=1000)
     anchors: int = option(4, 'how many of them are mapped already and tie the window to the map',
                           low=1, high=100)
@@ -73,7 +73,7 @@ class WindowConfig:
                               f'at least one new image, found {self.size} images with '
                               f'{self.anchors} anchors; choose larger windows')
 
-    def halved(self) -> WindowConfig:
-        """Windows for half as much memory."""
-        size = max(2, self.size // 2)
+    def of_size(self, size: int) -> WindowConfig:
+        """Smaller windows, of at least two images."""
+        size = max(2, size)
         return WindowConfig(size, max(1, min(self.anchors, size // 2)))

@@ -113,7 +113,7 @@ class DenseClouds:
 
     def _look(self, map_: GrowingMap, number: int, view: View) -> None:
         """Ask the network, and bend what it says."""
-        said = self._network.predict([view.image], K=view.camera.K)[0].depth[0]
+        said = self._network.predict([view.image], keep=False, K=view.camera.K)[0].depth[0]
         cells = bent_to_landmarks(map_, number, _on_cells(said), _firm(map_))
         if cells is not None:
             self._cells[number] = cells

@@ -32,11 +32,13 @@ class Predictor(Protocol):
 
     The memory is a value: None before anything was seen. With ``write`` the images are added
     to what is returned; without, they are looked at in the light of the memory, which comes
-    back as it was.
+    back as it was. Images that see each other but are not to be remembered (``keep=False``)
+    cost no memory beyond the call, and it comes back as it was too.
     """
 
     def predict(self, images: Sequence[NDArray[np.uint8]], memory: Any = None, *,
-                write: bool = True, K: NDArray[np.float64] | None = None
+                write: bool = True, keep: bool = True,
+                K: NDArray[np.float64] | None = None
                 ) -> tuple[Prediction, Any]:
         """What RGB images uint8 [H, W, 3] of one size show together.
 

@@ -186,13 +186,12 @@ class Aggregator(nn.Module):
             x = local(x, positions, reuse=True)
             if index in self.config.levels:
                 levels.begin(x.unflatten(0, shape))
-            x, state = joint(x.reshape(shape[0], -1, x.shape[-1]), states[index], write=write,
-                             positions=positions, frames=shape[1], reuse=True)
+            x, after[index] = joint(x.reshape(shape[0], -1, x.shape[-1]), states[index],
+                                    positions=positions, frames=shape[1], write=write,
+                                    keep=demand.memory, reuse=True)
             x = x.reshape(-1, len(positions), x.shape[-1])
             if index in self.config.levels:
                 levels.complete(x.unflatten(0, shape))
-            if demand.memory:
-                after[index] = state
         return levels.tokens(grid_hw), tuple(after)
 
     def _with_special(self, patches: torch.Tensor, has_first: bool) -> torch.Tensor:

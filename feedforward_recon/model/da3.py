@@ -142,11 +142,10 @@ class AlternatingVit(nn.Module):
                 if is_level:
                     levels.begin(reordered(x, as_given))
                 number = (index - start) // 2
-                x, state = block(x.flatten(1, 2), states[number], frames=shape[1], write=write,
-                                 positions=positions, reuse=True)
+                x, after[number] = block(x.flatten(1, 2), states[number], frames=shape[1],
+                                         write=write, keep=demand.memory, positions=positions,
+                                         reuse=True)
                 x = x.unflatten(1, (shape[1], -1))
-                if demand.memory:
-                    after[number] = state
             else:
                 turned = positions if index >= start else None
                 x = block(x.flatten(0, 1), turned, reuse=True).unflatten(0, shape)

@@ -166,19 +166,22 @@ class GlobalBlock(Block):
     attn: Any  # a `model.attention.base.QkvAttention`
 
     def forward(self, x: torch.Tensor, state: Any, *,  # type: ignore[override]
-                positions: torch.Tensor, frames: int, write: bool,
+                positions: torch.Tensor, frames: int, write: bool, keep: bool = True,
                 reuse: bool = False) -> tuple[torch.Tensor, Any]:
         """Tokens [B, frames * P, C] and a state -> tokens of the same shape and the state.
 
         positions: [P, 2] of the tokens of one frame. reuse: answer in the place of x.
+        keep: without, what was written is gone once it was read, and the state given comes back.
         """
-        seen, state = self.attn(self.norm1(x), state, positions=positions, frames=frames,
+        seen, after = self.attn(self.norm1(x), state, positions=positions, frames=frames,
                                 tokens_per_frame=len(positions), write=write)
+        if not keep:
+            after = state
         shape = x.shape
         x, seen = (t.unflatten(1, (frames, -1)).flatten(0, 1) for t in (x, seen))
         out, = in_chunks(lambda x, seen: (self.refined(x + self.ls1(seen)),), (x, seen),
                          rows_per_chunk(x.shape[1], x.device), into=x if reuse else None)
-        return out.reshape(shape), state
+        return out.reshape(shape), after
 
 
 def rows_per_chunk(tokens: int, device: torch.device) -> int:

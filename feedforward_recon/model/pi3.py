@@ -191,7 +191,7 @@ class Pi3(nn.Module):
         x = self._embed(images.flatten(0, 1))
         positions = patch_positions(grid_hw, self.config.registers, x.device,
                                     first=1 if self.config.registers else 0)
-        last, after = self._decode(x, states, positions, shape, write)
+        last, after = self._decode(x, states, positions, shape, write, demand.memory)
         rows = rows_per_chunk(len(positions), x.device)
         T_world_cam, = in_chunks(partial(self._poses, positions), last, rows)
         T_world_cam = T_world_cam.unflatten(0, shape)
@@ -200,8 +200,7 @@ class Pi3(nn.Module):
                          [t.flatten(0, 1) for t in (demand.of(T_world_cam), *wanted)],
                          rows, place=demand.place(x.device))
         points, points_cam, logit = (t.unflatten(0, wanted[0].shape[:2]) for t in maps)
-        return (Pi3Reconstruction(points, points_cam, logit, T_world_cam),
-                after if demand.memory else states)
+        return Pi3Reconstruction(points, points_cam, logit, T_world_cam), after
 
     def _embed(self, images: torch.Tensor) -> torch.Tensor:
         """Encoded patches behind the registers, [B * N, P, C]."""
@@ -212,7 +211,7 @@ class Pi3(nn.Module):
         return torch.cat((registers.to(patches.dtype), patches), 1)
 
     def _decode(self, x: torch.Tensor, states: Sequence[Any], positions: torch.Tensor,
-                shape: Sequence[int], write: bool,
+                shape: Sequence[int], write: bool, keep: bool,
                 ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[Any, ...]]:
         """The last two blocks' outputs, each [B * N, P, C], and the states."""
         after: list[Any] = []
@@ -221,7 +220,7 @@ class Pi3(nn.Module):
             if isinstance(block, GlobalBlock):
                 x, state = block(x.reshape(batch, frames * len(positions), -1),
                                  states[len(after)], positions=positions, frames=frames,
-                                 write=write, reuse=index + 1 < len(self.decoder))
+                                 write=write, keep=keep, reuse=index + 1 < len(self.decoder))
                 x = x.reshape(batch * frames, len(positions), -1)
                 after.append(state)
             else:

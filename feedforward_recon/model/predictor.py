@@ -18,9 +18,11 @@ import torch
 from numpy.typing import NDArray
 
 from feedforward_recon.errors import CheckpointError, InputError
+from feedforward_recon.model.attention.sparse_linear import SparseLinearAttention
 from feedforward_recon.model.backbone import Demand
 from feedforward_recon.model.configs import Network, load
 from feedforward_recon.model.da3 import Da3
+from feedforward_recon.model.memory_plan import available_bytes, check_room, window_need
 from feedforward_recon.model.pi3 import Pi3, fitted_intrinsics
 from feedforward_recon.model.pose_encoding import centres_at_integers, rigid_inverse
 from feedforward_recon.model.preprocess import (
@@ -46,6 +48,7 @@ RAY_PIXELS = 49_152  # 256 x 192
 USUAL_FOCAL = 0.87  # of the longer side
 PIXELS = 255_000
 HALF_FROM_DIM = 384
+FIRST_WITH_TENSOR_CORES, FIRST_WITH_BFLOAT16 = 7, 8  # Volta, Ampere: major compute capability
 OFFLOAD_VIEWS = 64  # 3 GB of tokens at the size of VGGT-1B and 518x392 pixels
 Prepare = Callable[[Sequence[NDArray]], list[PreparedImage]]
 Answer = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -54,29 +57,31 @@ Answer = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 class NetworkPredictor:
     """A network as a ``Predictor``.
 
-    half: compute in bfloat16 but for the heads, as the published networks are meant to.
+    half: the dtype in which all but the heads computes, as the published networks are meant to;
+        None: float32 throughout.
     """
 
     def __init__(self, network: Network, device: str | torch.device = 'cpu') -> None:
         self.network, self.device = network, torch.device(device)
         self._prepare = preparation(network)
-        self.half = half_precision_pays(network, self.device)
-        log.info('%s computes in %s on %s', type(network).__name__,
-                 'bfloat16, heads in float32,' if self.half else 'float32', self.device)
+        self.half = half_precision(network, self.device)
+        log.info('%s computes in %s on %s', type(network).__name__, 'float32' if self.half is None
+                 else f'{str(self.half).removeprefix("torch.")}, heads in float32,', self.device)
 
     def predict(self, images: Sequence[NDArray[np.uint8]], memory: Any = None, *,
-                write: bool = True, K: NDArray[np.float64] | None = None
-                ) -> tuple[Prediction, Any]:
+                write: bool = True, keep: bool = True,
+                K: NDArray[np.float64] | None = None) -> tuple[Prediction, Any]:
         """What images of one size show together (see ``model.Predictor``)."""
         check_images(images)
         placed = self._prepare(images)
+        self._foresee(placed, images[0].shape[:2])
         given = usual_K(images[0].shape[:2]) if K is None else K
         if K is None and isinstance(self.network, RayTransformer):
             log.warning('no intrinsics are known: taking a focal length of %.0f px for granted',
                         given[0, 0])
         own = torch.from_numpy(np.stack([image.prepared_K(given) for image in placed]))[None]
         try:
-            answer, memory = self._run(stacked(placed), own, memory, write)
+            answer, memory = self._run(stacked(placed), own, memory, write, keep)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -94,10 +99,21 @@ class NetworkPredictor:
         """
         return self._said(images, K, None, True, Demand(points=False, memory=False))[0]
 
-    def _run(self, images: torch.Tensor, K: torch.Tensor, memory: Any, write: bool
+    def _foresee(self, placed: Sequence[PreparedImage], given_hw: Sequence[int]) -> None:
+        """Raises TooManyImagesError where main memory would run out, which ends the process."""
+        if self.device.type != 'cpu':
+            return
+        need = window_need(self.network, placed[0].image.shape[:2], given_hw,
+                           half=self.half is not None)
+        if need is not None:
+            check_room(need, len(placed), available_bytes(self.device))
+
+    def _run(self, images: torch.Tensor, K: torch.Tensor, memory: Any, write: bool, keep: bool
              ) -> tuple[Answer, Any]:
-        answer, memory = self._said(images, K, memory, write, self._demand(images.shape[1]))
-        return tuple(x[0] for x in answer), memory  # type: ignore[return-value]
+        demand = self._demand(images.shape[1], keep)
+        answer, after = self._said(images, K, memory, write, demand)
+        said = tuple(x[0] for x in answer)
+        return said, after if keep else memory  # type: ignore[return-value]
 
     @torch.inference_mode()
     def _said(self, images: torch.Tensor, K: torch.Tensor, memory: Any, write: bool,
@@ -124,16 +140,20 @@ class NetworkPredictor:
         return (T, K, depth, sure), after
 
     def precision(self) -> torch.autocast:
-        """The context in which the network computes; what it says is read outside."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
+        """The context in which the network computes; what it says is read outside.
 
-    def _demand(self, count: int) -> Demand:
+        Weights are rounded where they are used: kept, they would take half as much again.
+        """
+        return torch.autocast(self.device.type, self.half or torch.bfloat16,
+                              enabled=self.half is not None, cache_enabled=False)
+
+    def _demand(self, count: int, keep: bool) -> Demand:
         """Depth alone; of many images on a GPU, what waits for the heads waits outside."""
         offload = self.device.type == 'cuda' and count > OFFLOAD_VIEWS
         if self.device.type == 'cuda':
             log.info('%d images on %s: tokens and depth wait in %s memory', count, self.device,
                      'main' if offload else 'its own')
-        return Demand(points=False, offload=offload)
+        return Demand(points=False, memory=keep, offload=offload)
 
 
 def load_predictor(name: str, attention: str | None = None, device: str = 'cpu',
@@ -144,16 +164,35 @@ def load_predictor(name: str, attention: str | None = None, device: str = 'cpu',
                                  precision=precision), device)
 
 
-def half_precision_pays(network: Network, device: torch.device) -> bool:
-    """True where bfloat16 is faster: on GPUs, and in wide networks on CPUs with instructions.
+def half_precision(network: Network, device: torch.device) -> torch.dtype | None:
+    """The dtype of two bytes that is faster there; None where float32 is as good.
 
-    On a CPU a block of dimension 128 gains a fifth and one of 384 to 1024 a third to a half
+    GPUs have one by their generation, CPUs bfloat16 where they have instructions for it. On a CPU
+    a block of dimension 128 gains a fifth and one of 384 to 1024 a third to a half
     (docs/experiments.md); small networks keep the exact answer.
     """
     if device.type == 'cuda':
-        return torch.cuda.is_bf16_supported()
+        found = half_of_generation(torch.cuda.get_device_capability(device)[0])
+        return None if found == torch.float16 and _sums_tokens(network) else found
     wide = _dim(network) >= HALF_FROM_DIM
-    return device.type == 'cpu' and wide and has_bfloat16_instructions()
+    pays = device.type == 'cpu' and wide and has_bfloat16_instructions()
+    return torch.bfloat16 if pays else None
+
+
+def half_of_generation(major: int) -> torch.dtype | None:
+    """What GPUs of that major compute capability multiply in their tensor cores.
+
+    bfloat16 has the range of float32. float16 ends at 65504: heads, norms, softmax, the residual
+    stream where layers are scaled, and sums of fast weights stay in float32, as in bfloat16.
+    """
+    if major >= FIRST_WITH_BFLOAT16:  # before, PyTorch emulates it
+        return torch.bfloat16
+    return torch.float16 if major >= FIRST_WITH_TENSOR_CORES else None
+
+
+def _sums_tokens(network: Network) -> bool:
+    """Linear attention adds up all tokens of all images: more than float16 can count."""
+    return any(isinstance(layer, SparseLinearAttention) for layer in network.modules())
 
 
 def _dim(network: Network) -> int:

@@ -174,11 +174,9 @@ class RayTransformer(nn.Module):
         for index, (local, joint) in enumerate(
                 zip(self.frame_blocks, self.global_blocks, strict=True)):
             alone = local(x.flatten(0, 1), positions).unflatten(0, (batch, views))
-            x, state = joint(alone.flatten(1, 2), states[index], write=write,
-                             positions=positions, frames=views)
+            x, after[index] = joint(alone.flatten(1, 2), states[index], positions=positions,
+                                    frames=views, write=write, keep=demand.memory)
             x = x.unflatten(1, (views, -1))
-            if demand.memory:
-                after[index] = state
         return torch.cat([alone, x], -1), tuple(after)
 
     def _cells(self, levels: torch.Tensor, seen: StemMaps, grid_hw: tuple[int, int]) -> CellMaps:

@@ -13,6 +13,8 @@ the published weights were trained: where queries and keys are bfloat16, so are 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 BASE = 100.0
@@ -22,8 +24,16 @@ def patch_positions(grid_hw: tuple[int, int], special: int,
                     device: torch.device | None = None, first: int = 1) -> torch.Tensor:
     """Positions int64 [special + h * w, 2] as (y, x): special tokens first, then patches.
 
-    first: row and column of the first patch.
+    first: row and column of the first patch. Grids of one size share one tensor, so that what
+    layers work out from it (`attention.blocks.cut`) is worked out once.
     """
+    return _positions(tuple(grid_hw), special, device or torch.empty(0).device, first)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a training may use them as well
+def _positions(grid_hw: tuple[int, int], special: int, device: torch.device,
+               first: int) -> torch.Tensor:
     height, width = grid_hw
     rows, columns = torch.meshgrid(torch.arange(height, device=device),
                                    torch.arange(width, device=device), indexing='ij')

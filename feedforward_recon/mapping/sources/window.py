@@ -27,10 +27,11 @@ class FeedForward:
         self.turn = threading.Lock()
 
     def predict(self, images: Sequence[np.ndarray], memory: Any = None, *,
-                write: bool = True, K: np.ndarray | None = None) -> tuple[Prediction, Any]:
+                write: bool = True, keep: bool = True,
+                K: np.ndarray | None = None) -> tuple[Prediction, Any]:
         """What images show together (see ``model.Predictor``)."""
         with self.turn:
-            return self.predictor.predict(images, memory, write=write, K=K)
+            return self.predictor.predict(images, memory, write=write, keep=keep, K=K)
 
 
 @dataclass(frozen=True)

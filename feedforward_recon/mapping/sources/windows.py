@@ -25,7 +25,7 @@ import numpy as np
 
 from feedforward_recon.config.network import WindowConfig
 from feedforward_recon.config.schema import MapperConfig
-from feedforward_recon.errors import InputError
+from feedforward_recon.errors import InputError, TooManyImagesError
 from feedforward_recon.geometry.pnp import PoseFit
 from feedforward_recon.mapping.adjustment import adjust_newest
 from feedforward_recon.mapping.keyframes import View
@@ -112,7 +112,8 @@ class WindowQueue:
         self.views = self.views[len(window.views):]
         self._window = window
         self._call = BackgroundCall(
-            lambda: self.network.predict(window.images, K=window.K)[0], self._on_ready)
+            lambda: self.network.predict(window.images, keep=False, K=window.K)[0],
+            self._on_ready)
 
     def receive(self) -> Prediction:
         """The prediction of the window that was sent; waits for it.
@@ -123,18 +124,22 @@ class WindowQueue:
         assert call is not None
         return call.result()
 
-    def halve(self, window: Window) -> None:
-        """The device is too small for a window: its views wait for half of one.
+    def shrink(self, window: Window, problem: MemoryError) -> None:
+        """The device is too small for a window: its views wait for one that fits, or for half.
 
         Raises InputError when not even two images fit.
         """
         self.views[:0] = window.views
-        if self.windows.size == 2:
-            raise InputError('expected enough memory for two images at once, found less; use '
-                             'smaller images, another device or a smaller model')
-        self.windows = self.windows.halved()
-        log.warning('out of memory: going on with windows of %d images, %d of them anchors',
-                    self.windows.size, self.windows.anchors)
+        shown, foreseen = len(window.images), isinstance(problem, TooManyImagesError)
+        fits = problem.fits if isinstance(problem, TooManyImagesError) else max(2, shown // 2)
+        if shown <= 2 or fits < 2:
+            raise InputError('expected enough memory for two images at once, found less'
+                             f'{f" ({problem})" if foreseen else ""}; use smaller images, another '
+                             'device or a smaller model')
+        self.windows = self.windows.of_size(fits)
+        log.warning('%s: going on with windows of %d images, %d of them anchors',
+                    problem if foreseen else 'out of memory', self.windows.size,
+                    self.windows.anchors)
 
 
 class LateEstimates:
@@ -293,8 +298,8 @@ class WindowPoses:
         assert window is not None
         try:
             prediction = self._queue.receive()
-        except MemoryError:
-            self._queue.halve(window)
+        except MemoryError as problem:
+            self._queue.shrink(window, problem)
             return
         except Exception:
             self._arrived.extend(PlacedView(waiting.view, reason='the network failed')

@@ -9,8 +9,11 @@ frame are a block of their own. Without positions, blocks are runs of consecutiv
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from feedforward_recon.model.attention.base import Layout
 
@@ -21,14 +24,16 @@ class Blocks:
 
     tokens: those of the frame, as they lie. order: index of the tokens of each block, [blocks,
     size]; places beyond the end of a short block repeat its first token. valid: [blocks, size],
-    False at those places. place: where in the blocks each token went, [tokens.tokens].
-    positions: mean position of each block, rounded towards zero as in Speed3R, [blocks, 2]
-    (None without).
+    False at those places; in main memory, so that nobody waits for a GPU to know it. shares:
+    float32, of each token in the mean of its block. place: where in the blocks each token went,
+    [tokens.tokens]. positions: mean position of each block, rounded towards zero as in Speed3R,
+    [blocks, 2] (None without).
     """
 
     tokens: Layout
     order: torch.Tensor
     valid: torch.Tensor
+    shares: torch.Tensor
     place: torch.Tensor
     positions: torch.Tensor | None
 
@@ -43,49 +48,75 @@ class Blocks:
 
     def mean(self, blocks: torch.Tensor) -> torch.Tensor:
         """Means [B, h, F * blocks, d] over the tokens of blocks [B, h, F * blocks, size, d]."""
-        weights = self.valid / self.valid.sum(1, keepdim=True)  # [blocks, size]
-        weights = weights.to(blocks.dtype)[:, None]
+        weights = self.shares.to(blocks.dtype)[:, None]  # [blocks, 1, size]
         return (weights @ blocks.unflatten(2, (-1, len(self.order)))).squeeze(-2).flatten(2, 3)
 
 
-def cut(layout: Layout, special: int, side: int) -> Blocks:
-    """The blocks of a frame with ``special`` tokens in front of its patches."""
-    labels = _labels(layout, special, side)
-    order = labels.argsort(stable=True)
-    counts = labels.bincount()
-    starts = counts.cumsum(0) - counts
-    size = int(counts.max())
-    rank = torch.arange(size, device=labels.device).expand(len(counts), -1)
+@lru_cache(maxsize=64)
+def cut(layout: Layout, special: int, side: int, device: torch.device | None = None) -> Blocks:
+    """The blocks of a frame with ``special`` tokens in front of its patches.
+
+    device: where their indices are wanted; by default that of the positions. Layers and calls
+    that know the same positions share the answer: a GPU is asked for them once.
+    """
+    known = layout.positions
+    places = None if known is None else known.cpu().numpy()
+    labels = _labels(places, layout.tokens, special, side)
+    order, counts = labels.argsort(kind='stable'), np.bincount(labels)
+    starts, rank = counts.cumsum() - counts, np.arange(counts.max())
     valid = rank < counts[:, None]
-    table = order[starts[:, None] + rank.where(valid, 0)]
-    place = torch.empty_like(order)
-    place[order] = torch.arange(table.numel(), device=labels.device)[valid.flatten()]
-    positions = None
-    if layout.positions is not None:
-        total = (layout.positions[table] * valid[..., None]).sum(1)
-        positions = torch.div(total, counts[:, None], rounding_mode='trunc')
-    return Blocks(layout, table, valid, place, positions)
+    table = order[starts[:, None] + np.where(valid, rank, 0)]
+    place = np.empty_like(order)
+    place[order] = np.flatnonzero(valid)
+    device = device if known is None or device is not None else known.device
+    with torch.inference_mode(False):  # a training may use them as well
+        host = torch.from_numpy(valid)
+        positions = None if places is None else torch.from_numpy(
+            _means(places[table] * valid[..., None], counts[:, None])).to(device)
+        shares = host / host.sum(1, keepdim=True)
+        return Blocks(layout, torch.from_numpy(table).to(device), host, shares.to(device),
+                      torch.from_numpy(place).to(device), positions)
 
 
-def _labels(layout: Layout, special: int, side: int) -> torch.Tensor:
+def _labels(places: NDArray | None, tokens: int, special: int, side: int) -> NDArray:
     """The block of each token, [tokens]."""
-    if layout.positions is None:
-        patches = layout.tokens - special
+    if places is None:
+        patches = tokens - special
         count = -(-patches // side**2)
-        labels = torch.arange(patches) * count // patches
+        labels = np.arange(patches) * count // patches
     else:
-        cells = layout.positions[special:] - layout.positions[special:].amin(0)
-        grid = cells.amax(0) + 1
+        cells = places[special:] - places[special:].min(0)
+        grid = cells.max(0) + 1
         windows = -(-grid // side)
-        row, column = (cells * windows // grid).unbind(-1)
+        row, column = (cells * windows // grid).T
         labels = row * windows[1] + column
-    first = labels.new_zeros(special)
-    return torch.cat((first, labels + min(special, 1)))
+    return np.concatenate((np.zeros(special, int), labels + min(special, 1)))
 
 
-def padding(valid: torch.Tensor) -> torch.Tensor | None:
-    """The mask ``valid`` if it excludes anything, else None; asked once per call."""
-    return None if valid.all() else valid
+def _means(values: NDArray, counts: NDArray) -> NDArray:
+    """Sums of integers [blocks, size, 2] over their counts [blocks, 1], rounded towards zero."""
+    total = values.sum(1)
+    return np.sign(total) * (np.abs(total) // counts)
+
+
+def no_blocks() -> torch.Tensor:
+    """The mask of a scene without blocks."""
+    return torch.zeros(0, 0, dtype=torch.bool, device='cpu')
+
+
+def padding(valid: torch.Tensor, device: torch.device) -> torch.Tensor | None:
+    """The mask ``valid`` of the host on a device if it excludes anything, else None."""
+    return None if valid.cpu().numpy().all() else valid.to(device, non_blocking=True)
+
+
+def without_padding(valid: torch.Tensor, *blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Tokens [B, h, N, d] of blocks [B, h, M, size, d] whose mask [M, size] the host knows."""
+    held = np.flatnonzero(valid.cpu().numpy())
+    flat = tuple(x.flatten(2, 3) for x in blocks)
+    if len(held) == valid.numel():
+        return flat
+    index = torch.from_numpy(held).to(flat[0].device, non_blocking=True)
+    return tuple(x[:, :, index] for x in flat)
 
 
 def read_blocks(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,

@@ -33,7 +33,14 @@ from feedforward_recon.model.attention.base import (
     join,
     require_written,
 )
-from feedforward_recon.model.attention.blocks import Blocks, cut, padding, read_blocks
+from feedforward_recon.model.attention.blocks import (
+    Blocks,
+    cut,
+    no_blocks,
+    padding,
+    read_blocks,
+    without_padding,
+)
 from feedforward_recon.model.attention.config import AttentionConfig
 
 
@@ -41,7 +48,8 @@ from feedforward_recon.model.attention.config import AttentionConfig
 class SparseState(State):
     """M blocks.
 
-    keys, values [B, h, M, size, d]; pooled_keys, pooled_values [B, h, M, d]; valid [M, size].
+    keys, values [B, h, M, size, d]; pooled_keys, pooled_values [B, h, M, d]; valid [M, size],
+    in main memory.
     """
 
     keys: torch.Tensor
@@ -79,11 +87,12 @@ class SparseAttention(QkvAttention):
         """A scene without blocks."""
         heads, d = self.config.heads, self.config.head_dim
         blocks, pooled = self.no_tokens(batch, heads, 0, 0, d), self.no_tokens(batch, heads, 0, d)
-        return SparseState(blocks, blocks, pooled, pooled, self.no_tokens(0, 0).bool())
+        return SparseState(blocks, blocks, pooled, pooled, no_blocks())
 
     def prepared(self, layout: Layout) -> Blocks:
         """How a frame is cut."""
-        return cut(layout, self.config.special, self.config.sparse.window)
+        return cut(layout, self.config.special, self.config.sparse.window,
+                   self.qkv.weight.device)
 
     def write(self, chunks: tuple[torch.Tensor, ...], state: SparseState,
               blocks: Blocks) -> SparseState:
@@ -98,16 +107,15 @@ class SparseAttention(QkvAttention):
         old = state.keys, state.values, state.pooled_keys, state.pooled_values
         valid = blocks.valid.repeat(new[0].shape[2] // len(blocks.valid), 1)
         k, v, pooled_k, pooled_v = (append(a, b, 2) for a, b in zip(old, new, strict=True))
-        return SparseState(k, v, pooled_k, pooled_v, append(state.valid, valid, 0))
+        return SparseState(k, v, pooled_k, pooled_v, append(state.valid.cpu(), valid, 0))
 
     def readable(self, state: SparseState) -> SparseMemory:
         """The state, and its tokens without padding for the queries that read them all."""
         require_written(len(state.valid))
-        keys, values = state.keys.flatten(2, 3), state.values.flatten(2, 3)
-        valid = padding(state.valid)
-        if valid is not None and self.config.special:
-            keys, values = (t[:, :, valid.flatten()] for t in (keys, values))
-        return SparseMemory(state, valid, (keys, values))
+        blocks = state.keys, state.values
+        keys, values = (without_padding(state.valid, *blocks) if self.config.special
+                        else (x.flatten(2, 3) for x in blocks))
+        return SparseMemory(state, padding(state.valid, state.keys.device), (keys, values))
 
     def read(self, chunk: torch.Tensor, memory: SparseMemory, blocks: Blocks) -> torch.Tensor:
         """Both branches, gated per token and head."""

@@ -34,7 +34,14 @@ from feedforward_recon.model.attention.base import (
     join,
     require_written,
 )
-from feedforward_recon.model.attention.blocks import Blocks, cut, padding, read_blocks
+from feedforward_recon.model.attention.blocks import (
+    Blocks,
+    cut,
+    no_blocks,
+    padding,
+    read_blocks,
+    without_padding,
+)
 from feedforward_recon.model.attention.config import AttentionConfig, SparseLinearOptions
 from feedforward_recon.model.layers import Attention
 
@@ -43,7 +50,8 @@ from feedforward_recon.model.layers import Attention
 class SparseLinearState(State):
     """M blocks, and the two sums of the linear branch.
 
-    keys, values [B, h, M, size, d]; pooled_keys [B, h, M, d]; valid [M, size];
+    keys, values [B, h, M, size, d]; pooled_keys [B, h, M, d]; valid [M, size],
+    in main memory;
     outer: sum phi(k)^T v, [B, h, d, d]; total: sum phi(k), [B, h, 1, d].
     """
 
@@ -78,11 +86,12 @@ class SparseLinearAttention(QkvAttention):
         heads, d = self.config.heads, self.config.head_dim
         blocks, pooled = self.no_tokens(batch, heads, 0, 0, d), self.no_tokens(batch, heads, 0, d)
         sums = [self.no_tokens(batch, heads, rows, d) for rows in (d, 1)]
-        return SparseLinearState(blocks, blocks, pooled, self.no_tokens(0, 0).bool(), *sums)
+        return SparseLinearState(blocks, blocks, pooled, no_blocks(), *sums)
 
     def prepared(self, layout: Layout) -> Blocks:
         """How a frame is cut."""
-        return cut(layout, self.config.special, self.config.sparse_linear.window)
+        return cut(layout, self.config.special, self.config.sparse_linear.window,
+                   self.qkv.weight.device)
 
     def write(self, chunks: tuple[torch.Tensor, ...], state: SparseLinearState,
               blocks: Blocks) -> SparseLinearState:
@@ -101,14 +110,14 @@ class SparseLinearAttention(QkvAttention):
         valid = blocks.valid.repeat(new[0].shape[2] // len(blocks.valid), 1)
         old = state.keys, state.values, state.pooled_keys
         keys, values, pooled = (append(a, b, 2) for a, b in zip(old, new, strict=True))
-        return SparseLinearState(keys, values, pooled, append(state.valid, valid, 0),
+        return SparseLinearState(keys, values, pooled, append(state.valid.cpu(), valid, 0),
                                  state.outer + self.exchange.sum(outer),
                                  state.total + self.exchange.sum(total))
 
     def readable(self, state: SparseLinearState) -> SparseLinearMemory:
         """The state, unless it is empty."""
         require_written(len(state.valid))
-        return SparseLinearMemory(state, padding(state.valid))
+        return SparseLinearMemory(state, padding(state.valid, state.keys.device))
 
     def read(self, chunk: torch.Tensor, memory: SparseLinearMemory,
              blocks: Blocks) -> torch.Tensor:
@@ -134,8 +143,7 @@ class SparseLinearAttention(QkvAttention):
     @staticmethod
     def _kept_tokens(q: torch.Tensor, state: SparseLinearState, ratio: float) -> torch.Tensor:
         """Each token reads the tokens that fit it best: all scores, then a mask."""
-        keys, values = (t.flatten(2, 3)[:, :, state.valid.flatten()]
-                        for t in (state.keys, state.values))
+        keys, values = without_padding(state.valid, state.keys, state.values)
         scores = q @ keys.transpose(-1, -2) * q.shape[-1] ** -0.5
         best, chosen = scores.topk(max(1, int(ratio * keys.shape[2])), -1)
         share = torch.zeros_like(scores).scatter(-1, chosen, best.softmax(-1))
@@ -158,8 +166,7 @@ class LocalSparseLinear(SparseLinearAttention):
     def prepared(self, layout: Layout) -> Blocks:
         """How a sequence is cut."""
         special = 0 if layout.positions is None else self.config.special
-        with self.qkv.weight.device:  # where runs of tokens are numbered
-            return cut(layout, special, self.config.sparse_linear.window)
+        return cut(layout, special, self.config.sparse_linear.window, self.qkv.weight.device)
 
 
 def replace_local(model: nn.Module, options: SparseLinearOptions, special: int = 5) -> nn.Module:

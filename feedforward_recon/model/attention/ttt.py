@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -62,6 +63,11 @@ class TttState(State):
     def steps(self) -> int:
         """Number of update steps that can be derived."""
         return len(self.g0)
+
+    @property
+    def is_blank(self) -> bool:
+        """Nothing was written; values are read only where the layout in memory leaves it open."""
+        return self.steps == 1 and (not any(self.g1.stride()) or not self.g1.any())
 
     def gradient(self, step: int) -> FastWeights:
         """The gradient sums of one step."""
@@ -130,7 +136,8 @@ class TttAttention(QkvAttention):
 
     def empty_state(self, batch: int) -> TttState:
         """No gradients: reading it gives what the initial weights give."""
-        return TttState(*(w.new_zeros(1, batch, *w.shape, dtype=sum_dtype(w))
+        # One zero seen in all places: that nothing was written shows without reading values.
+        return TttState(*(w.new_zeros((), dtype=sum_dtype(w)).expand(1, batch, *w.shape)
                           for w in self.initial))
 
     def prepared(self, layout: Layout) -> PatchLayout:
@@ -154,7 +161,7 @@ class TttAttention(QkvAttention):
         would need the tokens of those earlier frames again.
         """
         steps = self.config.ttt.steps
-        if steps > 1 and (state.steps > 1 or state.g1.any()):
+        if steps > 1 and not state.is_blank:
             raise InputError(f'expected an empty state for {steps} update steps, found one '
                              'that was written to; write all frames at once or use steps=1')
         weights, sums = self.initial, list[FastWeights]()
@@ -216,13 +223,14 @@ def sum_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+@lru_cache(maxsize=64)
 def patch_grid_of(positions: torch.Tensor, special: int) -> tuple[int, int]:
-    """Rows and columns of the patches at positions[special:].
+    """Rows and columns of the patches at positions[special:]; a GPU is asked for them once.
 
     Raises InputError when they do not fill a rectangle.
     """
-    patches = positions[special:]
-    rows, columns = (patches.amax(0) - patches.amin(0) + 1).tolist()
+    patches = positions[special:].cpu().numpy()
+    rows, columns = patches.max(0) - patches.min(0) + 1
     if rows * columns != len(patches):
         raise InputError(f'expected patches that fill their grid, found {len(patches)} in '
                          f'{rows}x{columns}; check `special` (now {special})')
