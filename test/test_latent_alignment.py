@@ -8,11 +8,12 @@ from safetensors.torch import save_file
 from small_network import SMALL
 from torch.nn import functional as F
 
-from feedforward_recon.errors import CheckpointError
+from feedforward_recon.errors import CheckpointError, ConfigError
 from feedforward_recon.model import configs, latent_alignment, layers
 from feedforward_recon.model.configs import build, load, network_of
 from feedforward_recon.model.latent_alignment import PUBLISHED_BLOCKS, LatentAlignment
 from feedforward_recon.model.layers import BlockConfig
+from feedforward_recon.model.ray_transformer import RayConfig
 from feedforward_recon.model.weights.files import check_weights
 
 CONFIG = BlockConfig(24, 3, layer_scale=None)
@@ -219,6 +220,68 @@ def test_weights_say_whether_there_is_an_alignment(weights, tmp_path):
     plain = tmp_path / 'plain.safetensors'
     save_file(small(0).state_dict(), plain)
     assert not load('vggt-tiny', plain).aligns
+
+
+RAYS = RayConfig(dim=32, heads=4, depth=2, alignment=2)
+SEEN_HW, RAYS_K = (32, 48), torch.tensor([[40.0, 0, 23.5], [0, 40, 15.5], [0, 0, 1]])
+
+
+def of_rays(alignment=2):
+    """A small network that is told intrinsics."""
+    torch.manual_seed(0)
+    return network_of(dataclasses.replace(RAYS, alignment=alignment))
+
+
+def views(count=4, seed=0):
+    """Images [1, N, 3, H, W] and their K."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(1, count, 3, *SEEN_HW, generator=generator), RAYS_K.expand(1, count, 3, 3)
+
+
+@torch.no_grad()
+def test_a_fresh_alignment_leaves_a_network_of_rays_as_it_was():
+    plain, aligning = of_rays(0), of_rays()
+    assert aligning.aligns and not plain.aligns
+    aligning.load_state_dict(plain.state_dict(), strict=False)
+    for a, b in zip(vars(plain(*views())[0]).values(), vars(aligning(*views())[0]).values(),
+                    strict=True):
+        assert torch.equal(a, b)
+
+
+@torch.no_grad()
+def test_a_pair_of_rays_knows_of_images_that_are_not_decoded_with_it():
+    network = of_rays()
+    for parameter in network.latent_alignment.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    (given, K), pair, grid_hw = views(), torch.tensor([2, 0]), (2, 3)
+    other = given.clone()
+    other[:, 3] = 1 - other[:, 3]
+    said = []
+    for collection in (given, other):
+        seen = network.encode(collection)
+        patches = network.aligned(network.tokens.along_rays(seen.patches[None], K, grid_hw))
+        said.append(network.decode(patches[:, pair], seen.of(pair), grid_hw)[0].points)
+    assert not torch.allclose(*said)
+    # Without the others, the same steps are the network.
+    seen = network.encode(given[:, pair])
+    patches = network.aligned(network.tokens.along_rays(seen.patches[None], K[:, pair], grid_hw))
+    whole, _ = network(given[:, pair], K[:, pair])
+    assert torch.equal(network.decode(patches, seen, grid_hw)[0].points, whole.points)
+
+
+@torch.no_grad()
+def test_weights_of_rays_say_whether_there_is_an_alignment(monkeypatch, tmp_path):
+    monkeypatch.setitem(configs.CONFIGS, 'micro', dataclasses.replace(RAYS, alignment=0))
+    network, file = of_rays(), tmp_path / 'aligned.safetensors'
+    save_file(network.state_dict(), file)
+    loaded = load('micro', file)
+    assert loaded.config.alignment == 2
+    assert torch.equal(loaded(*views())[0].points, network(*views())[0].points)
+
+
+def test_networks_that_decode_nothing_apart_have_no_alignment():
+    with pytest.raises(ConfigError, match='found Pi3; choose vggt, vgg-t3 or tiny'):
+        build('pi3', device='meta', alignment=4)
 
 
 def test_half_an_alignment_is_refused(weights, tmp_path):

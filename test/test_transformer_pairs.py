@@ -32,6 +32,7 @@ from feedforward_recon.model.predictor import (
     read,
 )
 from feedforward_recon.model.preprocess import PreparedImage, crop, stacked
+from feedforward_recon.model.ray_collection import RayCollectionNetwork
 from feedforward_recon.model.vit import PATCH, normalised
 from feedforward_recon.reconstruction.agreement import agreeing
 from feedforward_recon.reconstruction.comparisons import Comparisons, compared
@@ -295,8 +296,17 @@ def unknown(placed):
 
 @pytest.fixture(scope='module')
 def vggt():
-    """The shipped network of the kind of VGGT."""
-    return load_predictor('tiny-ttt')
+    """A small network of the kind of VGGT."""
+    torch.manual_seed(0)
+    return NetworkPredictor(build('vggt-tiny'))
+
+
+@pytest.fixture(scope='module')
+def aligning():
+    """The shipped network with latent alignment that does nothing."""
+    network = build('tiny', alignment=2)
+    network.load_state_dict(load_predictor('tiny').network.state_dict(), strict=False)
+    return NetworkPredictor(network)
 
 
 @pytest.mark.parametrize('half', [False, True])
@@ -330,13 +340,17 @@ def test_large_photos_are_prepared_at_the_size_of_their_features(vggt, photos):
     assert made().prepared is None
 
 
-def test_images_are_encoded_once_however_often_the_focal_length_is_tried(vggt, photos,
+ALIGNED = replace(TRANSFORMER, reconstruction=ReconstructionConfig(
+    decoder='transformer', batch=5, latent_alignment=True))
+
+
+def test_images_are_encoded_once_however_often_the_focal_length_is_tried(aligning, photos,
                                                                        monkeypatch):
     bare = [Frame(f.stamp_ns, f.image, source=f.source) for f in photos]
-    plain, encoded = vggt.network.encode, []
-    monkeypatch.setattr(vggt.network, 'encode', lambda images: (
+    plain, encoded = aligning.network.encode, []
+    monkeypatch.setattr(aligning.network, 'encode', lambda images: (
         encoded.append(images.shape[1]), plain(images))[1])
-    run = reconstruct_frames(bare, TRANSFORMER, predictor=vggt)[0]
+    run = reconstruct_frames(bare, ALIGNED, predictor=aligning)[0]
     assert sum(encoded) == len(photos)
     assert run.scene.keyframes[0].camera.fx == pytest.approx(CAMERA.fx, rel=0.02)
 
@@ -351,16 +365,51 @@ def test_photos_of_several_shapes_are_one_collection(vggt, photos):
     assert [image.offset_xy for image in collection.placed] == [(0, 14), (0, -21)]
 
 
-def test_latent_alignment_is_used_where_it_is_asked_for(vggt, photos):
+def asked(predictor, align):
+    """The network of a collection, as settings with latent alignment or without choose it."""
+    return pair_network(ReconstructionConfig(decoder='transformer', latent_alignment=align),
+                        predictor)
+
+
+@pytest.mark.parametrize('align', [False, True])
+def test_pairs_of_a_collection_are_what_the_network_says_of_them(aligning, photos, align):
+    network = asked(aligning, align)
+    assert isinstance(network, RayCollectionNetwork)
+    images = [frame.image for frame in photos[:4]]
+    placed = [network.prepared(image) for image in images]
+    told, found = CAMERA.K, CAMERA.with_lens(1.3, 0.0).K
+    first = network.collected(placed, [found] * 4)
+    for collection, K in ((first, found), (network.told(first, [told] * 4), told)):
+        said = collection.predict([(0, 1), (3, 2)])
+        for window, pair in zip([(0, 1), (3, 2)], said, strict=True):
+            alone, _ = aligning.predict([images[k] for k in window], K=K)
+            np.testing.assert_allclose(pair.T_world_cam, alone.T_world_cam, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(
+                pair.K, [placed[k].prepared_K(K) for k in window], rtol=1e-6)
+
+
+def test_intrinsics_are_those_of_images_with_white_around_them(aligning, photos):
+    network = asked(aligning, True)
+    tall = np.ascontiguousarray(photos[1].image[:, 60:240])
+    placed = [network.prepared(image) for image in (photos[0].image, tall)]
+    collection = network.collected(placed, [CAMERA.K] * 2)
+    (said,) = collection.predict([(0, 1)])
+    assert said.depth.shape[1:] == collection.placed[0].image.shape[:2]
+    np.testing.assert_allclose(said.K, [image.prepared_K(CAMERA.K)
+                                        for image in collection.placed], rtol=1e-6)
+
+
+@pytest.mark.parametrize('name', ['vggt-tiny', 'tiny'])
+def test_latent_alignment_is_used_where_it_is_asked_for(photos, name):
     torch.manual_seed(0)
-    network = build('tiny-ttt', alignment=4)
-    network.load_state_dict(vggt.network.state_dict(), strict=False)
-    for parameter in network.aggregator.latent_alignment.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
+    network = build(name, alignment=2)
+    for key, parameter in network.named_parameters():
+        if 'latent_alignment' in key:
+            parameter.data += 0.1 * torch.randn_like(parameter)
     predictor = NetworkPredictor(network)
     said = {}
     for align in (False, True):
-        collections = CollectionNetwork(predictor, align=align)
+        collections = asked(predictor, align)
         placed = [collections.prepared(frame.image) for frame in photos[:4]]
         of_some = [collections.collected(placed[:count], unknown(placed[:count]))
                    for count in (3, 4)]
@@ -500,10 +549,10 @@ def test_settings_choose_the_decoder(room, vggt):
     ({'accumulation': 'rigid'}, None, ConfigError, 'beside .* rigid, found compact; choose simil'),
     ({'latent_alignment': True}, None, ConfigError, 'beside reconstruction.latent_alignment'),
     ({'decoder': 'transformer', 'latent_alignment': True}, 'pi3', ConfigError,
-     'kind of VGGT, .* found Pi3; .* leave latent alignment out'),
+     'kind of VGGT, .* found Pi3; choose vggt, vgg-t3 or tiny, or leave latent alignment out'),
     ({'decoder': 'transformer', 'latent_alignment': True}, 'da3', ConfigError, 'found Da3'),
-    ({'decoder': 'transformer', 'latent_alignment': True}, 'tiny', ConfigError,
-     'found RayTransformer; choose .* tiny-ttt'),
+    ({'decoder': 'transformer', 'latent_alignment': True}, 'tiny', CheckpointError,
+     'expected weights with latent alignment, found none'),
     ({'decoder': 'transformer', 'latent_alignment': True}, 'vggt-tiny', CheckpointError,
      'expected weights with latent alignment, found none')])
 def test_settings_that_do_not_fit_are_one_sentence(few_pixels, changes, name, error, sentence):
@@ -518,12 +567,10 @@ def folder(photos, tmp_path_factory):
     return as_files(photos, tmp_path_factory.mktemp('photos'))
 
 
-def test_the_command_maps_with_a_network_and_its_alignment(folder, tmp_path, capsys):
-    weights, network = tmp_path / 'aligned.safetensors', load_predictor('tiny-ttt').network
-    aligning = build('tiny-ttt', alignment=4)
-    aligning.load_state_dict(network.state_dict(), strict=False)
-    save_file(aligning.state_dict(), weights)
-    assert main(['reconstruct', str(folder), *SETTINGS, '--model', 'tiny-ttt', '--weights',
+def test_the_command_maps_with_a_network_and_its_alignment(aligning, folder, tmp_path, capsys):
+    weights = tmp_path / 'aligned.safetensors'
+    save_file(aligning.network.state_dict(), weights)
+    assert main(['reconstruct', str(folder), *SETTINGS, '--model', 'tiny', '--weights',
                  str(weights), '--set', 'reconstruction.decoder=transformer',
                  '--set', 'reconstruction.latent_alignment=true',
                  '--out', str(tmp_path / 'map'), '--json']) == 0

@@ -1,7 +1,8 @@
 """Images of a collection, of which a network says what a few at a time show together.
 
 A network of the kind of VGGT encodes each image once, and decodes windows of them, as Light3R-SfM
-does pairs. Any other sees the images of each window anew.
+does pairs; so does one of the kind of tiny with latent alignment (`ray_collection`). Any other
+sees the images of each window anew.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,6 +97,13 @@ class WindowNetwork(PairNetwork):
                                           torch.from_numpy(np.array(moved)))
 
 
+def check_aligns(aligns: bool) -> None:
+    """Raises CheckpointError for weights without latent alignment."""
+    if not aligns:
+        raise CheckpointError('expected weights with latent alignment, found none in those of '
+                              'this network; give others, or switch it off')
+
+
 class CollectionNetwork(PairNetwork):
     """A network of the kind of VGGT that sees all images of a collection before it decodes.
 
@@ -108,11 +117,10 @@ class CollectionNetwork(PairNetwork):
         if not isinstance(network, Vggt):
             raise ConfigError('expected a network of the kind of VGGT, which can align images '
                               'between encoding and decoding them, found '
-                              f'{type(network).__name__}; choose vggt, vgg-t3 or tiny-ttt, or '
+                              f'{type(network).__name__}; choose vggt, vgg-t3 or tiny, or '
                               'leave latent alignment out')
-        if align and not network.aligns:
-            raise CheckpointError('expected weights with latent alignment, found none in those of '
-                                  'this network; give others, or switch it off')
+        if align:
+            check_aligns(network.aligns)
         self.network, self._align = network, align
 
     def collected(self, images: Sequence[PreparedImage], K: Sequence[Intrinsics]) -> Collection:
@@ -159,9 +167,13 @@ class CollectionNetwork(PairNetwork):
 class Collection:
     """Images as the network sees them (``placed``), about which it can be asked."""
 
-    def __init__(self, placed: Sequence[PreparedImage], answer: Answering) -> None:
-        """answer: what the network says of windows whose images are of one size."""
-        self.placed, self._answer = placed, answer
+    def __init__(self, placed: Sequence[PreparedImage], answer: Answering,
+                 encoded: Any = None) -> None:
+        """answer: what the network says of windows whose images are of one size.
+
+        encoded: what it keeps of the images whatever their intrinsics are.
+        """
+        self.placed, self._answer, self.encoded = placed, answer, encoded
 
     def predict(self, windows: ImageWindows) -> list[Prediction]:
         """What windows of as many images each show; those of one size in one batch.

@@ -69,7 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     'tiny-sparse': {'sparse': SparseOptions(visible_every=100)}}
 # Networks whose attentions within images are of the sparse kind too, as Lite3R has them.
 SPARSE_EVERYWHERE = {'lite3r-vggt', 'lite3r-da3', 'tiny-sla'}
-ALIGNMENT_NAME = re.compile(r'aggregator\.latent_alignment\.blocks\.(\d+)\.')
+ALIGNMENT_NAME = re.compile(r'(?:aggregator\.)?latent_alignment\.blocks\.(\d+)\.')
 
 
 def config_of(name: str, attention: str | None = None) -> Config:
@@ -91,14 +91,13 @@ def build(name: str, attention: str | None = None, device: str | torch.device = 
     """A network in evaluation mode with initial weights (none on the device `meta`).
 
     attention: another variant for the global blocks than the one of the name.
-    alignment: blocks of latent alignment, of networks of the kind of VGGT.
+    alignment: blocks of latent alignment, of networks of the kinds of VGGT and of tiny.
     options: fields of `AttentionConfig`, for example ``ttt=TttOptions(steps=1)``.
     Raises ConfigError for an unknown model or attention.
     """
     config, key = config_of(name, attention), ALIASES.get(name, name)
-    if alignment and isinstance(config, VggtConfig):
-        backbone = dataclasses.replace(config.backbone, alignment=alignment)
-        config = dataclasses.replace(config, backbone=backbone)
+    if alignment:
+        config = aligning_config(config, alignment)
     options = {**OPTIONS.get(key, {}), **options}
     with torch.device(device):
         network = network_of(config, **options)
@@ -106,6 +105,21 @@ def build(name: str, attention: str | None = None, device: str | torch.device = 
             kept = options.get('sparse_linear', SparseLinearOptions())
             replace_local(network, what_is_kept(config.attention, kept), special_tokens(config))
     return network
+
+
+def aligning_config(config: Config, blocks: int) -> Config:
+    """The same network with so many blocks of latent alignment.
+
+    Raises ConfigError for networks that decode nothing after they encoded.
+    """
+    if isinstance(config, RayConfig):
+        return dataclasses.replace(config, alignment=blocks)
+    if isinstance(config, VggtConfig):
+        backbone = dataclasses.replace(config.backbone, alignment=blocks)
+        return dataclasses.replace(config, backbone=backbone)
+    raise ConfigError('expected a network that can align images between encoding and decoding '
+                      f'them, found {type(config).__name__.removesuffix("Config")}; choose vggt, '
+                      'vgg-t3 or tiny')
 
 
 def network_of(config: Config, **options: Any) -> Network:

@@ -35,7 +35,7 @@ from feedforward_recon.model.preprocess import (
 )
 from feedforward_recon.model.ray_cameras import geometry_of, pixel_maps
 from feedforward_recon.model.ray_stem import PATCH as RAY_PATCH
-from feedforward_recon.model.ray_transformer import RayConfig, RayTransformer
+from feedforward_recon.model.ray_transformer import CellMaps, RayConfig, RayTransformer
 from feedforward_recon.model.vggt import VggtConfig
 from feedforward_recon.model.vit import PATCH, normalised
 from feedforward_recon.types import Prediction
@@ -135,9 +135,7 @@ class NetworkPredictor:
         images, K = images.to(self.device), K.to(self.device)
         with self.precision():
             cells, after = network(images, K, memory, write=write, demand=demand)
-        T, log_depth = geometry_of(cells, K, network, first=memory is None)
-        depth, sure = pixel_maps(log_depth, cells.depth_confidence)
-        return (T, K, depth, sure), after
+        return cells_answer(cells, K, network, first=memory is None), after
 
     def precision(self) -> torch.autocast:
         """The context in which the network computes; what it says is read outside.
@@ -261,6 +259,14 @@ def read(said: Any) -> Answer:
                 1 + said.confidence_logit.exp())
     K = centres_at_integers(said.K)
     return rigid_inverse(said.T_cam_world), K, said.depth, said.depth_confidence
+
+
+def cells_answer(cells: CellMaps, K: torch.Tensor, network: RayTransformer, *, first: bool
+                 ) -> Answer:
+    """The answer of a network that is told K [B, N, 3, 3]; first: as for ``geometry_of``."""
+    T, log_depth = geometry_of(cells, K, network, first=first)
+    depth, sure = pixel_maps(log_depth, cells.depth_confidence)
+    return T, K, depth, sure
 
 
 def as_prediction(answer: Answer, placed: Sequence[PreparedImage],

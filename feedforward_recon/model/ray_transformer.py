@@ -2,6 +2,7 @@
 
     frozen pyramid of the compact encoder (`ray_stem`) -> one token per patch of 16 px
       + the ray through the middle of the patch: intrinsics are given, not guessed
+      -> where weights have it, images of a collection agree (`latent_alignment`)
       -> frame block, global block, frame block, ... (attention of any variant, `attention/`)
       -> of each cell of 8 px: depth in its own camera, point in the world of the first view,
          how sure both are, and a descriptor; fine descriptors of each 4 px
@@ -16,8 +17,8 @@ scene that was written before has no other view to match: its pose comes from wo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
 import torch
@@ -28,6 +29,7 @@ from feedforward_recon.errors import InputError
 from feedforward_recon.model.backbone import EVERYTHING, AttentionFactory, Demand
 from feedforward_recon.model.cell_matching import FineMatcher
 from feedforward_recon.model.compact import CompactShape
+from feedforward_recon.model.latent_alignment import LatentAlignment
 from feedforward_recon.model.layers import Block, BlockConfig, GlobalBlock, empty_states
 from feedforward_recon.model.network_state import NetworkState, state_of
 from feedforward_recon.model.ray_stem import (
@@ -49,18 +51,50 @@ NEAR_ZERO = 1e-4  # keeps the direction of a world point defined
 
 @dataclass(frozen=True)
 class RayConfig:
-    """Shape of the network; stem: that of the compact encoder inside it."""
+    """Shape of the network.
+
+    stem: that of the compact encoder inside it. alignment: blocks of latent alignment.
+    """
 
     dim: int = 192
     heads: int = 6
     depth: int = 5
     attention: str = 'softmax'
     stem: CompactShape = field(default_factory=CompactShape)
+    alignment: int = 0
 
     @property
     def block(self) -> BlockConfig:
         """One frame or global block."""
         return BlockConfig(self.dim, self.heads, qk_norm=True, layer_scale=0.3)
+
+    @property
+    def alignment_block(self) -> BlockConfig:
+        """One block of latent alignment."""
+        return BlockConfig(self.dim, self.heads, layer_scale=None)
+
+
+@dataclass(frozen=True)
+class EncodedViews:
+    """What is computed of each of V images by itself, whatever took it.
+
+    patches: [V, T, C] without rays. descriptors: [V, T, CELLS, D] of the stem, of length 1.
+    fine: [V, F, H / 4, W / 4] of length 1.
+    """
+
+    patches: torch.Tensor
+    descriptors: torch.Tensor
+    fine: torch.Tensor
+
+    def of(self, views: torch.Tensor) -> EncodedViews:
+        """Some views, by their numbers [M]."""
+        return EncodedViews(self.patches[views], self.descriptors[views], self.fine[views])
+
+    @staticmethod
+    def together(parts: Sequence[EncodedViews]) -> EncodedViews:
+        """The views of all parts; nothing else of the stem stays in memory."""
+        return EncodedViews(*(torch.cat([getattr(part, f.name) for part in parts])
+                              for f in fields(EncodedViews)))
 
 
 @dataclass(frozen=True)
@@ -96,20 +130,27 @@ class RayTokens(nn.Module):
         self.special_tokens = nn.Parameter(0.5 * torch.randn(2, SPECIAL, dim))
         self.place = nn.Parameter(0.2 * torch.randn(2, dim))  # of the first view, of others
 
-    def forward(self, seen: StemMaps, K: torch.Tensor, size_hw: torch.Size, *,
-                has_first: bool) -> torch.Tensor:
-        """Special tokens and patches [B, N, P, C] of the views that K [B, N, 3, 3] is of."""
+    def embedded(self, seen: StemMaps) -> torch.Tensor:
+        """Patches [V, T, C] of V images, without rays."""
         columns = (seen.columns - self.column_mean).div_(self.column_deviation)
-        middles = cell_pixels((size_hw[0], size_hw[1]), K.device, PATCH)
+        return cast(torch.Tensor, self.embed(columns.flatten(2)))
+
+    def along_rays(self, patches: torch.Tensor, K: torch.Tensor, grid_hw: tuple[int, int]
+                   ) -> torch.Tensor:
+        """Patches [B, N, T, C], each with its ray, of the views that K [B, N, 3, 3] is of."""
+        middles = cell_pixels((PATCH * grid_hw[0], PATCH * grid_hw[1]), K.device, PATCH)
         focal = K.diagonal(dim1=-2, dim2=-1)[..., None, :2]
         rays = (middles - K[..., None, :2, 2]) / focal  # [B, N, T, 2]
-        patches = self.embed(columns.flatten(2)).unflatten(0, K.shape[:2]) \
-            + self.ray_embed(_waves(rays))
-        slots = torch.ones(K.shape[1], dtype=torch.long, device=K.device)
+        return patches + self.ray_embed(_waves(rays))
+
+    def forward(self, patches: torch.Tensor, *, has_first: bool) -> torch.Tensor:
+        """Special tokens and patches [B, N, P, C] of patches [B, N, T, C] of views."""
+        batch, views = patches.shape[:2]
+        slots = torch.ones(views, dtype=torch.long, device=patches.device)
         if has_first:
             slots[0] = 0
         patches = patches + self.place[slots][:, None]
-        special = self.special_tokens[slots].expand(len(K), -1, -1, -1)
+        special = self.special_tokens[slots].expand(batch, -1, -1, -1)
         return torch.cat([special.to(patches.dtype), patches], 2)
 
 
@@ -121,6 +162,8 @@ class RayTransformer(nn.Module):
         self.config, dim = config, config.dim
         self.stem = RayStem(config.stem)
         self.tokens = RayTokens(config, self.stem.channels)
+        if config.alignment:
+            self.latent_alignment = LatentAlignment(config.alignment_block, config.alignment)
         self.frame_blocks = nn.ModuleList([Block(config.block) for _ in range(config.depth)])
         # Where views meet, a place in the image means nothing: all patches lie at one place.
         joint = replace(config.block, one_place=True)
@@ -138,14 +181,40 @@ class RayTransformer(nn.Module):
         """Images [B, N, 3, H, W] in 0..1 with K [B, N, 3, 3] -> their cells, the state after.
 
         K: in pixels of the images, whose centres are integers. With ``write=False`` the state
-        given is returned as it is. An empty state makes the first image the world. Raises
-        InputError for images whose sides are not multiples of a patch.
+        given is returned as it is. An empty state makes the first image the world. With latent
+        alignment the images are the collection. Raises InputError for images whose sides are not
+        multiples of a patch.
         """
-        _check(images)
-        state = self.empty_state(len(images)) if state is None else state
-        seen = self.stem(images.flatten(0, 1))
+        seen = self.encode(images)
         grid_hw = images.shape[-2] // PATCH, images.shape[-1] // PATCH
-        x = self.tokens(seen, K, images.shape[-2:], has_first=not state.written)
+        patches = seen.patches.unflatten(0, K.shape[:2])
+        patches = self.aligned(self.tokens.along_rays(patches, K, grid_hw))
+        return self.decode(patches, seen, grid_hw, state, write=write, demand=demand)
+
+    @property
+    def aligns(self) -> bool:
+        """Whether there is latent alignment."""
+        return self.config.alignment > 0
+
+    def encode(self, images: torch.Tensor) -> EncodedViews:
+        """Images [B, N, 3, H, W] in 0..1, each by itself, as B N views. Raises as `forward`."""
+        _check(images)
+        seen = self.stem(images.flatten(0, 1))
+        return EncodedViews(self.tokens.embedded(seen), seen.descriptors,
+                            self.fine_matcher.described(seen.fine))
+
+    def aligned(self, patches: torch.Tensor) -> torch.Tensor:
+        """Patches with rays [B, N, T, C] of B collections; the same without latent alignment."""
+        if not self.config.alignment:
+            return patches
+        return torch.stack([self.latent_alignment(collection) for collection in patches])
+
+    def decode(self, patches: torch.Tensor, seen: EncodedViews, grid_hw: tuple[int, int],
+               state: NetworkState | None = None, *, write: bool = True,
+               demand: Demand = EVERYTHING) -> tuple[CellMaps, NetworkState]:
+        """As `forward`, of patches [B, N, T, C] with rays and what else was seen of B N views."""
+        state = self.empty_state(len(patches)) if state is None else state
+        x = self.tokens(patches, has_first=not state.written)
         levels, states = self._joined(x, grid_hw, state.states, write, demand)
         cells = self._cells(levels[:, :, SPECIAL:], seen, grid_hw)
         if not (write and demand.memory):
@@ -179,7 +248,8 @@ class RayTransformer(nn.Module):
             x = x.unflatten(1, (views, -1))
         return torch.cat([alone, x], -1), tuple(after)
 
-    def _cells(self, levels: torch.Tensor, seen: StemMaps, grid_hw: tuple[int, int]) -> CellMaps:
+    def _cells(self, levels: torch.Tensor, seen: EncodedViews, grid_hw: tuple[int, int]
+               ) -> CellMaps:
         tokens = self.norm(levels)
         said = as_maps(self.geometry(tokens).float().unflatten(-1, (CELLS, -1)), grid_hw)
         frozen = seen.descriptors.unflatten(0, tokens.shape[:2])
@@ -187,7 +257,7 @@ class RayTransformer(nn.Module):
         direction = F.normalize(said[:, :, 1:4] + NEAR_ZERO, dim=2)
         sure = 1 + said[:, :, 5:].clamp(max=LARGEST_LOG_CONFIDENCE).exp()
         points = (direction * said[:, :, 4:5].exp()).movedim(2, -1)
-        fine = self.fine_matcher.described(seen.fine).unflatten(0, tokens.shape[:2])
+        fine = seen.fine.unflatten(0, tokens.shape[:2])
         return CellMaps(said[:, :, 0], points, sure[:, :, 0], sure[:, :, 1],
                         as_maps(F.normalize(frozen + learnt, dim=-1), grid_hw), fine)
 

@@ -9,6 +9,8 @@ from feedforward_recon.errors import ConfigError
 from feedforward_recon.model.collection import CollectionNetwork, PairNetwork, WindowNetwork
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.model.predictor import NetworkPredictor
+from feedforward_recon.model.ray_collection import RayCollectionNetwork
+from feedforward_recon.model.ray_transformer import RayTransformer
 from feedforward_recon.model.vggt import Vggt
 from feedforward_recon.reconstruction.pairs import CompactPairs, PairDecoder
 from feedforward_recon.reconstruction.shots import Shot
@@ -41,7 +43,10 @@ def pair_network(config: ReconstructionConfig, predictor: NetworkPredictor | Non
     check_decoder(config, predictor is not None)
     if predictor is None:
         return None
-    if config.latent_alignment or isinstance(predictor.network, Vggt):
+    network = predictor.network
+    if isinstance(network, RayTransformer) and (config.latent_alignment or network.aligns):
+        return RayCollectionNetwork(predictor, align=config.latent_alignment)
+    if config.latent_alignment or isinstance(network, Vggt):
         return CollectionNetwork(predictor, align=config.latent_alignment)
     return WindowNetwork(predictor)
 

@@ -12,6 +12,12 @@ import typer
 from feedforward_recon.console.heap import keep_freed_memory
 from feedforward_recon.console.options import Flag, takes
 from feedforward_recon.console.terminal import print_table, progress_bar, run, taught
+from feedforward_recon.training.alignment import (
+    AlignmentTrainer,
+    AlignmentTraining,
+    aligned_name,
+    what_aligns,
+)
 from feedforward_recon.training.encoder import EncoderTrainer, EncoderTraining
 from feedforward_recon.training.memory import MemoryTrainer, MemoryTraining
 from feedforward_recon.training.room_views import HELD_OUT, TRAIN, render_views
@@ -89,6 +95,16 @@ STUDENT_FLAGS = {
     'learning_rate': Flag('--learning-rate', 'Highest learning rate; 0: that of the recipe.'),
     'distillation': Flag('--distillation', 'Weight of the answers of the attentions later on.'),
     'dry_run': Flag('--dry-run', 'Say what would learn, without weights, and stop.')}
+ALIGNMENT_FLAGS = {
+    **{name: TRANSFORMER_FLAGS[name] for name in (
+        'photos', 'out', 'rooms', 'held_out', 'device', 'photo_share', 'steps', 'learning_rate',
+        'warm_up', 'seed', 'save_every', 'validate_every')},
+    'teacher': Flag('--teacher', 'Network that aligns its images: tiny, vggt, ...',
+                    metavar='NAME'),
+    'weights': STUDENT_FLAGS['weights'],
+    'blocks': Flag('--blocks', 'Blocks of latent alignment.'),
+    'graphs': Flag('--graphs', 'Windows of eight views of a step.'),
+    'dry_run': STUDENT_FLAGS['dry_run']}
 MEMORY_FLAGS = {
     'out': Flag('--out', 'Folder of the run: keys, log, state and scenes; an interrupted run goes '
                 'on.', metavar='DIR'),
@@ -225,6 +241,29 @@ def qat_command(training: StudentTraining) -> None:
     student_command('qat', training)
 
 
+@takes(AlignmentTraining, 'training', ALIGNMENT_FLAGS)
+def align_command(training: AlignmentTraining) -> None:
+    """Teach the images of a collection to agree before pairs of them are decoded (Light3R-SfM).
+
+    Only the latent alignment learns, on graphs of eight views. The result is
+    OUT/TEACHER-aligned.safetensors; use it with `ffrecon reconstruct --model TEACHER --weights`,
+    `--set reconstruction.decoder=transformer` and `--set reconstruction.latent_alignment=true`.
+
+    Examples:
+      ffrecon-train align --photos posed/ --rooms views/ --held-out fox,door --out runs/aligned
+      ffrecon-train align --photos posed/ --out runs/aligned --teacher vggt --dry-run
+    """
+    if training.dry_run:
+        print_table(f'{aligned_name(training.teacher)}: what would learn', what_aligns(training))
+        return
+    logging.getLogger('feedforward_recon.training').setLevel(logging.INFO)
+    keep_freed_memory()
+    trainer = AlignmentTrainer(training)
+    with progress_bar('training', training.steps - trainer.step) as bar:
+        for _ in bar.over(trainer.run()):
+            pass
+
+
 @takes(MemoryTraining, 'training', MEMORY_FLAGS)
 def memory_command(training: MemoryTraining) -> None:
     """Train the keys of the scene memory, resumable at any step.
@@ -263,6 +302,7 @@ app.command('linearize', help=taught(linearize_command))(linearize_command)
 app.command('sparsify', help=taught(sparsify_command))(sparsify_command)
 app.command('sla', help=taught(sla_command))(sla_command)
 app.command('qat', help=taught(qat_command))(qat_command)
+app.command('align', help=taught(align_command))(align_command)
 app.command('memory', help=taught(memory_command))(memory_command)
 app.command('views', help=taught(views_command))(views_command)
 app.command('rooms', help=taught(rooms_command))(rooms_command)

@@ -19,7 +19,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -321,11 +321,16 @@ def what_learns(teacher: str, recipe: Recipe, attention: str = '') -> dict[str, 
     """Sizes of what learns of a student, by names without numbers of layers; needs no weights."""
     recipe = replace(recipe, attention=attention or recipe.attention)
     student = student_of(build(teacher, device='meta'), recipe)
+    return parameters_by_kind(student, learning(student, recipe))
+
+
+def parameters_by_kind(network: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """Sizes of parameters by their names without numbers of layers, and their share of all."""
     sizes: dict[str, int] = {}
-    for name in learning(student, recipe):
+    for name in names:
         kind = re.sub(r'\.\d+\.', '.N.', name)
-        sizes[kind] = sizes.get(kind, 0) + student.get_parameter(name).numel()
-    total = sum(p.numel() for p in student.parameters())
+        sizes[kind] = sizes.get(kind, 0) + network.get_parameter(name).numel()
+    total = sum(p.numel() for p in network.parameters())
     rows = {kind: f'{size:,}' for kind, size in sizes.items()}
     return {**rows, 'all of these': f'{sum(sizes.values()):,} of {total:,} parameters'}
 

@@ -27,10 +27,7 @@ class ValidationWindows:
         rng = np.random.default_rng(SEED)
         self._windows: dict[str, list[Windows]] = {}
         for source in sources:
-            width, height = source.size_wh
-            size_wh = LANDSCAPE if width >= height else PORTRAIT
-            drawn = [drawn_window(source, rng, VIEWS, size_wh, varied=False)
-                     for _ in range(WINDOWS)]
+            drawn = [whole_window(source, rng, VIEWS) for _ in range(WINDOWS)]
             self._windows[source.name] = [window for window in drawn if window is not None]
 
     @torch.inference_mode()
@@ -49,6 +46,13 @@ class ValidationWindows:
         """What the best weights are chosen by; 0 where nothing is held out."""
         scored = [row['auc30'] + row['auc30_points'] for row in rows.values() if row]
         return float(np.mean(scored)) if scored else 0.0
+
+
+def whole_window(source: ViewSource, rng: np.random.Generator, views: int) -> Windows | None:
+    """A window of so many views of a source as they are; None as for ``drawn_window``."""
+    width, height = source.size_wh
+    size_wh = LANDSCAPE if width >= height else PORTRAIT
+    return drawn_window(source, rng, views, size_wh, varied=False)
 
 
 def _scores(network: RayTransformer, windows: Windows) -> dict[str, float]:

@@ -78,18 +78,20 @@ class Windows:
 class WindowStream:
     """Batches of windows of photos and rooms.
 
-    photo_share: of the windows. Drawing one raises InputError where no scene has enough views.
+    photo_share: of the windows. counts: of the views of a window, drawn evenly; those of VIEWS
+    if none are given. Drawing one raises InputError where no scene has enough views.
     """
 
     def __init__(self, photos: Sequence[ViewSource], rooms: Sequence[ViewSource],
-                 photo_share: float, seed: int) -> None:
+                 photo_share: float, seed: int, counts: Sequence[int] = ()) -> None:
         self._photos, self._rooms, self._seed = photos, rooms, seed
+        self._counts = counts or VIEWS
         self._share = photo_share if photos and rooms else float(bool(photos))
 
     def batch(self, number: Sequence[int], views: int) -> Windows:
         """The batch of a number, such as (step, process), of about so many views in all."""
         rng = np.random.default_rng([self._seed, *number])
-        count = int(rng.choice(VIEWS))
+        count = int(rng.choice(self._counts))
         size_wh = SIZES_WH[int(rng.integers(len(SIZES_WH)))]
         photos = [p for p in self._photos if _alike(p.size_wh, size_wh)]
         if not photos and not self._rooms:  # rather cut much than nothing
