@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from pathlib import Path
@@ -27,7 +28,7 @@ from feedforward_recon.console.options import (
 )
 from feedforward_recon.console.terminal import note, print_json, print_table, progress_bar
 from feedforward_recon.console.threads import one_thread
-from feedforward_recon.errors import InputError
+from feedforward_recon.errors import ConfigError, InputError
 from feedforward_recon.io import SourceOptions, open_source
 from feedforward_recon.session.offline import Run
 
@@ -41,12 +42,15 @@ ClusterAddress = Annotated[str, typer.Option(
     '--cluster', metavar='ADDRESS', show_default=False, help='Do that on a Ray cluster instead: '
     'host:port, or auto for the one that this machine belongs to.')]
 
+Joint = Annotated[bool, typer.Option('--joint', help='The network sees all images in one pass '
+                                     '(with --model; also under torchrun).')]
+
 
 @takes_network
 @takes_source_options
 def reconstruct_command(source: Source, options: SourceOptions, network: NetworkOptions,
                         out: NewMap, workers: Workers = 0, cluster_: ClusterAddress = '',
-                        overwrite: Overwrite = False,
+                        joint: Joint = False, overwrite: Overwrite = False,
                         json_: Json = False, config: Config = None, set_: Set = None,
                         encoder: Weights = None) -> None:
     """Reconstruct photos in any order, or a video; the map is like that of `ffrecon map`.
@@ -59,13 +63,16 @@ def reconstruct_command(source: Source, options: SourceOptions, network: Network
     goes on with what it left in the folder OUT.partial.
 
     With --model and reconstruction.decoder=transformer a feed-forward network says the motion and
-    the depth of each pair, at the features that match.
+    the depth of each pair, at the features that match. With --joint it sees all images in one
+    pass, whose time is linear in their number for networks with ttt attention; whether they fit
+    the memory is said before.
 
     Examples:
       ffrecon reconstruct photos/ --out maps/church
       ffrecon reconstruct photos/ --fov 65 --out maps/church
       ffrecon reconstruct photos/ --set reconstruction.neighbours=30 --out maps/church
       ffrecon reconstruct photos/ --model vggt --set reconstruction.decoder=transformer -o maps/a
+      ffrecon reconstruct photos/ --joint --model tiny-ttt --out maps/church
       ffrecon reconstruct photos/ --workers 8 --out maps/church
       ffrecon reconstruct photos/ --cluster auto --out maps/church
       ffrecon export maps/church --format colmap --out colmap/church
@@ -73,32 +80,54 @@ def reconstruct_command(source: Source, options: SourceOptions, network: Network
     from dataclasses import replace
 
     from feedforward_recon.model.compact import CompactEncoder
-    from feedforward_recon.reconstruction.decoders import check_decoder
     from feedforward_recon.session.partial import PartialWork
     from feedforward_recon.session.photos import reconstruct_frames
 
-    chosen = settings(PhotoConfig(), config, set_)
-    check_decoder(chosen.reconstruction, network.feeds_forward)
+    chosen = _chosen(settings(PhotoConfig(), config, set_), network, joint)
     check_out(out, overwrite)
     predictor = _predictor(network)
     frames = open_source(source, replace(options, mixed_sizes=True, use_exif=True,
                                          use_depth=False, use_stereo=False))
     describing = CompactEncoder.load(encoder, chosen.encoder)
     work = PartialWork.beside(out, note)
-    alone = nullcontext() if predictor else one_thread()
+    alone = nullcontext() if _decodes(chosen) else one_thread()
     with alone, _engine(workers, cluster_) as engine:
         run, *others = reconstruct_frames(frames, chosen, describing, predictor=predictor,
                                           engine=engine, work=work, total=len(frames),
-                                          progress=progress_bar)
+                                          progress=progress_bar, say=note)
+    before = time.perf_counter()
     saved, beside = run.save(out), _saved_beside(out, others)
     work.remove()
-    summary = {**summarise(run, saved), 'unregistered': _unregistered(run), 'others': beside}
+    seconds = {**run.seconds, 'saving': time.perf_counter() - before}
+    summary = {**summarise(run, saved), 'unregistered': _unregistered(run), 'others': beside,
+               'seconds': seconds}
     print_json(summary) if json_ else _tell(summary)
+
+
+def _chosen(chosen: PhotoConfig, network: NetworkOptions, joint: bool) -> PhotoConfig:
+    """The settings, with what --joint says. Raises ConfigError, before any work."""
+    from dataclasses import replace
+
+    from feedforward_recon.reconstruction.decoders import check_decoder
+
+    if joint and not network.feeds_forward:
+        raise ConfigError('expected a feed-forward network beside --joint, found --model compact; '
+                          'choose one that sees all images, such as --model tiny-ttt')
+    if joint:
+        chosen = replace(chosen, reconstruction=replace(chosen.reconstruction, decoder='joint'))
+    check_decoder(chosen.reconstruction, network.feeds_forward)
+    return chosen
+
+
+def _decodes(chosen: PhotoConfig) -> bool:
+    """Whether a network computes pair by pair, on all cores."""
+    return chosen.reconstruction.decoder == 'transformer'
 
 
 def _tell(summary: dict[str, Any]) -> None:
     """The figures of a reconstruction, for people."""
-    print_table(f'map in {summary["map"]}', summary_rows(summary))
+    parts = ', '.join(f'{name} {seconds:.1f}' for name, seconds in summary['seconds'].items())
+    print_table(f'map in {summary["map"]}', {**summary_rows(summary), 'seconds': parts})
     for reason, files in summary['unregistered'].items():
         note(f'no pose ({reason}): {", ".join(files)}')
     for path, images in summary['others'].items():

@@ -38,10 +38,15 @@ class ViewInputs:
     has_first: bool = True
 
     @property
+    def size_hw(self) -> tuple[int, int]:
+        """Of the images, in pixels."""
+        height, width = self.images[0].image.shape[:2]
+        return height, width
+
+    @property
     def grid_hw(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        height, width = self.images[0].image.shape[:2]
-        return height // PATCH, width // PATCH
+        return self.size_hw[0] // PATCH, self.size_hw[1] // PATCH
 
 
 class _Table:
@@ -112,7 +117,7 @@ class _Layer:
 
 
 def _seen(network: RayTransformer, views: ViewInputs, chunk: int) -> _Table:
-    """Tokens [N, P, C], descriptors of the stem [N, T, CELLS, D] (``frozen``), and ``fine`` ones."""
+    """Tokens [N, P, C], frozen: descriptors of the stem [N, T, CELLS, D], and ``fine`` ones."""
     device, table = network.norm.weight.device, _Table(len(views.images))
     for start in range(0, len(views.images), chunk):
         images = stacked(views.images[start:start + chunk]).to(device)

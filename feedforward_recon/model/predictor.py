@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,11 @@ class NetworkPredictor:
         """
         return self._said(images, K, None, True, Demand(points=False, memory=False))[0]
 
+    def together(self, images: torch.Tensor, K: torch.Tensor) -> Answer:
+        """What all prepared images [1, N, 3, H, W] in 0..1 of one scene show; K [1, N, 3, 3]."""
+        demand = replace(self._demand(images.shape[1]), memory=False)
+        return self._said(images, K, None, True, demand)[0]
+
     def _run(self, images: torch.Tensor, K: torch.Tensor, memory: Any, write: bool
              ) -> tuple[Answer, Any]:
         answer, memory = self._said(images, K, memory, write, self._demand(images.shape[1]))
@@ -150,11 +156,11 @@ def half_precision_pays(network: Network, device: torch.device) -> bool:
     """
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported()
-    wide = _dim(network) >= HALF_FROM_DIM
+    wide = width_of(network) >= HALF_FROM_DIM
     return device.type == 'cpu' and wide and has_bfloat16_instructions()
 
 
-def _dim(network: Network) -> int:
+def width_of(network: Network) -> int:
     """Channels of the tokens."""
     config = network.config
     if isinstance(config, RayConfig):

@@ -45,7 +45,7 @@ class ViewGeometry(NamedTuple):
 
 @dataclass(frozen=True)
 class GeometryWork:
-    """How poses are worked out. mapped: like ``map``, over pairs or views; seconds: of the parts."""
+    """How poses are worked out. mapped: like ``map``, over pairs or views; seconds: of parts."""
 
     mapped: Callable[..., Iterable] = map
     seconds: Seconds = field(default_factory=Seconds)

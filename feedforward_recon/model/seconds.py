@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-
-def _nothing() -> None:
-    """Nothing to wait for."""
+import torch
 
 
 class Seconds:
     """Wall time of parts of a computation; parts of one name add up, in the order they came.
 
-    settled: waits until a device has done what it was told.
+    device: what computes them; a part ends when it has done all that it was told.
     """
 
-    def __init__(self, settled: Callable[[], None] = _nothing) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         self._parts: dict[str, float] = {}
-        self._settled = settled
+        self._device = device
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
@@ -28,7 +26,8 @@ class Seconds:
         try:
             yield
         finally:
-            self._settled()
+            if self._device is not None and self._device.type == 'cuda':
+                torch.cuda.synchronize(self._device)
             self.add({name: time.perf_counter() - before})
 
     def add(self, parts: Mapping[str, float]) -> None:
