@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -30,6 +32,7 @@ from feedforward_recon.console.terminal import note, print_json, print_table, pr
 from feedforward_recon.console.threads import one_thread
 from feedforward_recon.errors import ConfigError, InputError
 from feedforward_recon.io import SourceOptions, open_source
+from feedforward_recon.io.source import Source as FrameSource
 from feedforward_recon.session.offline import Run
 
 if TYPE_CHECKING:
@@ -42,6 +45,7 @@ ClusterAddress = Annotated[str, typer.Option(
     '--cluster', metavar='ADDRESS', show_default=False, help='Do that on a Ray cluster instead: '
     'host:port, or auto for the one that this machine belongs to.')]
 
+_Engine: TypeAlias = 'AbstractContextManager[Mapped]'
 Joint = Annotated[bool, typer.Option('--joint', help='The network sees all images in one pass '
                                      '(with --model; also under torchrun).')]
 
@@ -79,19 +83,28 @@ def reconstruct_command(source: Source, options: SourceOptions, network: Network
     """
     from dataclasses import replace
 
+    chosen = _chosen(settings(PhotoConfig(), config, set_), network, joint)
+    check_out(out, overwrite)
+    frames = open_source(source, replace(options, mixed_sizes=True, use_exif=True,
+                                         use_depth=False, use_stereo=False))
+    with _predictor(network) as (predictor, leads):
+        if leads:
+            summary = _made(frames, out, chosen, encoder, predictor,
+                            partial(_engine, workers, cluster_))
+            print_json(summary) if json_ else _tell(summary)
+
+
+def _made(frames: FrameSource, out: Path, chosen: PhotoConfig, encoder: Path | None,
+          predictor: NetworkPredictor | None, engine_of: Callable[[], _Engine]) -> dict[str, Any]:
+    """The saved maps, in figures."""
     from feedforward_recon.model.compact import CompactEncoder
     from feedforward_recon.session.partial import PartialWork
     from feedforward_recon.session.photos import reconstruct_frames
 
-    chosen = _chosen(settings(PhotoConfig(), config, set_), network, joint)
-    check_out(out, overwrite)
-    predictor = _predictor(network)
-    frames = open_source(source, replace(options, mixed_sizes=True, use_exif=True,
-                                         use_depth=False, use_stereo=False))
     describing = CompactEncoder.load(encoder, chosen.encoder)
     work = PartialWork.beside(out, note)
     alone = nullcontext() if _decodes(chosen) else one_thread()
-    with alone, _engine(workers, cluster_) as engine:
+    with alone, engine_of() as engine:
         run, *others = reconstruct_frames(frames, chosen, describing, predictor=predictor,
                                           engine=engine, work=work, total=len(frames),
                                           progress=progress_bar, say=note)
@@ -99,15 +112,15 @@ def reconstruct_command(source: Source, options: SourceOptions, network: Network
     saved, beside = run.save(out), _saved_beside(out, others)
     work.remove()
     seconds = {**run.seconds, 'saving': time.perf_counter() - before}
-    summary = {**summarise(run, saved), 'unregistered': _unregistered(run), 'others': beside,
-               'seconds': seconds}
-    print_json(summary) if json_ else _tell(summary)
+    return {**summarise(run, saved), 'unregistered': _unregistered(run), 'others': beside,
+            'seconds': seconds}
 
 
 def _chosen(chosen: PhotoConfig, network: NetworkOptions, joint: bool) -> PhotoConfig:
     """The settings, with what --joint says. Raises ConfigError, before any work."""
     from dataclasses import replace
 
+    from feedforward_recon.model.joint_processes import processes_started
     from feedforward_recon.reconstruction.decoders import check_decoder
 
     if joint and not network.feeds_forward:
@@ -116,6 +129,9 @@ def _chosen(chosen: PhotoConfig, network: NetworkOptions, joint: bool) -> PhotoC
     if joint:
         chosen = replace(chosen, reconstruction=replace(chosen.reconstruction, decoder='joint'))
     check_decoder(chosen.reconstruction, network.feeds_forward)
+    if processes_started() > 1 and chosen.reconstruction.decoder != 'joint':
+        raise ConfigError(f'expected --joint in {processes_started()} processes, found it '
+                          'missing; nothing else is shared, so start one process')
     return chosen
 
 
@@ -136,16 +152,22 @@ def _tell(summary: dict[str, Any]) -> None:
     note(f'find new images in it: ffrecon localize {summary["map"]} IMAGES')
 
 
-def _predictor(network: NetworkOptions) -> NetworkPredictor | None:
+@contextmanager
+def _predictor(network: NetworkOptions) -> Iterator[tuple[NetworkPredictor | None, bool]]:
+    """The network, if there is one, and whether this process leads those that share it."""
+    from feedforward_recon.model.joint_processes import joined_processes, own_device
     from feedforward_recon.model.predictor import load_predictor
 
     if not network.feeds_forward:
-        return None
-    return load_predictor(network.model, network.attention or None, network.device,
-                          network.weights or None)
+        yield None, True
+        return
+    predictor = load_predictor(network.model, network.attention or None,
+                               own_device(network.device), network.weights or None)
+    with joined_processes(predictor) as leads:
+        yield predictor, leads
 
 
-def _engine(workers: int, address: str) -> AbstractContextManager[Mapped]:
+def _engine(workers: int, address: str) -> _Engine:
     from feedforward_recon.session.engines import cluster, processes, threads
 
     if workers and address:

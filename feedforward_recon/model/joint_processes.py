@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ from feedforward_recon.model.ray_transformer import CellMaps, RayTransformer
 from feedforward_recon.model.seconds import Seconds
 from feedforward_recon.model.vggt import Vggt
 
+CPU = torch.device('cpu')
+PATIENCE = timedelta(days=7)  # of processes that wait while the first one reads, or refines
 COUNT, LOCAL = 'WORLD_SIZE', 'LOCAL_RANK'  # what torchrun tells each process
 
 
@@ -79,16 +82,12 @@ class SharedPass:
         self._tell(None)
 
     def _tell(self, views: ViewInputs | None) -> None:
-        dist.broadcast_object_list([views], 0, device=self._device)
+        dist.broadcast_object_list([views], 0, device=CPU)
 
     def _heard(self) -> ViewInputs | None:
         heard: list[Any] = [None]
-        dist.broadcast_object_list(heard, 0, device=self._device)
+        dist.broadcast_object_list(heard, 0, device=CPU)
         return heard[0]
-
-    @property
-    def _device(self) -> torch.device:
-        return self._predictor.device if dist.get_backend() == 'nccl' else torch.device('cpu')
 
     @torch.inference_mode()
     def _share(self, views: ViewInputs, seconds: Seconds) -> CellMaps | Answer:
@@ -117,12 +116,24 @@ class SharedPass:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """The group of the processes that torchrun started."""
-    if device.type == 'cuda':
-        torch.cuda.set_device(device)
-    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+def joined_processes(predictor: NetworkPredictor) -> Iterator[bool]:
+    """Whether this process leads those that torchrun started; where it does not, it is done.
+
+    A process alone leads itself.
+    """
+    if processes_started() == 1:
+        yield True
+        return
+    on_gpu = predictor.device.type == 'cuda'
+    if on_gpu:
+        torch.cuda.set_device(predictor.device)
+    dist.init_process_group('cpu:gloo,cuda:nccl' if on_gpu else 'gloo', timeout=PATIENCE)
+    shared, leads = SharedPass(predictor), dist.get_rank() == 0
     try:
-        yield
+        if not leads:
+            shared.help_out()
+        yield leads
     finally:
+        if leads:
+            shared.end()
         dist.destroy_process_group()
