@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.attention_scaling import exponent
 from benchmarks.common import KITCHEN, REPOSITORY, Clock, data_root, precise_poses
 from benchmarks.scoring import trajectory_error
 from feedforward_recon.config.photos import PhotoConfig, ReconstructionConfig
@@ -103,6 +102,12 @@ def in_own_process(count: int, options: Sequence[str] = ()) -> Row:
     return json.loads(result.stdout)
 
 
+def exponent(rows: Sequence[Row], key: str) -> float:
+    """Slope p of the best fit time = c * images^p (least squares of the logarithms)."""
+    images, seconds = (np.log([row[k] for row in rows]) for k in ('images', key))
+    return float(np.polyfit(images, seconds, 1)[0])
+
+
 def run() -> Iterator[tuple[str, Row]]:
     """All rows, and how time grows over them."""
     rows = []
@@ -110,7 +115,7 @@ def run() -> Iterator[tuple[str, Row]]:
         rows.append(in_own_process(count))
         yield f'{count} images | {MODEL}', rows[-1]
     yield f'growth | {MODEL}', {'exponent': exponent(rows, 'seconds'),
-                                'cpu_exponent': exponent(rows),
+                                'cpu_exponent': exponent(rows, 'cpu_seconds'),
                                 'peak_mb': max(row['peak_mb'] for row in rows)}
 
 

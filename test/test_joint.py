@@ -271,7 +271,7 @@ def test_what_does_not_fit_is_said_before_anything_is_computed(photos, monkeypat
     monkeypatch.setattr(joint_plan, 'available_bytes', lambda device: 10**8)
     predictor, said = tiny('ttt'), []
     monkeypatch.setattr(predictor.network.stem, 'forward', lambda *_: pytest.fail('computed'))
-    with pytest.raises(ConfigError, match=r'one pass over 14 images, found 0\.1 GB free; \d+ imag'):
+    with pytest.raises(ConfigError, match=r'over 14 images, found 0\.1 GB free; \d+ images'):
         reconstruct_frames(photos, JOINT, predictor=predictor, total=14, say=said.append)
     assert said[0].startswith('one pass over 14 images, 5 at a time')
     network, placed, K = inputs(predictor, photos, 3)
