@@ -57,7 +57,7 @@ bench: $(PACKAGE)
 		$(BIN)/python -m benchmarks.tables && exit $$status
 
 bench-offline: $(PACKAGE)
-	$(BIN)/python -m benchmarks.run_all offline trees merge photo_growth photo_scale moving_photos; status=$$?; \
+	$(BIN)/python -m benchmarks.run_all offline trees merge photo_growth photo_scale joint moving_photos; status=$$?; \
 		$(BIN)/python -m benchmarks.tables && exit $$status
 
 bench-gpu: $(PACKAGE)

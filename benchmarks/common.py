@@ -85,10 +85,15 @@ def load_frames(name: str, *, step: int = 1, use_depth: bool = True) -> list[Fra
                                                       use_stereo=use_depth)))
     if not (folder / PRECISE).exists():
         return frames
-    text = (folder / PRECISE).read_text(encoding='utf-8')
-    poses = {Path(entry['file']).name: np.array(entry['T_world_camera'])
-             for entry in json.loads(text)['frames']}
+    poses = precise_poses(folder)
     return [replace(frame, T_map_cam=poses.get(Path(frame.source).name)) for frame in frames]
+
+
+def precise_poses(folder: Path) -> dict[str, np.ndarray]:
+    """The ``PRECISE`` poses T_map_cam [4, 4] of a set, by the names of its images."""
+    text = (folder / PRECISE).read_text(encoding='utf-8')
+    return {Path(entry['file']).name: np.array(entry['T_world_camera'])
+            for entry in json.loads(text)['frames']}
 
 
 def with_lens(frames: list[Frame], k1: float = KITCHEN_K1) -> list[Frame]:

@@ -33,6 +33,7 @@ ENTRIES = {
     'merge': ('offline', 'run_merge'),
     'photo_growth': ('offline', 'run_growth'),
     'photo_scale': ('photo_scale', 'run'),
+    'joint': ('joint', 'run'),
     'moving_photos': ('offline', 'run_moving'),
     'attention_scaling': ('attention_scaling', 'run'),
     'live': ('live', 'run'),

@@ -194,6 +194,17 @@ PHOTO_SCALE: dict[str, Callable[[Row], str]] = {
     'retrieval ms': number('retrieval_ms', 2), 'together ms': number('together_ms', 1),
     'MB': number('peak_mb', 2), 'search ms': number('search_ms', 2),
     'exact search ms': number('exact_ms', 2), 'found': number('found', 3)}
+JOINT: dict[str, Callable[[Row], str]] = {
+    'registered': lambda row: (f'{row["registered"]} of {row["images"]}' if 'registered' in row
+                               else '-'),
+    'ATE cm': number('error.rmse', 2, 100),
+    'rotation deg': number('error.rotation_median_deg', 2), 's': number('seconds', 0),
+    'CPU s': number('cpu_seconds', 0),
+    **{f'{name} s': number(f'parts.{name}', 0) for name in (
+        'reading', 'features', 'stem', 'joint pass', 'heads', 'matching', 'poses', 'depth',
+        'pairs', 'refinement', 'saving')},
+    'peak MB': number('peak_mb', 0), 'exponent': number('exponent', 2),
+    'of CPU time': number('cpu_exponent', 2)}
 SECTIONS = (
     ('Mapping', ('mapping', 'peers_mapping'), MAPPING,
      'Means over walks; ± is the standard deviation between them. The kitchen is walked in four '
@@ -293,6 +304,14 @@ SECTIONS = (
      'adjustment), and peak memory beyond that of features and images. Search: for the neighbours '
      'alone, by default (beyond 2000 images an index) and exact; found: of the exact neighbours. '
      'Extrapolated: the power law that fits best.'),
+    ('One pass over all photos', ('joint',), JOINT,
+     'The first images of the kitchen walk, by `ffrecon reconstruct --joint`: from the files to '
+     'a saved map, intrinsics given. The kitchen has 500 images; of more, the others are the '
+     'same images cut to nine tenths of each side, at random places. Seconds are wall time, told '
+     'apart: of the network (stem, joint pass, heads), of poses and depth of its matches '
+     '(matching, poses, depth), of pairs of features, and of what makes the map of them. Peak: '
+     'of the process, which is a new one for each row. Growth: exponent p of the best fit of '
+     'time = c N^p.'),
     ('Photos of rooms in which boxes move', ('moving_photos',),
      {'registered': lambda row: _of_all(row, 'registered'), 'maps': number('maps', 1),
       'false': lambda row: _sum(row, 'false'),

@@ -169,10 +169,10 @@ def test_many_views_are_matched_with_similar_ones_alone():
             64, generator=torch.Generator().manual_seed(view // 4))
     shown = torch.nn.functional.normalize(parts, dim=1).repeat_interleave(4, 2)
     shown = shown.repeat_interleave(4, 3)
-    pairs = similar_pairs(shown)
+    pairs = similar_pairs(shown, torch.zeros(4, 64))
     inside = {(i, j) for i in range(16) for j in range(i + 1, 16) if i // 4 == j // 4}
     assert inside <= set(pairs) and len(pairs) < 16 * 15 / 2
-    assert len(similar_pairs(shown[:5])) == 10
+    assert len(similar_pairs(shown[:5], torch.zeros(4, 64))) == 10
 
 
 @pytest.mark.parametrize('seed', range(3))

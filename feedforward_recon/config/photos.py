@@ -29,8 +29,9 @@ class ReconstructionConfig:
                                'says metres, by a rigid motion',
                                choices=('depth', 'similarity', 'rigid'))
     decoder: str = option('compact', 'what says the motion and the points of two images: their '
-                          'matches alone or, at these, a network that sees both (--model)',
-                          choices=('compact', 'transformer'))
+                          'matches alone or, at these, a network that sees both, or that sees all '
+                          'images in one pass (--model)',
+                          choices=('compact', 'transformer', 'joint'))
     latent_alignment: bool = option(False, 'the network of decoder transformer sees all images '
                                     'together before it decodes pairs; needs weights with it')
     batch: int = option(16, 'pairs that the network decodes at once', low=1, high=1000)

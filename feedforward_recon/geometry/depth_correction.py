@@ -8,7 +8,7 @@ least squares between the matches (robust) and the likeness of neighbouring corr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,19 +59,23 @@ def sparse_depths(pairs: Sequence[ViewPair], views: PlacedViews, focal_px: float
     return [_joined(parts) for parts in found]
 
 
-def corrected_views(log_depth: Sequence[np.ndarray], seen: Sequence[SparseDepth]
-                    ) -> list[np.ndarray]:
+def corrected_views(log_depth: Sequence[np.ndarray], seen: Sequence[SparseDepth],
+                    mapped: Callable[..., Iterable] = map) -> list[np.ndarray]:
     """Log depth [h, w] of views whose unit is the same, each bent to points seen at its cells.
 
     A view with few points, or whose points want another unit than those of most views, stands
-    where its pose is wrong: it gets the unit of the others and keeps its shape.
+    where its pose is wrong: it gets the unit of the others and keeps its shape. mapped: like
+    ``map``, over views.
     """
     units = np.array([_unit(view, points) for view, points in zip(log_depth, seen, strict=True)])
     if np.isnan(units).all():
         return list(log_depth)
     usual = np.nanmedian(units)
-    return [corrected(view, points) if abs(unit - usual) < OTHER_UNIT else view + usual
-            for view, points, unit in zip(log_depth, seen, units, strict=True)]
+
+    def bent(view: np.ndarray, points: SparseDepth, unit: float) -> np.ndarray:
+        return corrected(view, points) if abs(unit - usual) < OTHER_UNIT else view + usual
+
+    return list(mapped(bent, log_depth, seen, units))
 
 
 def _unit(log_depth: np.ndarray, seen: SparseDepth) -> float:

@@ -15,10 +15,14 @@ how long a pair's baseline is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import heapq
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+from scipy import sparse
+from scipy.sparse.linalg import splu
 
 from feedforward_recon.geometry.epipolar import PairMotion, motion_between
 from feedforward_recon.geometry.transforms import inverse, so3_exp
@@ -32,6 +36,7 @@ CLEAR_DEG = 6.0  # between the rays of a pair's points: with more, a motion gets
 LENGTH_DEVIATION = 0.1  # of the logarithm of the length of a baseline
 STEPS, TRIALS = 12, 5
 FLAT = 1e-9
+DENSE = 64  # views whose equations are solved as one full matrix; of more, hardly any entry counts
 
 
 @dataclass(frozen=True)
@@ -95,14 +100,16 @@ class PlacedViews:
     placed: np.ndarray
 
 
-def placed_views(pairs: Sequence[ViewPair], count: int, focal_px: float, seed: int = 0
-                 ) -> PlacedViews:
+def placed_views(pairs: Sequence[ViewPair], count: int, focal_px: float, seed: int = 0,
+                 mapped: Callable[..., Iterable] = map) -> PlacedViews:
     """Poses of so many views, of those that matches connect with the first one.
 
-    focal_px: of the pixels in which matches were found, for tolerances.
+    focal_px: of the pixels in which matches were found, for tolerances. mapped: like ``map``,
+    for what is worked out of each pair. Time and memory grow with the number of pairs.
     """
     tolerance = TOLERANCE_PX / focal_px
-    edges = [edge for pair in pairs if (edge := _edge(pair, tolerance, seed)) is not None]
+    motion = partial(_edge, tolerance=tolerance, seed=seed)
+    edges = [edge for edge in mapped(motion, pairs) if edge is not None]
     trees = (_along_tree(edges, count, lambda edge: edge.matches),
              _along_tree(edges, count, lambda edge: edge.clarity))
     return min((_refined(views, edges, tolerance) for views in trees), key=lambda x: x[1])[0]
@@ -131,18 +138,27 @@ def _along_tree(edges: Sequence[ViewEdge], count: int, worth: Callable[[ViewEdge
                 ) -> PlacedViews:
     """Views placed one by one, always by the edge that is worth most (Prim 1957)."""
     T = np.tile(np.eye(4), (count, 1, 1))
-    placed = np.arange(count) == 0
+    placed = np.zeros(count, bool)
+    at: list[list[int]] = [[] for _ in range(count)]
+    for number, edge in enumerate(edges):
+        at[edge.pair.i].append(number)
+        at[edge.pair.j].append(number)
+    waiting: list[tuple[float, int]] = []
+    reached = 0
     while True:
-        open_edges = [e for e in edges if placed[e.pair.i] != placed[e.pair.j]]
-        if not open_edges:
+        placed[reached] = True
+        for number in at[reached]:
+            heapq.heappush(waiting, (-worth(edges[number]), number))
+        while waiting and placed[[edges[waiting[0][1]].pair.i, edges[waiting[0][1]].pair.j]].all():
+            heapq.heappop(waiting)
+        if not waiting:
             return PlacedViews(T, placed)
-        best = max(open_edges, key=worth)
+        best = edges[waiting[0][1]]
         i, j = best.pair.i, best.pair.j
         if placed[i]:
-            T[j] = T[i] @ best.T_i_j
+            T[j], reached = T[i] @ best.T_i_j, j
         else:
-            T[i] = T[j] @ inverse(best.T_i_j)
-        placed[[i, j]] = True
+            T[i], reached = T[j] @ inverse(best.T_i_j), i
 
 
 def _refined(views: PlacedViews, edges: Sequence[ViewEdge], tolerance: float
@@ -158,7 +174,7 @@ def _refined(views: PlacedViews, edges: Sequence[ViewEdge], tolerance: float
         A, b = _normal_equations(rows, len(T))
         cost = sum(row.cost for row in rows)
         for _ in range(TRIALS):
-            moved = _moved(T, np.linalg.solve(A + damping * np.diag(np.diag(A)), -b))
+            moved = _moved(T, _solved(A, -b, damping))
             again = [_Rows.of(edge, moved, tolerance, row.norms)
                      for edge, row in zip(good, rows, strict=True)]
             if sum(row.cost for row in again) < cost:
@@ -210,18 +226,29 @@ class _Rows:
         return _Rows((pair.i, pair.j), errors, np.vstack([rows, long]), norms)
 
 
-def _normal_equations(rows: Sequence[_Rows], count: int) -> tuple[np.ndarray, np.ndarray]:
+def _normal_equations(rows: Sequence[_Rows], count: int) -> tuple[sparse.csc_array, np.ndarray]:
     """Robust normal equations [6 N, 6 N], [6 N]; the first view and those without rows stay."""
-    A, b = np.zeros((6 * count, 6 * count)), np.zeros(6 * count)
-    for row in rows:
-        index = np.concatenate([6 * view + np.arange(6) for view in row.views])
-        weighted = row.jacobian / (1 + row.errors ** 2 / ROBUST)[:, None]
-        A[np.ix_(index, index)] += weighted.T @ row.jacobian
-        b[index] += weighted.T @ row.errors
-    A[:6], A[:, :6], b[:6] = 0, 0, 0
-    empty = np.diag(A) == 0
-    A[empty, empty] = 1
-    return A, b
+    index = np.array([[6 * view + np.arange(6) for view in row.views] for row in rows]
+                     ).reshape(-1, 12)
+    weighted = [row.jacobian.T / (1 + row.errors ** 2 / ROBUST) for row in rows]
+    blocks = np.stack([w @ row.jacobian for w, row in zip(weighted, rows, strict=True)])
+    b = np.zeros(6 * count)
+    np.add.at(b, index, np.stack([w @ row.errors for w, row in zip(weighted, rows, strict=True)]))
+    b[:6] = 0
+    free = (index[:, :, None] >= 6) & (index[:, None] >= 6)
+    at = (np.broadcast_to(index[:, :, None], free.shape)[free],
+          np.broadcast_to(index[:, None], free.shape)[free])
+    A = sparse.coo_array((blocks[free], at), (6 * count, 6 * count)).tocsc()
+    return sparse.csc_array(A + sparse.diags((A.diagonal() == 0).astype(float))), b
+
+
+def _solved(A: sparse.csc_array, b: np.ndarray, damping: float) -> np.ndarray:
+    """X of (A + damping diag(A)) x = b."""
+    damped = sparse.csc_array(A + damping * sparse.diags(A.diagonal()))
+    if len(b) <= 6 * DENSE:
+        return np.linalg.solve(damped.toarray(), b)
+    return splu(damped, 'MMD_AT_PLUS_A', diag_pivot_thresh=0.0,
+                options={'SymmetricMode': True}).solve(b)
 
 
 def _moved(T: np.ndarray, step: np.ndarray) -> np.ndarray:

@@ -100,10 +100,11 @@ def matched(matcher: FineMatcher, descriptors: torch.Tensor, fine: torch.Tensor,
             pair: tuple[int, int], sharpness: float) -> CellMatches:
     """Matches of two views, of descriptors [N, D, h, w] and fine ones [N, DIM, 2 h, 2 w]."""
     pixels_i, pixels_j = coarse_matches((descriptors[pair[0]], descriptors[pair[1]]), sharpness)
-    views = tuple(torch.full((len(pixels_i),), view, device=fine.device) for view in pair)
+    both = fine[list(pair)]  # reading makes a table of all views that it is given
+    views = tuple(torch.full((len(pixels_i),), view, device=fine.device) for view in (0, 1))
     log_deviation = pixels_j.new_zeros(len(pixels_j))
     for _ in range(ROUNDS):
-        pixels_j, log_deviation = matcher(fine, (views[0], views[1]), pixels_i, pixels_j)
+        pixels_j, log_deviation = matcher(both, (views[0], views[1]), pixels_i, pixels_j)
     return CellMatches(pixels_i, pixels_j, log_deviation.exp())
 
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from feedforward_recon.model.preprocess import (
     padded_to_common_size,
     stacked,
 )
+from feedforward_recon.model.seconds import Seconds
 from feedforward_recon.model.vggt import Vggt
 from feedforward_recon.model.vit import PATCH
 from feedforward_recon.types import Prediction
@@ -46,10 +47,16 @@ Answering = Callable[[ImageWindows, Sequence[Sequence[PreparedImage]]], Answer]
 
 
 class PairNetwork(ABC):
-    """A network that is asked about a few images of a collection at a time."""
+    """A network that is asked about a few images of a collection at a time.
+
+    seconds: what took how long in it. decodes: whether it computes when it is asked about pairs.
+    """
+
+    decodes: ClassVar[bool] = True
 
     def __init__(self, predictor: NetworkPredictor) -> None:
         self.predictor, self._prepare = predictor, preparation(predictor.network)
+        self.seconds = Seconds(predictor.device)
 
     def prepared(self, image: NDArray[np.uint8]) -> PreparedImage:
         """An RGB image uint8 [H, W, 3] at the size that the network sees it."""

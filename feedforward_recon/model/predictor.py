@@ -108,6 +108,10 @@ class NetworkPredictor:
         if need is not None:
             check_room(need, len(placed), available_bytes(self.device))
 
+    def together(self, images: torch.Tensor, K: torch.Tensor) -> Answer:
+        """What all prepared images [1, N, 3, H, W] in 0..1 of one scene show; K [1, N, 3, 3]."""
+        return self._said(images, K, None, True, self._demand(images.shape[1], False))[0]
+
     def _run(self, images: torch.Tensor, K: torch.Tensor, memory: Any, write: bool, keep: bool
              ) -> tuple[Answer, Any]:
         demand = self._demand(images.shape[1], keep)
@@ -172,7 +176,7 @@ def half_precision(network: Network, device: torch.device) -> torch.dtype | None
     if device.type == 'cuda':
         found = half_of_generation(torch.cuda.get_device_capability(device)[0])
         return None if found == torch.float16 and _sums_tokens(network) else found
-    wide = _dim(network) >= HALF_FROM_DIM
+    wide = width_of(network) >= HALF_FROM_DIM
     pays = device.type == 'cpu' and wide and has_bfloat16_instructions()
     return torch.bfloat16 if pays else None
 
@@ -193,7 +197,7 @@ def _sums_tokens(network: Network) -> bool:
     return any(isinstance(layer, SparseLinearAttention) for layer in network.modules())
 
 
-def _dim(network: Network) -> int:
+def width_of(network: Network) -> int:
     """Channels of the tokens."""
     config = network.config
     if isinstance(config, RayConfig):

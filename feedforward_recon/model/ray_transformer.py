@@ -216,7 +216,8 @@ class RayTransformer(nn.Module):
         state = self.empty_state(len(patches)) if state is None else state
         x = self.tokens(patches, has_first=not state.written)
         levels, states = self._joined(x, grid_hw, state.states, write, demand)
-        cells = self._cells(levels[:, :, SPECIAL:], seen, grid_hw)
+        cells = self.cells_of(levels[:, :, SPECIAL:], seen.descriptors.unflatten(0, x.shape[:2]),
+                              seen.fine.unflatten(0, x.shape[:2]), grid_hw)
         if not (write and demand.memory):
             return cells, state
         views = levels[:, :, 0, self.config.dim:].float()
@@ -248,16 +249,19 @@ class RayTransformer(nn.Module):
             x = x.unflatten(1, (views, -1))
         return torch.cat([alone, x], -1), tuple(after)
 
-    def _cells(self, levels: torch.Tensor, seen: EncodedViews, grid_hw: tuple[int, int]
-               ) -> CellMaps:
+    def cells_of(self, levels: torch.Tensor, frozen: torch.Tensor, fine: torch.Tensor,
+                 grid_hw: tuple[int, int]) -> CellMaps:
+        """What the patches [B, N, T, 2 C] say, of the last frame and global block side by side.
+
+        frozen: descriptors [B, N, T, CELLS, D] of the stem; fine: [B, N, F, 2 h, 2 w], as they
+        are handed on.
+        """
         tokens = self.norm(levels)
         said = as_maps(self.geometry(tokens).float().unflatten(-1, (CELLS, -1)), grid_hw)
-        frozen = seen.descriptors.unflatten(0, tokens.shape[:2])
         learnt = self.describe(tokens).float().unflatten(-1, (CELLS, -1))
         direction = F.normalize(said[:, :, 1:4] + NEAR_ZERO, dim=2)
         sure = 1 + said[:, :, 5:].clamp(max=LARGEST_LOG_CONFIDENCE).exp()
         points = (direction * said[:, :, 4:5].exp()).movedim(2, -1)
-        fine = seen.fine.unflatten(0, tokens.shape[:2])
         return CellMaps(said[:, :, 0], points, sure[:, :, 0], sure[:, :, 1],
                         as_maps(F.normalize(frozen + learnt, dim=-1), grid_hw), fine)
 

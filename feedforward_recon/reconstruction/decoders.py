@@ -8,6 +8,8 @@ from feedforward_recon.config.photos import ReconstructionConfig
 from feedforward_recon.errors import ConfigError
 from feedforward_recon.model.collection import CollectionNetwork, PairNetwork, WindowNetwork
 from feedforward_recon.model.compact import CompactEncoder
+from feedforward_recon.model.joint import JointNetwork
+from feedforward_recon.model.joint_processes import SharedPass, processes_started
 from feedforward_recon.model.predictor import NetworkPredictor
 from feedforward_recon.model.ray_collection import RayCollectionNetwork
 from feedforward_recon.model.ray_transformer import RayTransformer
@@ -19,10 +21,14 @@ from feedforward_recon.reconstruction.transformer_pairs import PairPredictions, 
 
 def check_decoder(config: ReconstructionConfig, has_network: bool) -> None:
     """Raises ConfigError for a decoder without its network, and for what it does not use."""
-    if config.decoder == 'transformer':
+    if config.decoder != 'compact':
         if not has_network:
-            raise ConfigError('expected a network for reconstruction.decoder transformer, found '
-                              'none; choose one with --model, such as tiny')
+            raise ConfigError(f'expected a network for reconstruction.decoder {config.decoder}, '
+                              'found none; choose one with --model, such as tiny')
+        if config.decoder == 'joint' and config.latent_alignment:
+            raise ConfigError('expected one of reconstruction.decoder joint and '
+                              'reconstruction.latent_alignment, found both; in one pass images '
+                              'see each other anyway, so leave the latter out')
     elif has_network or config.latent_alignment:
         given = 'a network' if has_network else 'reconstruction.latent_alignment'
         raise ConfigError(f'expected reconstruction.decoder transformer beside {given}, found '
@@ -44,6 +50,10 @@ def pair_network(config: ReconstructionConfig, predictor: NetworkPredictor | Non
     if predictor is None:
         return None
     network = predictor.network
+    if config.decoder == 'joint':
+        count = processes_started()
+        shared = SharedPass(predictor) if count > 1 else None
+        return JointNetwork(predictor, shared, count)
     if isinstance(network, RayTransformer) and (config.latent_alignment or network.aligns):
         return RayCollectionNetwork(predictor, align=config.latent_alignment)
     if config.latent_alignment or isinstance(network, Vggt):

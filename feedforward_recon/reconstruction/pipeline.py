@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from feedforward_recon.config.photos import ReconstructionConfig
+from feedforward_recon.model.seconds import Seconds
 from feedforward_recon.reconstruction.comparisons import Mapped, compared
 from feedforward_recon.reconstruction.completion import (
     MIN_OBSERVATIONS,
@@ -45,14 +46,17 @@ class Reconstructed:
 
 def reconstruct(shots: Sequence[Shot], decoder: PairDecoder, config: ReconstructionConfig,
                 calibration: tuple[str, ...] = (), comparing: Mapped = map,
-                rolling: Mapped = map) -> list[Reconstructed]:
+                rolling: Mapped = map, seconds: Seconds | None = None) -> list[Reconstructed]:
     """Reconstruct encoded images; calibration: as in ``PhotoSet``; others: as ``Comparisons``.
 
     Images that nothing connects with the others have a reconstruction of their own; the largest
-    is the first.
+    is the first. seconds: those of pairs and refinement are added.
     """
-    comparisons = compared(shots, decoder, config, comparing, rolling)
-    return assembled(PhotoSet(shots, comparisons, config, calibration))
+    seconds = seconds or Seconds()
+    with seconds.of('pairs'):
+        comparisons = compared(shots, decoder, config, comparing, rolling)
+    with seconds.of('refinement'):
+        return assembled(PhotoSet(shots, comparisons, config, calibration))
 
 
 def assembled(photos: PhotoSet) -> list[Reconstructed]:

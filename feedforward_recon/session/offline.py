@@ -7,9 +7,9 @@ saved = run.save('maps/kitchen')
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -65,7 +65,7 @@ class Run:
 
     truth: poses that came with the frames, empty without. mapping_s: tracking and mapping,
     including the last refinement; reading_s: waiting for frames; polish_s: freezing ``memory``
-    after the walk: nothing is trained.
+    after the walk: nothing is trained. seconds: parts of the work by name, of photos.
     """
 
     scene: SceneMap
@@ -78,6 +78,7 @@ class Run:
     polish_s: float
     encoder: Encoder
     config: MapperConfig
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def tracked_share(self) -> float:

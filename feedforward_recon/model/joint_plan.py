@@ -1,0 +1,171 @@
+"""``JointPlan``: whether one pass over N images fits the memory, worked out before it begins.
+
+All memory of a pass is proportional to the number of images: tokens, what the heads are given and
+what they say; beside that, what the images of one chunk need.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from feedforward_recon.errors import ConfigError
+from feedforward_recon.model.attention.base import QkvAttention
+from feedforward_recon.model.configs import Network
+from feedforward_recon.model.predictor import width_of
+from feedforward_recon.model.ray_stem import CELL, FINE_STRIDE
+from feedforward_recon.model.ray_stem import PATCH as RAY_PATCH
+from feedforward_recon.model.ray_transformer import SPECIAL, RayTransformer
+from feedforward_recon.model.vit import PATCH
+
+FLOAT = 4  # bytes
+# Numbers that the heads say of a cell: depth, point, two confidences; and of a pixel.
+OF_CELL, OF_PIXEL = 6, 2
+FINE = 32  # channels of the fine descriptors
+# Bytes of work for each pixel of the images of a chunk: the pyramid of the stem, or the hidden
+# layers of blocks and heads; measured, rounded up.
+WORK_PER_PIXEL = 2_000
+LEVELS = 4  # of tokens that wait for the dense heads of a network that says pixels
+DEEP = 12  # copies of the tokens of a layer in networks that do not work in their place
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes needed at a place: fixed, and for each image; available: free ones, None unknown."""
+
+    place: str
+    fixed: int
+    per_image: int
+    available: int | None
+
+    def of(self, images: int) -> int:
+        """Bytes for so many images."""
+        return self.fixed + images * self.per_image
+
+    @property
+    def fits(self) -> float:
+        """How many images there is room for."""
+        if self.available is None:
+            return math.inf
+        return max(0, (self.available - self.fixed) // self.per_image)
+
+
+@dataclass(frozen=True)
+class JointPlan:
+    """One pass over so many images.
+
+    chunk: images that are worked on at a time. processes: that share the images. needs: at each
+    place where memory may run out.
+    """
+
+    images: int
+    chunk: int
+    processes: int
+    needs: tuple[MemoryNeed, ...] = field(default_factory=tuple)
+
+    def __str__(self) -> str:
+        """The plan in words."""
+        memory = ' and '.join(f'{need.of(self.images) / 1e9:.1f} GB of {need.place} memory'
+                              + _free(need) for need in self.needs)
+        processes = f', shared by {self.processes} processes' if self.processes > 1 else ''
+        return (f'one pass over {self.images} images, {self.chunk} at a time{processes}: '
+                f'expected to need {memory}')
+
+    def check(self) -> None:
+        """Raises ConfigError where the memory that is free is too little."""
+        short = [need for need in self.needs if need.fits < self.images]
+        if not short:
+            return
+        need = min(short, key=lambda need: need.fits)
+        raise ConfigError(
+            f'expected {need.of(self.images) / 1e9:.1f} GB of {need.place} memory for one pass '
+            f'over {self.images} images, found {(need.available or 0) / 1e9:.1f} GB free; '
+            f'{int(need.fits)} images would fit: give fewer (--step, --max-frames), or more '
+            'memory')
+
+
+def joint_plan(network: Network, images: int, size_hw: Sequence[int], processes: int = 1,
+               kept: int = 0) -> JointPlan:
+    """The plan of a pass over images of a size as they are prepared.
+
+    kept: bytes of main memory for each image beside the pass.
+    """
+    device = next(network.parameters()).device
+    fixed, per_image = pass_bytes(network, size_hw, processes)
+    host = available_bytes(torch.device('cpu'))
+    if device.type == 'cpu':
+        needs: tuple[MemoryNeed, ...] = (MemoryNeed('main', fixed, per_image + kept, host),)
+    else:
+        needs = (MemoryNeed(str(device), fixed, per_image, available_bytes(device)),
+                 MemoryNeed('main', 0, kept + _answer_bytes(network, size_hw), host))
+    return JointPlan(images, chunk_of(network, size_hw), processes, needs)
+
+
+def chunk_of(network: Network, size_hw: Sequence[int]) -> int:
+    """How many images are worked on at a time: as many as the attention takes."""
+    attention = attentions(network)[0]
+    device = next(network.parameters()).device
+    return attention.config.frames_per_chunk(_tokens(network, size_hw), device.type)
+
+
+def pass_bytes(network: Network, size_hw: Sequence[int], processes: int = 1) -> tuple[int, int]:
+    """Bytes of one pass where the network is: fixed, and for each image.
+
+    Of several processes each holds its share of the tokens, and one all that is said.
+    """
+    pixels, chunk = size_hw[0] * size_hw[1], chunk_of(network, size_hw)
+    tokens = FLOAT * _tokens(network, size_hw) * width_of(network)
+    # A state that grows holds keys and values of all images on each process.
+    grows = 0 if fixed_size(network) else 2 * tokens
+    if isinstance(network, RayTransformer):
+        cells, of_stem = pixels // CELL ** 2, network.config.stem.dim
+        given = FLOAT * (cells * of_stem + FINE * pixels // FINE_STRIDE ** 2)
+        share = math.ceil((2 * tokens + given) / processes)
+        said = FLOAT * cells * (of_stem + OF_CELL)
+        gathered = given if processes > 1 else 0
+        return chunk * pixels * WORK_PER_PIXEL, share + said + gathered + grows
+    share = math.ceil((DEEP + 2 * LEVELS) * tokens / processes)
+    return chunk * pixels * WORK_PER_PIXEL, share + _answer_bytes(network, size_hw) + grows
+
+
+def attentions(network: Network) -> list[QkvAttention]:
+    """The global attentions."""
+    return [layer for layer in network.modules() if isinstance(layer, QkvAttention)]
+
+
+def fixed_size(network: Network) -> bool:
+    """Whether the state of a scene never grows, so that time is linear in the images."""
+    return all(layer.fixed_size for layer in attentions(network))
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Free memory of a device, or of this machine (Linux); None where nothing says it."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path('/proc/meminfo').read_text(encoding='ascii').splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines
+                 if line.startswith('MemAvailable')), None)
+
+
+def _answer_bytes(network: Network, size_hw: Sequence[int]) -> int:
+    """Of what is kept of an image after the pass."""
+    values = size_hw[0] * size_hw[1] * OF_PIXEL
+    return FLOAT * (values // CELL ** 2 if isinstance(network, RayTransformer) else values)
+
+
+def _tokens(network: Network, size_hw: Sequence[int]) -> int:
+    """Of one image."""
+    if isinstance(network, RayTransformer):
+        return size_hw[0] * size_hw[1] // (RAY_PATCH ** 2) + SPECIAL
+    return size_hw[0] * size_hw[1] // (PATCH ** 2) + SPECIAL
+
+
+def _free(need: MemoryNeed) -> str:
+    return '' if need.available is None else f' ({need.available / 1e9:.1f} GB free)'

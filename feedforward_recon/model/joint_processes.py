@@ -1,0 +1,139 @@
+"""The joint pass shared by several processes, each with some of the images.
+
+    torchrun --nproc-per-node=2 -m feedforward_recon.cli reconstruct photos/ --joint ..
+
+The first process reads, asks and saves; the others wait for images, and help with the pass. Global
+attentions share what they write (``distributed.sequence_parallel``), so that the answer is that of
+one process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from feedforward_recon.errors import ConfigError
+from feedforward_recon.model.backbone import Demand
+from feedforward_recon.model.distributed import (
+    AcrossProcesses,
+    predict_distributed,
+    sequence_parallel,
+)
+from feedforward_recon.model.joint import pass_alone
+from feedforward_recon.model.joint_pass import ViewInputs
+from feedforward_recon.model.predictor import Answer, NetworkPredictor, read
+from feedforward_recon.model.preprocess import stacked
+from feedforward_recon.model.ray_transformer import CellMaps, RayTransformer
+from feedforward_recon.model.seconds import Seconds
+from feedforward_recon.model.vggt import Vggt
+
+CPU = torch.device('cpu')
+PATIENCE = timedelta(days=7)  # of processes that wait while the first one reads, or refines
+COUNT, LOCAL = 'WORLD_SIZE', 'LOCAL_RANK'  # what torchrun tells each process
+
+
+def processes_started() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get(COUNT, '1'))
+
+
+def own_device(name: str) -> str:
+    """The device of this process: of several GPUs of a machine each has its own."""
+    return f'cuda:{os.environ[LOCAL]}' if name == 'cuda' and processes_started() > 1 else name
+
+
+class SharedPass:
+    """The joint pass by all processes of the default group; the first one calls it.
+
+    The others call ``help_out``.
+    """
+
+    def __init__(self, predictor: NetworkPredictor) -> None:
+        """Raises ConfigError without a process group, and for networks that cannot share."""
+        if not isinstance(predictor.network, (RayTransformer, Vggt)):
+            raise ConfigError('expected a network that several processes can share, of the kind '
+                              f'of tiny or VGGT, found {type(predictor.network).__name__}; start '
+                              'one process')
+        self._predictor, self._exchange = predictor, AcrossProcesses()
+
+    def __call__(self, views: ViewInputs, seconds: Seconds) -> CellMaps | Answer:
+        """What the network says of all views. Raises ConfigError for fewer than processes."""
+        count = dist.get_world_size()
+        if len(views.images) < count:
+            raise ConfigError('expected at least as many images as processes, found '
+                              f'{len(views.images)} for {count}; start fewer')
+        self._tell(views)
+        return self._share(views, seconds)
+
+    def help_out(self) -> None:
+        """Take part in passes until the first process has no more of them."""
+        while (views := self._heard()) is not None:
+            self._share(views, Seconds())
+
+    def end(self) -> None:
+        """There are no more passes."""
+        self._tell(None)
+
+    def _tell(self, views: ViewInputs | None) -> None:
+        dist.broadcast_object_list([views], 0, device=CPU)
+
+    def _heard(self) -> ViewInputs | None:
+        heard: list[Any] = [None]
+        dist.broadcast_object_list(heard, 0, device=CPU)
+        return heard[0]
+
+    @torch.inference_mode()
+    def _share(self, views: ViewInputs, seconds: Seconds) -> CellMaps | Answer:
+        rank, count = dist.get_rank(), dist.get_world_size()
+        own = np.array_split(np.arange(len(views.images)), count)[rank]
+        part = ViewInputs([views.images[k] for k in own], views.K[own], has_first=rank == 0)
+        network = self._predictor.network
+        if isinstance(network, Vggt):
+            with seconds.of('joint pass'):
+                return self._with_cameras(network, part)
+        with sequence_parallel(network):
+            cells = pass_alone(self._predictor, part, seconds)
+        with seconds.of('exchange'):
+            return CellMaps(**{name: self._gathered(value) for name, value in vars(cells).items()})
+
+    def _with_cameras(self, network: Vggt, part: ViewInputs) -> Answer:
+        with self._predictor.precision():
+            said, _ = predict_distributed(network, stacked(part.images),
+                                          demand=Demand(points=False, memory=False))
+        return tuple(self._gathered(x).float().cpu()  # type: ignore[return-value]
+                     for x in read(said))
+
+    def _gathered(self, values: torch.Tensor) -> torch.Tensor:
+        """[1, n, ...] of each process as [1, N, ...]."""
+        return self._exchange.concatenate(values.contiguous(), 1)
+
+
+@contextmanager
+def joined_processes(predictor: NetworkPredictor) -> Iterator[bool]:
+    """Whether this process leads those that torchrun started; where it does not, it is done.
+
+    A process alone leads itself.
+    """
+    if processes_started() == 1:
+        yield True
+        return
+    on_gpu = predictor.device.type == 'cuda'
+    if on_gpu:
+        torch.cuda.set_device(predictor.device)
+    dist.init_process_group('cpu:gloo,cuda:nccl' if on_gpu else 'gloo', timeout=PATIENCE)
+    shared, leads = SharedPass(predictor), dist.get_rank() == 0
+    try:
+        if not leads:
+            shared.help_out()
+        yield leads
+    finally:
+        if leads:
+            shared.end()
+        dist.destroy_process_group()
