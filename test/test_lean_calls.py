@@ -2,6 +2,7 @@
 
 import weakref
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def blocks_on_meta(layout, special, side, device=None):
     """`cut` of positions whose values nobody can read."""
     positions = layout.positions
     known = positions if positions is None else on_host(positions, special=special)
-    return cut(Layout(known, layout.tokens), special, side, device)
+    return replace(cut(Layout(known, layout.tokens), special, side, device), tokens=layout)
 
 
 CASES = [(name, attention) for name in CONFIGS for attention in ATTENTION]

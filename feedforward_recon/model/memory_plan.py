@@ -57,7 +57,7 @@ class WindowNeed:
         free = available - self.fixed
         few = free // (self.per_image + self.per_worked)
         many = (free - FRAMES_PER_CHUNK * self.per_worked) // self.per_image
-        return max(0, few if few <= FRAMES_PER_CHUNK else many)
+        return max(0, few if few < FRAMES_PER_CHUNK else many)
 
 
 def available_bytes(device: torch.device) -> int | None:
