@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 from feedforward_recon.errors import ConfigError
 from feedforward_recon.model.attention.base import QkvAttention
 from feedforward_recon.model.configs import Network
+from feedforward_recon.model.memory_plan import available_bytes
 from feedforward_recon.model.predictor import width_of
 from feedforward_recon.model.ray_stem import CELL, FINE_STRIDE
 from feedforward_recon.model.ray_stem import PATCH as RAY_PATCH
@@ -140,18 +140,6 @@ def attentions(network: Network) -> list[QkvAttention]:
 def fixed_size(network: Network) -> bool:
     """Whether the state of a scene never grows, so that time is linear in the images."""
     return all(layer.fixed_size for layer in attentions(network))
-
-
-def available_bytes(device: torch.device) -> int | None:
-    """Free memory of a device, or of this machine (Linux); None where nothing says it."""
-    if device.type == 'cuda':
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path('/proc/meminfo').read_text(encoding='ascii').splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines
-                 if line.startswith('MemAvailable')), None)
 
 
 def _answer_bytes(network: Network, size_hw: Sequence[int]) -> int:
