@@ -299,7 +299,7 @@ def vggt():
     """A small network of the kind of VGGT."""
     torch.manual_seed(0)
     network = build('vggt-tiny')
-    network.camera_head.pose_branch.fc2.bias.data[-2:] = 1.0  # angles of view of any camera
+    network.camera_head.pose_branch.fc2.bias.data[-2:] = 0.25  # four times: an angle of view
     return NetworkPredictor(network)
 
 

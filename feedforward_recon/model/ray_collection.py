@@ -51,12 +51,12 @@ class RayCollectionNetwork(PairNetwork):
         White is put around those that are smaller than others. Raises as ``PairNetwork``.
         """
         placed = padded_to_common_size(list(images))
-        with self._computing(f'{len(placed)} encoded images'):
+        with self.computing(f'{len(placed)} encoded images'):
             return self._told(placed, self._encoded(placed), K)
 
     def told(self, collection: Collection, K: Sequence[Intrinsics]) -> Collection:
         """The same images, aligned again with other intrinsics (see ``PairNetwork``)."""
-        with self._computing(f'{len(collection.placed)} aligned images'):
+        with self.computing(f'{len(collection.placed)} aligned images'):
             return self._told(collection.placed, collection.encoded, K)
 
     @torch.inference_mode()
@@ -81,7 +81,7 @@ class RayCollectionNetwork(PairNetwork):
     @torch.inference_mode()
     def _answer(self, patches: torch.Tensor, seen: EncodedViews, K: torch.Tensor,
                 windows: ImageWindows, shown: Sequence[Sequence[PreparedImage]]) -> Answer:
-        with self._computing(f'{len(windows)} times {len(shown[0])} images'):
+        with self.computing(f'{len(windows)} times {len(shown[0])} images'):
             chosen = torch.as_tensor(np.array(windows), device=patches.device)
             with self.predictor.precision():
                 cells, _ = self.network.decode(patches[chosen], seen.of(chosen.flatten()),
