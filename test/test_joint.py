@@ -53,6 +53,7 @@ def small(attention='ttt'):
 
 def tiny(attention):
     """The shipped network; with another attention its states are random, the rest is trained."""
+    torch.manual_seed(0)
     trained, network = configs.load('tiny'), configs.build('tiny', attention)
     network.load_state_dict(trained.state_dict(), strict=False)
     return NetworkPredictor(network)
@@ -188,7 +189,7 @@ def shared_pass(predictor, count):
 NETWORKS = {'tiny ttt': lambda: tiny('ttt'), 'small softmax': lambda: small('softmax'),
             'vggt': vggt}
 # Poses of tiny follow from matches, and rounding may make a match of a cell another one.
-SAME_POSE = {'tiny ttt': 0.01, 'small softmax': np.inf, 'vggt': 1e-5}
+SAME_POSE = {'tiny ttt': 0.02, 'small softmax': np.inf, 'vggt': 1e-5}
 
 
 def share_of_a_process(rank, port, results):
