@@ -74,7 +74,8 @@ class PairNetwork(ABC):
         return self.collected(collection.placed, K)
 
     @contextmanager
-    def _computing(self, what: str) -> Iterator[None]:
+    def computing(self, what: str) -> Iterator[None]:
+        """Within, too little memory is a ConfigError that says so of ``what``."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
@@ -98,7 +99,7 @@ class WindowNetwork(PairNetwork):
         # Windows hold the prepared images as they are, but for white around some.
         moved = [[image.prepared_K(K[k]) for k, image in zip(window, images, strict=True)]
                  for window, images in zip(windows, shown, strict=True)]
-        with self._computing(f'{len(shown)} times {len(shown[0])} images'):
+        with self.computing(f'{len(shown)} times {len(shown[0])} images'):
             return self.predictor.windows(torch.cat([stacked(window) for window in shown]),
                                           torch.from_numpy(np.array(moved)))
 
@@ -130,7 +131,7 @@ class CollectionNetwork(PairNetwork):
         """
         del K  # networks of this kind say it themselves
         placed = padded_to_common_size(list(images))
-        with self._computing(f'{len(placed)} encoded images'):
+        with self.computing(f'{len(placed)} encoded images'):
             patches = self.encoded(placed)
         return Collection(placed, partial(self._answer, patches))
 
@@ -158,7 +159,7 @@ class CollectionNetwork(PairNetwork):
     def _answer(self, patches: torch.Tensor, windows: ImageWindows,
                 shown: Sequence[Sequence[PreparedImage]]) -> Answer:
         height, width = shown[0][0].image.shape[:2]
-        with self._computing(f'{len(windows)} times {len(shown[0])} images'):
+        with self.computing(f'{len(windows)} times {len(shown[0])} images'):
             chosen = torch.as_tensor(np.array(windows), device=patches.device)
             answer = self.decoded(patches[chosen], (height // PATCH, width // PATCH))
             return tuple(x.float().cpu() for x in answer)  # type: ignore[return-value]

@@ -94,7 +94,7 @@ class JointNetwork(PairNetwork):
         placed = padded_to_common_size(list(images))
         self.plan(len(placed), placed[0].image.shape[:2]).check()
         own = np.stack([image.prepared_K(k) for image, k in zip(placed, K, strict=True)])
-        with self._computing(f'one pass over {len(placed)} images'):
+        with self.computing(f'one pass over {len(placed)} images'):
             answer = self._answer(ViewInputs(placed, own))
         return Collection(placed, answer.of)
 

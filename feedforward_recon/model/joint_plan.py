@@ -29,8 +29,8 @@ FINE = 32  # channels of the fine descriptors
 # Bytes of work for each pixel of the images of a chunk: the pyramid of the stem, or the hidden
 # layers of blocks and heads; measured, rounded up.
 WORK_PER_PIXEL = 2_000
-# Of an image while poses are found from matches of cells: six pairs of 700 matches, and of 300 rows
-# of equations, twice.
+# Of an image while its poses are found: six pairs of 700 matches of cells, and of 300 rows of
+# equations, twice.
 MATCHED = 600_000
 LEVELS = 4  # of tokens that wait for the dense heads of a network that says pixels
 DEEP = 12  # copies of the tokens of a layer in networks that do not work in their place
