@@ -81,7 +81,7 @@ def opened(system: str, weights: str = '') -> NetworkPredictor:
     predictor = NetworkPredictor(load(name, weights or None, **options))
     if system == WITHOUT:
         silence(predictor.network)
-    predictor.half = system == BFLOAT16
+    predictor.half = torch.bfloat16 if system == BFLOAT16 else None
     return predictor
 
 

@@ -311,7 +311,7 @@ def aligning():
     return NetworkPredictor(network)
 
 
-@pytest.mark.parametrize('half', [False, True])
+@pytest.mark.parametrize('half', [None, torch.bfloat16])
 def test_a_collection_is_seen_once_and_pairs_as_the_network_sees_them(vggt, photos, monkeypatch,
                                                                       half):
     monkeypatch.setattr(vggt, 'half', half)

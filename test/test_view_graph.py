@@ -161,3 +161,34 @@ def test_the_pair_with_most_matches_does_not_lead_all_astray(seed, length):
     many = pairs_of(astray, points, seed, noise_px=0.6, wrong=0.3, among=[(0, 1)])
     few = [pair for pair in pairs_of(T, points[:80], seed) if (pair.i, pair.j) != (0, 1)]
     assert errors(placed_views(many + few, VIEWS, FOCAL_PX).T_world_view, T) < 3
+
+
+def test_many_views_are_refined_with_sparse_equations(monkeypatch):
+    T, points = scene(0)
+    pairs = pairs_of(T, points, 0, wrong=0.2)
+    full = placed_views(pairs, VIEWS, FOCAL_PX)
+    monkeypatch.setattr(view_graph, 'DENSE', 0)
+    few = placed_views(pairs, VIEWS, FOCAL_PX)
+    assert np.allclose(few.T_world_view, full.T_world_view, atol=1e-6)
+    assert np.array_equal(few.placed, full.placed)
+
+
+def test_a_chain_of_a_thousand_views_takes_no_full_matrix():
+    """Each view matches the next two; a full matrix of that many would take 300 MB."""
+    count = 1000
+    rng = np.random.default_rng(0)
+    points = rng.uniform((-1.5, -1.0, 3.0), (1.5, 1.0, 6.0), (40, 3))
+    step = make_transform(so3_exp(np.array([0.0, 2e-4, 0.0])), np.array([0.3, 0.1, 0.0]))
+    step_2 = step @ step
+    pairs = []
+    for i in range(count):
+        for j, T in ((i + 1, step), (i + 2, step_2)):
+            if j < count:
+                seen = transform_points(inverse(T), points)
+                pairs.append(ViewPair(i, j, points[:, :2] / points[:, 2:],
+                                      seen[:, :2] / seen[:, 2:],
+                                      np.full(40, 1 / FOCAL_PX), points[:, 2]))
+    placed = placed_views(pairs, count, FOCAL_PX)
+    assert placed.placed.all()
+    moved = inverse(placed.T_world_view[:-1]) @ placed.T_world_view[1:]
+    assert np.allclose(moved, step, atol=1e-3)

@@ -155,14 +155,14 @@ def _tell(summary: dict[str, Any]) -> None:
 @contextmanager
 def _predictor(network: NetworkOptions) -> Iterator[tuple[NetworkPredictor | None, bool]]:
     """The network, if there is one, and whether this process leads those that share it."""
-    from feedforward_recon.model.joint_processes import joined_processes, own_device
+    from feedforward_recon.model.joint_processes import joined_processes, process_device
     from feedforward_recon.model.predictor import load_predictor
 
     if not network.feeds_forward:
         yield None, True
         return
     predictor = load_predictor(network.model, network.attention or None,
-                               own_device(network.device), network.weights or None,
+                               process_device(network.device), network.weights or None,
                                network.precision)
     with joined_processes(predictor) as leads:
         yield predictor, leads

@@ -41,24 +41,22 @@ log = logging.getLogger(__name__)
 class JointAnswer:
     """What one pass says of N images.
 
-    T_world_cam [N, 4, 4]; K [N, 3, 3] of the prepared images; depth and confidence [N, h, w] of
-    pixels or, with ``of_cells``, of the cells of a ``RayTransformer``, the logarithm of depth.
+    said: T_world_cam [N, 4, 4]; K [N, 3, 3] of the prepared images; depth and confidence
+    [N, h, w] of pixels or, with ``of_cells``, of the cells of a ``RayTransformer``, the logarithm
+    of depth.
     """
 
-    T_world_cam: torch.Tensor
-    K: torch.Tensor
-    depth: torch.Tensor
-    confidence: torch.Tensor
+    said: Answer
     of_cells: bool
 
     def of(self, windows: ImageWindows, shown: object = None) -> Answer:
         """Of windows [B, n] of the images."""
         del shown
         chosen = torch.as_tensor(np.array(windows))
-        depth, sure = self.depth[chosen], self.confidence[chosen]
+        T, K, depth, sure = (x[chosen] for x in self.said)
         if self.of_cells:
             depth, sure = pixel_maps(depth, sure)
-        return self.T_world_cam[chosen], self.K[chosen], depth, sure
+        return T, K, depth, sure
 
 
 # What the network says of all views; the seconds of its parts are added.
@@ -94,7 +92,7 @@ class JointNetwork(PairNetwork):
         placed = padded_to_common_size(list(images))
         self.plan(len(placed), placed[0].image.shape[:2]).check()
         own = np.stack([image.prepared_K(k) for image, k in zip(placed, K, strict=True)])
-        with self._computing(f'one pass over {len(placed)} images'):
+        with self.computing(f'one pass over {len(placed)} images'):
             answer = self._answer(ViewInputs(placed, own))
         return Collection(placed, answer.of)
 
@@ -109,8 +107,8 @@ class JointNetwork(PairNetwork):
         with all_cores():
             said = self._pass(views, self.seconds)
         if not isinstance(said, CellMaps):
-            T, K, depth, confidence = (x[0] for x in said)
-            return JointAnswer(T, K, depth, confidence, of_cells=False)
+            T, K, depth, sure = said
+            return JointAnswer((T[0], K[0], depth[0], sure[0]), of_cells=False)
         return answer_of_cells(self.predictor.network, said, views.K, self.seconds)
 
 
@@ -122,9 +120,8 @@ def answer_of_cells(network: Network, cells: CellMaps, K: np.ndarray, seconds: S
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         T, log_depth = geometry_of(cells, own[None], network, first=True,
                                    work=GeometryWork(pool.map, seconds))
-    T, own, log_depth, sure = (x.float().cpu() for x in (T[0], own, log_depth[0],
-                                                         cells.depth_confidence[0]))
-    return JointAnswer(T, own, log_depth, sure, of_cells=True)
+    return JointAnswer((T[0].float().cpu(), own.float(), log_depth[0].cpu(),
+                        cells.depth_confidence[0].cpu()), of_cells=True)
 
 
 def pass_alone(predictor: NetworkPredictor, views: ViewInputs, seconds: Seconds

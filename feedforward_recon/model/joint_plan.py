@@ -29,6 +29,9 @@ FINE = 32  # channels of the fine descriptors
 # Bytes of work for each pixel of the images of a chunk: the pyramid of the stem, or the hidden
 # layers of blocks and heads; measured, rounded up.
 WORK_PER_PIXEL = 2_000
+# Of an image while its poses are found: six pairs of 700 matches of cells, and of 300 rows of
+# equations, twice.
+MATCHED = 600_000
 LEVELS = 4  # of tokens that wait for the dense heads of a network that says pixels
 DEEP = 12  # copies of the tokens of a layer in networks that do not work in their place
 
@@ -97,6 +100,7 @@ def joint_plan(network: Network, images: int, size_hw: Sequence[int], processes:
     device = next(network.parameters()).device
     fixed, per_image = pass_bytes(network, size_hw, processes)
     host = available_bytes(torch.device('cpu'))
+    kept += MATCHED if isinstance(network, RayTransformer) else 0
     if device.type == 'cpu':
         needs: tuple[MemoryNeed, ...] = (MemoryNeed('main', fixed, per_image + kept, host),)
     else:

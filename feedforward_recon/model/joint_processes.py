@@ -44,7 +44,7 @@ def processes_started() -> int:
     return int(os.environ.get(COUNT, '1'))
 
 
-def own_device(name: str) -> str:
+def process_device(name: str) -> str:
     """The device of this process: of several GPUs of a machine each has its own."""
     return f'cuda:{os.environ[LOCAL]}' if name == 'cuda' and processes_started() > 1 else name
 
