@@ -37,8 +37,9 @@ from feedforward_recon.types import Frame, Trajectory
 
 log = logging.getLogger(__name__)
 # Bytes of main memory: of an image for each feature beside its descriptor; of a pair, with what is
-# left of it when rotations agree; of an image while tracks are refined. Measured, rounded up.
-FEATURE, PAIR, REFINED = 40, 60_000, 1_000_000
+# left of it when rotations agree; of an image while tracks are refined, and of all that was not
+# told apart: together what 96 images took more than 24 (docs/experiments.md).
+FEATURE, PAIR, REFINED = 40, 60_000, 4_000_000
 # A guessed focal length that changes by less (its logarithm) was good enough; times that all is
 # done, at most.
 CLOSE, ATTEMPTS = 0.05, 3
