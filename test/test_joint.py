@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from test_reconstruction import CONFIG, SETTINGS, as_files, error_of, views
 from test_transformer_pairs import of_kind
 
+from benchmarks.common import REPOSITORY
 from benchmarks.joint import cut
 from feedforward_recon.cli import main
 from feedforward_recon.config.photos import ReconstructionConfig
@@ -255,8 +257,10 @@ with torch.inference_mode():
 
 def test_memory_is_what_the_plan_foresees():
     counts = 100, 500
-    peaks = [int(subprocess.run([sys.executable, '-c', PEAK, str(count)], cwd='test', check=True,
-                                capture_output=True, text=True).stdout) for count in counts]
+    paths = {'PYTHONPATH': os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / 'test')))}
+    peaks = [int(subprocess.run([sys.executable, '-c', PEAK, str(count)], check=True,
+                                env={**os.environ, **paths}, capture_output=True, text=True
+                                ).stdout) for count in counts]
     _, per_image = pass_bytes(small().network, SIZE_HW)
     assert 0.6 < (peaks[1] - peaks[0]) / (counts[1] - counts[0]) / per_image < 1.4
 
