@@ -23,6 +23,7 @@ ENTRIES = {
     'sessions': ('sessions', 'run'),
     'pairs': ('pairs', 'run'),
     'pose_accuracy': ('pose_accuracy', 'run'),
+    'students': ('students', 'run'),
     'localisation': ('localisation', 'run'),
     'wrong_places': ('localisation', 'run_wrong_places'),
     'repeated_office': ('places', 'run'),

@@ -1,6 +1,6 @@
 """Students of `tiny` beside their teacher: what their attentions cost, and what they lose.
 
-    python -m benchmarks.students    # all that ships: writes the result
+    python -m benchmarks.run_all students                         # all that ships: the result
     python -m benchmarks.students accuracy NAME VIEWS [WEIGHTS]   # one row, as JSON
     python -m benchmarks.students cost NAME VIEWS [WEIGHTS]
 
@@ -9,7 +9,8 @@ ten times as many, on which nothing was trained. auc30: poses as users get them,
 the network's descriptors; auc30_points: poses from its world points alone, which only know of the
 other views through the joint attention; abs_rel: depth after one median scale, where it is known.
 without: the teacher whose joint attentions say nothing, to see how much is due to them.
-Cost: seconds and peak memory of one pass over that many images, in a process of its own.
+Cost: seconds and peak memory of one pass over that many images (``model.joint_pass``), in a
+process of its own; softmax would take most of an hour for 1024 images and is left out there.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from benchmarks.common import (
     forget_peak,
     load_frames,
     memory_bytes,
-    write_result,
 )
 from benchmarks.pose_accuracy import (
     SETS,
@@ -48,11 +48,14 @@ from feedforward_recon.console.threads import one_thread
 from feedforward_recon.model.attention.config import TttOptions
 from feedforward_recon.model.backbone import Demand
 from feedforward_recon.model.configs import load
+from feedforward_recon.model.fp8 import network_bytes
+from feedforward_recon.model.joint_pass import ViewInputs, joint_cells
 from feedforward_recon.model.layers import GlobalBlock
 from feedforward_recon.model.predictor import NetworkPredictor, preparation
 from feedforward_recon.model.preprocess import stacked
 from feedforward_recon.model.ray_cameras import geometry_of
 from feedforward_recon.model.ray_transformer import RayTransformer
+from feedforward_recon.model.seconds import Seconds
 from feedforward_recon.types import Frame
 
 WITHOUT, BFLOAT16 = 'without', 'sla, bfloat16'
@@ -69,9 +72,11 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     'hybrid': ('tiny-ttt', {'attention': 'hybrid'})}
 UNSHIPPED = {'hybrid'}  # have weights of their own, which are given
 VIEWS, WINDOWS = 8, 4
-FEW, MANY = 24, 80  # views; a set with fewer images is left out
-LARGE_SETS = (KITCHEN, 'ngp_fox', DRIVE)
-PASSES = (8, 64, 256, 1024)
+FEW, MANY = 24, 80  # views: three and ten times as many as in training
+LARGE_SETS = {FEW: (KITCHEN, 'ngp_fox', DRIVE), MANY: (KITCHEN,)}  # that have so many images
+PASSES, MOST_OF_SOFTMAX = (8, 64, 256, 1024), 256
+COSTLY = ('ttt', 'sparse', 'sla', 'sla, fp8')
+CHUNK = 5  # views
 Row = dict[str, Any]
 
 
@@ -97,8 +102,8 @@ def silence(network: nn.Module) -> None:
 def accuracy(system: str, views: int, weights: str = '') -> Row:
     """A row per set, and means over the sets that have a figure."""
     predictor, rows = opened(system, weights), {}
-    for name in SETS if views == VIEWS else LARGE_SETS:
-        windows = windows_of(resolved(name), WINDOWS if views == VIEWS else 1, views)
+    for name in LARGE_SETS.get(views, SETS):
+        windows = windows_of(resolved(name), 2 if views == FEW else WINDOWS, views)
         rows[name] = set_row(predictor, windows)
     return {**_means(list(rows.values())), 'sets': rows}
 
@@ -143,15 +148,15 @@ def cost(system: str, views: int, weights: str = '') -> Row:
     placed = preparation(network)([frame.image for frame in chosen])
     camera = chosen[0].camera
     assert camera is not None
-    K = torch.from_numpy(np.stack([image.prepared_K(camera.K) for image in placed]))[None].float()
-    images = stacked(placed)
+    K = np.stack([image.prepared_K(camera.K) for image in placed])
     with torch.inference_mode():
-        network(images[:, :2], K[:, :2], demand=Demand(memory=False))  # first-call costs
+        joint_cells(network, ViewInputs(placed[:2], K[:2]), CHUNK, Seconds())  # first-call costs
         before, clock = forget_peak(), Clock()
-        network(images, K, demand=Demand(memory=False))
+        joint_cells(network, ViewInputs(placed, K), CHUNK, Seconds())
         clock.stop()
     return {'views': views, 'seconds': clock.seconds, 'cpu_seconds': clock.cpu_seconds,
-            'peak_mb': (memory_bytes('VmHWM') - before) / 1e6}
+            'peak_mb': (memory_bytes('VmHWM') - before) / 1e6,
+            'megabytes': network_bytes(network) / 1e6}
 
 
 def in_own_process(what: str, system: str, views: int) -> Row:
@@ -165,29 +170,21 @@ def in_own_process(what: str, system: str, views: int) -> Row:
 def run() -> Iterator[tuple[str, Row]]:
     """All rows."""
     shipped = [system for system in SYSTEMS if system not in UNSHIPPED]
-    for system in shipped:
-        for views in (VIEWS, FEW, MANY):
-            yield f'accuracy | {system} | {views} views', in_own_process('accuracy', system, views)
-    for views in PASSES:
+    for views in (VIEWS, FEW, MANY):
         for system in shipped:
-            yield f'cost | {system} | {views} views', in_own_process('cost', system, views)
+            yield f'{views} views | {system}', in_own_process('accuracy', system, views)
+    for views in PASSES:
+        for system in COSTLY if views > MOST_OF_SOFTMAX else ('dense', *COSTLY):
+            yield f'pass over {views} views | {system}', in_own_process('cost', system, views)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """One row as JSON, or all into the results."""
-    if arguments:
-        what, system, views, *weights = arguments
-        with one_thread():
-            measure = {'accuracy': accuracy, 'cost': cost}[what]
-            print(json.dumps(measure(system, int(views), *weights)))
-        return 0
-    rows = {}
-    for case, row in run():
-        rows[case] = row
-        print(case, {key: value for key, value in row.items() if key != 'sets'}, flush=True)
-    print(write_result('students', rows))
-    return 0
+def main(arguments: Sequence[str]) -> None:
+    """One row as JSON."""
+    what, system, views, *weights = arguments
+    with one_thread():
+        measure = {'accuracy': accuracy, 'cost': cost}[what]
+        print(json.dumps(measure(system, int(views), *weights)))
 
 
 if __name__ == '__main__':
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -152,6 +152,10 @@ POSE_ACCURACY: dict[str, Callable[[Row], str]] = {
     'windows': number('windows', 0), 'pairs': number('pairs', 0), 'AUC@30': number('auc30', 3),
     'RRA@15': number('rra15', 3), 'RTA@15': number('rta15', 3), 'AbsRel': number('abs_rel', 3),
     'guess': lambda row: row.get('guess', '')}
+STUDENTS: dict[str, Callable[[Row], str]] = {
+    'AUC@30': number('auc30', 3), 'world points alone': number('auc30_points', 3),
+    'AbsRel': number('abs_rel', 3), 'CPU s': number('cpu_seconds', 1),
+    'peak MB': number('peak_mb', 0), 'weights MB': number('megabytes', 1)}
 LOCALISATION: dict[str, Callable[[Row], str]] = {
     'found': lambda row: f'{row["localised"]} of {row["queries"]}',
     'median cm': number('median_m', 2, 100), 'median deg': number('median_deg', 2),
@@ -233,6 +237,13 @@ SECTIONS = (
      'given. AUC@30: mean over pairs of 1 - e / 30 where the larger error e, of rotation and of '
      'direction, is below 30 degrees; RRA, RTA: rotations and directions within 15 degrees; a '
      'pair without an answer is wrong. AbsRel: of depths, after one median scale per window.'),
+    ('Students of tiny', ('students',), STUDENTS,
+     'The attentions of VGG-T3 (ttt), Speed3R (sparse) and Lite3R (sla), learnt from `tiny` '
+     '(dense). Windows of shuffled images, of 8 views of the nine sets above, of more of the '
+     'kitchen, the fox and the drive, where there are so many. AUC@30: poses from matches; world '
+     'points alone: those that know of other views through the attention only. Without: joint '
+     'attentions that say nothing. Pass: one pass over images of the kitchen, on one core; peak: '
+     'memory beyond that of the network and the images.'),
     ('Stress', ('stress',), STRESS,
      'Rendered walks of 160 images (320x240, 20 Hz) with exact truth, four rooms for each case, '
      'all images of a case together. False: the system vouches for a pose that is more than '

@@ -14,7 +14,7 @@ from feedforward_recon.model.backbone import Demand
 from feedforward_recon.model.layers import Block, BlockConfig, in_chunks
 from feedforward_recon.model.predictor import NetworkPredictor
 
-TOLERANCE = 5e-6
+TOLERANCE = 1e-6
 COUNT = 7
 FAMILIES = [vggt, pi3, da3]
 

@@ -262,7 +262,7 @@ def test_memory_is_what_the_plan_foresees():
                                 env={**os.environ, **paths}, capture_output=True, text=True
                                 ).stdout) for count in counts]
     _, per_image = pass_bytes(small().network, SIZE_HW)
-    assert 0.6 < (peaks[1] - peaks[0]) / (counts[1] - counts[0]) / per_image < 1.4
+    assert 0.4 < (peaks[1] - peaks[0]) / (counts[1] - counts[0]) / per_image < 1.4
 
 
 def test_a_plan_says_how_many_images_would_fit():

@@ -82,6 +82,6 @@ def test_training_views_have_photos_and_the_same_truth(folder, monkeypatch, tmp_
     assert file.name == 'held_out0000.npz'
     with np.load(file) as arrays:
         photos = data.RoomViews(**arrays)
-    for name in ('depth', 'K', 'T_world_cam', 'group'):
+    for name in ('depth', 'K', 'T_world_cam'):
         assert np.array_equal(getattr(plain, name), getattr(photos, name)), name
     assert np.abs(plain.image.astype(float) - photos.image).mean() > 5

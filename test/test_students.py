@@ -140,9 +140,10 @@ def test_a_student_begins_with_the_weights_of_its_teacher(prepared):
 def test_attentions_taught_the_same_answer_the_same(prepared, tmp_path):
     """A student whose attention is the teacher's has nothing to learn from it."""
     trainer = trainer_of(prepared, tmp_path, 'linearize', attention='softmax')
-    assert trainer.losses(plane_windows())['transfer'] < 1e-9
+    rounding = 1e-4  # of bfloat16: with gradients softmax is computed in another way
+    assert trainer.losses(plane_windows())['transfer'] < rounding
     trainer.step = trainer.settings.transfer_steps
-    assert trainer.losses(plane_windows())['distil'] < 1e-9
+    assert trainer.losses(plane_windows())['distil'] < rounding
 
 
 def test_the_linear_branch_is_in_every_attention(prepared):

@@ -40,7 +40,7 @@ from feedforward_recon.training.windows import drawn_window, mirrored
 from feedforward_recon.types import Frame
 
 SHIPPED = ('tiny', 'tiny-ttt', 'tiny-sparse', 'tiny-sla')
-PARTS = ('depth', 'point', 'scale', 'turn', 'place', 'guide', 'coarse', 'fine')
+PARTS = ('depth', 'point', 'scale', 'turn', 'place', 'coarse', 'fine', 'guide')
 
 
 @pytest.fixture(scope='module')

@@ -91,8 +91,14 @@ _ALL = (
         'tiny', 'tiny', APACHE, 14_502_290, file='tiny.safetensors',
         sha256='606f39e6c3c3d4631379a03a88eeb102856b76859d778456950d249d73eed4dc'),
     Checkpoint(
-        'tiny-ttt', 'tiny-ttt', APACHE, 7_404_688, file='tiny-ttt.safetensors',
-        sha256='1bb2c1ac5bd48601382b59703766a07a2ee530d117de3666daae2cf5a02e7cd2'),
+        'tiny-ttt', 'tiny-ttt', APACHE, 15_291_454, file='tiny-ttt.safetensors',
+        sha256='29a2b2ea5aa1897f8e8cf2cb7043edfc514984f0f611c5f118732c4a63fa00b5'),
+    Checkpoint(
+        'tiny-sla', 'tiny-sla', APACHE, 14_524_710, file='tiny-sla.safetensors',
+        sha256='351742e11fe823c4e84d289ae03a3a90af611d8c6bca9fa4ccc64466f126038c'),
+    Checkpoint(
+        'tiny-sparse', 'tiny-sparse', APACHE, 14_526_474, file='tiny-sparse.safetensors',
+        sha256='6b1f9464b85a3f94ed825fed542320414a94c4078d748ac29b6997913cf5b3cd'),
     Checkpoint(
         'vggt-1b', 'vggt-1b', CC_BY_NC, 5_026_367_224, 'facebook/VGGT-1B',
         revision='860abec7937da0a4c03c41d3c269c366e82abdf9',
