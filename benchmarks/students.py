@@ -103,7 +103,7 @@ def accuracy(system: str, views: int, weights: str = '') -> Row:
     """A row per set, and means over the sets that have a figure."""
     predictor, rows = opened(system, weights), {}
     for name in LARGE_SETS.get(views, SETS):
-        windows = windows_of(resolved(name), 2 if views == FEW else WINDOWS, views)
+        windows = windows_of(resolved(name), 1 if views == FEW else WINDOWS, views)
         rows[name] = set_row(predictor, windows)
     return {**_means(list(rows.values())), 'sets': rows}
 
