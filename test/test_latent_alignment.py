@@ -291,3 +291,9 @@ def test_half_an_alignment_is_refused(weights, tmp_path):
     save_file(torn, tmp_path / 'torn.safetensors')
     with pytest.raises(CheckpointError, match='missing'):
         load('vggt-tiny', tmp_path / 'torn.safetensors')
+
+
+def test_attentions_within_images_are_exchanged_and_those_of_the_alignment_are_not():
+    names = [name for name, _ in build('tiny-sla', alignment=2).named_parameters()]
+    assert any('frame_blocks' in name and 'proj_lin' in name for name in names)
+    assert not any('latent_alignment' in name and 'proj_lin' in name for name in names)

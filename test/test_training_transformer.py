@@ -21,6 +21,7 @@ from small_training import (
 from benchmarks.pose_accuracy import VIEWS, Answer, Errors, relative, still
 from feedforward_recon.errors import ReconError
 from feedforward_recon.geometry.camera import Camera
+from feedforward_recon.model.distributed import own_device
 from feedforward_recon.model.pose_encoding import rigid_inverse
 from feedforward_recon.model.predictor import load_predictor
 from feedforward_recon.model.ray_stem import RayStem
@@ -31,7 +32,6 @@ from feedforward_recon.training import transformer_losses as losses
 from feedforward_recon.training.depth_source import DepthSource
 from feedforward_recon.training.muon import Muon
 from feedforward_recon.training.photo_source import PhotoSource
-from feedforward_recon.training.processes import own_device
 from feedforward_recon.training.room_files import room_source
 from feedforward_recon.training.scene_folders import photo_sources
 from feedforward_recon.training.transformer import TransformerTrainer, TransformerTraining

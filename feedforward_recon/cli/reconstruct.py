@@ -120,7 +120,7 @@ def _chosen(chosen: PhotoConfig, network: NetworkOptions, joint: bool) -> PhotoC
     """The settings, with what --joint says. Raises ConfigError, before any work."""
     from dataclasses import replace
 
-    from feedforward_recon.model.joint_processes import processes_started
+    from feedforward_recon.model.distributed import processes_started
     from feedforward_recon.reconstruction.decoders import check_decoder
 
     if joint and not network.feeds_forward:
@@ -155,15 +155,17 @@ def _tell(summary: dict[str, Any]) -> None:
 @contextmanager
 def _predictor(network: NetworkOptions) -> Iterator[tuple[NetworkPredictor | None, bool]]:
     """The network, if there is one, and whether this process leads those that share it."""
-    from feedforward_recon.model.joint_processes import joined_processes, process_device
+    from feedforward_recon.model.configs import device_of
+    from feedforward_recon.model.distributed import own_device
+    from feedforward_recon.model.joint_processes import joined_processes
     from feedforward_recon.model.predictor import load_predictor
 
     if not network.feeds_forward:
         yield None, True
         return
     predictor = load_predictor(network.model, network.attention or None,
-                               process_device(network.device), network.weights or None,
-                               network.precision)
+                               str(own_device(device_of(network.device))),
+                               network.weights or None, network.precision)
     with joined_processes(predictor) as leads:
         yield predictor, leads
 

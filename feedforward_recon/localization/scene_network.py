@@ -88,8 +88,8 @@ class VggtSceneNetwork:
 class RaySceneNetwork:
     """A network of the kind of `tiny` as a ``SceneNetwork``; turn: held while it is at work.
 
-    What a query shows follows from its world points; so do the cameras of what is written, since
-    those from matches may be in another unit.
+    What a query shows follows from its world points. So do the cameras of what is written, since
+    those from matches may be in another unit: with a state, even an empty one, nothing is matched.
     """
 
     def __init__(self, predictor: NetworkPredictor, network: RayTransformer,
@@ -99,11 +99,10 @@ class RaySceneNetwork:
 
     def write(self, images: Sequence[NDArray[np.uint8]], K: NDArray[np.float64] | None = None
               ) -> tuple[Prediction, NetworkState]:
-        """One joint pass over all images, then one that reads; few tokens of views are kept."""
+        """One joint pass over all images; few tokens of views are kept."""
         with self._turn:
-            _, written = self.predictor.predict(images, K=K)
-            state = written.with_few_camera_tokens(CAMERA_TOKENS)
-            return self.predictor.predict(images, state, write=False, K=K)
+            prediction, state = self.predictor.predict(images, self.network.empty_state(), K=K)
+        return prediction, state.with_few_camera_tokens(CAMERA_TOKENS)
 
     def query(self, image: NDArray[np.uint8], state: NetworkState,
               K: NDArray[np.float64] | None = None) -> tuple[Prediction, float]:

@@ -11,13 +11,14 @@ image. The result equals that of one process.
 `DistributedCollectionNetwork` does the same for photos of which a network is asked about a few
 at a time: images are encoded, and windows decoded, by all processes, each its share.
 
-Not used by the nodes or commands yet; for several GPUs (see `benchmarks/attention_gpu.py`).
-Run under torchrun; `gloo` on CPU, `nccl` on GPU. Inference only: gradients of a loss do not
-flow between processes.
+`ffrecon reconstruct --joint` shares its pass this way (`joint_processes`); nodes do not. Run under
+torchrun; `gloo` on CPU, `nccl` on GPU. Inference only: gradients of a loss do not flow between
+processes.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -34,6 +35,18 @@ from feedforward_recon.model.network_state import NetworkState
 from feedforward_recon.model.predictor import Answer, NetworkPredictor
 from feedforward_recon.model.preprocess import PreparedImage
 from feedforward_recon.model.vggt import Reconstruction, Vggt
+
+
+def processes_started() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get('WORLD_SIZE', '1'))
+
+
+def own_device(device: torch.device) -> torch.device:
+    """The GPU of this process under torchrun, one for each; any other device is shared."""
+    if device.type != 'cuda' or device.index is not None or 'LOCAL_RANK' not in os.environ:
+        return device
+    return torch.device('cuda', int(os.environ['LOCAL_RANK']))
 
 
 class AcrossProcesses:

@@ -9,7 +9,6 @@ one process.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,6 +23,7 @@ from feedforward_recon.model.backbone import Demand
 from feedforward_recon.model.distributed import (
     AcrossProcesses,
     predict_distributed,
+    processes_started,
     sequence_parallel,
 )
 from feedforward_recon.model.joint import pass_alone
@@ -36,17 +36,6 @@ from feedforward_recon.model.vggt import Vggt
 
 CPU = torch.device('cpu')
 PATIENCE = timedelta(days=7)  # of processes that wait while the first one reads, or refines
-COUNT, LOCAL = 'WORLD_SIZE', 'LOCAL_RANK'  # what torchrun tells each process
-
-
-def processes_started() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get(COUNT, '1'))
-
-
-def process_device(name: str) -> str:
-    """The device of this process: of several GPUs of a machine each has its own."""
-    return f'cuda:{os.environ[LOCAL]}' if name == 'cuda' and processes_started() > 1 else name
 
 
 class SharedPass:

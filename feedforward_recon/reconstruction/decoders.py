@@ -8,8 +8,9 @@ from feedforward_recon.config.photos import ReconstructionConfig
 from feedforward_recon.errors import ConfigError
 from feedforward_recon.model.collection import CollectionNetwork, PairNetwork, WindowNetwork
 from feedforward_recon.model.compact import CompactEncoder
+from feedforward_recon.model.distributed import processes_started
 from feedforward_recon.model.joint import JointNetwork
-from feedforward_recon.model.joint_processes import SharedPass, processes_started
+from feedforward_recon.model.joint_processes import SharedPass
 from feedforward_recon.model.predictor import NetworkPredictor
 from feedforward_recon.model.ray_collection import RayCollectionNetwork
 from feedforward_recon.model.ray_transformer import RayTransformer

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,13 +20,20 @@ from torch import nn
 
 from feedforward_recon.errors import ConfigError
 from feedforward_recon.model.configs import ALIASES, Network, build, device_of, load
+from feedforward_recon.model.distributed import own_device
 from feedforward_recon.model.ray_transformer import RayTransformer
-from feedforward_recon.training.processes import Processes, own_device
+from feedforward_recon.training.processes import Processes
 from feedforward_recon.training.room_files import room_sources
 from feedforward_recon.training.run_folder import RunFolder
 from feedforward_recon.training.scene_folders import photo_sources
+from feedforward_recon.training.stepping import (
+    drawn_ahead,
+    follow_gradient,
+    freeze_but,
+    set_rate,
+)
 from feedforward_recon.training.students import parameters_by_kind
-from feedforward_recon.training.transformer import DECAY_SHARE, LEAST_RATE, photographed
+from feedforward_recon.training.transformer import photographed
 from feedforward_recon.training.validation import whole_window
 from feedforward_recon.training.view_graphs import graph_loss
 from feedforward_recon.training.view_sources import ViewSource
@@ -35,7 +41,7 @@ from feedforward_recon.training.windows import Windows, WindowStream
 
 log = logging.getLogger(__name__)
 VIEWS = 8  # of a graph
-BETAS, CLIP = (0.9, 0.98), 1.0
+BETAS = 0.9, 0.98
 LOG_EVERY = 10
 HELD_OUT_GRAPHS = 2  # of each scene
 
@@ -92,15 +98,11 @@ class AlignmentTrainer:
 
     def run(self) -> Iterator[int]:
         """Train until ``settings.steps``, yielding every step; stop and start it at any time."""
-        with ThreadPoolExecutor(1) as ahead:
-            following = ahead.submit(self.graphs, self.step)
-            while self.step < self.settings.steps:
-                windows = following.result()
-                following = ahead.submit(self.graphs, self.step + 1)
-                report = self.learn(windows)
-                self.step += 1
-                self._after(report)
-                yield self.step
+        for windows in drawn_ahead(self.graphs, self.step, self.settings.steps):
+            report = self.learn(windows)
+            self.step += 1
+            self._after(report)
+            yield self.step
 
     def graphs(self, step: int) -> list[Windows]:
         """The graphs of a step, as cameras with other settings would have taken them."""
@@ -122,7 +124,9 @@ class AlignmentTrainer:
             loss = graph_loss(self.network, windows.to(self.device)) / len(graphs)
             loss.backward()
             total += float(loss.detach())
-        norm = self._stepped()
+        set_rate([self.optimiser], self.settings.learning_rate, self.step, self.settings.steps,
+                 self.settings.warm_up)
+        norm = follow_gradient(self._parameters(), [self.optimiser], self.processes, self.step)
         return {'loss': total, 'gradient': norm, 'seconds': time.perf_counter() - started}
 
     @torch.no_grad()
@@ -132,21 +136,6 @@ class AlignmentTrainer:
         each = [float(graph_loss(self.network, windows.to(self.device)))
                 for windows in self._held_out]
         return float(np.mean(each)) if each else 0.0
-
-    def _stepped(self) -> float:
-        """Follow the gradient; its norm."""
-        settings = self.settings
-        warm = (self.step + 1) / max(1, settings.warm_up)
-        left = (settings.steps - self.step) / max(1, DECAY_SHARE * settings.steps)
-        for group in self.optimiser.param_groups:
-            group['lr'] = settings.learning_rate * min(1.0, warm, max(LEAST_RATE, left))
-        self.processes.average_gradients(self._parameters())
-        norm = nn.utils.clip_grad_norm_(self._parameters(), CLIP)
-        if torch.isfinite(norm):
-            self.optimiser.step()
-        else:
-            log.warning('step %d: gradient is not finite, no step taken', self.step)
-        return float(norm)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [self.network.get_parameter(name) for name in self.learns]
@@ -218,9 +207,7 @@ def alignment_parameters(network: Network) -> list[str]:
     names = [name for name, _ in network.named_parameters() if 'latent_alignment.' in name]
     if not names:
         raise ConfigError('expected blocks of latent alignment to train, found 0; choose 2 or 4')
-    network.requires_grad_(False)
-    for name in names:
-        network.get_parameter(name).requires_grad_(True)
+    freeze_but(network, names)
     return names
 
 

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-
-def own_device(device: torch.device) -> torch.device:
-    """The GPU of this process under torchrun, one for each; any other device is shared."""
-    if device.type != 'cuda' or device.index is not None or 'LOCAL_RANK' not in os.environ:
-        return device
-    return torch.device('cuda', int(os.environ['LOCAL_RANK']))
+from feedforward_recon.model.distributed import processes_started
 
 
 class Processes:
     """All processes of a run; one without torchrun."""
 
     def __init__(self, device: torch.device) -> None:
-        self.count = int(os.environ.get('WORLD_SIZE', '1'))
+        self.count = processes_started()
         if self.count > 1 and not dist.is_initialized():
             dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
         self.rank = dist.get_rank() if self.count > 1 else 0

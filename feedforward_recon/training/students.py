@@ -20,7 +20,6 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +29,7 @@ from torch import nn
 
 from feedforward_recon.errors import ConfigError
 from feedforward_recon.model.attention.config import SparseLinearOptions, SparseOptions
+from feedforward_recon.model.attention.registry import ATTENTION
 from feedforward_recon.model.attention.sparse_linear import replace_local
 from feedforward_recon.model.backbone import Demand
 from feedforward_recon.model.configs import (
@@ -41,6 +41,7 @@ from feedforward_recon.model.configs import (
     network_of,
     special_tokens,
 )
+from feedforward_recon.model.distributed import own_device
 from feedforward_recon.model.fp8 import FakeFp8Linear, fake_quantised
 from feedforward_recon.model.layers import GlobalBlock
 from feedforward_recon.model.pi3 import Pi3
@@ -55,20 +56,21 @@ from feedforward_recon.training.attention_record import (
     unlikeness,
 )
 from feedforward_recon.training.moving_average import MovingAverage
-from feedforward_recon.training.processes import Processes, own_device
+from feedforward_recon.training.processes import Processes
 from feedforward_recon.training.run_folder import RunFolder
 from feedforward_recon.training.scenes import open_scenes
-from feedforward_recon.training.transformer import (
-    DECAY_SHARE,
-    LEAST_RATE,
-    photographed,
-    take_over,
+from feedforward_recon.training.stepping import (
+    drawn_ahead,
+    follow_gradient,
+    freeze_but,
+    set_rate,
 )
+from feedforward_recon.training.transformer import photographed, take_over
 from feedforward_recon.training.transformer_losses import task_losses
 from feedforward_recon.training.windows import Windows, cropped
 
 log = logging.getLogger(__name__)
-BETAS, CLIP = (0.9, 0.95), 1.0
+BETAS = 0.9, 0.95
 LOG_EVERY = 25
 SPARSE_SIDE = SparseOptions().window  # patches: Speed3R's network knows whole windows only
 
@@ -77,15 +79,16 @@ SPARSE_SIDE = SparseOptions().window  # patches: Speed3R's network knows whole w
 class Recipe:
     """How a student differs from its teacher.
 
-    learns: names of the parameters that do. suffix: of the student's name. learning_rate: the
-    highest. attention: where views meet; '' as the teacher's. everywhere: attentions within images
-    are exchanged, too. eight_bits: linear layers are rounded. options: as for `configs.build`.
+    learns: names of the parameters that do. learning_rate: the highest. attention: where views
+    meet; '' as the teacher's. suffix: of the student's name; '': the name of its attention.
+    everywhere: attentions within images are exchanged, too. eight_bits: linear layers are rounded.
+    options: as for `configs.build`.
     """
 
     learns: Callable[[nn.Module], list[str]]
-    suffix: str
     learning_rate: float
     attention: str = ''
+    suffix: str = ''
     everywhere: bool = False
     eight_bits: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -120,11 +123,11 @@ def _inside(network: nn.Module, kind: type[nn.Module], part: str) -> list[str]:
 
 
 RECIPES = {
-    'linearize': Recipe(joint_attentions, 'ttt', 2e-3, 'ttt'),
-    'sparsify': Recipe(joint_blocks, 'sparse', 3e-4, 'sparse',
+    'linearize': Recipe(joint_attentions, 2e-3, 'ttt'),
+    'sparsify': Recipe(joint_blocks, 3e-4, 'sparse',
                        options={'sparse': SparseOptions(visible_every=100)}),
-    'sla': Recipe(linear_branches, 'sla', 1e-3, 'sparse_linear', everywhere=True),
-    'qat': Recipe(rounded_layers, 'qat', 1e-4, eight_bits=True)}
+    'sla': Recipe(linear_branches, 1e-3, 'sparse_linear', 'sla', everywhere=True),
+    'qat': Recipe(rounded_layers, 1e-4, suffix='qat', eight_bits=True)}
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,7 @@ class StudentTrainer:
     """One training run of a recipe in the folder ``settings.out``."""
 
     def __init__(self, recipe: Recipe, settings: StudentTraining) -> None:
-        recipe = replace(recipe, attention=settings.attention or recipe.attention)
+        recipe = with_attention(recipe, settings.attention)
         self.settings, self.device = settings, own_device(device_of(settings.device))
         self.name = student_name(settings.teacher, recipe)
         self.processes, self.folder = Processes(self.device), RunFolder(settings.out)
@@ -212,15 +215,11 @@ class StudentTrainer:
 
     def run(self) -> Iterator[int]:
         """Train until ``settings.steps``, yielding every step; stop and start it at any time."""
-        with ThreadPoolExecutor(1) as ahead:
-            following = ahead.submit(self.batch, self.step)
-            while self.step < self.settings.steps:
-                windows = following.result()
-                following = ahead.submit(self.batch, self.step + 1)
-                report = self.learn(windows)
-                self.step += 1
-                self._after(report)
-                yield self.step
+        for windows in drawn_ahead(self.batch, self.step, self.settings.steps):
+            report = self.learn(windows)
+            self.step += 1
+            self._after(report)
+            yield self.step
 
     def batch(self, step: int) -> Windows:
         """The windows of a step, as cameras with other settings would have taken them."""
@@ -249,14 +248,11 @@ class StudentTrainer:
         self.optimiser.zero_grad()
         parts = self.losses(windows.to(self.device))
         torch.stack(list(parts.values())).sum().backward()
-        self._set_rate()
-        self.processes.average_gradients(self._parameters())
-        norm = nn.utils.clip_grad_norm_(self._parameters(), CLIP)
-        if torch.isfinite(norm):
-            self.optimiser.step()
+        set_rate([self.optimiser], self.optimiser.defaults['lr'], self.step, self.settings.steps,
+                 self.settings.warm_up)
+        norm = follow_gradient(self._parameters(), [self.optimiser], self.processes, self.step)
+        if math.isfinite(norm):
             self.average.update(self.network, self.step)
-        else:
-            log.warning('step %d: gradient is not finite, no step taken', self.step)
         return {'views': windows.images.shape[1],
                 **{name: float(value.detach()) for name, value in parts.items()},
                 'seconds': time.perf_counter() - started}
@@ -267,13 +263,6 @@ class StudentTrainer:
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for p in self.network.parameters() if p.requires_grad]
-
-    def _set_rate(self) -> None:
-        """A line up at first, and one down over the last part."""
-        warm = (self.step + 1) / max(1, self.settings.warm_up)
-        left = (self.settings.steps - self.step) / max(1, DECAY_SHARE * self.settings.steps)
-        for group in self.optimiser.param_groups:
-            group['lr'] = self.optimiser.defaults['lr'] * min(1.0, warm, max(LEAST_RATE, left))
 
     def _after(self, report: dict[str, float]) -> None:
         """Log, look at what is held out, save; by the first process alone."""
@@ -319,7 +308,7 @@ class StudentTrainer:
 
 def what_learns(teacher: str, recipe: Recipe, attention: str = '') -> dict[str, str]:
     """Sizes of what learns of a student, by names without numbers of layers; needs no weights."""
-    recipe = replace(recipe, attention=attention or recipe.attention)
+    recipe = with_attention(recipe, attention)
     student = student_of(build(teacher, device='meta'), recipe)
     return parameters_by_kind(student, learning(student, recipe))
 
@@ -337,8 +326,20 @@ def parameters_by_kind(network: nn.Module, names: Sequence[str]) -> dict[str, st
 
 def student_name(teacher: str, recipe: Recipe) -> str:
     """What a student is called: `tiny-ttt`."""
-    suffix = recipe.attention if recipe.suffix == 'ttt' else recipe.suffix
-    return f'{ALIASES.get(teacher, teacher)}-{suffix}'
+    return f'{ALIASES.get(teacher, teacher)}-{recipe.suffix or recipe.attention}'
+
+
+def with_attention(recipe: Recipe, name: str) -> Recipe:
+    """The recipe for another attention, unless the name is ''.
+
+    Raises ConfigError where there is no such student.
+    """
+    if not name:
+        return recipe
+    if recipe is not RECIPES['linearize'] or not ATTENTION[name].fixed_size:
+        raise ConfigError(f'expected fast weights for linearize alone, ttt or hybrid, found '
+                          f'attention {name}; leave it out')
+    return replace(recipe, attention=name)
 
 
 def student_of(teacher: Network, recipe: Recipe) -> Network:
@@ -369,9 +370,7 @@ def learning(network: nn.Module, recipe: Recipe) -> list[str]:
     if not names:
         raise ConfigError('expected a teacher with what this recipe teaches anew, found none of '
                           f'it in {type(network).__name__}; choose another, such as tiny')
-    network.requires_grad_(False)
-    for name in names:
-        network.get_parameter(name).requires_grad_(True)
+    freeze_but(network, names)
     return names
 
 

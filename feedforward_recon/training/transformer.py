@@ -11,7 +11,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from torch import nn
 
 from feedforward_recon.errors import CheckpointError, ConfigError
 from feedforward_recon.model.configs import build, device_of
+from feedforward_recon.model.distributed import own_device
 from feedforward_recon.model.layers import Block
 from feedforward_recon.model.ray_stem import RayStem
 from feedforward_recon.model.ray_transformer import RayTransformer
@@ -29,17 +29,15 @@ from feedforward_recon.synthetic.appearance import Appearance
 from feedforward_recon.training.guidance import AttentionInputs
 from feedforward_recon.training.moving_average import MovingAverage
 from feedforward_recon.training.muon import Muon
-from feedforward_recon.training.processes import Processes, own_device
+from feedforward_recon.training.processes import Processes
 from feedforward_recon.training.run_folder import RunFolder
 from feedforward_recon.training.scenes import open_scenes
+from feedforward_recon.training.stepping import drawn_ahead, follow_gradient, set_rate
 from feedforward_recon.training.transformer_losses import guide_loss, task_losses
 from feedforward_recon.training.windows import Windows
 
 log = logging.getLogger(__name__)
-BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.98), 0.02, 1.0
-# The rate falls in a line over the last part of the schedule only: until then a run may be made
-# longer or shorter (Hu et al., MiniCPM, 2024).
-DECAY_SHARE, LEAST_RATE = 0.2, 0.02
+BETAS, WEIGHT_DECAY = (0.9, 0.98), 0.02
 # Heads of global blocks that are told what patches show: in all views, in the first view.
 GUIDED = {'all_views': (0, 1), 'first_view': (2, 3)}
 GUIDED_BLOCKS = (1, 2)
@@ -98,16 +96,11 @@ class TransformerTrainer:
 
     def run(self) -> Iterator[int]:
         """Train until ``settings.steps``, yielding every step; stop and start it at any time."""
-        report: dict[str, float] = {}
-        with ThreadPoolExecutor(1) as ahead:
-            following = ahead.submit(self._batches, self.step)
-            while self.step < self.settings.steps:
-                batches = following.result()
-                following = ahead.submit(self._batches, self.step + 1)
-                report = self.learn(batches)
-                self.step += 1
-                self._after(report)
-                yield self.step
+        for batches in drawn_ahead(self._batches, self.step, self.settings.steps):
+            report = self.learn(batches)
+            self.step += 1
+            self._after(report)
+            yield self.step
 
     def losses(self, windows: Windows, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """The parts of the loss, each with its weight."""
@@ -123,16 +116,13 @@ class TransformerTrainer:
     def learn(self, batches: list[Windows]) -> dict[str, float]:
         """One step along the mean gradient of batches; parts of the loss, and its seconds."""
         started = time.perf_counter()
-        self._set_rate()
+        settings = self.settings
+        set_rate(self.optimisers, settings.learning_rate, self.step, settings.steps,
+                 settings.warm_up)
         report = self._gradient(batches)
-        self.processes.average_gradients(self._parameters())
-        norm = nn.utils.clip_grad_norm_(self._parameters(), CLIP)
-        if torch.isfinite(norm):
-            for optimiser in self.optimisers:
-                optimiser.step()
+        norm = follow_gradient(self._parameters(), self.optimisers, self.processes, self.step)
+        if math.isfinite(norm):
             self.average.update(self.network, self.step)
-        else:
-            log.warning('step %d: gradient is not finite, no step taken', self.step)
         return {**report, 'seconds': time.perf_counter() - started}
 
     def _batches(self, step: int) -> list[Windows]:
@@ -167,14 +157,6 @@ class TransformerTrainer:
             self._validate()
         if last or self.step % self.settings.save_every == 0:
             self._save()
-
-    def _set_rate(self) -> None:
-        settings = self.settings
-        warm = (self.step + 1) / max(1, settings.warm_up)
-        left = (settings.steps - self.step) / max(1, DECAY_SHARE * settings.steps)
-        for optimiser in self.optimisers:
-            for group in optimiser.param_groups:
-                group['lr'] = settings.learning_rate * min(1.0, warm, max(LEAST_RATE, left))
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for p in self.network.parameters() if p.requires_grad]

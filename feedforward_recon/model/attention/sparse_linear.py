@@ -43,6 +43,7 @@ from feedforward_recon.model.attention.blocks import (
     without_padding,
 )
 from feedforward_recon.model.attention.config import AttentionConfig, SparseLinearOptions
+from feedforward_recon.model.latent_alignment import LatentAlignment
 from feedforward_recon.model.layers import Attention
 
 
@@ -172,10 +173,13 @@ class LocalSparseLinear(SparseLinearAttention):
 def replace_local(model: nn.Module, options: SparseLinearOptions, special: int = 5) -> nn.Module:
     """Put a `LocalSparseLinear` with the same weights in the place of each `Attention`.
 
-    special: tokens in front of the patches where patches have positions. Returns the model.
+    special: tokens in front of the patches where patches have positions. Latent alignment, whose
+    latents are images and no patches, stays as it is. Returns the model.
     """
+    aligning = {id(part) for module in model.modules() if isinstance(module, LatentAlignment)
+                for part in module.modules()}
     for path, old in list(model.named_modules()):
-        if type(old) is Attention:
+        if type(old) is Attention and id(old) not in aligning:
             config = AttentionConfig(old.config.dim, old.config.heads, 'sparse_linear', special,
                                      qk_norm=old.config.qk_norm, round_qk=old.config.round_qk,
                                      sparse_linear=options)
