@@ -12,9 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from feedforward_recon.model.half_rows import half_rows
+
 # Slots of a region. Fewer make more maxima to compare, more make the regions that are looked into
 # larger: 128 to 512 cost the same within 1 ms of a query.
 REGION = 256
+QUERIES = 128  # features of an image are multiplied in multiples of so many
 GATHERED = 1024  # pairs of vectors that are compared at a time: 0.4 MB each side
 
 
@@ -33,7 +36,7 @@ class SlotSearch:
     def compare(self, queries: np.ndarray) -> Similarities:
         """Cosines of descriptors [Q, D] with the slots."""
         # Slots as rows: twice as fast as the other way round, here and in the maxima.
-        cosines = self._keys @ torch.from_numpy(queries).to(torch.bfloat16).T
+        cosines = (self._keys @ half_rows(queries, QUERIES).T)[:, :len(queries)]
         blocks = cosines.reshape(-1, REGION, len(queries))
         # Positive bfloat16 are ordered as their bits: as integers, maxima take a quarter.
         best = blocks.view(torch.int16).amax(1).view(torch.bfloat16)

@@ -12,6 +12,7 @@ import torch
 from feedforward_recon.geometry.epipolar import PairMotion, checked, motion_between, moved_along
 from feedforward_recon.geometry.transforms import inverse, make_transform, transform_points
 from feedforward_recon.model.compact import CompactEncoder
+from feedforward_recon.model.half_rows import half_rows
 from feedforward_recon.reconstruction.shots import ROLLS, Shot, seen_rolled
 from feedforward_recon.types import Features
 
@@ -21,6 +22,7 @@ THRESHOLD_PX = 2.0  # of an inlier
 MARGIN = 0.05  # by which a distinct match is more similar than the next best
 MIN_INLIERS = 30  # matches that agree with a pair
 MIN_DISTINCT, MIN_SHARE = 20, 0.25  # of them distinct ones, and of all distinct ones
+KEYS = 256  # descriptors of an image are multiplied in multiples of so many
 PIXEL_NOISE = 0.7  # standard deviation of a corner, px
 
 
@@ -172,12 +174,11 @@ class CompactPairs:
 
 
 def _keys(features: Features) -> torch.Tensor:
-    # Half precision: twice as fast, and only decides between nearly equal neighbours.
-    return torch.tensor(features.descriptors, dtype=torch.bfloat16)
+    return half_rows(features.descriptors, KEYS)  # zeros match nothing
 
 
 def mutual(a: torch.Tensor, b: torch.Tensor) -> FeatureMatches:
-    """Rows of unit vectors a [N, D], b [M, D] that are the most similar of each other."""
+    """Rows of a [N, D], b [M, D] that are the most similar of each other: unit vectors, or 0."""
     if not len(a) or not len(b):
         return FeatureMatches(np.zeros(0, int), np.zeros(0, int), np.zeros(0, bool))
     cosines, row = a @ b.T, torch.arange(len(a))
