@@ -4,7 +4,8 @@ Windows of mapping ask for cameras and depth alone; the keys and values of all t
 every global block are of no use to them. Random images of 518x392 pixels are shown to the
 predictor as mapping does. Weights are random, and all blocks of a kind share those of one: so the
 figures are of the window alone, and machines with less than the 5 GB of all weights can measure
-them. Every point runs in a process of its own; 4 views take a minute of CPU, 32 a quarter of an hour.
+them. Every point runs in a process of its own; 4 views take a minute of CPU, 32 a quarter of
+an hour.
 
     python -m benchmarks.window_memory                     all points -> results
     python -m benchmarks.window_memory 8 --forget          one point, as JSON

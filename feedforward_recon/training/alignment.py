@@ -24,7 +24,7 @@ from feedforward_recon.model.distributed import own_device
 from feedforward_recon.model.ray_transformer import RayTransformer
 from feedforward_recon.training.processes import Processes
 from feedforward_recon.training.room_files import room_sources
-from feedforward_recon.training.run_folder import RunFolder
+from feedforward_recon.training.run_folder import RunFolder, check_given
 from feedforward_recon.training.scene_folders import photo_sources
 from feedforward_recon.training.stepping import (
     drawn_ahead,
@@ -55,8 +55,8 @@ class AlignmentTraining:
     see ``what_aligns``; nothing is trained.
     """
 
-    photos: str
-    out: str
+    photos: str = ''
+    out: str = ''
     rooms: str = ''
     held_out: str = ''
     teacher: str = 'tiny'
@@ -72,6 +72,11 @@ class AlignmentTraining:
     save_every: int = 50
     validate_every: int = 100
     dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError where a training lacks its folders."""
+        if not self.dry_run:
+            check_given(self.photos, self.out)
 
 
 class AlignmentTrainer:

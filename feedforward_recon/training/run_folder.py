@@ -12,7 +12,17 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from feedforward_recon.errors import ConfigError
+
 log = logging.getLogger(__name__)
+
+
+def check_given(photos: str, out: str) -> None:
+    """Raises ConfigError unless a training is told what it learns from, and where it is kept."""
+    missing = [name for name, value in (('--photos', photos), ('--out', out)) if not value]
+    if missing:
+        raise ConfigError(f'expected folders of scenes and of the run, found no '
+                          f'{" and no ".join(missing)}; name them, or add --dry-run')
 
 
 class RunFolder:

@@ -57,7 +57,7 @@ from feedforward_recon.training.attention_record import (
 )
 from feedforward_recon.training.moving_average import MovingAverage
 from feedforward_recon.training.processes import Processes
-from feedforward_recon.training.run_folder import RunFolder
+from feedforward_recon.training.run_folder import RunFolder, check_given
 from feedforward_recon.training.scenes import open_scenes
 from feedforward_recon.training.stepping import (
     drawn_ahead,
@@ -141,8 +141,8 @@ class StudentTraining:
     recipe. dry_run: see ``what_learns``; nothing is trained.
     """
 
-    photos: str
-    out: str
+    photos: str = ''
+    out: str = ''
     rooms: str = ''
     held_out: str = ''
     teacher: str = 'tiny'
@@ -161,6 +161,11 @@ class StudentTraining:
     save_every: int = 100
     validate_every: int = 250
     dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError where a training lacks its folders."""
+        if not self.dry_run:
+            check_given(self.photos, self.out)
 
 
 class Lesson:
