@@ -129,7 +129,8 @@ def from_points(predictor: NetworkPredictor, frames: Sequence[Frame]) -> np.ndar
     K = intrinsics(frames)
     assert K is not None
     own = torch.from_numpy(np.stack([image.prepared_K(K) for image in placed]))[None].float()
-    cells, _ = network(stacked(placed), own, demand=Demand(memory=False))
+    with predictor.precision():
+        cells, _ = network(stacked(placed), own, demand=Demand(memory=False))
     return geometry_of(cells, own, network, first=False).T_world_cam[0].double().numpy()
 
 

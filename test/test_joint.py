@@ -26,14 +26,17 @@ from feedforward_recon.errors import ConfigError
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse
 from feedforward_recon.model import configs, joint_plan, ray_cameras
+from feedforward_recon.model.attention.config import SparseLinearOptions
+from feedforward_recon.model.attention.sparse_linear import replace_local
+from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.model.joint import JointNetwork, pass_alone
 from feedforward_recon.model.joint_pass import ViewInputs, joint_cells
 from feedforward_recon.model.joint_plan import JointPlan, MemoryNeed, available_bytes, pass_bytes
-from feedforward_recon.model.joint_processes import SharedPass
+from feedforward_recon.model.joint_processes import SharedPass, joined_processes
 from feedforward_recon.model.predictor import NetworkPredictor
 from feedforward_recon.model.ray_cameras import similar_pairs
 from feedforward_recon.model.ray_stem import RayStem
-from feedforward_recon.model.ray_transformer import CellMaps, RayConfig
+from feedforward_recon.model.ray_transformer import SPECIAL, CellMaps, RayConfig
 from feedforward_recon.model.seconds import Seconds
 from feedforward_recon.reconstruction.decoders import pair_network
 from feedforward_recon.session.photos import reconstruct_frames
@@ -190,9 +193,17 @@ def shared_pass(predictor, count):
         [inverse(one.T_world_cam[0]) @ one.T_world_cam[1] for one in said])
 
 
-NETWORKS = {'tiny ttt': lambda: tiny('ttt'), 'vggt': vggt}
+def small_sla():
+    """A small network with sparse attentions, also within images."""
+    predictor = small('sparse_linear')
+    torch.manual_seed(1)
+    replace_local(predictor.network, SparseLinearOptions(window=2, kept=2), SPECIAL)
+    return predictor
+
+
+NETWORKS = {'tiny ttt': lambda: tiny('ttt'), 'sla': small_sla, 'vggt': vggt}
 # Poses of tiny follow from matches, and rounding may make a match of a cell another one.
-SAME_POSE = {'tiny ttt': 0.02, 'vggt': 1e-5}
+SAME_POSE = {'tiny ttt': 0.02, 'sla': 0.02, 'vggt': 1e-5}
 
 
 def share_of_a_process(rank, port, results):
@@ -216,13 +227,16 @@ def share_of_a_process(rank, port, results):
     dist.destroy_process_group()
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
 @pytest.fixture(scope='module')
 def two_processes(tmp_path_factory):
     results = tmp_path_factory.mktemp('processes') / 'found.pt'
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(share_of_a_process, (port, str(results)), nprocs=2)
+    torch.multiprocessing.spawn(share_of_a_process, (free_port(), str(results)), nprocs=2)
     return torch.load(results, weights_only=False)
 
 
@@ -232,6 +246,29 @@ def test_two_processes_say_what_one_says(two_processes, name):
     for key, value in expected.items():
         assert np.abs(found[key] - value).max() <= 1e-5 * np.abs(value).max(), key
     assert np.abs(poses - others).max() <= SAME_POSE[name]
+
+
+def leader_without_memory(rank, port):
+    os.environ.update(RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
+                      MASTER_PORT=str(port))
+    predictor = small()
+    with joined_processes(predictor) as leads:
+        assert leads, 'a pass that failed came to its end'
+        predictor.network.encode = lambda images: (_ for _ in ()).throw(MemoryError)
+        shared_pass(predictor, 5)
+
+
+def test_a_pass_that_fails_ends_the_processes_that_wait_for_it():
+    """As torchrun does: once one of them has ended with an error, the others are ended."""
+    started = torch.multiprocessing.spawn(leader_without_memory, (free_port(),), nprocs=2,
+                                          join=False)
+    try:
+        with pytest.raises(torch.multiprocessing.ProcessRaisedException, match='too little '
+                           'memory; give fewer images'):
+            started.join(timeout=60)
+    finally:
+        for process in started.processes:
+            process.kill()
 
 
 PEAK = """
@@ -260,7 +297,7 @@ def test_memory_is_what_the_plan_foresees():
     peaks = [int(subprocess.run([sys.executable, '-c', PEAK, str(count)], check=True,
                                 env={**os.environ, **paths}, capture_output=True, text=True
                                 ).stdout) for count in counts]
-    _, per_image = pass_bytes(small().network, SIZE_HW)
+    _, per_image = pass_bytes(small().network, SIZE_HW, 20)
     assert 0.4 < (peaks[1] - peaks[0]) / (counts[1] - counts[0]) / per_image < 1.4
 
 
@@ -278,10 +315,10 @@ def test_a_plan_says_how_many_images_would_fit():
 
 
 def test_plans_grow_as_the_network_does(monkeypatch):
-    per_image = {name: pass_bytes(small(name).network, SIZE_HW)[1]
+    per_image = {name: pass_bytes(small(name).network, SIZE_HW, 5)[1]
                  for name in ('ttt', 'softmax')}
     assert per_image['softmax'] > per_image['ttt']  # keys and values of all images are kept
-    assert pass_bytes(small().network, (192, 256))[1] > 3 * per_image['ttt']
+    assert pass_bytes(small().network, (192, 256), 5)[1] > 3 * per_image['ttt']
     assert available_bytes(torch.device('cpu')) > 10**8
 
 
@@ -289,17 +326,36 @@ def test_what_does_not_fit_is_said_before_anything_is_computed(photos, monkeypat
     monkeypatch.setattr(joint_plan, 'available_bytes', lambda device: 10**8)
     predictor, said = tiny('ttt'), []
     monkeypatch.setattr(predictor.network.stem, 'forward', lambda *_: pytest.fail('computed'))
+    monkeypatch.setattr(CompactEncoder, 'encode', lambda *_: pytest.fail('encoded'))
     with pytest.raises(ConfigError, match=r'over 14 images, found 0\.1 GB free; \d+ images'):
         reconstruct_frames(photos, JOINT, predictor=predictor, total=14, say=said.append)
-    assert said[0].startswith('one pass over 14 images, 5 at a time')
+    assert said[0].startswith('one pass over 14 images, 1 at a time')
     network, placed, K = inputs(predictor, photos, 3)
     with pytest.raises(ConfigError, match=r'one pass over 3 images'):
         network.collected(placed, K)
 
 
+def test_plans_count_all_processes_of_a_machine(monkeypatch):
+    alone = joint_plan.joint_plan(small().network, 200, SIZE_HW)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
+    together = joint_plan.joint_plan(small().network, 200, SIZE_HW, 8)
+    # Of what is said each has all, of tokens a share.
+    assert alone.needs[0].of(200) < together.needs[0].of(200) < 4.5 * alone.needs[0].of(200)
+
+
+def test_no_more_images_are_worked_on_at_a_time_than_there_are_or_than_fit(monkeypatch):
+    network = small().network
+    assert joint_plan.chunk_of(network, SIZE_HW, 3) == 3
+    assert joint_plan.chunk_of(network, SIZE_HW, 1000) > 3
+    monkeypatch.setattr(joint_plan, 'available_bytes', lambda device: 4 * 2 * 96 * 128 * 2000)
+    assert joint_plan.chunk_of(network, SIZE_HW, 1000) == 2
+
+
 def test_time_that_grows_with_the_square_is_one_sentence(caplog):
     JointNetwork(small())
-    assert not caplog.records
+    network = configs.network_of(dataclasses.replace(SHAPE, attention='ttt'))
+    JointNetwork(NetworkPredictor(replace_local(network, SparseLinearOptions(), SPECIAL)))
+    assert not caplog.records  # what is compared within images does not count
     JointNetwork(small('softmax'))
     assert 'grows with the square' in caplog.records[0].getMessage()
 

@@ -1,5 +1,6 @@
 """Students: what a recipe names learns and nothing else, and what is taught is learnt."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -12,20 +13,26 @@ from small_training import MICRO, plane_windows, training_folders, use_small_win
 
 from feedforward_recon.errors import ConfigError
 from feedforward_recon.model import configs
+from feedforward_recon.model.attention.base import QkvAttention
 from feedforward_recon.model.fp8 import FakeFp8Linear
+from feedforward_recon.model.layers import Block, BlockConfig
 from feedforward_recon.model.ray_transformer import RayTransformer
+from feedforward_recon.model.vit import normalised
 from feedforward_recon.training import room_views
 from feedforward_recon.training.answer_losses import answer_losses
-from feedforward_recon.training.attention_record import attention_paths
+from feedforward_recon.training.attention_record import AttentionRecord, attention_paths
 from feedforward_recon.training.cli import main
 from feedforward_recon.training.students import (
     RECIPES,
     StudentTrainer,
     StudentTraining,
+    answer,
     learning,
     side_multiple,
+    student_name,
     student_of,
     what_learns,
+    with_attention,
 )
 from feedforward_recon.training.windows import cropped
 
@@ -126,6 +133,59 @@ def test_a_resumed_run_ends_with_the_same_weights(prepared, tmp_path):
     assert set(stored) == set(through.network.state_dict())
 
 
+@pytest.mark.parametrize(('changes', 'found'), [
+    ({'attention': 'hybrid'}, "network 'micro-ttt', found 'micro-hybrid'"),
+    ({'seed': 1}, 'seed 0, found 1')])
+def test_the_folder_of_another_run_is_refused(prepared, tmp_path, changes, found):
+    list(trainer_of(prepared, tmp_path, 'linearize', steps=1).run())
+    with pytest.raises(ConfigError, match=f'with {found}; choose another --out'):
+        trainer_of(prepared, tmp_path, 'linearize', **changes)
+    assert trainer_of(prepared, tmp_path, 'linearize', save_every=7).step == 1
+
+
+@pytest.mark.parametrize('suffix', ['ttt', 'hybrid', 'sparse', 'sla'])
+@pytest.mark.parametrize('teacher', ['micro', 'micro-vggt'])
+def test_students_are_networks_of_their_names(prepared, teacher, suffix):
+    """What a recipe trains is what `--model TEACHER-SUFFIX` builds, attention by attention."""
+    recipe = next((r for r in RECIPES.values() if r.suffix == suffix), None)
+    recipe = recipe or with_attention(RECIPES['linearize'], suffix)
+    student = student_of(configs.build(teacher), recipe)
+    named = configs.build(student_name(teacher, recipe))
+    assert str(student) == str(named)
+    assert [part.config for part in student.modules() if isinstance(part, QkvAttention)] == [
+        part.config for part in named.modules() if isinstance(part, QkvAttention)]
+    assert student.state_dict().keys() == named.state_dict().keys()
+
+
+def test_of_many_images_all_attentions_within_are_recorded():
+    """Those within images are called for some images after the other."""
+    torch.manual_seed(0)
+    block, images = Block(BlockConfig(16, 2)).eval(), torch.randn(32, 197, 16)
+    attention = copy.deepcopy(block.attn)
+    record = AttentionRecord(block, ['attn'])
+    with torch.no_grad():
+        block(torch.randn(5, 197, 16))
+        block(images)  # what the pass before left is forgotten
+        wanted = attention(block.norm1(images))
+    torch.testing.assert_close(record.outputs['attn'], wanted)
+    torch.testing.assert_close(record.repeated('attn', attention), wanted)
+
+
+def test_a_student_of_da3_sees_what_da3_sees():
+    network = configs.build('da3-small', device='meta')
+    seen = []
+    network.forward = lambda images, *_, **__: seen.append(images) or (None, None)
+    windows = plane_windows()
+    answer(network, windows)
+    torch.testing.assert_close(seen[0], normalised(windows.images))
+
+
+def test_a_student_is_no_teacher_of_another_attention():
+    with pytest.raises(ConfigError, match='found sparse attentions; choose the teacher'):
+        student_of(configs.build('tiny-sla', device='meta'), RECIPES['linearize'])
+    assert student_of(configs.build('tiny-sla'), RECIPES['qat']).state_dict()
+
+
 def test_a_student_begins_with_the_weights_of_its_teacher(prepared):
     teacher = configs.load('micro', prepared / 'micro.safetensors')
     for recipe in RECIPES.values():
@@ -180,7 +240,8 @@ def test_a_teacher_without_what_learns_is_refused(prepared):
         learning(network, RECIPES['sla'])
 
 
-@pytest.mark.parametrize(('recipe', 'attention'), [('qat', 'ttt'), ('linearize', 'sparse')])
+@pytest.mark.parametrize(('recipe', 'attention'), [
+    ('qat', 'ttt'), ('linearize', 'sparse'), ('linearize', 'tt')])
 def test_an_attention_that_a_recipe_has_no_use_for_is_refused(recipe, attention):
     with pytest.raises(ConfigError, match='expected fast weights for linearize alone'):
         what_learns('micro', RECIPES[recipe], attention)

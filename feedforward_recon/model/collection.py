@@ -75,7 +75,8 @@ class PairNetwork(ABC):
         return self.collected(collection.placed, K)
 
     @contextmanager
-    def computing(self, what: str) -> Iterator[None]:
+    def computing(self, what: str, remedy: str = 'choose a smaller reconstruction.batch'
+                  ) -> Iterator[None]:
         """Within this context too little memory is a ConfigError about ``what``."""
         try:
             yield
@@ -83,8 +84,8 @@ class PairNetwork(ABC):
             if not is_out_of_memory(error):
                 raise
             raise ConfigError(f'expected room for {what} on {self.predictor.device}, found too '
-                              'little memory; choose a smaller reconstruction.batch, a smaller '
-                              'network or another device') from error
+                              f'little memory; {remedy}, or choose a smaller network or another '
+                              'device') from error
 
 
 class WindowNetwork(PairNetwork):

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +62,31 @@ CONFIGS: dict[str, Config] = {
         DptConfig(768, 64, (32, 64, 96, 128))),
     'pi3-small': Pi3Config(VitConfig(384, 6, 12), 24),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """How NAME-ttt and so on, a student of the network NAME, differs from it (docs/students.md).
+
+    attention: where views meet. everywhere: within images, too. options: as for `build`.
+    """
+
+    attention: str
+    everywhere: bool = False
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+STUDENTS = {
+    'ttt': Student('ttt'),
+    'hybrid': Student('hybrid'),
+    'sparse': Student('sparse', options={'sparse': SparseOptions(visible_every=100)}),
+    'sla': Student('sparse_linear', everywhere=True)}
 # What the attentions of a name do, where it is not their default. VGG-T3 was trained with one
 # step and evaluated with two, which its paper finds best at every number of images.
 OPTIONS: dict[str, dict[str, Any]] = {
-    'vgg-t3': {'ttt': TttOptions(steps=2)},
-    'tiny-sparse': {'sparse': SparseOptions(visible_every=100)}}
+    'vgg-t3': {'ttt': TttOptions(steps=2)}}
 # Networks whose attentions within images are of the sparse kind too, as Lite3R has them.
-SPARSE_EVERYWHERE = {'lite3r-vggt', 'lite3r-da3', 'tiny-sla'}
+SPARSE_EVERYWHERE = {'lite3r-vggt', 'lite3r-da3'}
 ALIGNMENT_NAME = re.compile(r'(?:aggregator\.)?latent_alignment\.blocks\.(\d+)\.')
 
 
@@ -77,13 +95,25 @@ def config_of(name: str, attention: str | None = None) -> Config:
 
     Raises ConfigError for a name that does not exist.
     """
-    key = ALIASES.get(name, name)
-    if key not in CONFIGS:
+    config, student = CONFIGS.get(ALIASES.get(name, name)), student_named(name)
+    if config is None and student is not None:
+        config = dataclasses.replace(CONFIGS[teacher_of(name)], attention=student.attention)
+    if config is None:
         near = difflib.get_close_matches(name, [*CONFIGS, *ALIASES], 1)
         hint = f'did you mean {near[0]}?' if near else f'choose one of {", ".join(CONFIGS)}'
         raise ConfigError(f'expected the name of a model, found {name!r}; {hint}')
-    config = CONFIGS[key]
     return config if attention is None else dataclasses.replace(config, attention=attention)
+
+
+def student_named(name: str) -> Student | None:
+    """What a network of that name is a student in; None for others."""
+    return STUDENTS.get(name.rpartition('-')[2]) if teacher_of(name) in CONFIGS else None
+
+
+def teacher_of(name: str) -> str:
+    """The network whose student has that name."""
+    teacher = name.rpartition('-')[0]
+    return ALIASES.get(teacher, teacher)
 
 
 def build(name: str, attention: str | None = None, device: str | torch.device = 'cpu', *,
@@ -95,16 +125,13 @@ def build(name: str, attention: str | None = None, device: str | torch.device = 
     options: fields of `AttentionConfig`, for example ``ttt=TttOptions(steps=1)``.
     Raises ConfigError for an unknown model or attention.
     """
-    config, key = config_of(name, attention), ALIASES.get(name, name)
+    config, key, student = config_of(name, attention), ALIASES.get(name, name), student_named(name)
     if alignment:
         config = aligning_config(config, alignment)
-    options = {**OPTIONS.get(key, {}), **options}
+    own = OPTIONS.get(key, {}) if student is None else student.options
+    everywhere = key in SPARSE_EVERYWHERE if student is None else student.everywhere
     with torch.device(device):
-        network = network_of(config, **options)
-        if key in SPARSE_EVERYWHERE:
-            kept = options.get('sparse_linear', SparseLinearOptions())
-            replace_local(network, what_is_kept(config.attention, kept), special_tokens(config))
-    return network
+        return network_of(config, everywhere=everywhere, **{**own, **options})
 
 
 def aligning_config(config: Config, blocks: int) -> Config:
@@ -122,16 +149,23 @@ def aligning_config(config: Config, blocks: int) -> Config:
                       'vgg-t3 or tiny')
 
 
-def network_of(config: Config, **options: Any) -> Network:
-    """The network of a configuration, in evaluation mode; options as for `build`."""
+def network_of(config: Config, *, everywhere: bool = False, **options: Any) -> Network:
+    """The network of a configuration, in evaluation mode; options as for `build`.
+
+    everywhere: attentions within images are sparse, too.
+    """
     factory = attention_factory(config.attention, special=special_tokens(config), **options)
-    if isinstance(config, Pi3Config):
-        return Pi3(config, factory).eval()
-    if isinstance(config, Da3Config):
-        return Da3(config, factory).eval()
-    if isinstance(config, RayConfig):
-        return RayTransformer(config, factory).eval()
-    return Vggt(config, factory).eval()
+    network = _kind_of(config)(config, factory).eval()
+    if everywhere:
+        kept = options.get('sparse_linear', SparseLinearOptions())
+        replace_local(network, what_is_kept(config.attention, kept), special_tokens(config))
+    return network
+
+
+def _kind_of(config: Config) -> Callable[..., Network]:
+    kinds: dict[type, Callable[..., Network]] = {
+        Pi3Config: Pi3, Da3Config: Da3, RayConfig: RayTransformer, VggtConfig: Vggt}
+    return kinds[type(config)]
 
 
 def load(name: str, weights: str | Path | None = None, *, attention: str | None = None,

@@ -21,13 +21,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from feedforward_recon.errors import ConfigError
-from feedforward_recon.model.attention.base import QkvAttention
+from feedforward_recon.model.attention.registry import joint_attentions
 from feedforward_recon.model.backbone import EVERYTHING, Demand
 from feedforward_recon.model.collection import CollectionNetwork
 from feedforward_recon.model.latent_alignment import LatentAlignment
@@ -40,6 +41,11 @@ from feedforward_recon.model.vggt import Reconstruction, Vggt
 def processes_started() -> int:
     """How many processes torchrun started; 1 without it."""
     return int(os.environ.get('WORLD_SIZE', '1'))
+
+
+def processes_here() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get('LOCAL_WORLD_SIZE', processes_started()))
 
 
 def own_device(device: torch.device) -> torch.device:
@@ -161,8 +167,8 @@ def sequence_parallel(model: nn.Module,
     ConfigError without a process group.
     """
     exchange = AcrossProcesses(group)
-    layers = [layer for layer in model.modules()
-              if isinstance(layer, (QkvAttention, LatentAlignment))]
+    layers: list[Any] = [*joint_attentions(model), *(
+        layer for layer in model.modules() if isinstance(layer, LatentAlignment))]
     before = [layer.exchange for layer in layers]
     try:
         for layer in layers:

@@ -177,6 +177,8 @@ def stored_weights(weight: torch.Tensor, outputs: int) -> tuple[torch.Tensor, to
 
 
 def _widened(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if dtype is torch.float16:  # has no room for the scales of small weights
+        return weight.float().mul_(scale).to(dtype)
     return weight.to(dtype).mul_(scale.to(dtype))
 
 

@@ -92,7 +92,7 @@ class JointNetwork(PairNetwork):
         placed = padded_to_common_size(list(images))
         self.plan(len(placed), placed[0].image.shape[:2]).check()
         own = np.stack([image.prepared_K(k) for image, k in zip(placed, K, strict=True)])
-        with self.computing(f'one pass over {len(placed)} images'):
+        with self.computing(f'one pass over {len(placed)} images', 'give fewer images'):
             answer = self._answer(ViewInputs(placed, own))
         return Collection(placed, answer.of)
 
@@ -130,7 +130,8 @@ def pass_alone(predictor: NetworkPredictor, views: ViewInputs, seconds: Seconds
     network = predictor.network
     if isinstance(network, RayTransformer):
         with predictor.precision():
-            return joint_cells(network, views, chunk_of(network, views.size_hw), seconds)
+            chunk = chunk_of(network, views.size_hw, len(views.images))
+            return joint_cells(network, views, chunk, seconds)
     with seconds.of('joint pass'):
         return predictor.together(stacked(views.images), torch.from_numpy(views.K)[None])
 

@@ -87,6 +87,7 @@ def joint_cells(network: RayTransformer, views: ViewInputs, chunk: int, seconds:
             if index < last:
                 for start in layer.starts:
                     tokens[start:start + chunk] = layer.read(start)
+                del layer  # before the next one is written
     with seconds.of('heads'):
         return _said(network, layer, known['frozen'], known['fine'], views.grid_hw)
 

@@ -13,16 +13,19 @@ from dataclasses import dataclass, field
 import torch
 
 from feedforward_recon.errors import ConfigError
-from feedforward_recon.model.attention.base import QkvAttention
+from feedforward_recon.model.attention.registry import joint_attentions
 from feedforward_recon.model.configs import Network
+from feedforward_recon.model.distributed import processes_here
+from feedforward_recon.model.fp8 import network_bytes
 from feedforward_recon.model.memory_plan import available_bytes
-from feedforward_recon.model.predictor import width_of
+from feedforward_recon.model.predictor import OFFLOAD_VIEWS, width_of
 from feedforward_recon.model.ray_stem import CELL, FINE_STRIDE
 from feedforward_recon.model.ray_stem import PATCH as RAY_PATCH
 from feedforward_recon.model.ray_transformer import SPECIAL, RayTransformer
 from feedforward_recon.model.vit import PATCH
 
 FLOAT = 4  # bytes
+RGB = 3  # bytes of a pixel
 # Numbers that the heads say of a cell: depth, point, two confidences; and of a pixel.
 OF_CELL, OF_PIXEL = 6, 2
 FINE = 32  # channels of the fine descriptors
@@ -97,59 +100,80 @@ def joint_plan(network: Network, images: int, size_hw: Sequence[int], processes:
 
     kept: bytes of main memory for each image beside the pass.
     """
-    device = next(network.parameters()).device
-    fixed, per_image = pass_bytes(network, size_hw, processes)
-    host = available_bytes(torch.device('cpu'))
+    device, chunk = next(network.parameters()).device, chunk_of(network, size_hw, images)
+    fixed, per_image = pass_bytes(network, size_hw, chunk, processes)
+    waiting, host = _waiting_bytes(network, size_hw), available_bytes(torch.device('cpu'))
     kept += MATCHED if isinstance(network, RayTransformer) else 0
     if device.type == 'cpu':
-        needs: tuple[MemoryNeed, ...] = (MemoryNeed('main', fixed, per_image + kept, host),)
+        here = processes_here() if processes > 1 else 1
+        need = here * (per_image + waiting) + kept + (here - 1) * _pixels(size_hw) * RGB
+        fixed = here * (fixed + network_bytes(network))
+        needs: tuple[MemoryNeed, ...] = (MemoryNeed('main', fixed, need, host),)
     else:
-        needs = (MemoryNeed(str(device), fixed, per_image, available_bytes(device)),
-                 MemoryNeed('main', 0, kept + _answer_bytes(network, size_hw), host))
-    return JointPlan(images, chunk_of(network, size_hw), processes, needs)
+        outside = processes == 1 and images > OFFLOAD_VIEWS
+        needs = (MemoryNeed(str(device), fixed, per_image + (0 if outside else waiting),
+                            available_bytes(device)),
+                 MemoryNeed('main', 0, kept + _answer_bytes(network, size_hw)
+                            + (waiting if outside else 0), host))
+    return JointPlan(images, chunk, processes, needs)
 
 
-def chunk_of(network: Network, size_hw: Sequence[int]) -> int:
-    """How many images are worked on at a time: as many as the attention takes."""
-    attention = attentions(network)[0]
-    device = next(network.parameters()).device
-    return attention.config.frames_per_chunk(_tokens(network, size_hw), device.type)
+def chunk_of(network: Network, size_hw: Sequence[int], images: int) -> int:
+    """How many images are worked on at a time.
 
-
-def pass_bytes(network: Network, size_hw: Sequence[int], processes: int = 1) -> tuple[int, int]:
-    """Bytes of one pass where the network is: fixed, and for each image.
-
-    Of several processes each holds its share of the tokens, and one all that is said.
+    As many as the attention takes, and a quarter of the free memory.
     """
-    pixels, chunk = size_hw[0] * size_hw[1], chunk_of(network, size_hw)
-    tokens = FLOAT * _tokens(network, size_hw) * width_of(network)
+    device = next(network.parameters()).device
+    chunk = joint_attentions(network)[0].config.frames_per_chunk(_tokens(network, size_hw),
+                                                                 device.type)
+    free = available_bytes(device)
+    room = chunk if free is None else free // (4 * _pixels(size_hw) * WORK_PER_PIXEL)
+    return max(1, min(chunk, images, room))
+
+
+def pass_bytes(network: Network, size_hw: Sequence[int], chunk: int, processes: int = 1
+               ) -> tuple[int, int]:
+    """Bytes of one pass where the network is: fixed, and for each image, for each process.
+
+    Of several processes each holds its share of the tokens, and all that is said.
+    """
+    tokens, work = _token_bytes(network, size_hw), chunk * _pixels(size_hw) * WORK_PER_PIXEL
     # A state that grows holds keys and values of all images on each process.
     grows = 0 if fixed_size(network) else 2 * tokens
     if isinstance(network, RayTransformer):
-        cells, of_stem = pixels // CELL ** 2, network.config.stem.dim
-        given = FLOAT * (cells * of_stem + FINE * pixels // FINE_STRIDE ** 2)
+        cells, of_stem = _pixels(size_hw) // CELL ** 2, network.config.stem.dim
+        given = FLOAT * (cells * of_stem + FINE * _pixels(size_hw) // FINE_STRIDE ** 2)
         share = math.ceil((2 * tokens + given) / processes)
         said = FLOAT * cells * (of_stem + OF_CELL)
         gathered = given if processes > 1 else 0
-        return chunk * pixels * WORK_PER_PIXEL, share + said + gathered + grows
-    share = math.ceil((DEEP + 2 * LEVELS) * tokens / processes)
-    return chunk * pixels * WORK_PER_PIXEL, share + _answer_bytes(network, size_hw) + grows
-
-
-def attentions(network: Network) -> list[QkvAttention]:
-    """The global attentions."""
-    return [layer for layer in network.modules() if isinstance(layer, QkvAttention)]
+        return work, share + said + gathered + grows
+    return work, math.ceil(DEEP * tokens / processes) + grows
 
 
 def fixed_size(network: Network) -> bool:
     """Whether the state of a scene never grows, so that time is linear in the images."""
-    return all(layer.fixed_size for layer in attentions(network))
+    return all(layer.fixed_size for layer in joint_attentions(network))
+
+
+def _waiting_bytes(network: Network, size_hw: Sequence[int]) -> int:
+    """Of an image: tokens that wait for dense heads, and what those say; beside ``pass_bytes``."""
+    if isinstance(network, RayTransformer):
+        return 0
+    return 2 * LEVELS * _token_bytes(network, size_hw) + _answer_bytes(network, size_hw)
 
 
 def _answer_bytes(network: Network, size_hw: Sequence[int]) -> int:
     """Of what is kept of an image after the pass."""
-    values = size_hw[0] * size_hw[1] * OF_PIXEL
+    values = _pixels(size_hw) * OF_PIXEL
     return FLOAT * (values // CELL ** 2 if isinstance(network, RayTransformer) else values)
+
+
+def _pixels(size_hw: Sequence[int]) -> int:
+    return size_hw[0] * size_hw[1]
+
+
+def _token_bytes(network: Network, size_hw: Sequence[int]) -> int:
+    return FLOAT * _tokens(network, size_hw) * width_of(network)
 
 
 def _tokens(network: Network, size_hw: Sequence[int]) -> int:

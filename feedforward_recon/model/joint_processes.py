@@ -108,7 +108,7 @@ class SharedPass:
 def joined_processes(predictor: NetworkPredictor) -> Iterator[bool]:
     """Whether this process leads those that torchrun started; where it does not, it is done.
 
-    A process alone leads itself.
+    A process alone leads itself. One that raises an error within has to end with it.
     """
     if processes_started() == 1:
         yield True
@@ -118,11 +118,10 @@ def joined_processes(predictor: NetworkPredictor) -> Iterator[bool]:
         torch.cuda.set_device(predictor.device)
     dist.init_process_group('cpu:gloo,cuda:nccl' if on_gpu else 'gloo', timeout=PATIENCE)
     shared, leads = SharedPass(predictor), dist.get_rank() == 0
-    try:
-        if not leads:
-            shared.help_out()
-        yield leads
-    finally:
-        if leads:
-            shared.end()
-        dist.destroy_process_group()
+    if not leads:
+        shared.help_out()
+    yield leads
+    # Not after an error: others may wait within a pass. This process ends, and torchrun ends them.
+    if leads:
+        shared.end()
+    dist.destroy_process_group()

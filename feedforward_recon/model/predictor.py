@@ -126,10 +126,9 @@ class NetworkPredictor:
             answer, memory = self._with_rays(self.network, images, K.float(), memory, write,
                                              demand)
         else:
-            if isinstance(self.network, Da3) and self.network.config.normalised:
-                images = normalised(images)
             with self.precision():
-                said, memory = self.network(images, memory, write=write, demand=demand)
+                said, memory = self.network(as_taken(self.network, images), memory, write=write,
+                                            demand=demand)
             answer = read(said)
         return tuple(x.float().cpu() for x in answer), memory  # type: ignore[return-value]
 
@@ -156,6 +155,13 @@ class NetworkPredictor:
             log.info('%d images on %s: tokens and depth wait in %s memory', count, self.device,
                      'main' if offload else 'its own')
         return Demand(points=False, memory=keep, offload=offload)
+
+
+def as_taken(network: Network, images: torch.Tensor) -> torch.Tensor:
+    """Images [B, N, 3, H, W] in 0..1 as a network takes them."""
+    if isinstance(network, Da3) and network.config.normalised:
+        return normalised(images)
+    return images
 
 
 def load_predictor(name: str, attention: str | None = None, device: str = 'cpu',

@@ -162,9 +162,10 @@ class AlignmentTrainer:
 
     def _begin(self) -> None:
         """Go on where the run was left."""
-        state = self.folder.saved(self.device)
-        if state is None:
+        state = self.folder.saved(self.device, asdict(self.settings))
+        if state is None and not self.processes.rank:
             self.folder.note(0, {'held_out': self.held_out_loss()})
+        if state is None:
             return
         self.network.load_state_dict(state['network'])
         self.optimiser.load_state_dict(state['optimiser'])

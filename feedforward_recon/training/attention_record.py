@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,29 +13,54 @@ from feedforward_recon.model.attention.base import QkvAttention
 from feedforward_recon.model.layers import Attention
 
 
+class Call(NamedTuple):
+    """What an attention was given, by place and by name, and the tokens [B, T, C] it answered."""
+
+    given: tuple[Any, ...]
+    named: dict[str, Any]
+    answer: torch.Tensor
+
+
 class AttentionRecord:
-    """Inputs and outputs of some attentions of a network in its last pass, by their paths."""
+    """Calls of some attentions of a network in its last pass, by their paths.
+
+    Within images one is called for some images after the other.
+    """
 
     def __init__(self, network: nn.Module, paths: Collection[str]) -> None:
         """Hooks stay in the network as long as it lives."""
-        self.inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self.outputs: dict[str, torch.Tensor] = {}
+        self._calls: dict[str, list[Call]] = {path: [] for path in paths}
+        network.register_forward_pre_hook(self._forget)
         for path in paths:
             network.get_submodule(path).register_forward_hook(
                 partial(self._keep, path), with_kwargs=True)
 
-    def _keep(self, path: str, module: nn.Module, given: tuple[Any, ...],
-              named: dict[str, Any], answer: Any) -> None:
-        del module
-        self.inputs[path] = given, named
-        self.outputs[path] = tokens_of(answer)
+    @property
+    def outputs(self) -> dict[str, torch.Tensor]:
+        """The tokens [B, T, C] that each attention answered."""
+        return {path: torch.cat([call.answer for call in calls])
+                for path, calls in self._calls.items() if calls}
 
     def repeated(self, path: str, attention: nn.Module) -> torch.Tensor:
         """What another attention answers to what the one at ``path`` was given."""
-        (x, *others), named = self.inputs[path]
-        if 'frames' in named:  # joins frames: a scene that nothing was written to
-            others[0] = attention.empty_state(len(x))  # type: ignore[operator]
-        return tokens_of(attention(x, *others, **named))
+        return torch.cat([_answer(attention, call) for call in self._calls[path]])
+
+    def _forget(self, network: nn.Module, given: tuple[Any, ...]) -> None:
+        del network, given
+        for calls in self._calls.values():
+            calls.clear()
+
+    def _keep(self, path: str, module: nn.Module, given: tuple[Any, ...],
+              named: dict[str, Any], answer: Any) -> None:
+        del module
+        self._calls[path].append(Call(given, named, tokens_of(answer)))
+
+
+def _answer(attention: nn.Module, call: Call) -> torch.Tensor:
+    x, *others = call.given
+    if 'frames' in call.named:  # joins frames: a scene that nothing was written to
+        others[0] = attention.empty_state(len(x))  # type: ignore[operator]
+    return tokens_of(attention(x, *others, **call.named))
 
 
 def attention_paths(network: nn.Module) -> list[str]:

@@ -15,6 +15,8 @@ from torch import nn
 from feedforward_recon.errors import ConfigError
 
 log = logging.getLogger(__name__)
+# What a run that goes on has in common with its beginning.
+SAME = 'network', 'model', 'teacher', 'weights', 'blocks', 'seed', 'held_out'
 
 
 def check_given(photos: str, out: str) -> None:
@@ -45,12 +47,21 @@ class RunFolder:
         torch.save(dict(state), self.path / 'state.tmp')
         (self.path / 'state.tmp').replace(self.path / 'state.pt')
 
-    def saved(self, device: torch.device) -> dict[str, Any] | None:
-        """What ``save`` kept; None in a new folder."""
+    def saved(self, device: torch.device, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What ``save`` kept; None in a new folder.
+
+        Raises ConfigError where it is that of a run with other ``settings``, of those in ``SAME``.
+        """
         file = self.path / 'state.pt'
         if not file.exists():
             return None
-        return torch.load(file, weights_only=True, map_location=device)
+        state = torch.load(file, weights_only=True, map_location=device)
+        for name in SAME:
+            found = settings.get(name)
+            if (before := state['settings'].get(name, found)) != found:
+                raise ConfigError(f'expected the run that {self.path} began, with {name} '
+                                  f'{before!r}, found {found!r}; choose another --out')
+        return state
 
     def export(self, network: nn.Module, name: str) -> None:
         """The weights in half precision: they are read as float32 again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -23,10 +24,11 @@ DECAY_SHARE, LEAST_RATE = 0.2, 0.02
 def drawn_ahead(draw: Callable[[int], B], first: int, end: int) -> Iterator[B]:
     """``draw`` of the steps from first to before end, each while the one before it learns."""
     with ThreadPoolExecutor(1) as ahead:
-        following = ahead.submit(draw, first)
+        waiting = deque(ahead.submit(draw, step) for step in range(first, min(first + 1, end)))
         for step in range(first, end):
-            batch = following.result()
-            following = ahead.submit(draw, step + 1)
+            batch = waiting.popleft().result()
+            if step + 1 < end:
+                waiting.append(ahead.submit(draw, step + 1))
             yield batch
 
 

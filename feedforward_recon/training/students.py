@@ -20,7 +20,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,24 +28,23 @@ import torch
 from torch import nn
 
 from feedforward_recon.errors import ConfigError
-from feedforward_recon.model.attention.config import SparseLinearOptions, SparseOptions
-from feedforward_recon.model.attention.registry import ATTENTION
-from feedforward_recon.model.attention.sparse_linear import replace_local
+from feedforward_recon.model.attention.config import SparseOptions
+from feedforward_recon.model.attention.sparse_linear import LocalSparseLinear
 from feedforward_recon.model.backbone import Demand
 from feedforward_recon.model.configs import (
     ALIASES,
+    STUDENTS,
     Network,
     build,
     device_of,
     load,
     network_of,
-    special_tokens,
 )
 from feedforward_recon.model.distributed import own_device
 from feedforward_recon.model.fp8 import FakeFp8Linear, fake_quantised
 from feedforward_recon.model.layers import GlobalBlock
 from feedforward_recon.model.pi3 import Pi3
-from feedforward_recon.model.predictor import read
+from feedforward_recon.model.predictor import as_taken, read
 from feedforward_recon.model.ray_stem import PATCH, RayStem
 from feedforward_recon.model.ray_transformer import RayTransformer
 from feedforward_recon.model.vit import PATCH as DINO_PATCH
@@ -71,6 +70,8 @@ from feedforward_recon.training.windows import Windows, cropped
 
 log = logging.getLogger(__name__)
 BETAS = 0.9, 0.95
+QAT = 'qat'  # quantisation-aware training
+FAST_WEIGHTS = 'ttt', 'hybrid'  # students of `linearize`
 LOG_EVERY = 25
 SPARSE_SIDE = SparseOptions().window  # patches: Speed3R's network knows whole windows only
 
@@ -79,22 +80,17 @@ SPARSE_SIDE = SparseOptions().window  # patches: Speed3R's network knows whole w
 class Recipe:
     """How a student differs from its teacher.
 
-    learns: names of the parameters that do. learning_rate: the highest. attention: where views
-    meet; '' as the teacher's. suffix: of the student's name; '': the name of its attention.
-    everywhere: attentions within images are exchanged, too. eight_bits: linear layers are rounded.
-    options: as for `configs.build`.
+    learns: names of the parameters that do. learning_rate: the highest. suffix: of the student's
+    name, which says its attentions (`configs.STUDENTS`); of `QAT` they stay, and linear layers are
+    rounded.
     """
 
     learns: Callable[[nn.Module], list[str]]
     learning_rate: float
-    attention: str = ''
-    suffix: str = ''
-    everywhere: bool = False
-    eight_bits: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
+    suffix: str
 
 
-def joint_attentions(network: nn.Module) -> list[str]:
+def of_joint_attentions(network: nn.Module) -> list[str]:
     """Parameters of the attentions in which views meet."""
     return _inside(network, GlobalBlock, 'attn.')
 
@@ -123,11 +119,10 @@ def _inside(network: nn.Module, kind: type[nn.Module], part: str) -> list[str]:
 
 
 RECIPES = {
-    'linearize': Recipe(joint_attentions, 2e-3, 'ttt'),
-    'sparsify': Recipe(joint_blocks, 3e-4, 'sparse',
-                       options={'sparse': SparseOptions(visible_every=100)}),
-    'sla': Recipe(linear_branches, 1e-3, 'sparse_linear', 'sla', everywhere=True),
-    'qat': Recipe(rounded_layers, 1e-4, suffix='qat', eight_bits=True)}
+    'linearize': Recipe(of_joint_attentions, 2e-3, 'ttt'),
+    'sparsify': Recipe(joint_blocks, 3e-4, 'sparse'),
+    'sla': Recipe(linear_branches, 1e-3, 'sla'),
+    'qat': Recipe(rounded_layers, 1e-4, QAT)}
 
 
 @dataclass(frozen=True)
@@ -282,7 +277,7 @@ class StudentTrainer:
             self.folder.save({'network': self.network.state_dict(),
                               'average': self.average.state_dict(),
                               'optimiser': self.optimiser.state_dict(), 'step': self.step,
-                              'best': self.best, 'settings': asdict(settings)})
+                              'best': self.best, 'settings': self._described()})
 
     def _validate(self) -> None:
         """Keep the averaged weights if they are the best so far on what is held out."""
@@ -297,9 +292,12 @@ class StudentTrainer:
                 self.best = score
                 self.folder.export(self.network, self.name)
 
+    def _described(self) -> dict[str, Any]:
+        return {**asdict(self.settings), 'network': self.name}
+
     def _begin(self) -> None:
         """Go on where the run was left."""
-        state = self.folder.saved(self.device)
+        state = self.folder.saved(self.device, self._described())
         if state is not None:
             self.network.load_state_dict(state['network'])
             self.average.load_state_dict(state['average'])
@@ -331,7 +329,7 @@ def parameters_by_kind(network: nn.Module, names: Sequence[str]) -> dict[str, st
 
 def student_name(teacher: str, recipe: Recipe) -> str:
     """What a student is called: `tiny-ttt`."""
-    return f'{ALIASES.get(teacher, teacher)}-{recipe.suffix or recipe.attention}'
+    return f'{ALIASES.get(teacher, teacher)}-{recipe.suffix}'
 
 
 def with_attention(recipe: Recipe, name: str) -> Recipe:
@@ -341,21 +339,26 @@ def with_attention(recipe: Recipe, name: str) -> Recipe:
     """
     if not name:
         return recipe
-    if recipe is not RECIPES['linearize'] or not ATTENTION[name].fixed_size:
+    if recipe is not RECIPES['linearize'] or name not in FAST_WEIGHTS:
         raise ConfigError(f'expected fast weights for linearize alone, ttt or hybrid, found '
                           f'attention {name}; leave it out')
-    return replace(recipe, attention=name)
+    return replace(recipe, suffix=name)
 
 
 def student_of(teacher: Network, recipe: Recipe) -> Network:
-    """A network of the recipe with all weights of the teacher that it has a place for."""
-    if recipe.eight_bits:
+    """A network of the recipe with all weights of the teacher that it has a place for.
+
+    Raises ConfigError for a teacher some of whose attentions it has no place for.
+    """
+    if recipe.suffix == QAT:
         return cast(Network, fake_quantised(copy.deepcopy(teacher)))
-    config = replace(teacher.config, attention=recipe.attention)
+    if any(isinstance(layer, LocalSparseLinear) for layer in teacher.modules()):
+        raise ConfigError('expected a teacher that compares all with all within images, found '
+                          'sparse attentions; choose the teacher of this one')
+    kind = STUDENTS[recipe.suffix]
+    config = replace(teacher.config, attention=kind.attention)
     with device_of_network(teacher):
-        student = network_of(config, **recipe.options)
-        if recipe.everywhere:
-            replace_local(student, SparseLinearOptions(), special_tokens(config))
+        student = network_of(config, everywhere=kind.everywhere, **kind.options)
     if device_of_network(teacher).type != 'meta':
         student.load_state_dict(teacher.state_dict(), strict=False)
     return student
@@ -383,7 +386,8 @@ def answer(network: Network, windows: Windows) -> Any:
     """What a network says of windows, in the way that its losses take it."""
     if isinstance(network, RayTransformer):
         return network(windows.images, windows.K)[0]
-    return network(windows.images, None, demand=Demand(points=False, memory=False))[0]
+    demand = Demand(points=False, memory=False)
+    return network(as_taken(network, windows.images), None, demand=demand)[0]
 
 
 def side_multiple(network: Network) -> int:

@@ -189,7 +189,7 @@ class TransformerTrainer:
 
     def _begin(self) -> None:
         """Go on where the run was left, or from given weights, or from nothing."""
-        state = self.folder.saved(self.device)
+        state = self.folder.saved(self.device, asdict(self.settings))
         if state is not None:
             self.network.load_state_dict(state['network'])
             self.average.load_state_dict(state['average'])

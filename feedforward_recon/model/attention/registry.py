@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from feedforward_recon.errors import ConfigError
 from feedforward_recon.model.attention.base import QkvAttention
 from feedforward_recon.model.attention.config import AttentionConfig, SparseLinearOptions
@@ -14,7 +16,10 @@ from feedforward_recon.model.attention.hybrid import HybridAttention
 from feedforward_recon.model.attention.latent import LatentAttention
 from feedforward_recon.model.attention.softmax import SoftmaxAttention
 from feedforward_recon.model.attention.sparse import SparseAttention
-from feedforward_recon.model.attention.sparse_linear import SparseLinearAttention
+from feedforward_recon.model.attention.sparse_linear import (
+    LocalSparseLinear,
+    SparseLinearAttention,
+)
 from feedforward_recon.model.attention.ttt import TttAttention
 from feedforward_recon.model.layers import BlockConfig
 
@@ -50,6 +55,12 @@ def what_is_kept(name: str, given: SparseLinearOptions) -> SparseLinearOptions:
     if name == 'lite3r' and given.keep_ratio is None:
         return replace(given, keep_ratio=LITE3R_KEEP_RATIO)
     return given
+
+
+def joint_attentions(network: nn.Module) -> list[QkvAttention]:
+    """Those in which views meet."""
+    return [layer for layer in network.modules()
+            if isinstance(layer, QkvAttention) and not isinstance(layer, LocalSparseLinear)]
 
 
 def attention_factory(name: str, **options: Any) -> Callable[[BlockConfig, int], QkvAttention]:
