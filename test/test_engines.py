@@ -175,6 +175,6 @@ def test_a_cluster_without_the_package_is_one_sentence(ray, monkeypatch):
 
 def test_without_ray_the_sentence_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, 'ray', None)
-    with pytest.raises(InputError, match=r'pip install feedforward_recon\[cluster\]'), \
+    with pytest.raises(InputError, match=r'pip install ray'), \
             cluster('auto'):
         pass

@@ -170,7 +170,7 @@ def test_without_the_extra_many_are_compared_in_blocks_and_that_is_said(monkeypa
         found, _ = similar.nearest(every, every, 12)
     assert as_set(found) == Matrix(descriptors, ()).nearest(every, every, 12)
     assert len(caplog.records) == 1
-    assert 'pip install feedforward_recon[photos]' in caplog.text
+    assert 'pip install faiss-cpu' in caplog.text
 
 
 def test_no_matrix_of_all_images_is_made(monkeypatch):

@@ -16,6 +16,7 @@ import yaml
 
 from feedforward_recon.config.network import ModelOptions
 from feedforward_recon.config.node import NodeConfig, Setting, each_setting
+from feedforward_recon.config.photos import PhotoConfig
 from feedforward_recon.config.schema import MapperConfig, as_yaml, from_dict, limits
 from feedforward_recon.errors import ConfigError
 
@@ -114,6 +115,11 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             value = {**group[leaf], **value}
         group[leaf] = value
     return whole
+PHOTOS = """\
+# Photos
+Of `ffrecon reconstruct` (`--config`, `--set`): these beside the groups above, and other defaults
+of `encoder`.
+"""
 
 
 def shipped_files() -> dict[str, str]:
@@ -133,10 +139,14 @@ def reference() -> str:
     groups: dict[str, list[Setting]] = {'': []}
     for setting in each_setting(config):
         groups.setdefault(setting.name.rpartition('.')[0], []).append(setting)
-    return '\n'.join([REFERENCE, *(_table(config, name, rows) for name, rows in groups.items())])
+    photos = PhotoConfig()
+    return '\n'.join([REFERENCE, *(_table(config, name, rows) for name, rows in groups.items()),
+                      PHOTOS, *(_table(photos, name, list(each_setting(getattr(photos, name),
+                                                                       f'{name}.')))
+                                for name in ('reconstruction', 'encoder'))])
 
 
-def _table(config: NodeConfig, group: str, settings: list[Setting]) -> str:
+def _table(config: MapperConfig, group: str, settings: list[Setting]) -> str:
     about = getattr(config, group) if group else config
     summary = (type(about).__doc__ or '').strip().splitlines()[0]
     rows = [f'| `{s.name}` | `{json.dumps(s.value)}` | {s.spec.metadata["unit"]} | '

@@ -454,8 +454,8 @@ def _typestore() -> Any:
     try:
         from rosbags.typesys import Stores, get_typestore
     except ImportError:
-        raise InputError('expected the package rosbags to read a bag, found none; install '
-                         'feedforward_recon[bag]') from None
+        raise InputError('expected the package rosbags to read a bag, found none; '
+                         'pip install rosbags') from None
     return get_typestore(Stores.ROS2_HUMBLE)
 
 

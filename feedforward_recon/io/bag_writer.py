@@ -59,8 +59,8 @@ def write_bag(path: str | Path, frames: Iterable[Frame], storage: str = 'sqlite3
     try:
         from rosbags.rosbag2 import StoragePlugin, Writer
     except ImportError:
-        raise InputError('expected the package rosbags to write a bag, found none; install '
-                         'feedforward_recon[bag]') from None
+        raise InputError('expected the package rosbags to write a bag, found none; '
+                         'pip install rosbags') from None
     count = 0
     try:
         # The older of the two metadata versions that rosbags writes.

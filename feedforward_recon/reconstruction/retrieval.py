@@ -189,7 +189,7 @@ def _faiss() -> Any:
         import faiss
     except ModuleNotFoundError:
         log.warning('comparing each of more than %d images with all others, which takes longer '
-                    'than an index; pip install feedforward_recon[photos]', EXACT)
+                    'than an index; pip install faiss-cpu', EXACT)
         return None
     return faiss
 

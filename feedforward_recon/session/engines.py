@@ -199,8 +199,8 @@ def _ray() -> Any:
     try:
         import ray
     except ModuleNotFoundError:
-        raise InputError('expected the package ray for --cluster, found none; pip install '
-                         'feedforward_recon[cluster]') from None
+        raise InputError('expected the package ray for --cluster, found none; '
+                         'pip install ray') from None
     return ray
 
 

@@ -30,7 +30,9 @@ class AttentionRecord:
     def __init__(self, network: nn.Module, paths: Collection[str]) -> None:
         """Hooks stay in the network as long as it lives."""
         self._calls: dict[str, list[Call]] = {path: [] for path in paths}
-        network.register_forward_pre_hook(self._forget)
+        self._passing = False  # attentions may be called on their own, too
+        network.register_forward_pre_hook(self._begin)
+        network.register_forward_hook(self._end)
         for path in paths:
             network.get_submodule(path).register_forward_hook(
                 partial(self._keep, path), with_kwargs=True)
@@ -45,15 +47,21 @@ class AttentionRecord:
         """What another attention answers to what the one at ``path`` was given."""
         return torch.cat([_answer(attention, call) for call in self._calls[path]])
 
-    def _forget(self, network: nn.Module, given: tuple[Any, ...]) -> None:
+    def _begin(self, network: nn.Module, given: tuple[Any, ...]) -> None:
         del network, given
+        self._passing = True
         for calls in self._calls.values():
             calls.clear()
+
+    def _end(self, network: nn.Module, given: tuple[Any, ...], answer: Any) -> None:
+        del network, given, answer
+        self._passing = False
 
     def _keep(self, path: str, module: nn.Module, given: tuple[Any, ...],
               named: dict[str, Any], answer: Any) -> None:
         del module
-        self._calls[path].append(Call(given, named, tokens_of(answer)))
+        if self._passing:
+            self._calls[path].append(Call(given, named, tokens_of(answer)))
 
 
 def _answer(attention: nn.Module, call: Call) -> torch.Tensor:

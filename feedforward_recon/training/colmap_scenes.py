@@ -60,7 +60,7 @@ def _model(folder: Path) -> Any:
         import pycolmap  # an extra: other formats do without
     except ImportError:
         raise InputError(f'expected the package pycolmap to read the COLMAP model of {folder}, '
-                         "found none; pip install 'feedforward-recon[offline]'") from None
+                         'found none; pip install pycolmap') from None
     try:
         return pycolmap.Reconstruction(str(colmap_model(folder)))
     except (ValueError, RuntimeError, IndexError) as error:
