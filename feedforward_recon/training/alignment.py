@@ -88,14 +88,14 @@ class AlignmentTrainer:
     def __init__(self, settings: AlignmentTraining) -> None:
         self.settings, self.device = settings, own_device(device_of(settings.device))
         self.processes, self.folder = Processes(self.device), RunFolder(settings.out)
+        torch.manual_seed(settings.seed)
+        self.network = aligning_network(settings).to(self.device)
+        self.learns = alignment_parameters(self.network)
         held_out = [name for name in settings.held_out.split(',') if name]
         photos, kept = photo_sources(Path(settings.photos), held_out)
         rooms, room_kept = room_sources(Path(settings.rooms)) if settings.rooms else ([], [])
         self._stream = WindowStream(photos, rooms, settings.photo_share, settings.seed, (VIEWS,))
         self._held_out = held_out_graphs([*kept, *room_kept], settings.seed)
-        torch.manual_seed(settings.seed)
-        self.network = aligning_network(settings).to(self.device)
-        self.learns = alignment_parameters(self.network)
         self.optimiser = torch.optim.AdamW(self._parameters(), settings.learning_rate, BETAS,
                                            weight_decay=0.0)
         self.step = 0
