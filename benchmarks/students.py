@@ -69,8 +69,9 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     'sla': ('tiny-sla', {}),
     BFLOAT16: ('tiny-sla', {}),
     'sla, fp8': ('tiny-sla', {'precision': 'fp8'}),
-    'hybrid': ('tiny-ttt', {'attention': 'hybrid'})}
-UNSHIPPED = {'hybrid'}  # have weights of their own, which are given
+    'sla, fp8, trained': ('tiny-sla', {'precision': 'fp8'}),
+    'hybrid': ('tiny-hybrid', {})}
+UNSHIPPED = {'hybrid', 'sla, fp8, trained'}  # have weights of their own, which are given
 VIEWS, WINDOWS = 8, 4
 FEW, MANY = 24, 80  # views: three and ten times as many as in training
 LARGE_SETS = {FEW: (KITCHEN, 'ngp_fox', DRIVE), MANY: (KITCHEN,)}  # that have so many images
