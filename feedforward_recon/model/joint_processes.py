@@ -28,6 +28,7 @@ from feedforward_recon.model.distributed import (
 )
 from feedforward_recon.model.joint import pass_alone
 from feedforward_recon.model.joint_pass import ViewInputs
+from feedforward_recon.model.joint_plan import chunk_of
 from feedforward_recon.model.predictor import Answer, NetworkPredictor, read
 from feedforward_recon.model.preprocess import stacked
 from feedforward_recon.model.ray_transformer import CellMaps, RayTransformer
@@ -81,7 +82,8 @@ class SharedPass:
     @torch.inference_mode()
     def _share(self, views: ViewInputs, seconds: Seconds) -> CellMaps | Answer:
         rank, count = dist.get_rank(), dist.get_world_size()
-        own = np.array_split(np.arange(len(views.images)), count)[rank]
+        own = shares(len(views.images), count, chunk_of(self._predictor.network, views.size_hw,
+                                                        len(views.images)))[rank]
         part = ViewInputs([views.images[k] for k in own], views.K[own], has_first=rank == 0)
         network = self._predictor.network
         if isinstance(network, Vggt):
@@ -102,6 +104,18 @@ class SharedPass:
     def _gathered(self, values: torch.Tensor) -> torch.Tensor:
         """[1, n, ...] of each process as [1, N, ...]."""
         return self._exchange.concatenate(values.contiguous(), 1)
+
+
+def shares(images: int, processes: int, chunk: int) -> list[np.ndarray]:
+    """The images of each process: whole chunks where there are enough.
+
+    So each chunk is what it is in one process, and its answer the same to the last bit.
+    """
+    starts = range(0, images, chunk)
+    if len(starts) < processes:
+        return np.array_split(np.arange(images), processes)
+    return [np.concatenate([np.arange(start, min(start + chunk, images)) for start in own])
+            for own in np.array_split(starts, processes)]
 
 
 @contextmanager

@@ -64,11 +64,13 @@ def _through_silu(slope: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def summed_gradients(w: FastWeights, chunks: Iterable[KeyValueSamples]) -> FastWeights:
-    """Gradients of all chunks, accumulated in float32 (or wider) at the same weights."""
+    """Gradients of all chunks at the same weights, accumulated in float64.
+
+    So the sum, rounded to float32, is that of the same chunks in any order or grouping.
+    """
     total: FastWeights | None = None
     for samples in chunks:
-        part = FastWeights(*(g.to(torch.promote_types(g.dtype, torch.float32))
-                             for g in gradients(w, samples)))
+        part = FastWeights(*(g.double() for g in gradients(w, samples)))
         total = part if total is None else FastWeights(*map(torch.add, total, part))
     assert total is not None, 'a call has at least one chunk'
     return total

@@ -169,7 +169,8 @@ class TttAttention(QkvAttention):
             if step:
                 weights = self._advanced(weights, sums[-1])
             part = summed_gradients(weights, samples())
-            total = FastWeights(*map(self.exchange.sum, part))
+            total = FastWeights(*(self.exchange.sum(exact).to(kept.dtype) for exact, kept in
+                                  zip(part, state.gradient(0), strict=True)))
             if step == 0:
                 total = FastWeights(*map(torch.add, state.gradient(0), total))
             sums.append(total)
