@@ -97,6 +97,6 @@ def advanced(w: FastWeights, gradient: FastWeights, initial: FastWeights,
              iterations: int = 5) -> FastWeights:
     """One step from ``w``; columns get the norms that they have in ``initial``."""
     def step(weight: torch.Tensor, slope: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-        moved = weight + orthogonalised(slope, iterations)
+        moved = weight + orthogonalised(slope.to(weight.dtype), iterations)
         return moved / (column_norms(moved) + 1e-5) * column_norms(first)
     return FastWeights(*map(step, w, gradient, initial))
