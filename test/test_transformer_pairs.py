@@ -352,12 +352,12 @@ ALIGNED = replace(TRANSFORMER, reconstruction=ReconstructionConfig(
 
 def test_images_are_encoded_once_however_often_the_focal_length_is_tried(aligning, photos,
                                                                        monkeypatch):
-    bare = [Frame(f.stamp_ns, f.image, source=f.source) for f in photos]
+    bare = [Frame(f.stamp_ns, f.image, source=f.source) for f in photos[:8]]
     plain, encoded = aligning.network.encode, []
     monkeypatch.setattr(aligning.network, 'encode', lambda images: (
         encoded.append(images.shape[1]), plain(images))[1])
     run = reconstruct_frames(bare, ALIGNED, predictor=aligning)[0]
-    assert sum(encoded) == len(photos)
+    assert sum(encoded) == len(bare)
     assert run.scene.keyframes[0].camera.fx == pytest.approx(CAMERA.fx, rel=0.02)
 
 
