@@ -211,6 +211,8 @@ def share_of_a_process(rank, port, results):
     dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank,
                             world_size=2)
     found = {}
+    if rank:  # its own machine has hardly any memory left; the first process decides
+        joint_plan.available_bytes = lambda device: 10**6
     for name, made in NETWORKS.items():
         predictor = made()
         if rank:

@@ -40,6 +40,11 @@ A **live** parameter may be set while a node is active (`ros2 param set`), a **s
 in a file or on the command line. A **configure** one is accepted while the node is unconfigured:
 deactivate, clean up, set, configure, activate.
 """
+PHOTOS = """\
+# Photos
+Of `ffrecon reconstruct` (`--config`, `--set`): these beside the groups above, and other defaults
+of `encoder`.
+"""
 
 
 def mapper_settings(file: Path, cls: type[MapperConfig] = MapperConfig) -> dict[str, Any]:
@@ -115,11 +120,6 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             value = {**group[leaf], **value}
         group[leaf] = value
     return whole
-PHOTOS = """\
-# Photos
-Of `ffrecon reconstruct` (`--config`, `--set`): these beside the groups above, and other defaults
-of `encoder`.
-"""
 
 
 def shipped_files() -> dict[str, str]:

@@ -124,13 +124,13 @@ def answer_of_cells(network: Network, cells: CellMaps, K: np.ndarray, seconds: S
                         cells.depth_confidence[0].cpu()), of_cells=True)
 
 
-def pass_alone(predictor: NetworkPredictor, views: ViewInputs, seconds: Seconds
+def pass_alone(predictor: NetworkPredictor, views: ViewInputs, seconds: Seconds, chunk: int = 0
                ) -> CellMaps | Answer:
-    """The pass by one process."""
+    """The pass by one process; chunk: views that are worked on at a time, 0: as many as fit."""
     network = predictor.network
     if isinstance(network, RayTransformer):
         with predictor.precision():
-            chunk = chunk_of(network, views.size_hw, len(views.images))
+            chunk = chunk or chunk_of(network, views.size_hw, len(views.images))
             return joint_cells(network, views, chunk, seconds)
     with seconds.of('joint pass'):
         return predictor.together(stacked(views.images), torch.from_numpy(views.K)[None])

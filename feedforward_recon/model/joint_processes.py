@@ -59,38 +59,39 @@ class SharedPass:
         if len(views.images) < count:
             raise ConfigError('expected at least as many images as processes, found '
                               f'{len(views.images)} for {count}; start fewer')
-        self._tell(views)
-        return self._share(views, seconds)
+        # One process decides: each would count the memory that is free to itself.
+        chunk = chunk_of(self._predictor.network, views.size_hw, len(views.images))
+        self._tell((views, chunk))
+        return self._share(views, chunk, seconds)
 
     def help_out(self) -> None:
         """Take part in passes until the first process has no more of them."""
-        while (views := self._heard()) is not None:
-            self._share(views, Seconds())
+        while (told := self._heard()) is not None:
+            self._share(*told, Seconds())
 
     def end(self) -> None:
         """There are no more passes."""
         self._tell(None)
 
-    def _tell(self, views: ViewInputs | None) -> None:
-        dist.broadcast_object_list([views], 0, device=CPU)
+    def _tell(self, told: tuple[ViewInputs, int] | None) -> None:
+        dist.broadcast_object_list([told], 0, device=CPU)
 
-    def _heard(self) -> ViewInputs | None:
+    def _heard(self) -> tuple[ViewInputs, int] | None:
         heard: list[Any] = [None]
         dist.broadcast_object_list(heard, 0, device=CPU)
         return heard[0]
 
     @torch.inference_mode()
-    def _share(self, views: ViewInputs, seconds: Seconds) -> CellMaps | Answer:
+    def _share(self, views: ViewInputs, chunk: int, seconds: Seconds) -> CellMaps | Answer:
         rank, count = dist.get_rank(), dist.get_world_size()
-        own = shares(len(views.images), count, chunk_of(self._predictor.network, views.size_hw,
-                                                        len(views.images)))[rank]
+        own = shares(len(views.images), count, chunk)[rank]
         part = ViewInputs([views.images[k] for k in own], views.K[own], has_first=rank == 0)
         network = self._predictor.network
         if isinstance(network, Vggt):
             with seconds.of('joint pass'):
                 return self._with_cameras(network, part)
         with sequence_parallel(network):
-            cells = pass_alone(self._predictor, part, seconds)
+            cells = pass_alone(self._predictor, part, seconds, chunk)
         with seconds.of('exchange'):
             return CellMaps(**{name: self._gathered(value) for name, value in vars(cells).items()})
 
