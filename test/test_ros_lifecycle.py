@@ -130,7 +130,10 @@ def test_with_odometry_only_map_to_odom_is_sent(start_node, probe, frames, needs
     pose = matrix_from_pose(poses[-1].pose.pose)
     if depth:
         np.testing.assert_allclose(T_map_base, pose, atol=1e-6)
-        np.testing.assert_allclose(pose[:3, 3], robot.T_start_base[last][:3, 3], atol=0.03)
+        # From the first pose on: images that overtake the odometry are left out before a map.
+        moved = inverse(matrix_from_pose(poses[0].pose.pose)) @ pose
+        true = inverse(robot.T_start_base[stamps(poses)[0]]) @ robot.T_start_base[last]
+        np.testing.assert_allclose(moved[:3, 3], true[:3, 3], atol=0.03)
     else:  # the scale comes from the odometry and then holds
         known = stamps(sent)[0]
         assert known < frames[-5].stamp_ns, 'the scale came too late to be tested'
