@@ -1,16 +1,18 @@
 """What pairs alone could not place is added to a structure: by its points.
 
 Other parts are placed as a whole, then images one by one. A pair of images that show little but a
-plane allows two motions; what many images say together decides.
+plane allows two motions; what many images say together decides. So do the poses, once they are
+refined, of which matches belong to a track.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from feedforward_recon.reconstruction.pairs import Pairs
+from feedforward_recon.reconstruction.pairs import Edge, PairGeometry, Pairs
 from feedforward_recon.reconstruction.parts import (
     Part,
     PhotoSet,
@@ -26,6 +28,7 @@ from feedforward_recon.reconstruction.registration import (
     with_placed,
 )
 from feedforward_recon.reconstruction.retrieval import pairs_with
+from feedforward_recon.reconstruction.shots import Shot
 
 # Fewer that agree in the end do not vouch for a pose.
 MIN_OBSERVATIONS = 15
@@ -86,12 +89,37 @@ def _extended(photos: PhotoSet, structure: Structure, registered: np.ndarray,
     T_map_cam = structure.T_map_cam.copy()
     registered[list(found)] = True
     T_map_cam[list(found)] = np.stack(list(found.values()))
-    seen = [shot.seen_by(camera) if known else shot for shot, camera, known in
-            zip(photos.shots, structure.cameras, registered, strict=True)]
-    pairs = agreeing_with(T_map_cam, seen, registered, photos.comparisons.matches)
+    larger = replace(structure, T_map_cam=T_map_cam)
+    seen, pairs = _agreeing(photos, larger, registered)
     if _crossing(pairs, found) < min(MIN_CROSSING, len(found)):
         return structure, before
-    structure = refined(structure_of(seen, T_map_cam, registered, pairs), ROUGH[1:],
+    return _retraced(photos, larger, registered, seen, pairs)
+
+
+def retraced(photos: PhotoSet, structure: Structure, registered: np.ndarray
+             ) -> tuple[Structure, np.ndarray]:
+    """The structure of all matches that agree with its poses, and who is registered then.
+
+    The tracks before are of what agreed with the motion of one pair, which is known less well. No
+    image is lost: where one would be, all stays as it was.
+    """
+    anew, kept = _retraced(photos, structure, registered,
+                           *_agreeing(photos, structure, registered))
+    return (anew, kept) if kept.sum() >= registered.sum() else (structure, registered)
+
+
+def _agreeing(photos: PhotoSet, structure: Structure, registered: np.ndarray
+              ) -> tuple[list[Shot], dict[Edge, PairGeometry]]:
+    """The images as refined cameras see them, and pairs with the matches that agree with poses."""
+    seen = [shot.seen_by(camera) if known else shot for shot, camera, known in
+            zip(photos.shots, structure.cameras, registered, strict=True)]
+    return seen, agreeing_with(structure.T_map_cam, seen, registered, photos.comparisons.matches)
+
+
+def _retraced(photos: PhotoSet, structure: Structure, registered: np.ndarray,
+              seen: Sequence[Shot], pairs: Pairs) -> tuple[Structure, np.ndarray]:
+    """The structure of tracks of these pairs, refined; images that see little of it are out."""
+    structure = refined(structure_of(seen, structure.T_map_cam, registered, pairs), ROUGH[1:],
                         photos.calibration)
     registered = registered & (structure.tracks.views(len(photos)) >= MIN_OBSERVATIONS)
     return seen_by(structure, registered), registered

@@ -2,7 +2,8 @@
 
     features of each image -> pairs of similar images -> rotations that agree with all pairs
         -> a tree from the most central image -> poses along it -> tracks
-        -> triangulation, adjustment, patches aligned, adjustment
+        -> triangulation, adjustment, tracks anew of all matches that agree with the poses,
+           adjustment, patches aligned, adjustment
 
 Light3R-SfM's way (retrieval, shortest-path tree, pairs, accumulation), and what it leaves open:
 refinement at tight thresholds.
@@ -22,6 +23,7 @@ from feedforward_recon.reconstruction.completion import (
     MIN_OBSERVATIONS,
     MIN_PART,
     completed,
+    retraced,
     with_blurred,
 )
 from feedforward_recon.reconstruction.pairs import PairDecoder
@@ -77,7 +79,7 @@ def _assembled(photos: PhotoSet, among: np.ndarray) -> Reconstructed:
     part = part_of(photos, among)
     structure, registered = part.structure, part.registered
     if photos.config.refine and len(structure.tracks):
-        structure, registered = completed(photos, part, among)
+        structure, registered = retraced(photos, *completed(photos, part, among))
         structure = refined(sharpened(structure, [shot.gray for shot in photos.shots]), FINE,
                             photos.calibration)
         registered = registered & (structure.tracks.views(len(photos)) >= MIN_OBSERVATIONS)
