@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import combinations
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 from oracle import CAMERA, OracleScene
 
+from feedforward_recon.config.photos import ReconstructionConfig
 from feedforward_recon.evaluation import absolute_trajectory_error
 from feedforward_recon.geometry.camera import Camera
 from feedforward_recon.geometry.transforms import inverse, se3_exp, transform_points
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.reconstruction.accumulation import accumulate
 from feedforward_recon.reconstruction.agreement import agreeing
+from feedforward_recon.reconstruction.completion import retraced
 from feedforward_recon.reconstruction.pairs import CompactPairs, PairGeometry, with_rotation
+from feedforward_recon.reconstruction.parts import PhotoSet
 from feedforward_recon.reconstruction.refinement import (
     FINE,
     ROUGH,
@@ -266,6 +270,26 @@ def test_refinement_finds_the_focal_length(scene):
     structure = structure_of(scene, poses, [wrong] * len(shots))
     structure = refined(structure, (*ROUGH, *FINE), ('focal',))
     assert structure.cameras[0].fx == pytest.approx(CAMERA.fx, rel=0.01)
+
+
+def test_tracks_made_anew_have_what_motions_of_pairs_left_out_and_lose_no_image(scene):
+    shots, poses, matches, pairs = scene
+    photos = PhotoSet(shots, SimpleNamespace(matches=matches), ReconstructionConfig())
+    few = [replace(pair, feature_i=pair.feature_i[::3], feature_j=pair.feature_j[::3],
+                   points=pair.points[::3], confidence=pair.confidence[::3])
+           for pair in map(pairs.get, chain())]
+    every = np.ones(CIRCLE, bool)
+    rough = refined(triangulated(poses, [CAMERA] * CIRCLE, tracks_of(shots, few)), ROUGH)
+    anew, registered = retraced(photos, rough, every)
+    assert registered.all() and len(anew.tracks) > 2 * len(rough.tracks)
+    before, after = (error_of(structure.T_map_cam, poses, np.arange(CIRCLE))[0]
+                     for structure in (rough, anew))
+    assert after < 0.5 * before
+    wrong = rough.T_map_cam.copy()
+    wrong[3] = wrong[3] @ se3_exp(np.r_[0, 0, 0, 0.3, 0, 0.2])
+    astray = replace(rough, T_map_cam=wrong)
+    same, registered = retraced(photos, astray, every)
+    assert same is astray and registered.all()
 
 
 def test_an_image_is_placed_by_the_points_that_it_sees(scene):

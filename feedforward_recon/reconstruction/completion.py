@@ -40,7 +40,7 @@ ASKED = 10  # images that are compared with a part, for each one of it
 def completed(photos: PhotoSet, part: Part, among: np.ndarray) -> tuple[Structure, np.ndarray]:
     """What a part shows, and which of some images [N] have a pose, with those its points place.
 
-    Images that are not found are compared with more of the registered ones.
+    Images that are not found are compared with more of the registered ones. Tracks are made anew.
     """
     structure, registered = part.structure, part.registered
     while (missing := among & ~registered).any():
@@ -52,6 +52,8 @@ def completed(photos: PhotoSet, part: Part, among: np.ndarray) -> tuple[Structur
         photos.comparisons.roll(np.flatnonzero(missing))
         if not _compared_more(photos, np.flatnonzero(missing), registered):
             break
+    if structure is part.structure:  # else its tracks have been made anew with what was added
+        return retraced(photos, structure, registered)
     return structure, registered
 
 

@@ -23,7 +23,6 @@ from feedforward_recon.reconstruction.completion import (
     MIN_OBSERVATIONS,
     MIN_PART,
     completed,
-    retraced,
     with_blurred,
 )
 from feedforward_recon.reconstruction.pairs import PairDecoder
@@ -79,7 +78,7 @@ def _assembled(photos: PhotoSet, among: np.ndarray) -> Reconstructed:
     part = part_of(photos, among)
     structure, registered = part.structure, part.registered
     if photos.config.refine and len(structure.tracks):
-        structure, registered = retraced(photos, *completed(photos, part, among))
+        structure, registered = completed(photos, part, among)
         structure = refined(sharpened(structure, [shot.gray for shot in photos.shots]), FINE,
                             photos.calibration)
         registered = registered & (structure.tracks.views(len(photos)) >= MIN_OBSERVATIONS)
