@@ -10,7 +10,7 @@ the network's descriptors; auc30_points: poses from its world points alone, whic
 other views through the joint attention; abs_rel: depth after one median scale, where it is known.
 without: the teacher whose joint attentions say nothing, to see how much is due to them.
 Cost: seconds and peak memory of one pass over that many images (``model.joint_pass``), in a
-process of its own; softmax would take most of an hour for 1024 images and is left out there.
+process of its own; softmax takes half an hour for 1024 images: `cost dense 1024` by hand.
 """
 
 from __future__ import annotations
