@@ -283,6 +283,7 @@ def photos():
     return views(5)
 
 
+@pytest.mark.slow
 def test_the_shipped_network_maps_a_rendered_room(photos):
     run = reconstruct_frames(photos, TRANSFORMER, predictor=load_predictor('tiny'))[0]
     assert len(run.scene.trajectory) == len(photos)
@@ -583,6 +584,7 @@ def test_the_command_maps_with_a_network_and_its_alignment(aligning, folder, tmp
     assert main(['reconstruct', str(folder), *SETTINGS, '--model', 'tiny', '--weights',
                  str(weights), '--set', 'reconstruction.decoder=transformer',
                  '--set', 'reconstruction.latent_alignment=true',
+                 '--set', 'reconstruction.neighbours=3',
                  '--out', str(tmp_path / 'map'), '--json']) == 0
     assert json.loads(capsys.readouterr().out)['tracked'] == 14
 
