@@ -297,7 +297,8 @@ SECTIONS = (
      'sequential matching gets the order of the walk. Errors after a similarity; extent: diagonal '
      'of the box around the true camera centres. The truth of llff, fox, door and cup is itself '
      'that of COLMAP; that of Strecha is measured. Without intrinsics: nothing is known of the '
-     'camera; focal error: of what was found.'),
+     'camera; focal error: of what was found. Rows of ngp_fox are of 2026-11-30, since when '
+     'tracks are made anew (docs/experiments.md); the others are of before.'),
     ('Trees of pairs', ('trees',), TREES,
      'Poses as they are accumulated along a tree, before any refinement. Shortest: shortest-path '
      'tree from the most central image; spanning: minimum spanning tree. Costs of a pair by its '
