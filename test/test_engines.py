@@ -143,6 +143,7 @@ def ray():
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_a_worker_of_a_cluster_that_is_killed_changes_nothing(ray, photos, poses, tmp_path):
     with cluster('auto') as engine:
         run = reconstruct_frames(photos, CONFIG, Mortal(tmp_path / 'killed'), engine=engine)[0]

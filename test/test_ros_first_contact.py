@@ -53,7 +53,7 @@ def test_a_wrong_topic_is_told_once_with_the_right_ones_and_so_is_its_end(start_
     probe.publisher(CompressedImage, '/rear/image_raw/compressed')
     node = start_node('mapping_node', parameters=QUICK)
     assert says(probe, node, 'NO_PUBLISHER: nobody publishes /image')
-    probe.spin_for(3.0)
+    probe.spin_for(2.0)
     (line,) = lines(node, 'NO_PUBLISHER')
     assert 'ERROR' in line
     assert '/camera/image_raw' in line and '/rear/image_raw/compressed' in line
