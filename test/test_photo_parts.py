@@ -18,9 +18,9 @@ from feedforward_recon.geometry.transforms import inverse, se3_exp, transform_po
 from feedforward_recon.model.compact import CompactEncoder
 from feedforward_recon.reconstruction.accumulation import accumulate
 from feedforward_recon.reconstruction.agreement import agreeing
-from feedforward_recon.reconstruction.completion import retraced
+from feedforward_recon.reconstruction.completion import MIN_OBSERVATIONS, completed
 from feedforward_recon.reconstruction.pairs import CompactPairs, PairGeometry, with_rotation
-from feedforward_recon.reconstruction.parts import PhotoSet
+from feedforward_recon.reconstruction.parts import Part, PhotoSet
 from feedforward_recon.reconstruction.refinement import (
     FINE,
     ROUGH,
@@ -272,6 +272,13 @@ def test_refinement_finds_the_focal_length(scene):
     assert structure.cameras[0].fx == pytest.approx(CAMERA.fx, rel=0.01)
 
 
+def part_with(structure):
+    """A part in which all images have a pose."""
+    every = np.ones(CIRCLE, bool)
+    return Part(every, structure, set(range(CIRCLE)), minimum_spanning_tree(
+        CIRCLE, np.array(chain()), np.ones(CIRCLE - 1), 0), structure.T_map_cam)
+
+
 def test_tracks_made_anew_have_what_motions_of_pairs_left_out_and_lose_no_image(scene):
     shots, poses, matches, pairs = scene
     photos = PhotoSet(shots, SimpleNamespace(matches=matches), ReconstructionConfig())
@@ -280,7 +287,7 @@ def test_tracks_made_anew_have_what_motions_of_pairs_left_out_and_lose_no_image(
            for pair in map(pairs.get, chain())]
     every = np.ones(CIRCLE, bool)
     rough = refined(triangulated(poses, [CAMERA] * CIRCLE, tracks_of(shots, few)), ROUGH)
-    anew, registered = retraced(photos, rough, every)
+    anew, registered = completed(photos, part_with(rough), every)
     assert registered.all() and len(anew.tracks) > 2 * len(rough.tracks)
     before, after = (error_of(structure.T_map_cam, poses, np.arange(CIRCLE))[0]
                      for structure in (rough, anew))
@@ -288,8 +295,22 @@ def test_tracks_made_anew_have_what_motions_of_pairs_left_out_and_lose_no_image(
     wrong = rough.T_map_cam.copy()
     wrong[3] = wrong[3] @ se3_exp(np.r_[0, 0, 0, 0.3, 0, 0.2])
     astray = replace(rough, T_map_cam=wrong)
-    same, registered = retraced(photos, astray, every)
+    same, registered = completed(photos, part_with(astray), every)
     assert same is astray and registered.all()
+
+
+def test_an_image_that_sees_little_keeps_no_other_from_better_tracks(scene):
+    shots, poses, matches, pairs = scene
+    photos = PhotoSet(shots, SimpleNamespace(
+        matches={edge: both for edge, both in matches.items() if 9 not in edge}),
+        ReconstructionConfig())
+    tracks = tracks_of(shots, map(pairs.get, chain()))
+    last = np.flatnonzero(tracks.image == 9)
+    rough = triangulated(poses, [CAMERA] * CIRCLE, tracks.select(
+        ~np.isin(np.arange(len(tracks)), last[MIN_OBSERVATIONS - 5:])))
+    anew, registered = completed(photos, part_with(rough), np.arange(CIRCLE) < 9)
+    assert anew is not rough and not (anew.tracks.image == 9).any()
+    assert registered.tolist() == [True] * 9 + [False]
 
 
 def test_an_image_is_placed_by_the_points_that_it_sees(scene):

@@ -53,7 +53,7 @@ def completed(photos: PhotoSet, part: Part, among: np.ndarray) -> tuple[Structur
         if not _compared_more(photos, np.flatnonzero(missing), registered):
             break
     if structure is part.structure:  # else its tracks have been made anew with what was added
-        return retraced(photos, structure, registered)
+        return _retraced(photos, structure, registered)
     return structure, registered
 
 
@@ -95,19 +95,20 @@ def _extended(photos: PhotoSet, structure: Structure, registered: np.ndarray,
     seen, pairs = _agreeing(photos, larger, registered)
     if _crossing(pairs, found) < min(MIN_CROSSING, len(found)):
         return structure, before
-    return _retraced(photos, larger, registered, seen, pairs)
+    return _with_pairs(photos, larger, registered, seen, pairs)
 
 
-def retraced(photos: PhotoSet, structure: Structure, registered: np.ndarray
-             ) -> tuple[Structure, np.ndarray]:
+def _retraced(photos: PhotoSet, structure: Structure, registered: np.ndarray
+              ) -> tuple[Structure, np.ndarray]:
     """The structure of all matches that agree with its poses, and who is registered then.
 
-    The tracks before are of what agreed with the motion of one pair, which is known less well. No
-    image is lost: where one would be, all stays as it was.
+    The tracks before are of what agreed with the motion of one pair, which is known less well.
+    Where an image that saw enough would be lost, all stays as it was.
     """
-    anew, kept = _retraced(photos, structure, registered,
-                           *_agreeing(photos, structure, registered))
-    return (anew, kept) if kept.sum() >= registered.sum() else (structure, registered)
+    enough = registered & (structure.tracks.views(len(photos)) >= MIN_OBSERVATIONS)
+    anew, kept = _with_pairs(photos, structure, registered,
+                             *_agreeing(photos, structure, registered))
+    return (anew, kept) if kept[enough].all() else (structure, registered)
 
 
 def _agreeing(photos: PhotoSet, structure: Structure, registered: np.ndarray
@@ -118,8 +119,8 @@ def _agreeing(photos: PhotoSet, structure: Structure, registered: np.ndarray
     return seen, agreeing_with(structure.T_map_cam, seen, registered, photos.comparisons.matches)
 
 
-def _retraced(photos: PhotoSet, structure: Structure, registered: np.ndarray,
-              seen: Sequence[Shot], pairs: Pairs) -> tuple[Structure, np.ndarray]:
+def _with_pairs(photos: PhotoSet, structure: Structure, registered: np.ndarray,
+                seen: Sequence[Shot], pairs: Pairs) -> tuple[Structure, np.ndarray]:
     """The structure of tracks of these pairs, refined; images that see little of it are out."""
     structure = refined(structure_of(seen, structure.T_map_cam, registered, pairs), ROUGH[1:],
                         photos.calibration)
